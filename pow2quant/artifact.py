@@ -1,0 +1,83 @@
+"""The narrow waist: what a backend hands over, and what an executor says about it. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+    from pow2quant.pow2_constraints import Encoding
+
+Table = dict[str, "Encoding"]
+"""Encodings by name: by site name left of the waist, by ONNX tensor name right of it."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor that is quantized.
+
+    name: `<module>.weight`, `<module>.bias`, `<module>.output`, or for a network input the argument's name.
+    role: "weight", "bias", "output" or "input".
+    """
+
+    name: str
+    role: str
+
+    @property
+    def module(self) -> str:
+        """The module whose tensor this is: `layer1.0.conv1` for `layer1.0.conv1.weight`."""
+        return self.name if self.role == "input" else self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A quantized network, ready for every exporter and executor.
+
+    model: float ONNX without QuantizeLinear/DequantizeLinear; its weights and biases lie on their grids, its first
+        dimension of inputs and outputs is the free batch size.
+    encodings: by ONNX tensor name: initializers (weights, biases), graph inputs, and results of nodes. A tensor
+        without an entry stays float.
+    """
+
+    model: onnx.ModelProto
+    encodings: Table
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first tensor, in the order of computation, at which two executors differ."""
+
+    tensor: str
+    node: str
+    elements: int
+    differing: int
+    max_lsb: float
+    cause: str | None = None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What one executor's results are against another's, on the same inputs.
+
+    executor, against: names such as "onnxruntime (all optimizations)" and "simulation".
+    elements, differing: compared and differing output elements; max_lsb: the largest difference in units of the
+        output's scale. top1_agreement: per cent of samples whose largest logit has the same index.
+    claim: "proved", "observed on N inputs" or "differs".
+    """
+
+    executor: str
+    against: str
+    elements: int
+    differing: int
+    max_lsb: float
+    top1_agreement: float
+    first_diverging: Divergence | None
+    claim: str
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def agrees(self) -> bool:
+        """Whether not a single element differs."""
+        return self.differing == 0

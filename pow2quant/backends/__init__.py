@@ -1,0 +1,1 @@
+"""The seam (`base`), what all share (`prepare`, `fold`, `placement`, `calibration`, `export`), and each backend."""

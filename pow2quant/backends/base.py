@@ -1,0 +1,74 @@
+"""The seam: what a backend is. Everything above this file knows only this file.
+
+A backend is one callable `(prepared network, example batch, plan) -> Simulation`; see `custom.py` for the short one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from pow2quant.artifact import Artifact, Site, Table
+from pow2quant.config import QuantPlan
+
+Batch = Tensor | tuple[Tensor, ...]
+"""The inputs of one call of the network: a tensor (N, …), or one per argument."""
+
+Tap = Callable[[Site, Tensor, Tensor], Tensor]
+"""(site, x, fake-quantized x) -> what flows on."""
+
+Rewrite = Callable[[GraphModule, Iterable[Batch]], GraphModule]
+"""A function-preserving change of the prepared float network, before a backend wraps it."""
+
+ALL: frozenset[str] = frozenset({"weight", "input", "output", "bias"})
+
+
+class Simulation(Protocol):
+    """A network that computes as the quantized one will.
+
+    model: fake-quantizing; the user's submodule names; `.weight` and `.bias` are float and trainable.
+    sites: every tensor that is quantized, in order of computation.
+    """
+
+    model: nn.Module
+    sites: Sequence[Site]
+
+    def calibrate(self, batches: Iterable[Batch], roles: Collection[str] = ALL) -> Table:
+        """Chooses the encodings of the sites with these roles; the other roles stay bit-identical.
+
+        Weights need no data. Activations are observed unquantized, behind float weights when those are chosen too,
+        otherwise behind quantized ones. Returns `encodings()`.
+        Raises DataError for an empty iterable or NaN, EncodingError when a bias cannot be represented.
+        """
+        ...
+
+    def encodings(self) -> Table:
+        """The encodings by site name; sites that have none yet are absent."""
+        ...
+
+    def load(self, table: Table) -> None:
+        """Takes over encodings; afterwards `encodings() == table`, bit for bit.
+
+        Raises EncodingError for a site that the network does not have or that would be left without an encoding.
+        """
+        ...
+
+    def intercept(self, tap: Tap) -> AbstractContextManager[None]:
+        """Within the context every site's value is what `tap(site, x, fake_quantized_x)` returns."""
+        ...
+
+    def export(self, example: Batch) -> Artifact:
+        """The float ONNX with on-grid weights and the encodings by ONNX tensor name."""
+        ...
+
+
+Backend = Callable[[GraphModule, Batch, QuantPlan], Simulation]
+
+
+def inputs(batch: Batch) -> tuple[Tensor, ...]:
+    """The positional arguments that a batch stands for."""
+    return batch if isinstance(batch, tuple) else (batch,)

@@ -1,0 +1,127 @@
+"""The `custom` backend: pure PyTorch, lean, the reference for what a backend does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from pow2quant.artifact import Artifact, Site, Table
+from pow2quant.backends.base import ALL, Batch, Tap
+from pow2quant.backends.calibration import calibrate
+from pow2quant.backends.export import to_artifact
+from pow2quant.backends.fake_quant import FakeQuantize
+from pow2quant.backends.placement import Placement, place
+from pow2quant.config import QuantPlan
+from pow2quant.errors import EncodingError
+
+
+class QuantizedLayer(nn.Module):
+    """A weighted module that computes with fake-quantized weight and bias; its own stay float parameters."""
+
+    def __init__(self, layer: nn.Module, weight: FakeQuantize | None, bias: FakeQuantize | None) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.weight_quantizer, self.bias_quantizer = weight, bias
+        object.__setattr__(self, "layer", layer)  # its configuration; the parameters are registered once, above
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self.layer
+        weight: Any
+        bias: Any
+        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        bias = self.bias if self.bias_quantizer is None else self.bias_quantizer(self.bias)
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight, bias)
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+            convolved: Tensor = layer._conv_forward(x, weight, bias)
+            return convolved
+        transposed = F.conv_transpose1d if isinstance(layer, nn.ConvTranspose1d) else F.conv_transpose2d
+        return transposed(
+            x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
+        )
+
+    def extra_repr(self) -> str:
+        return repr(self.layer)
+
+
+class CustomSimulation:
+    """Fake quantization written into the graph; see `backends.base.Simulation` for every member.
+
+    network: prepared, batch norm folded; not changed. example: one batch. plan: what is quantized and how.
+    """
+
+    def __init__(self, network: fx.GraphModule, example: Batch, plan: QuantPlan) -> None:
+        self.placement: Placement = place(network, plan)
+        self.sites: Sequence[Site] = self.placement.sites
+        self._network = network
+        self._quantizers: dict[str, FakeQuantize] = {}
+        model = copy.deepcopy(network)
+        self._wrap_layers(model)
+        self._insert_quantizers(model)
+        self.model: nn.Module = model
+
+    def _wrap_layers(self, model: fx.GraphModule) -> None:
+        for layer in self.placement.layers:
+            weight, bias = (self._quantizer(s, caches=True) if s else None for s in (layer.weight, layer.bias))
+            model.set_submodule(layer.module, QuantizedLayer(model.get_submodule(layer.module), weight, bias))
+
+    def _insert_quantizers(self, model: fx.GraphModule) -> None:
+        graph = model.graph
+        for node in list(graph.nodes):
+            site = self.placement.quantized.get(node.name)
+            if site is None:
+                continue
+            name = f"{node.name}_quantizer"
+            model.add_submodule(name, self._quantizer(site, overwrites=node.op == "call_module"))
+            with graph.inserting_after(node):
+                quantized = graph.call_module(name)
+            node.replace_all_uses_with(quantized)
+            quantized.args = (node,)
+        model.recompile()
+
+    def _quantizer(self, site: Site, **options: bool) -> FakeQuantize:
+        self._quantizers[site.name] = FakeQuantize(site, **options)
+        return self._quantizers[site.name]
+
+    def parameter(self, name: str) -> Tensor:
+        """The float weight or bias of a module, by `<module>.weight` or `<module>.bias`."""
+        return self.model.get_parameter(name)
+
+    def calibrate(self, batches: Iterable[Batch], roles: Collection[str] = ALL) -> Table:
+        """See `Simulation.calibrate`."""
+        return calibrate(self, batches, roles)
+
+    def encodings(self) -> Table:
+        """See `Simulation.encodings`."""
+        return {name: q.encoding for name, q in self._quantizers.items() if q.encoding is not None}
+
+    def load(self, table: Table) -> None:
+        """See `Simulation.load`; sites that the table leaves out have no encoding afterwards."""
+        foreign = sorted(set(table) - set(self._quantizers))
+        if foreign:
+            raise EncodingError(
+                f"{foreign[0]}: the network has no such site ({len(foreign)} of {len(table)} are unknown)"
+            )
+        for name, quantizer in self._quantizers.items():
+            quantizer.encoding = table.get(name)
+
+    @contextmanager
+    def intercept(self, tap: Tap) -> Iterator[None]:
+        """See `Simulation.intercept`. Taps do not nest: the inner one replaces the outer."""
+        before = [q.tap for q in self._quantizers.values()]
+        for quantizer in self._quantizers.values():
+            quantizer.tap = tap
+        try:
+            yield
+        finally:
+            for quantizer, old in zip(self._quantizers.values(), before, strict=True):
+                quantizer.tap = old
+
+    def export(self, example: Batch) -> Artifact:
+        """See `Simulation.export`."""
+        return to_artifact(self._network, self.placement, self.encodings(), self.parameter)

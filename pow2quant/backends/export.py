@@ -1,0 +1,106 @@
+"""From a calibrated simulation to the waist: float ONNX with on-grid weights, and the encodings by ONNX tensor name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+from torch import Tensor, fx
+
+from pow2quant.artifact import Artifact, Table
+from pow2quant.backends.operators import OPSET, Kind, Node, OnnxGraph, operator
+from pow2quant.backends.placement import Placement, tensor_name
+from pow2quant.errors import EncodingError, UnsupportedModelError
+
+IR_VERSION = 10
+"""The first that knows opset 21."""
+
+
+def to_artifact(
+    network: fx.GraphModule, placement: Placement, table: Table, parameter: Callable[[str], Tensor]
+) -> Artifact:
+    """Writes a prepared network as ONNX; site names become ONNX names here, and only here (they are equal).
+
+    parameter: the float tensor of a weight or bias, by `<module>.weight` or `<module>.bias`.
+    Raises EncodingError when a site has no encoding, or a bias is off the lattice s_in * s_w.
+    """
+    _check_complete(placement, table)
+    graph = OnnxGraph()
+    encodings: Table = {}
+    for node in network.graph.nodes:
+        if node.op == "output":
+            continue
+        if node.op == "call_module":
+            _emit(network, node, graph, table, parameter, encodings)
+        site = placement.carried[node.name]
+        if site is not None:
+            encodings[tensor_name(node)] = table[site.name]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            graph.nodes, "pow2quant", _inputs(network), _outputs(network), initializer=graph.initializers
+        ),
+        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="pow2quant",
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return Artifact(model, encodings)
+
+
+def _check_complete(placement: Placement, table: Table) -> None:
+    missing = [s.name for s in placement.sites if s.name not in table]
+    if missing:
+        raise EncodingError(f"{missing[0]}: no encoding yet ({len(missing)} sites have none); calibrate first")
+    for layer in placement.layers:
+        if layer.bias is None or layer.input is None or layer.weight is None:
+            continue
+        lattice = table[layer.input.name].scale * table[layer.weight.name].scale
+        if not (table[layer.bias.name].scale == lattice).all():
+            raise EncodingError(f"{layer.bias.name}: its scale is not s_in * s_w; calibrate the role bias again")
+
+
+def _emit(
+    network: fx.GraphModule,
+    node: fx.Node,
+    graph: OnnxGraph,
+    table: Table,
+    parameter: Callable[[str], Tensor],
+    encodings: Table,
+) -> None:
+    module = network.get_submodule(str(node.target))
+    row = operator(module)
+    assert row is not None
+    parameters: dict[str, str] = {}
+    for kind in ("weight", "bias") if row.kind is Kind.WEIGHTED else ():
+        if getattr(module, kind) is None:
+            continue
+        name = f"{node.target}.{kind}"
+        value = parameter(name).detach().cpu().numpy().astype(np.float32)
+        if name in table:
+            encodings[name] = table[name]
+            value = table[name].fake_quantize(value)
+        parameters[kind] = graph.constant(name, value)
+    sources = [a for a in node.args if isinstance(a, fx.Node)]
+    inputs = tuple(tensor_name(a) for a in sources)
+    shapes = tuple(a.meta["shape"] for a in sources)
+    row.emit(module, Node(str(node.target), inputs, tensor_name(node), shapes, parameters), graph)
+
+
+def _value_info(node: fx.Node) -> onnx.ValueInfoProto:
+    shape = ["batch" if free else int(d) for d, free in zip(node.meta["shape"], node.meta["free"], strict=True)]
+    return onnx.helper.make_tensor_value_info(tensor_name(node), onnx.TensorProto.FLOAT, shape)
+
+
+def _inputs(network: fx.GraphModule) -> list[onnx.ValueInfoProto]:
+    return [_value_info(n) for n in network.graph.nodes if n.op == "placeholder"]
+
+
+def _outputs(network: fx.GraphModule) -> list[onnx.ValueInfoProto]:
+    (end,) = [n for n in network.graph.nodes if n.op == "output"]
+    results = end.args[0] if isinstance(end.args[0], (tuple, list)) else [end.args[0]]
+    if any(n.op == "placeholder" for n in results) or len(set(results)) != len(results):
+        raise UnsupportedModelError(
+            "the network returns one of its inputs, or one result twice; return computed tensors"
+        )
+    return [_value_info(n) for n in results]

@@ -1,0 +1,115 @@
+"""Fake quantization in torch: lean, in place where nobody looks, bit-identical to `Encoding.fake_quantize`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pow2quant.artifact import Site
+from pow2quant.backends.base import Tap
+from pow2quant.pow2_constraints import Encoding
+
+Bound = float | Tensor
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounds and saturates; the gradient passes where nothing was saturated (Bengio et al., 2013)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, constants: _Constants) -> Tensor:
+        codes = constants.codes(x)
+        inside = (codes >= constants.low) & (codes <= constants.high)
+        ctx.save_for_backward(inside)
+        return constants.finish(codes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None
+
+
+class _Constants:
+    """An encoding's numbers as tensors on one device, shaped for broadcasting.
+
+    scale, inverse: () or (C, 1, …); low, high: the grid's ends less the zero point.
+    """
+
+    def __init__(self, encoding: Encoding, ndim: int, device: torch.device) -> None:
+        def tensor(values: np.ndarray[Any, Any]) -> Tensor:
+            return torch.from_numpy(np.array(encoding.along(values, ndim), np.float32)).to(device)
+
+        def bound(values: np.ndarray[Any, Any]) -> Bound:
+            return float(values) if values.ndim == 0 else tensor(values)
+
+        self.device, self.ndim = device, ndim
+        self.scale = tensor(encoding.scale)
+        self.inverse = tensor(1 / encoding.scale) if encoding.is_power_of_two else None
+        self.low = bound(encoding.grid.qmin - encoding.zero_point)
+        self.high = bound(encoding.grid.qmax - encoding.zero_point)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Rounded x / scale, a new tensor (times 2^-k where the scale is 2^k: the same bits, faster)."""
+        return (x * self.inverse if self.inverse is not None else x / self.scale).round_()
+
+    def finish(self, codes: Tensor) -> Tensor:
+        """Saturates and rescales in place."""
+        return codes.clamp_(self.low, self.high).mul_(self.scale)  # type: ignore[arg-type]
+
+    def overwrite(self, x: Tensor) -> Tensor:
+        """The same, written over x."""
+        (x.mul_(self.inverse) if self.inverse is not None else x.div_(self.scale)).round_()
+        return self.finish(x)
+
+
+class FakeQuantize(nn.Module):
+    """The quantizer of one site. Without an encoding, or with `encoding = None`, values pass unchanged.
+
+    site: what it quantizes. overwrites: the incoming tensor is a fresh result that nobody else reads, so that inference
+    may quantize it in place. caches: it is a parameter, whose quantized value is kept for inference until the parameter
+    is written (PyTorch counts the writes; those through `.data` it does not see) or the encoding changes.
+    """
+
+    def __init__(self, site: Site, *, overwrites: bool = False, caches: bool = False) -> None:
+        super().__init__()
+        self.site, self.overwrites, self.caches = site, overwrites, caches
+        self._kept: tuple[Any, Tensor] | None = None
+        self.tap: Tap | None = None
+        self._encoding: Encoding | None = None
+        self._constants: _Constants | None = None
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """The current encoding."""
+        return self._encoding
+
+    @encoding.setter
+    def encoding(self, encoding: Encoding | None) -> None:
+        self._encoding, self._constants, self._kept = encoding, None, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._encoding is None:
+            return x if self.tap is None else self.tap(self.site, x, x)
+        constants = self._constants
+        if constants is None or constants.device != x.device or constants.ndim != x.ndim:
+            constants = self._constants = _Constants(self._encoding, x.ndim, x.device)
+        if torch.is_grad_enabled() and x.requires_grad:
+            quantized: Tensor = _StraightThrough.apply(x, constants)
+        elif self.caches:
+            quantized = self._cached(x, constants)
+        elif self.overwrites and self.tap is None and not x.requires_grad:
+            return constants.overwrite(x)
+        else:
+            quantized = constants.finish(constants.codes(x))
+        return quantized if self.tap is None else self.tap(self.site, x, quantized)
+
+    def _cached(self, x: Tensor, constants: _Constants) -> Tensor:
+        key = (x.data_ptr(), x._version, x.shape)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, constants.finish(constants.codes(x)))
+        return self._kept[1]
+
+    def extra_repr(self) -> str:
+        return f"{self.site.name}: {self._encoding}"

@@ -1,0 +1,85 @@
+"""Folding of batch norm: a rewrite of the prepared float network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from pow2quant.backends.base import Batch
+from pow2quant.backends.modules import Reshape
+from pow2quant.backends.prepare import BATCH_NORMS, depthwise
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+
+
+def fold_batch_norm(network: fx.GraphModule, batches: Iterable[Batch] = ()) -> fx.GraphModule:
+    """Folds each batch norm into the convolution or linear layer in front of it, in place, and returns the network.
+
+    One that stands alone, or whose layer has other readers, becomes a per-channel affine operation (a 1x1 depthwise
+    convolution) under its own name. `batches` is not used: the signature is that of every rewrite.
+    """
+    with torch.no_grad():
+        for node in list(network.graph.nodes):
+            if node.op == "call_module" and isinstance(network.get_submodule(node.target), BATCH_NORMS):
+                _fold(network, node)
+    network.graph.lint()
+    network.recompile()
+    return network
+
+
+def _fold(network: fx.GraphModule, node: fx.Node) -> None:
+    norm = network.get_submodule(str(node.target))
+    before = node.args[0]
+    assert isinstance(norm, BATCH_NORMS)
+    assert isinstance(before, fx.Node)
+    layer = network.get_submodule(str(before.target)) if before.op == "call_module" else None
+    fused = _fused(layer, norm) if layer is not None and len(before.users) == 1 else None
+    if fused is not None:
+        network.set_submodule(str(before.target), fused.requires_grad_())  # PyTorch freezes a bias that it adds
+        node.replace_all_uses_with(before)
+        network.graph.erase_node(node)
+        network.delete_submodule(str(node.target))
+        return
+    deviation = torch.sqrt(norm.running_var.double() + norm.eps)  # type: ignore[union-attr]
+    gamma = norm.weight.double() if norm.affine else torch.ones_like(deviation)
+    beta = norm.bias.double() if norm.affine else torch.zeros_like(deviation)
+    weight = gamma / deviation
+    bias = beta - norm.running_mean.double() * weight  # type: ignore[union-attr]
+    rank = len(node.meta["shape"])
+    network.set_submodule(str(node.target), depthwise(weight.float(), bias.float(), max(rank, 3)))
+    if rank == 2:
+        _between_reshapes(network, node)
+
+
+def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
+    if norm.running_mean is None or norm.running_var is None:
+        return None
+    if type(layer) in CONVOLUTIONS or type(layer) in TRANSPOSED:
+        return fuse_conv_bn_eval(layer, norm, transpose=type(layer) in TRANSPOSED)  # type: ignore[type-var,arg-type]
+    if type(layer) is nn.Linear:
+        return fuse_linear_bn_eval(layer, norm)  # type: ignore[arg-type]
+    return None
+
+
+def _between_reshapes(network: fx.GraphModule, node: fx.Node) -> None:
+    """(N, C) -> (N, C, 1) -> depthwise convolution -> (N, C)."""
+    n, channels = node.meta["shape"]
+    for suffix, shape in (("in", (-1, channels, 1)), ("out", (-1, channels))):
+        name = f"{node.target}_{suffix}"
+        network.add_submodule(name, Reshape(shape))
+        if suffix == "in":
+            with network.graph.inserting_before(node):
+                inner = network.graph.call_module(name, (node.args[0],))
+            node.args = (inner,)
+            inner.meta = {"shape": (n, channels, 1), "free": (True, False, False)}
+        else:
+            with network.graph.inserting_after(node):
+                outer = network.graph.call_module(name, ())
+            node.replace_all_uses_with(outer)
+            outer.args = (node,)
+            outer.meta = dict(node.meta)
+    node.meta = dict(node.meta, shape=(n, channels, 1), free=(True, False, False))

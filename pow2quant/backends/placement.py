@@ -1,0 +1,146 @@
+"""Where quantizers stand: one per tensor, the same in every backend (DESIGN rule 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from pow2quant.artifact import Site
+from pow2quant.backends import modules as m
+from pow2quant.backends.operators import Kind, operator, weight_axis
+from pow2quant.config import QuantPlan, TensorSpec
+from pow2quant.errors import ConfigError
+
+FUSES_WITH_CLIP = (m.Add, m.Sub, m.Mul, m.Scale)
+"""Beside the weighted operations: those that share one quantizer with a ReLU behind them."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weighted module, by its name in the prepared network.
+
+    weight, bias: their sites, None where they stay float (or there is no bias). input: the site whose encoding the
+    data have that come in, None for float data. axis: the weight's channel axis, None for one scale per tensor.
+    """
+
+    module: str
+    weight: Site | None
+    bias: Site | None
+    input: Site | None
+    axis: int | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which tensor of a prepared network is quantized by which site.
+
+    sites: all of them, in order of computation. specs: how, by site name. quantized: the node (by name) behind which a
+    site's quantizer stands. carried: for every node the site whose encoding its value has, None for float. leaders: for
+    a site that shares another's encoding (the inputs of a Concat), that other site's name.
+    """
+
+    sites: tuple[Site, ...]
+    specs: dict[str, TensorSpec]
+    quantized: dict[str, Site]
+    carried: dict[str, Site | None]
+    leaders: dict[str, str]
+    layers: tuple[Layer, ...]
+
+    def leader(self, name: str) -> str:
+        """The site whose encoding the site `name` has: itself, unless it is tied to another."""
+        while name in self.leaders:
+            name = self.leaders[name]
+        return name
+
+
+def tensor_name(node: fx.Node) -> str:
+    """A node's tensor in every export: the argument's name, or `<module>.output`."""
+    return str(node.target) if node.op == "placeholder" else f"{node.target}.output"
+
+
+def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
+    """Places the quantizers of a prepared network (without batch norm). Raises ConfigError for an impossible plan."""
+    for role, spec in (("input", plan.input), ("output", plan.output), ("bias", plan.bias)):
+        if spec is not None and spec.per_channel:
+            raise ConfigError(f"quantization.{role}.per_channel: only weights can have one scale per channel")
+    sites: list[Site] = []
+    specs: dict[str, TensorSpec] = {}
+    quantized: dict[str, Site] = {}
+    carried: dict[str, Site | None] = {}
+    layers: list[Layer] = []
+
+    def site(name: str, role: str) -> Site | None:
+        made = Site(name, role)
+        spec = plan.spec(made)
+        if spec is None:
+            return None
+        sites.append(made)
+        specs[name] = spec
+        return made
+
+    for node in network.graph.nodes:
+        if node.op == "output":
+            continue
+        module = network.get_submodule(node.target) if node.op == "call_module" else None
+        kind = _kind(module)
+        if kind is Kind.PASS:
+            carried[node.name] = carried[node.args[0].name]
+            continue
+        if kind is Kind.WEIGHTED:
+            layers.append(_layer(node, module, carried[node.args[0].name], site, specs))
+        own = (
+            None
+            if _fused_into_reader(network, node, kind)
+            else site(tensor_name(node), "input" if module is None else "output")
+        )
+        carried[node.name] = own
+        if own is not None:
+            quantized[node.name] = own
+    return Placement(tuple(sites), specs, quantized, carried, _ties(network, quantized, specs), tuple(layers))
+
+
+def _kind(module: nn.Module | None) -> Kind:
+    row = operator(module) if module is not None else None
+    return row.kind if row is not None else Kind.COMPUTE
+
+
+def _layer(
+    node: fx.Node, module: nn.Module | None, source: Site | None, site: object, specs: dict[str, TensorSpec]
+) -> Layer:
+    assert module is not None
+    assert callable(site)
+    name = str(node.target)
+    weight = site(f"{name}.weight", "weight")
+    has_bias = module.bias is not None and weight is not None and source is not None
+    bias = site(f"{name}.bias", "bias") if has_bias else None
+    axis = weight_axis(module) if weight is not None and specs[weight.name].per_channel else None
+    return Layer(name, weight, bias, source, axis)
+
+
+def _fused_into_reader(network: fx.GraphModule, node: fx.Node, kind: Kind) -> bool:
+    """Whether the node's only reader is a ReLU-like operation, which then holds the quantizer of both."""
+    if node.op != "call_module" or len(node.users) != 1:
+        return False
+    fusable = kind is Kind.WEIGHTED or isinstance(network.get_submodule(str(node.target)), FUSES_WITH_CLIP)
+    reader = next(iter(node.users))
+    return fusable and reader.op == "call_module" and _kind(network.get_submodule(str(reader.target))) is Kind.CLIP
+
+
+def _ties(network: fx.GraphModule, quantized: dict[str, Site], specs: dict[str, TensorSpec]) -> dict[str, str]:
+    """The inputs of a Concat take its encoding, if nothing else reads them: then it is the union of their ranges."""
+    leaders: dict[str, str] = {}
+    for node in network.graph.nodes:
+        if node.op != "call_module" or _kind(network.get_submodule(node.target)) is not Kind.CONCAT:
+            continue
+        target = quantized.get(node.name)
+        for source in node.args:
+            while len(source.users) == 1 and source.op == "call_module" and source.name not in quantized:
+                if _kind(network.get_submodule(source.target)) is not Kind.PASS:
+                    break
+                source = source.args[0]
+            own = quantized.get(source.name)
+            free = len(source.users) == 1 and own is not None and own.role == "output"
+            if free and own is not None and target is not None and specs[own.name] == specs[target.name]:
+                leaders[own.name] = target.name
+    return leaders

@@ -1,0 +1,561 @@
+"""What a run is: plain frozen dataclasses, and strict reading from YAML.
+
+A field's annotation says what its values may be: the type, checked by pydantic, and a `Legal`. Below this file nobody
+knows pydantic or YAML.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, get_args, get_type_hints
+
+import yaml
+
+from pow2quant.errors import ConfigError, Pow2QuantError
+from pow2quant.plugins import names
+from pow2quant.pow2_constraints import CHOOSERS
+
+T = TypeVar("T")
+
+ROLES = ("weight", "input", "output", "bias")
+WIDTHS = {"weight": range(2, 17), "input": range(2, 17), "output": range(2, 17), "bias": range(8, 33)}
+ENCODINGS_VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
+
+
+class Choice(NamedTuple):
+    """Something chosen by name, and its parameters."""
+
+    name: str
+    parameters: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Legal:
+    """In a field's annotation: what its values may be.
+
+    words: for the user. accepts: whether a value of the right type is legal. read, write: for values that are written
+    differently in YAML; `read` raises TypeError, ValueError, KeyError or AttributeError for what it cannot read.
+    """
+
+    words: Callable[[], str]
+    accepts: Callable[[Any], bool] = lambda value: True
+    read: Callable[[Any], Any] | None = None
+    write: Callable[[Any], Any] = lambda value: _plain(value)
+
+
+def _integer(low: int, high: float = math.inf) -> Legal:
+    words = f"an integer from {low} {'up' if high == math.inf else f'to {high}'}"
+    return Legal(lambda: words, lambda v: low <= v <= high)
+
+
+def _finite(words: str, accepts: Callable[[float], bool] = lambda v: True) -> Legal:
+    return Legal(lambda: words, lambda v: math.isfinite(v) and accepts(v))
+
+
+def _one_of(options: Callable[[], Any]) -> Legal:
+    return Legal(lambda: f"one of {', '.join(sorted(options()))}", lambda v: v in options())
+
+
+def _read_choice(value: Any) -> Choice:
+    """`AdamW`, or `{type: AdamW, betas: [0.9, 0.99]}`."""
+    kind, parameters = (value, {}) if isinstance(value, str) else (value["type"], {**value})
+    if not isinstance(kind, str):
+        raise TypeError
+    parameters.pop("type", None)
+    return Choice(kind, parameters)
+
+
+def _write_choice(choice: Choice) -> Any:
+    return {"type": choice.name, **_plain(choice.parameters)} if choice.parameters else choice.name
+
+
+def _read_methods(value: Any) -> tuple[Choice, ...]:
+    """A list of `adaround` and `{adaround: {iterations: 100}}`."""
+    if not isinstance(value, list):
+        raise TypeError
+    methods = []
+    for item in value:
+        ((name, values),) = [(item, {})] if isinstance(item, str) else item.items()
+        methods.append(Choice(name, dict(values or {})))
+    return tuple(methods)
+
+
+def _write_methods(methods: tuple[Choice, ...]) -> Any:
+    return [{name: _plain(parameters)} if parameters else name for name, parameters in methods]
+
+
+_COUNT = _integer(1)
+_TEXT = Legal(lambda: "text", lambda v: bool(v))
+_CHOICE = Legal(
+    lambda: "a name, or {type: NAME, parameter: value, ...}", lambda v: bool(v.name), _read_choice, _write_choice
+)
+_METHODS = Legal(
+    lambda: f"a list of NAME or {{NAME: {{parameter: value}}}}; names: {', '.join(sorted(names('methods')))}",
+    lambda v: all(name in names("methods") for name, _ in v),
+    _read_methods,
+    _write_methods,
+)
+_RATE = _finite("a number above 0", lambda v: v > 0)
+_DECAY = _finite("a number from 0 up", lambda v: v >= 0)
+_MEAN = Legal(lambda: "a list of finite numbers, one per channel", lambda v: len(v) > 0 and all(map(math.isfinite, v)))
+_STD = Legal(
+    lambda: "a list of finite numbers above 0, one per channel",
+    lambda v: len(v) > 0 and all(math.isfinite(s) and s > 0 for s in v),
+)
+_RANGE = _one_of(lambda: CHOOSERS)
+_BACKEND = _one_of(lambda: names("backends"))
+_VERSION = _one_of(lambda: ENCODINGS_VERSIONS)
+_DEVICE = Legal(lambda: "cpu, cuda or cuda:N", lambda v: re.fullmatch(r"cpu|cuda(:\d+)?", v) is not None)
+_SEED = _integer(0, 2**32 - 1)
+_WORKERS = _integer(0)
+_OVERRIDES = Legal(lambda: "{PATTERN: {ROLE: {key: value}}}, with null for a role or a pattern that stays float")
+_BITWIDTH = Legal(lambda: "an integer from 2 to 16 (bias: 8 to 32); null in place of the role's mapping keeps it float")
+_SYMMETRIC = Legal(lambda: "true or false for input and output; true for weight and bias")
+_PER_CHANNEL = Legal(lambda: "true or false for weight; false for the other roles")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How the tensors of one role are quantized.
+
+    bits: `bitwidth` in YAML. symmetric: a signed grid with zero point 0; otherwise unsigned with an even zero point.
+    per_channel: one scale per output channel (weights). power_of_2: scales are 2^k; otherwise free. range: the chooser
+    of the scale, a key of `pow2_constraints.CHOOSERS`. A bias's scale is always s_in * s_w, whatever is said here.
+    """
+
+    bits: Annotated[int, _BITWIDTH]
+    symmetric: Annotated[bool, _SYMMETRIC]
+    per_channel: Annotated[bool, _PER_CHANNEL] = False
+    power_of_2: bool = True
+    range: Annotated[str, _RANGE] = "mse"
+
+
+class _Site(Protocol):
+    """An `artifact.Site`, as far as a plan looks at it."""
+
+    @property
+    def module(self) -> str: ...
+
+    @property
+    def role(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """What is quantized and how; None keeps a role float.
+
+    overrides: (pattern, {role: spec}) or (pattern, None); patterns are shell wildcards for module names, None keeps
+    everything of these modules float.
+    """
+
+    weight: TensorSpec | None
+    input: TensorSpec | None
+    output: TensorSpec | None
+    bias: TensorSpec | None
+    overrides: tuple[tuple[str, Mapping[str, TensorSpec | None] | None], ...] = ()
+
+    @classmethod
+    def default(cls, weight_bits: int = 8, activation_bits: int = 8, per_tensor: bool = False) -> QuantPlan:
+        """Symmetric weights, asymmetric activations, 32-bit biases. Raises ConfigError for an illegal width."""
+        values = {
+            "quantization.weight.bitwidth": weight_bits,
+            "quantization.weight.per_channel": not per_tensor,
+            "quantization.input.bitwidth": activation_bits,
+            "quantization.output.bitwidth": activation_bits,
+        }
+        return plan_of(with_values(RunConfig(), values))
+
+    def spec(self, site: _Site) -> TensorSpec | None:
+        """How a site is quantized: as the last override says that matches its module and speaks of its role."""
+        for pattern, changes in reversed(self.overrides):
+            if fnmatchcase(site.module, pattern) and (changes is None or site.role in changes):
+                return None if changes is None else changes[site.role]
+        roles = {"weight": self.weight, "input": self.input, "output": self.output, "bias": self.bias}
+        return roles[site.role]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network. name: `digits-cnn`, `torchvision:resnet18` or `file.py:factory`; weights: a state dict's file."""
+
+    name: Annotated[str, _TEXT] = "digits-cnn"
+    num_classes: Annotated[int | None, _COUNT] = None
+    weights: Annotated[str | None, _TEXT] = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which data. dataset: a known name or `file.py:function`; None: the data set's own default.
+
+    resize: length of the shorter side in pixels; crop: side of the central square; mean, std: per channel, of values
+    in [0, 1]. workers: processes that read image files.
+    """
+
+    dataset: Annotated[str, _TEXT] = "digits"
+    path: Annotated[str | None, _TEXT] = None
+    batch_size: Annotated[int, _COUNT] = 64
+    workers: Annotated[int, _WORKERS] = 0
+    resize: Annotated[int | None, _COUNT] = None
+    crop: Annotated[int | None, _COUNT] = None
+    mean: Annotated[tuple[float, ...] | None, _MEAN] = None
+    std: Annotated[tuple[float, ...] | None, _STD] = None
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What is quantized and how, as written; `plan_of` resolves it.
+
+    overrides: by module pattern, then role, then key: only what differs from the role's own specification.
+    """
+
+    weight: TensorSpec | None = TensorSpec(8, symmetric=True, per_channel=True)
+    input: TensorSpec | None = TensorSpec(8, symmetric=False)
+    output: TensorSpec | None = TensorSpec(8, symmetric=False)
+    bias: TensorSpec | None = TensorSpec(32, symmetric=True)
+    overrides: Annotated[Mapping[str, Mapping[str, Mapping[str, Any] | None] | None], _OVERRIDES] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True)
+class PtqConfig:
+    """Post-training quantization: at most so many batches (None: all), and the methods in order."""
+
+    calibration_batches: Annotated[int | None, _COUNT] = 50
+    max_eval_batches: Annotated[int | None, _COUNT] = None
+    methods: Annotated[tuple[Choice, ...], _METHODS] = ()
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Quantization-aware training. criterion, optimizer, scheduler: a name that torch knows or `file.py:thing`."""
+
+    epochs: Annotated[int, _COUNT] = 20
+    learning_rate: Annotated[float, _RATE] = 1e-4
+    weight_decay: Annotated[float, _DECAY] = 0.01
+    batch_size: Annotated[int, _COUNT] = 64
+    criterion: Annotated[Choice, _CHOICE] = field(default=Choice("CrossEntropyLoss"))
+    optimizer: Annotated[Choice, _CHOICE] = field(default=Choice("AdamW"))
+    scheduler: Annotated[Choice | None, _CHOICE] = field(default=Choice("CosineAnnealingLR"))
+    final_ptq: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. `RunConfig()` is the embedded default: digits, 8-bit weights and activations, 32-bit biases."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    ptq: PtqConfig = PtqConfig()
+    training: TrainingConfig = TrainingConfig()
+    backend: Annotated[str, _BACKEND] = "custom"
+    seed: Annotated[int, _SEED] = 0
+    device: Annotated[str, _DEVICE] = "cpu"
+    encodings_version: Annotated[str, _VERSION] = "1.0.0"
+
+
+def load(path: str | os.PathLike[str]) -> RunConfig:
+    """Reads a YAML file; missing keys take their defaults.
+
+    Raises ConfigError: one line with the file, the key's path and what is legal there.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    return from_mapping(_parse(text, str(path)), source=str(path))
+
+
+def from_mapping(mapping: Mapping[str, Any], source: str = "configuration") -> RunConfig:
+    """Checks what was read from `source`; missing keys take their defaults. Raises ConfigError as `load` does."""
+    try:
+        return _laid_over(RunConfig(), mapping)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """Lays values over a configuration, in order: `with_values(config, {"quantization.weight.bitwidth": 4})`.
+
+    Raises ConfigError, naming the key, where a file with these values would.
+    """
+    for path, value in values.items():
+        for key in reversed(path.split(".")):
+            value = {key: value}
+        config = _laid_over(config, value)
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """The YAML from which `load` makes an equal configuration, with every key."""
+    return str(yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
+
+
+def plan_of(config: RunConfig) -> QuantPlan:
+    """The plan that a configuration asks for. Raises ConfigError for a specification that its role cannot have."""
+    roles: dict[str, TensorSpec | None] = {role: getattr(config.quantization, role) for role in ROLES}
+    for role, spec in roles.items():
+        _check_role(role, spec, f"quantization.{role}")
+    overrides = tuple(
+        (pattern, None if changes is None else _override(roles, changes, f"quantization.overrides.{pattern}"))
+        for pattern, changes in config.quantization.overrides.items()
+    )
+    return QuantPlan(**roles, overrides=overrides)
+
+
+def parameters(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Makes a dataclass, such as a method, from its YAML.
+
+    `parameters(AdaRound, {"iterations": 100}, "ptq.methods.adaround")`. Raises ConfigError that names the key.
+    """
+    made: T = _build(cls, values, where)
+    return made
+
+
+def is_in_file(name: str) -> bool:
+    """Whether a name is written as `path/to/file.py:thing`."""
+    return name.endswith(".py") or ".py:" in name
+
+
+def from_file(name: str, error: type[Pow2QuantError] = ConfigError) -> Any:
+    """The object that `path/to/file.py:thing` stands for. The file may import its neighbours.
+
+    Raises `error`, naming the file, when it is not there or fails, or has no such thing (then with what it has).
+    """
+    file, _, thing = name.rpartition(":")
+    path = Path(file).resolve()
+    if not file.endswith(".py") or not thing:
+        raise error(f"{name}: expected path/to/file.py:NAME")
+    if not path.is_file():
+        raise error(f"{file}: no such file")
+    module = _module(path, error)
+    if not hasattr(module, thing):
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        raise error(f"{file}: has no {thing!r}; it has {', '.join(key for key in own if key[0] != '_') or 'nothing'}")
+    return getattr(module, thing)
+
+
+@contextmanager
+def users_code(name: str, error: type[Pow2QuantError]) -> Iterator[None]:
+    """Around calls into `file.py:thing`: neighbours of the file can be imported, and what it raises becomes `error`."""
+    path = Path(name.partition(".py:")[0] + ".py" if ".py:" in name else name).resolve()
+    before = list(sys.path)
+    sys.path.insert(0, str(path.parent))
+    try:
+        yield
+    except Pow2QuantError:
+        raise
+    except (Exception, SystemExit) as raised:
+        frames = [f.lineno for f in traceback.extract_tb(raised.__traceback__) if f.filename == str(path)]
+        line = raised.lineno if isinstance(raised, SyntaxError) else frames[-1] if frames else None
+        place = f"{path}, line {line}" if line else str(path)
+        raise error(f"{place}: {type(raised).__name__}: {_line(str(raised))}") from raised
+    finally:
+        sys.path[:] = before
+
+
+def _module(path: Path, error: type[Pow2QuantError]) -> ModuleType:
+    """The module in a file, executed once for each version of the file."""
+    version = f"{path}:{path.stat().st_mtime_ns}"
+    name = f"pow2quant_file_{sha256(version.encode()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        module = sys.modules[name] = ModuleType(name)
+        module.__file__ = str(path)
+        try:
+            with users_code(str(path), error):
+                exec(compile(path.read_bytes(), path, "exec"), vars(module))
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _laid_over(config: RunConfig, mapping: Mapping[str, Any]) -> RunConfig:
+    result: RunConfig = _build(config, mapping, "")
+    plan_of(result)
+    return result
+
+
+def _override(
+    roles: Mapping[str, TensorSpec | None], changes: Mapping[str, Mapping[str, Any] | None], path: str
+) -> dict[str, TensorSpec | None]:
+    specs: dict[str, TensorSpec | None] = {}
+    for role, keys in changes.items():
+        where = f"{path}.{role}"
+        if role not in ROLES:
+            raise _unknown(where, role, ROLES)
+        base = roles[role] or _default(QuantizationConfig, role)
+        specs[role] = None if keys is None else _build(base, keys, where)
+        _check_role(role, specs[role], where)
+    return specs
+
+
+def _check_role(role: str, spec: TensorSpec | None, path: str) -> None:
+    if spec is None:
+        return
+    widths = WIDTHS[role]
+    if spec.bits not in widths:
+        words = f"an integer from {widths.start} to {widths.stop - 1}; to keep it float, {path}: null"
+        raise _illegal(f"{path}.bitwidth", spec.bits, words)
+    if not spec.symmetric and role in ("weight", "bias"):
+        raise _illegal(f"{path}.symmetric", spec.symmetric, f"true ({role}: signed with zero point 0)")
+    if spec.per_channel and role != "weight":
+        raise _illegal(f"{path}.per_channel", spec.per_channel, "false (only weights have a scale per channel)")
+
+
+def _build(default: Any, mapping: Any, path: str) -> Any:
+    """Lays a mapping over a dataclass's instance, or makes one of a class; everything is checked on the way."""
+    cls = default if isinstance(default, type) else type(default)
+    known = _keys(cls)
+    if not isinstance(mapping, Mapping):
+        raise _illegal(path or "top level", mapping, f"a mapping with keys of {', '.join(known)}")
+    values = {}
+    for key, value in mapping.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            raise _unknown(where, str(key), known)
+        name, hint = known[key]
+        current = _default(cls, name) if default is cls or getattr(default, name) is None else getattr(default, name)
+        values[name] = _value(hint, current, value, where)
+    if default is not cls:
+        return replace(default, **values)
+    for key, (name, _) in known.items():
+        if name not in values and _default(cls, name) is MISSING:
+            raise ConfigError(f"{path}.{key}: missing")
+    return cls(**values)
+
+
+def _value(hint: Any, current: Any, value: Any, path: str) -> Any:
+    """One value of a mapping. Parts are laid over their `current` value."""
+    legal, nullable = _legal(hint)
+    if value is None and nullable:
+        return None
+    if is_dataclass(current):
+        return _build(current, value, path)
+    try:
+        plain = json.dumps(value, default=os.fspath)
+        result = legal.read(json.loads(plain)) if legal.read else _adapter(hint).validate_json(plain, strict=True)
+    except (TypeError, ValueError, KeyError, AttributeError):  # pydantic's ValidationError is a ValueError
+        result = None
+    if result is None or not legal.accepts(result):
+        raise _illegal(path, value, legal.words() + (", or null" if nullable else ""))
+    return result
+
+
+@cache
+def _keys(cls: type) -> dict[str, tuple[str, Any]]:
+    """YAML key -> (field, annotation)."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {"bitwidth" if f.name == "bits" else f.name: (f.name, hints[f.name]) for f in fields(cls) if f.init}
+
+
+def _default(cls: Any, name: str) -> Any:
+    """A field's default, or MISSING."""
+    (found,) = (f for f in fields(cls) if f.name == name)
+    return found.default if found.default_factory is MISSING else found.default_factory()
+
+
+def _legal(hint: Any) -> tuple[Legal, bool]:
+    """What an annotation allows, and whether it allows null."""
+    inner, *metadata = get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+    plain = Legal(lambda: words.get(inner, str(inner)))
+    return next((m for m in metadata if isinstance(m, Legal)), plain), type(None) in get_args(inner)
+
+
+@cache
+def _adapter(hint: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(hint)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, tuples and mappings -> what YAML writes."""
+    if is_dataclass(value):
+        keys = _keys(type(value)).items()  # type: ignore[arg-type]
+        return {key: _written(hint, getattr(value, name)) for key, (name, hint) in keys}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _written(hint: Any, value: Any) -> Any:
+    return None if value is None else _legal(hint)[0].write(value)
+
+
+def _illegal(path: str, value: Any, words: str) -> ConfigError:
+    text = json.dumps(value) if isinstance(value, bool | int | float | str | None) else _line(repr(value))
+    return ConfigError(f"{_line(path)}: {text if len(text) <= 60 else text[:57] + '...'} is not legal; legal: {words}")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _unknown(path: str, key: str, known: Iterable[str]) -> ConfigError:
+    nearest = [f", did you mean {match}?" for match in get_close_matches(key, known, n=1, cutoff=0.5)]
+    return ConfigError(f"{_line(path)}: unknown key{''.join(nearest)}; known: {', '.join(known)}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, in which 1e-4 is a number too."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Its counterpart: the text "1e-4" is quoted."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+
+
+def _parse(text: str, source: str) -> Any:
+    """YAML -> plain values; an empty file is an empty mapping."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        _reject_duplicates(node, "")
+        return {} if node is None else loader.construct_document(node)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{source}: not YAML: {place}{error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
+
+
+def _reject_duplicates(node: yaml.Node | None, path: str) -> None:
+    """Raises ConfigError for a key that a mapping has twice (YAML would silently keep the last)."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _reject_duplicates(item, path)
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            where = f"{path}.{key.value}".lstrip(".")
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ConfigError(f"{_line(where)}: given twice (line {key.start_mark.line + 1})")
+            seen.add(str(key.value))
+            _reject_duplicates(value, where)

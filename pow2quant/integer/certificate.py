@@ -1,0 +1,154 @@
+"""What can be proved about a quantized network without running it: how large every accumulator gets.
+
+With power-of-two scales every value of a layer's sum is an integer in units of s_in * s_w, and float32 holds integers
+up to 2^24 exactly. `certify` follows these integers through the graph. A layer is *proved* when no partial sum, in
+any order of summation and with the bias first or last, can leave [-2^24, 2^24]: then float32 (with or without fused
+multiply-add) and int32 give the same sum, scaling it to the output's units is exact, and what is left is one
+rounding, half to even. Where all computing nodes are proved, all executors that compute sums of products give equal
+bits. Outside the proof: Winograd and FFT convolutions, which compute other sums, TF32 and bfloat16.
+
+Averages. A mean of n codes is S / n with an exact sum S. Executors divide by n or multiply by float32(1 / n), and may
+add the zero point before they round. With t = S * 2^(k_in - k_out) / n, the quotient in units of the output's scale:
+
+- a t that is no tie lies at least 1 / (2 n 2^D) from one, D = max(0, k_out - k_in), because 2 n 2^D t is an integer.
+  Three float32 roundings move it by less than |t| * 2^-22, so it stays on its side while n 2^D |t| <= 2^21, and |t|
+  need only be followed up to where the grid saturates;
+- a t that is a tie is a half-integer, exact in float32, so a division hits it. The product with the rounded reciprocal
+  may miss it (7 values on 8 bits with k_out = k_in + 1: onnxruntime's QLinearGlobalAveragePool misses 39 ties). A
+  grid has few ties, so each is tried; scaling by powers of two commutes with rounding, so one trial serves everyone.
+
+Rounding after the zero point was added breaks ties the other way when the zero point is odd. The fused Add, Mul and
+AveragePool of onnxruntime 1.31 do so (measured; its convolution, concatenation, global average and matrix product do
+not), hence an odd zero point behind these operations is not proved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pow2quant.integer.lattice import NotProvedError
+from pow2quant.integer.proof import WEIGHTED, Tensors, judge
+
+if TYPE_CHECKING:
+    import onnx
+
+    from pow2quant.artifact import Artifact
+    from pow2quant.integer.lattice import Lattice
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class LayerBound:
+    """What is known of one computing node.
+
+    accumulator_max: the largest magnitude that any partial sum can reach, in units of s_in * s_w, over all channels;
+        at most sum(|w_q|) * max|x_q - z| + |b_q|, and less where the input's grid is not symmetric. None: unknown.
+        Hardware that sums q_x instead of q_x - z, with z folded into the bias, has other partial sums.
+    bits: the width of a signed accumulator that holds it. per_channel: accumulator_max of every output channel.
+    proved: every executor's result is the same. int32_safe: no partial sum leaves int32.
+    shift: k_out - (k_in + k_w), the right shift to the output's codes: an int, or a tuple with one per channel where
+        they differ; None without an output encoding. reason: why it is not proved, or "".
+    """
+
+    node: str
+    op: str
+    tensor: str
+    accumulator_max: int | None
+    bits: int | None
+    per_channel: tuple[int, ...]
+    proved: bool
+    int32_safe: bool
+    shift: int | tuple[int, ...] | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is proved of a network: one `LayerBound` per computing node, in the order of computation.
+
+    Nodes that only move or compare values (MaxPool, Flatten, Concat, Relu, Pad, …) are exact by nature and not listed.
+    """
+
+    layers: tuple[LayerBound, ...]
+
+    @property
+    def proved(self) -> bool:
+        """Whether every computing node is proved: all executors must agree to the last bit."""
+        return all(layer.proved for layer in self.layers)
+
+    @property
+    def unproved(self) -> tuple[str, ...]:
+        """The names of the nodes that are not proved."""
+        return tuple(layer.node for layer in self.layers if not layer.proved)
+
+    @property
+    def sentence(self) -> str:
+        """The certificate in one line; layers are the nodes with a weight."""
+        layers = [layer for layer in self.layers if layer.op in WEIGHTED]
+        others = [layer for layer in self.layers if layer.op not in WEIGHTED]
+        parts = [f"{sum(b.proved for b in layers)} of {len(layers)} layers proved exact in float32"]
+        if others:
+            parts[0] += f", {sum(b.proved for b in others)} of {len(others)} other operations"
+        if known := [layer for layer in layers if layer.accumulator_max is not None]:
+            largest = max(known, key=lambda b: b.accumulator_max or 0)
+            parts.append(f"largest accumulator {largest.bits} bits ({largest.node})")
+        if layers:
+            unsafe = [layer.node for layer in layers if not layer.int32_safe]
+            parts.append(f"int32 may overflow in {_enumerate(unsafe)}" if unsafe else "int32 cannot overflow")
+        return "; ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """The certificate in JSON's types: `proved`, `sentence`, and per node everything but `per_channel`."""
+        keys = ("node", "op", "tensor", "accumulator_max", "bits", "proved", "int32_safe", "shift", "reason")
+        layers = [{key: getattr(layer, key) for key in keys} for layer in self.layers]
+        return {"proved": self.proved, "sentence": self.sentence, "layers": layers}
+
+
+def certify(artifact: Artifact) -> Certificate:
+    """Bounds every accumulator of a network and says which nodes are proved."""
+    tensors = Tensors(artifact)
+    bounds = (_follow(tensors, node) for node in artifact.model.graph.node)
+    return Certificate(tuple(bound for bound in bounds if bound is not None))
+
+
+def _follow(tensors: Tensors, node: onnx.NodeProto) -> LayerBound | None:
+    """Judges a node and notes where its results lie. None for nodes that only move values."""
+    accumulator: Lattice | None
+    result: Lattice | None
+    try:
+        accumulator, result = judge(tensors, node)
+        reason = ""
+    except NotProvedError as error:
+        accumulator, result, reason = error.accumulator, None, str(error)
+    tensors.float_results.update(dict.fromkeys(node.output, result))
+    if accumulator is None and not reason:
+        return None
+    magnitudes = () if accumulator is None else tuple(int(m) for m in accumulator.magnitude.ravel())
+    largest = max(magnitudes, default=None)
+    return LayerBound(
+        node=node.name or node.output[0],
+        op=node.op_type,
+        tensor=node.output[0],
+        accumulator_max=largest,
+        bits=None if largest is None else largest.bit_length() + 1,
+        per_channel=magnitudes,
+        proved=not reason,
+        int32_safe=largest is not None and largest <= INT32_MAX,
+        shift=_shift(tensors, node, accumulator),
+        reason=reason,
+    )
+
+
+def _shift(tensors: Tensors, node: onnx.NodeProto, accumulator: Lattice | None) -> int | tuple[int, ...] | None:
+    target = tensors.target(node.output[0])
+    if accumulator is None or target is None or target.scale.ndim or not target.is_power_of_two:
+        return None
+    shifts = tuple(int(k) for k in (target.exponent - accumulator.exponent).ravel())
+    return shifts[0] if len(set(shifts)) == 1 else shifts
+
+
+def _enumerate(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,0 +1,514 @@
+"""From a configuration to a run's folder: calibrate, snap, export, validate from the files, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+from pow2quant import config as configuration
+from pow2quant import datasets, models, run_folder
+from pow2quant.adapters import aimet_encodings, onnx_qdq
+from pow2quant.artifact import Agreement, Artifact, Site, Table
+from pow2quant.backends.base import Batch, Simulation
+from pow2quant.backends.fold import fold_batch_norm
+from pow2quant.backends.prepare import prepare
+from pow2quant.config import RunConfig
+from pow2quant.errors import DataError, FileFormatError
+from pow2quant.integer.certificate import Certificate, certify
+from pow2quant.plugins import resolve
+from pow2quant.pow2_constraints import Encoding
+from pow2quant.report.html import render
+from pow2quant.validate import ort
+from pow2quant.validate.agreement import Executor, compare
+
+T = TypeVar("T")
+Arrays = Sequence[NDArray[np.float32]]
+
+RANDOM_SAMPLES = 64
+"""How many random inputs a bare ONNX file is validated on."""
+
+
+class Progress(Protocol):
+    """Where a long run says how far it is."""
+
+    def track(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+        """Passes items on while showing a bar."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Shows one line."""
+        ...
+
+
+class _Silent:
+    def track(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+        yield from items
+
+    def note(self, text: str) -> None:
+        pass
+
+
+SILENT: Progress = _Silent()
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, what report.json holds, and whether every executor agreed."""
+
+    folder: Path
+    report: dict[str, Any]
+    agreements: tuple[Agreement, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether not a single element differs."""
+        return all(a.agrees for a in self.agreements)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What validating a run's folder or a file found.
+
+    free_scales: (tensor, scale) of the tensors whose scales are no powers of two. certificate: what is proved.
+    """
+
+    agreements: tuple[Agreement, ...]
+    free_scales: list[tuple[str, float]]
+    certificate: Certificate
+
+    @property
+    def agrees(self) -> bool:
+        """Whether not a single element differs."""
+        return all(a.agrees for a in self.agreements)
+
+    @property
+    def certificate_sentence(self) -> str:
+        """The certificate in one line."""
+        return self.certificate.sentence
+
+
+def ptq(config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Result:
+    """Post-training quantization from a configuration to a run's folder.
+
+    Raises Pow2QuantError for everything that a user can mend; then `output` is as it was before.
+    """
+    started = time.monotonic()
+    with run_folder.staged(output, overwrite) as folder:
+        job = _Job.start(config, progress)
+        sim = job.simulate()
+        sim.calibrate(progress.track(job.calibration(), "calibrating", job.calibration_batches))
+        for name, values in config.ptq.methods:
+            progress.note(f"method {name}")
+            method = configuration.parameters(resolve("methods", name), values, f"ptq.methods.{name}")
+            method.apply(sim, job.calibration())
+        report, agreements = _finish(job, sim, folder, ["calibrate", *(m.name for m in config.ptq.methods), "export"])
+        report["ptq_accuracy"] = report["final_accuracy"]
+        report["duration_seconds"] = round(time.monotonic() - started, 2)
+        _write_report(folder, report)
+    return Result(output, report, tuple(agreements))
+
+
+def validate(
+    source: Path,
+    *,
+    encodings: Path | None = None,
+    max_batches: int | None = None,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Validation:
+    """Runs every executor of a run's folder on its test data, or those of an ONNX file on random inputs.
+
+    source: a run's folder, or a QDQ ONNX file (or a float one, with `encodings`).
+    """
+    if source.is_dir():
+        return _validate_run(source, max_batches, progress)
+    if not source.is_file():
+        raise FileFormatError(f"{source}: no such file or folder")
+    model = onnx_qdq.load(source)
+    if encodings is not None:
+        table = aimet_encodings.load(encodings, aimet_encodings.channel_axes(model))
+        model = onnx_qdq.to_qdq(aimet_encodings.apply(model, table))
+    artifact = onnx_qdq.from_qdq(model)
+    certificate = certify(artifact)
+    samples = max_batches * ort.BATCH if max_batches else RANDOM_SAMPLES
+    batches = list(ort.random_batches(model, samples, seed))
+    found = compare(
+        ort.plain(model),
+        [ort.optimized(model)],
+        progress.track(batches, "comparing", len(batches)),
+        artifact,
+        proof=certificate,
+    )
+    return Validation(tuple(found), ort.inspect(model), certificate)
+
+
+def export(source: Path, form: str, output: Path | None = None) -> list[Path]:
+    """Writes a finished run in a further format, into `output` or `<run>/export/<form>`. Returns what was written."""
+    exporter: Callable[[Artifact, Path], Path] = resolve("exporters", form)
+    if not (source / run_folder.QDQ).is_file():
+        raise FileFormatError(f"{source}: holds no {run_folder.QDQ}; give the folder of a finished run")
+    artifact = onnx_qdq.from_qdq(onnx_qdq.load(source / run_folder.QDQ))
+    return [exporter(artifact, output or source / "export" / form)]
+
+
+@dataclass
+class _Job:
+    """What a configuration stands for: a float network, its preparation, and data."""
+
+    config: RunConfig
+    data: datasets.Data
+    model: nn.Module
+    network: fx.GraphModule
+    example: Batch
+    progress: Progress
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def start(cls, config: RunConfig, progress: Progress) -> _Job:
+        """Loads data and network, trains the embedded default, prepares. The configuration is resolved on the way."""
+        _be_exact(config.seed)
+        config = replace(config, data=datasets.resolved(config.data))
+        data = datasets.load(config.data)
+        model = models.build(config.model.name, num_classes=config.model.num_classes, weights=config.model.weights)
+        if config.model.name == "digits-cnn" and config.model.weights is None:
+            progress.note("training the embedded digits network (a few seconds)")
+            models.train_digits(model, data, seed=config.seed)
+        example = next((images[:1] for images, _ in data.calibration), None)
+        if example is None:
+            raise DataError("the calibration data are empty")
+        network = fold_batch_norm(prepare(model, example))
+        return cls(config, data, model.eval(), network, example, progress, torch.device(config.device))
+
+    def simulate(self) -> Simulation:
+        """The backend's simulation of the prepared network, on the device."""
+        backend = resolve("backends", self.config.backend)
+        sim: Simulation = backend(self.network, self.example, configuration.plan_of(self.config))
+        sim.model.to(self.device)
+        self.model.to(self.device)
+        return sim
+
+    @property
+    def calibration_batches(self) -> int:
+        """How many batches calibration takes."""
+        return min(len(self.data.calibration), self.config.ptq.calibration_batches or len(self.data.calibration))
+
+    def calibration(self) -> Iterator[Tensor]:
+        """The calibration images, batch by batch."""
+        return (images for images, _ in islice(self.data.calibration, self.config.ptq.calibration_batches))
+
+    def test(self, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Test images and labels, batch by batch."""
+        total = min(len(self.data.test), limit or len(self.data.test))
+        return self.progress.track(islice(self.data.test, total), "evaluating all executors", total)
+
+
+def _be_exact(seed: int) -> None:
+    """Deterministic, and no reduced precision: validation compares bits."""
+    torch.manual_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def _finish(job: _Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[dict[str, Any], list[Agreement]]:
+    """Checks the constraint, writes the files, reads them back and runs every executor on the test data."""
+    table = sim.encodings()
+    _check_constraint(job.config, sim, table)
+    artifact = sim.export(job.example)
+    parameters = {name: p.detach().cpu().numpy() for name, p in sim.model.named_parameters()}
+    run_folder.save_state(folder / run_folder.STATE, parameters, table)
+    _write_models(artifact, folder, job.config.encodings_version)
+    (folder / run_folder.CONFIG).write_text(configuration.dump(job.config), encoding="utf-8")
+    certificate = certify(artifact)
+    scores, agreements = _compare(job, sim, artifact, certificate, folder, job.config.ptq.max_eval_batches)
+    return _report(job, artifact, certificate, scores, agreements, folder, steps), agreements
+
+
+def _check_constraint(config: RunConfig, sim: Simulation, table: Table) -> None:
+    """The claims at the seam: the table survives loading, and every scale is exactly 2^k where that was asked for."""
+    sim.load(table)
+    if sim.encodings() != table:
+        raise AssertionError("the backend does not give back the encodings that it was given")
+    plan = configuration.plan_of(config)
+    for site in sim.sites:
+        spec = plan.spec(site)
+        if spec is not None and spec.power_of_2 and site.role != "bias":
+            table[site.name].exponent  # noqa: B018 (raises NotPowerOfTwoError)
+
+
+def _write_models(artifact: Artifact, folder: Path, version: str) -> None:
+    onnx_qdq.export_qdq(artifact, folder)
+    onnx_qdq.save(artifact.model, folder / run_folder.FLOAT)
+    resolve("exporters", f"aimet-{version}")(artifact, folder)
+
+
+@dataclass
+class _Scores:
+    """Top-1 and top-5 hits by executor, and the power of the quantization noise, while batches stream by."""
+
+    classes: int = 0
+    samples: int = 0
+    hits: dict[str, list[int]] = field(default_factory=dict)
+    signal: float = 0.0
+    noise: float = 0.0
+    labels: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    expected: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+
+    def stream(self, batches: Iterable[tuple[Tensor, Tensor]], network: Callable[[Arrays], Arrays]) -> Iterator[Arrays]:
+        """Yields the images; notes labels and float logits for what runs on them next."""
+        for images, labels in batches:
+            inputs = [images.numpy()]
+            self.labels, self.expected = labels.numpy(), network(inputs)[0]
+            self.classes = self.expected.shape[-1]
+            self.samples += len(self.labels)
+            self._count("float", self.expected)
+            self.signal += float(np.square(self.expected, dtype=np.float64).sum())
+            yield inputs
+
+    def watch(self, executor: Executor, noise: bool = False) -> Executor:
+        """The executor, its hits counted as it runs."""
+
+        def run(batch: Arrays) -> Arrays:
+            outputs = executor.run(batch)
+            self._count(executor.name, outputs[0])
+            if noise:
+                self.noise += float(np.square(outputs[0] - self.expected, dtype=np.float64).sum())
+            return outputs
+
+        return replace(executor, run=run)
+
+    def _count(self, name: str, logits: NDArray[np.float32]) -> None:
+        if logits.ndim != 2 or len(logits) != len(self.labels):
+            return
+        best = np.argsort(-logits, axis=1, kind="stable")[:, :5] == self.labels[:, None]
+        hits = self.hits.setdefault(name, [0, 0])
+        hits[0] += int(best[:, 0].sum())
+        hits[1] += int(best.any(1).sum())
+
+    def accuracy(self, name: str, top: int = 1) -> float | None:
+        """Per cent of samples whose label is among the `top` (1 or 5) largest logits."""
+        hits = self.hits.get(name)
+        return None if hits is None or not self.samples else round(100 * hits[top == 5] / self.samples, 4)
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Logits of the simulation against the float network's, in dB; None where they are equal."""
+        return round(10 * float(np.log10(self.signal / self.noise)), 3) if self.noise and self.signal else None
+
+
+SIMULATION = "simulation"
+
+
+def _compare(
+    job: _Job, sim: Simulation, artifact: Artifact, proof: Certificate, folder: Path, limit: int | None
+) -> tuple[_Scores, list[Agreement]]:
+    """The simulation against onnxruntime on the files in `folder`, on the test data."""
+    scores = _Scores()
+    pair = (folder / run_folder.FLOAT, folder / run_folder.ENCODINGS)
+    executors = [scores.watch(e) for e in resolve("validators", "onnxruntime")(folder / run_folder.QDQ, pair)]
+    batches = scores.stream(job.test(limit), _runner(job.model, job.device))
+    simulation = scores.watch(simulation_executor(sim, job.config.backend, job.device), noise=True)
+    agreements = compare(simulation, executors, batches, artifact, proof=proof)
+    return scores, agreements
+
+
+def _runner(model: nn.Module, device: torch.device) -> Callable[[Arrays], list[NDArray[np.float32]]]:
+    def run(batch: Arrays) -> list[NDArray[np.float32]]:
+        with torch.no_grad():
+            result = model(*(torch.from_numpy(np.asarray(x)).to(device) for x in batch))
+        results = result if isinstance(result, (tuple, list)) else [result]
+        return [r.cpu().numpy() for r in results]
+
+    return run
+
+
+def simulation_executor(sim: Simulation, backend: str, device: torch.device) -> Executor:
+    """The simulation as an executor: numpy in, numpy out."""
+    run = _runner(sim.model, device)
+
+    def tensors(batch: Arrays) -> dict[str, NDArray[np.float32]]:
+        seen: dict[str, NDArray[np.float32]] = {}
+
+        def record(site: Site, x: Tensor, quantized: Tensor) -> Tensor:
+            if site.role in ("input", "output"):
+                seen[site.name] = quantized.detach().cpu().numpy().copy()
+            return quantized
+
+        with sim.intercept(record):
+            run(batch)
+        return seen
+
+    return Executor(f"{backend} {SIMULATION}", run, tensors)
+
+
+def _validate_run(folder: Path, limit: int | None, progress: Progress) -> Validation:
+    """Rebuilds the simulation from config.yaml and model.safetensors and compares it with the files beside them."""
+    config = configuration.load(folder / run_folder.CONFIG)
+    parameters, table = run_folder.load_state(folder / run_folder.STATE)
+    plain = replace(config, model=replace(config.model, weights=None), data=datasets.resolved(config.data))
+    data = datasets.load(plain.data)
+    model = models.build(plain.model.name, num_classes=plain.model.num_classes).eval()
+    example = next(images[:1] for images, _ in data.test)
+    network = fold_batch_norm(prepare(model, example))
+    job = _Job(plain, data, model, network, example, progress, torch.device(plain.device))
+    sim = job.simulate()
+    _load_parameters(sim.model, parameters, folder / run_folder.STATE)
+    sim.load(table)
+    artifact = sim.export(example)
+    certificate = certify(artifact)
+    _, agreements = _compare(job, sim, artifact, certificate, folder, limit or config.ptq.max_eval_batches)
+    return Validation(tuple(agreements), ort.inspect(onnx_qdq.load(folder / run_folder.QDQ)), certificate)
+
+
+def _load_parameters(model: nn.Module, parameters: dict[str, NDArray[Any]], path: Path) -> None:
+    own = dict(model.named_parameters())
+    if set(own) != set(parameters):
+        wrong = sorted(set(own) ^ set(parameters))
+        raise FileFormatError(f"{path}: does not fit the network of config.yaml: {', '.join(wrong[:5])}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(torch.from_numpy(parameters[name]))
+
+
+def _report(
+    job: _Job,
+    artifact: Artifact,
+    certificate: Certificate,
+    scores: _Scores,
+    agreements: list[Agreement],
+    folder: Path,
+    steps: list[str],
+) -> dict[str, Any]:
+    quantization = job.config.quantization
+    simulated, measured = f"{job.config.backend} {SIMULATION}", agreements[1].executor
+    report: dict[str, Any] = {
+        "verdict": verdict(agreements),
+        "quantization_type": "power_of_2" if _is_power_of_two(artifact.encodings.values()) else "free_scale",
+        "backend": job.config.backend,
+        "model": job.config.model.name,
+        "dataset": job.config.data.dataset,
+        "pipeline_steps": steps,
+        "config": {
+            role: spec and {"bitwidth": spec.bits, "symmetric": spec.symmetric, "power_of_2": spec.power_of_2}
+            for role, spec in ((r, getattr(quantization, r)) for r in configuration.ROLES)
+        },
+        "initial_accuracy": scores.accuracy("float"),
+        "ptq_accuracy": None,
+        "final_accuracy": scores.accuracy(simulated),
+        "onnxruntime_accuracy": scores.accuracy(measured),
+    }
+    if scores.classes > 5:
+        names = (("initial", "float"), ("final", simulated), ("onnxruntime", measured))
+        report |= {f"{key}_accuracy_top5": scores.accuracy(name, 5) for key, name in names}
+    initial, final = report["initial_accuracy"], report["final_accuracy"]
+    return report | {
+        "final_sqnr_db": scores.sqnr_db,
+        "total_improvement": None if initial is None or final is None else round(final - initial, 4),
+        "evaluated_samples": scores.samples,
+        "model_size_bytes": {
+            "float": (folder / run_folder.FLOAT).stat().st_size,
+            "quantized": (folder / run_folder.QDQ).stat().st_size,
+        },
+        "validation": [asdict(a) for a in agreements],
+        "certificate": certificate.to_json(),
+        "final_quantization_details": _details(artifact),
+        "environment": _environment(),
+        "duration_seconds": None,
+    }
+
+
+def verdict(agreements: Sequence[Agreement]) -> str:
+    """One sentence over all agreements."""
+    wrong = [a for a in agreements if not a.agrees]
+    if not wrong:
+        claim = agreements[0].claim
+        elements = f"{agreements[0].elements:,} output elements"
+        return f"0 of {elements} differ between the simulation and {len(agreements)} runs of onnxruntime: {claim}"
+    worst = max(wrong, key=lambda a: a.differing)
+    at = f", first at {worst.first_diverging.tensor}" if worst.first_diverging else ""
+    why = f" ({worst.first_diverging.cause})" if worst.first_diverging and worst.first_diverging.cause else ""
+    return (
+        f"DIFFERS: {worst.differing:,} of {worst.elements:,} output elements by up to {worst.max_lsb:g} LSB in "
+        f"{worst.executor}{at}{why}"
+    )
+
+
+def _is_power_of_two(encodings: Iterable[Encoding]) -> bool:
+    return all(e.is_power_of_two for e in encodings)
+
+
+def _details(artifact: Artifact) -> dict[str, Any]:
+    """Every encoding by tensor; a producer's is repeated as `<module>.input` under each consumer."""
+    table = artifact.encodings
+    parameters = {t.name for t in artifact.model.graph.initializer}
+    details = {name: _detail(encoding) for name, encoding in table.items()}
+    for node in artifact.model.graph.node:
+        read = [name for name in node.input if name in table and name not in parameters]
+        for i, name in enumerate(read):
+            details[f"{node.name}.input{f'_{i}' if i else ''}"] = _detail(table[name])
+    return details
+
+
+def _detail(encoding: Encoding) -> dict[str, Any]:
+    def listed(values: NDArray[Any]) -> Any:
+        return values.tolist()
+
+    detail = {
+        "scale": listed(encoding.scale.astype(np.float64)),
+        "zero_point": listed(encoding.zero_point),
+        "bitwidth": encoding.grid.bits,
+        "symmetric": encoding.symmetric,
+        "signed": encoding.grid.signed,
+    }
+    if encoding.is_power_of_two:
+        k = encoding.exponent
+        texts = [(f"2^({e})", "x" if e == 0 else f"x >> {-e}" if e < 0 else f"x << {e}") for e in k.ravel().tolist()]
+        detail["exponent"] = listed(k)
+        detail["power_of_2"] = [t for t, _ in texts] if k.ndim else texts[0][0]
+        detail["hardware_op"] = [t for _, t in texts] if k.ndim else texts[0][1]
+    return detail
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("pow2quant", "torch", "torchvision", "onnx", "onnxruntime", "numpy", "aimet-torch")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _write_report(folder: Path, report: dict[str, Any]) -> None:
+    (folder / run_folder.REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(render(report), encoding="utf-8")

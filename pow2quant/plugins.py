@@ -1,0 +1,56 @@
+"""What can be chosen by name, and where it lives. Adding one is a file and a row, or an entry point of a package.
+
+Entry point groups: `pow2quant.backends`, `pow2quant.methods`, `pow2quant.exporters`, `pow2quant.validators`,
+`pow2quant.models`, `pow2quant.datasets`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from pow2quant.errors import ConfigError
+
+TABLES: dict[str, dict[str, str]] = {
+    "backends": {
+        "custom": "pow2quant.backends.custom:CustomSimulation",
+        "aimet": "pow2quant.backends.aimet:AimetSimulation",
+    },
+    "methods": {},
+    "exporters": {
+        "aimet-0.6.1": "pow2quant.adapters.aimet_encodings:export_0_6_1",
+        "aimet-1.0.0": "pow2quant.adapters.aimet_encodings:export_1_0_0",
+        "aimet-2.0.0": "pow2quant.adapters.aimet_encodings:export_2_0_0",
+        "qdq": "pow2quant.adapters.onnx_qdq:export_qdq",
+    },
+    "validators": {
+        "onnxruntime": "pow2quant.validate.ort:executors",
+    },
+    "models": {
+        "digits-cnn": "pow2quant.models:digits_cnn",
+    },
+    "datasets": {
+        "digits": "pow2quant.datasets:digits",
+        "cifar10": "pow2quant.datasets:cifar10",
+        "mnist": "pow2quant.datasets:mnist",
+        "imagefolder": "pow2quant.datasets:imagefolder",
+    },
+}
+
+
+def names(kind: str) -> dict[str, str]:
+    """Every name of `kind` and where it lives ("module:attribute"): ours, then those of installed packages."""
+    found = dict(TABLES[kind])
+    for point in entry_points(group=f"pow2quant.{kind}"):
+        found.setdefault(point.name, point.value)
+    return found
+
+
+def resolve(kind: str, name: str) -> Any:
+    """The object that `name` stands for. Raises ConfigError, with the known names, when there is none."""
+    known = names(kind)
+    if name not in known:
+        raise ConfigError(f"unknown {kind.rstrip('s')} {name!r}; known are: {', '.join(sorted(known)) or 'none'}")
+    module, _, attribute = known[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,175 @@
+"""Integer grids and encodings: real = scale * (q - zero_point)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pow2quant.errors import EncodingError
+from pow2quant.pow2_constraints.arithmetic import exact_exponent
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+BITS = range(2, 33)
+"""Legal widths of a grid."""
+
+
+@dataclass(frozen=True)
+class IntGrid:
+    """The integers that a quantized tensor may hold.
+
+    bits: the width, 2 to 32; or a tuple with one width per channel (bit allocation).
+    signed: two's complement instead of 0 … 2^bits - 1.
+    narrow: leaves out the most negative value, so that a signed grid is symmetric (-127 … 127).
+    Raises EncodingError for an impossible width.
+    """
+
+    bits: int | tuple[int, ...]
+    signed: bool
+    narrow: bool = False
+
+    def __post_init__(self) -> None:
+        for width in self.bits if isinstance(self.bits, tuple) else (self.bits,):
+            if width not in BITS:
+                raise EncodingError(f"bits: {width} is not a width from {BITS[0]} to {BITS[-1]}")
+        if self.narrow and not self.signed:
+            raise EncodingError("narrow: only a signed grid can be narrow")
+
+    @property
+    def qmin(self) -> NDArray[np.int64]:
+        """The smallest code: () or, with one width per channel, (C,)."""
+        bits = np.asarray(self.bits, np.int64)
+        return (-(np.int64(1) << (bits - 1)) + self.narrow) * np.int64(self.signed)
+
+    @property
+    def qmax(self) -> NDArray[np.int64]:
+        """The largest code: () or (C,)."""
+        bits = np.asarray(self.bits, np.int64)
+        return (np.int64(1) << (bits - np.int64(self.signed))) - 1
+
+    @property
+    def width(self) -> int:
+        """The largest width of all channels, in bits."""
+        return int(np.max(self.bits))
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """How a tensor is quantized: real = scale * (q - zero_point), q on `grid`.
+
+    scale: float32, () or (C,), positive. It is a power of two unless the constraint was switched off.
+    zero_point: int64, the shape of scale, on the grid.
+    axis: the channel axis, or None for one scale per tensor. A weight (64, 3, 7, 7) with axis 0 has scale (64,).
+    Raises EncodingError when shapes, signs or the zero point are impossible.
+    """
+
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.int64]
+    grid: IntGrid
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        scale, zero_point = np.array(self.scale, np.float32), np.asarray(self.zero_point)
+        if scale.ndim != (self.axis is not None):
+            raise EncodingError(f"scale has shape {scale.shape}: expected {'(C,)' if self.axis is not None else '()'}")
+        if isinstance(self.grid.bits, tuple) and scale.shape != (len(self.grid.bits),):
+            raise EncodingError(f"{len(self.grid.bits)} widths for a scale of shape {scale.shape}")
+        if zero_point.shape not in {(), scale.shape}:
+            raise EncodingError(f"zero point has shape {zero_point.shape}: expected {scale.shape}")
+        wrong = ~(np.isfinite(scale) & (scale > 0))
+        if wrong.any():
+            raise EncodingError(f"scale must be positive and finite, got {scale[wrong][0]}")
+        zero_point, low, high = (np.broadcast_to(v, scale.shape) for v in (zero_point, self.grid.qmin, self.grid.qmax))
+        wrong = ~((zero_point >= low) & (zero_point <= high) & (zero_point == np.rint(zero_point)))
+        if wrong.any():
+            ends = f"[{low[wrong][0]}, {high[wrong][0]}]"
+            raise EncodingError(f"zero point {zero_point[wrong][0]} is not an integer of the grid {ends}")
+        zero_point = np.array(zero_point, np.int64)
+        scale.flags.writeable = zero_point.flags.writeable = False
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "zero_point", zero_point)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal to the last bit."""
+        if not isinstance(other, Encoding):
+            return NotImplemented
+        return self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        return (self.scale.shape, self.scale.tobytes(), self.zero_point.tobytes(), self.grid, self.axis)
+
+    @property
+    def exponent(self) -> NDArray[np.int64]:
+        """The k of scale = 2^k: () or (C,). Raises NotPowerOfTwoError when a scale is not exactly 2^k."""
+        return exact_exponent(self.scale)
+
+    @property
+    def is_power_of_two(self) -> bool:
+        """Whether every scale is exactly 2^k."""
+        return bool((np.frexp(self.scale)[0] == 0.5).all())
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero point is zero on a signed grid."""
+        return self.grid.signed and not self.zero_point.any()
+
+    @property
+    def minimum(self) -> NDArray[np.float64]:
+        """The smallest representable real value: () or (C,)."""
+        return self.scale.astype(np.float64) * (self.grid.qmin - self.zero_point)
+
+    @property
+    def maximum(self) -> NDArray[np.float64]:
+        """The largest representable real value: () or (C,)."""
+        return self.scale.astype(np.float64) * (self.grid.qmax - self.zero_point)
+
+    def along(self, values: NDArray[Any], ndim: int) -> NDArray[Any]:
+        """Shapes a per-channel array (C,) for broadcasting with a tensor of `ndim` dimensions: (C, 1, 1, …).
+
+        A scalar stays a scalar.
+        """
+        if self.axis is None or values.ndim == 0:
+            return values
+        shape = [1] * ndim
+        shape[self.axis] = -1
+        return values.reshape(shape)
+
+    def quantize(self, x: ArrayLike) -> NDArray[np.int64]:
+        """x -> codes, rounded half to even and saturated (ONNX QuantizeLinear). Returns int64, the shape of x.
+
+        Raises EncodingError for NaN, infinity, and a tensor without the channels of this encoding.
+        """
+        real = np.asarray(x, np.float32)
+        if not np.isfinite(real).all():
+            raise EncodingError("cannot quantize NaN or infinity")
+        scale, zero_point, low, high = self._beside(real)
+        with np.errstate(over="ignore"):  # the quotient is rounded in float32, as QuantizeLinear does; inf saturates
+            codes = np.rint(real / scale)
+        # float64 holds every 32-bit code
+        return np.asarray(np.clip(codes.astype(np.float64) + zero_point, low, high), np.int64)
+
+    def dequantize(self, q: ArrayLike) -> NDArray[np.float32]:
+        """codes -> scale * (q - zero_point) in float32 (ONNX DequantizeLinear), the shape of q.
+
+        Raises EncodingError for a tensor without the channels of this encoding.
+        """
+        codes = np.asarray(q, np.int64)
+        scale, zero_point, _, _ = self._beside(codes)
+        return np.asarray((codes - zero_point).astype(np.float32) * scale)
+
+    def fake_quantize(self, x: ArrayLike) -> NDArray[np.float32]:
+        """The nearest representable value: `dequantize(quantize(x))`."""
+        return self.dequantize(self.quantize(x))
+
+    def _beside(self, tensor: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+        """Scale, zero point and the grid's ends, shaped for broadcasting with `tensor`."""
+        if self.axis is not None and tensor.shape[self.axis :][:1] != self.scale.shape:
+            raise EncodingError(f"shape {tensor.shape} has no {self.scale.size} channels along axis {self.axis}")
+        values = (self.scale, self.zero_point, self.grid.qmin, self.grid.qmax)
+        return tuple(self.along(v, tensor.ndim) for v in values)

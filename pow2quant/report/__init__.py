@@ -1,0 +1,1 @@
+"""What people read: a run's report as a web page."""

@@ -1,0 +1,224 @@
+"""Runs executors on the same inputs, counts the elements that differ, and finds where they part and why.
+
+Values are compared, not their representation: -0.0 equals 0.0, and NaN differs from everything.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pow2quant.artifact import Agreement, Divergence
+from pow2quant.errors import DataError
+from pow2quant.integer.certificate import certify
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+    from pow2quant.artifact import Artifact
+    from pow2quant.integer.certificate import Certificate
+    from pow2quant.pow2_constraints import Encoding
+
+    Arrays = Sequence[NDArray[np.float32]]
+
+SUSPECTS = 4
+"""So many differing samples are run again to find the first tensor that differs."""
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Something that runs a quantized network.
+
+    run: graph inputs -> graph outputs, real values in float32; the first dimension is the batch.
+    tensors: graph inputs -> the real (dequantized) values of every quantized activation, graph inputs included, by its
+        ONNX name in the float model.
+    """
+
+    name: str
+    run: Callable[[Arrays], Arrays]
+    tensors: Callable[[Arrays], Mapping[str, NDArray[np.float32]]]
+
+
+def compare(
+    reference: Executor,
+    others: Sequence[Executor],
+    batches: Iterable[Arrays],
+    artifact: Artifact,
+    *,
+    proof: Certificate | bool = False,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Agreement]:
+    """Compares every output element of `others` with the reference's, batch by batch.
+
+    batches: graph inputs, each (N, …); only one batch is held. proof: `certify(artifact)`, or whether it proves that
+    all executors agree. on_batch: called after each batch with the number of samples done so far.
+    max_lsb counts in units of the output's scale, for an output without encoding in float32 ulps of the larger value;
+    it is infinite where NaN is involved. top1_agreement is that of the first output's last axis.
+    The reference runs once per batch; where something differs, `SUSPECTS` samples are run again through `tensors`.
+    Raises DataError when there is no batch, or the executors' outputs have different shapes.
+    """
+    outputs = [value.name for value in artifact.model.graph.output]
+    tallies = [_Tally(reference, other, [artifact.encodings.get(name) for name in outputs]) for other in others]
+    samples = 0
+    for batch in batches:
+        expected = reference.run(batch)
+        for tally in tallies:
+            tally.add(batch, expected, tally.other.run(batch))
+        samples += len(batch[0])
+        if on_batch:
+            on_batch(samples)
+    if not samples:
+        raise DataError("no inputs to compare the executors on")
+    return [tally.verdict(artifact, samples, proof) for tally in tallies]
+
+
+@dataclass
+class _Tally:
+    """Running counts of one comparison, and the first samples that differ."""
+
+    reference: Executor
+    other: Executor
+    encodings: list[Encoding | None]
+    elements: int = 0
+    differing: int = 0
+    max_lsb: float = 0.0
+    rows: int = 0
+    same_top1: int = 0
+    suspects: list[list[NDArray[np.float32]]] = field(default_factory=list)
+
+    def add(self, batch: Arrays, expected: Arrays, got: Arrays) -> None:
+        """Counts one batch."""
+        if [x.shape for x in expected] != [x.shape for x in got]:
+            shapes = f"{[x.shape for x in got]} instead of {[x.shape for x in expected]}"
+            raise DataError(f"{self.other.name}: outputs of shape {shapes} from {self.reference.name}")
+        differing = np.zeros(len(batch[0]), bool)
+        for a, b, encoding in zip(expected, got, self.encodings, strict=True):
+            wrong = a != b
+            self.elements += wrong.size
+            self.differing += int(wrong.sum())
+            self.max_lsb = max(self.max_lsb, _largest_difference(a, b, encoding))
+            if wrong.any():
+                per_sample = wrong.shape[:1] == differing.shape
+                differing |= wrong.reshape(len(differing), -1).any(1) if per_sample else True
+        first, second = (np.atleast_1d(outputs[0]).argmax(-1) for outputs in (expected, got))
+        self.rows += first.size
+        self.same_top1 += int((first == second).sum())
+        for sample in np.flatnonzero(differing)[: SUSPECTS - len(self.suspects)]:
+            self.suspects.append([x[sample : sample + 1] for x in batch])
+
+    def verdict(self, artifact: Artifact, samples: int, proof: Certificate | bool) -> Agreement:
+        """What the counts amount to."""
+        notes: list[str] = []
+        divergence = self._divergence(artifact, notes) if self.differing else None
+        proved = proof if isinstance(proof, bool) else proof.proved
+        if self.differing and proved:
+            notes.append("the certificate proves that nothing can differ: an executor or the certificate is wrong")
+        return Agreement(
+            executor=self.other.name,
+            against=self.reference.name,
+            elements=self.elements,
+            differing=self.differing,
+            max_lsb=self.max_lsb,
+            top1_agreement=100 * self.same_top1 / max(1, self.rows),
+            first_diverging=divergence,
+            claim="differs" if self.differing else "proved" if proved else f"observed on {samples} inputs",
+            notes=tuple(notes),
+        )
+
+    def _divergence(self, artifact: Artifact, notes: list[str]) -> Divergence | None:
+        batch = [np.concatenate(parts) for parts in zip(*self.suspects, strict=True)]
+        names = [value.name for value in artifact.model.graph.output]
+        expected, got = (
+            {**dict(zip(names, executor.run(batch), strict=True)), **executor.tensors(batch)}
+            for executor in (self.reference, self.other)
+        )
+        found = first_difference(artifact, expected, got)
+        if found is None:
+            notes.append(f"no tensor differs when {len(self.suspects)} of the differing samples are run again")
+        return found
+
+
+def first_difference(
+    artifact: Artifact, expected: Mapping[str, NDArray[np.float32]], got: Mapping[str, NDArray[np.float32]]
+) -> Divergence | None:
+    """The first tensor, in the graph's order, whose values in both mappings differ; None when none does."""
+    graph = artifact.model.graph
+    producers = {name: node for node in graph.node for name in node.output}
+    for name in [*(value.name for value in graph.input), *producers]:
+        if name not in expected or name not in got:
+            continue
+        a, b = expected[name], got[name]
+        if (wrong := a != b).any():
+            node = producers[name].name or producers[name].op_type if name in producers else ""
+            lsb = _largest_difference(a, b, artifact.encodings.get(name))
+            return Divergence(name, node, wrong.size, int(wrong.sum()), lsb, likely_cause(artifact, name))
+    return None
+
+
+def likely_cause(artifact: Artifact, tensor: str) -> str | None:
+    """Why executors may part at this tensor although they agree on all before it; None when nothing speaks for it."""
+    nodes = _between(artifact, tensor)
+    if not nodes:
+        return "the graph input is quantized differently"
+    bounds = {bound.tensor: bound for bound in certify(artifact).layers}
+    for node in nodes:
+        bound = bounds.get(node.output[0])
+        if bound is not None and not bound.proved:
+            return bound.reason
+    for node in nodes:
+        if lacks_vnni() and _is_u8s8(artifact, node):
+            return "this x86 processor has no VNNI: 16-bit sums of unsigned times signed 8-bit products saturate"
+    return None
+
+
+def _between(artifact: Artifact, tensor: str) -> list[onnx.NodeProto]:
+    """The nodes between a tensor and the nearest encoded ones before it, in the graph's order."""
+    nodes: list[onnx.NodeProto] = []
+    wanted = {tensor}
+    for node in reversed(artifact.model.graph.node):
+        if wanted.intersection(node.output):
+            nodes.insert(0, node)
+            wanted |= {name for name in node.input if name not in artifact.encodings}
+    return nodes
+
+
+def _is_u8s8(artifact: Artifact, node: onnx.NodeProto) -> bool:
+    grids = [artifact.encodings[name].grid for name in node.input[:2] if name in artifact.encodings]
+    return [grid.signed for grid in grids] == [False, True] and all(grid.width <= 8 for grid in grids)
+
+
+def _largest_difference(a: NDArray[np.float32], b: NDArray[np.float32], encoding: Encoding | None) -> float:
+    """In units of the encoding's scale; without encoding in ulps of the larger value; infinite with NaN."""
+    if not a.size or np.array_equal(a, b):
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(a.astype(np.float64) - b)
+        if encoding is None:
+            larger = np.maximum(np.abs(a), np.abs(b)).astype(np.float32)
+            unit = np.spacing(larger).astype(np.float64)
+        else:
+            unit = encoding.along(encoding.scale, a.ndim).astype(np.float64)
+        steps = np.where(a == b, 0, difference / unit)
+    largest = float(steps.max())
+    return largest if math.isfinite(largest) else math.inf
+
+
+def lacks_vnni(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None) -> bool:
+    """Whether this is an x86 processor without VNNI instructions, or one of which that is not known.
+
+    There onnxruntime's u8s8 kernels add pairs of products in 16 bits, which saturate (VPMADDUBSW).
+    """
+    if (machine or platform.machine()).lower() not in ("x86_64", "amd64", "x86", "i386", "i686"):
+        return False
+    try:
+        flags = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return True
+    return not flags & {"avx512_vnni", "avx_vnni"}

@@ -1,0 +1,233 @@
+"""onnxruntime on the CPU as an executor: with all optimizations and with none, from files as they lie on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from pow2quant.adapters import aimet_encodings, onnx_qdq
+from pow2quant.errors import DataError, FileFormatError
+from pow2quant.validate.agreement import Executor, lacks_vnni
+
+if TYPE_CHECKING:
+    import onnxruntime
+    from numpy.typing import NDArray
+
+    from pow2quant.artifact import Table
+    from pow2quant.pow2_constraints import Encoding
+    from pow2quant.validate.agreement import Arrays
+
+Source = Path | bytes | onnx.ModelProto | Callable[[], onnx.ModelProto]
+"""Where a QDQ model comes from; a callable is asked when the first batch runs."""
+
+DTYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}
+"""What a graph input is converted to, by onnxruntime's name of its type; others are fed as they come."""
+
+BATCH = 32
+"""Samples in a batch of random inputs."""
+
+
+def plain(source: Source, name: str = "onnxruntime, no optimization") -> Executor:
+    """Every node of the file by its own kernel."""
+    return _executor(source, name, optimized=False)
+
+
+def optimized(source: Source, name: str = "onnxruntime, all optimizations") -> Executor:
+    """With all graph optimizations: DQ -> Conv -> Q becomes an integer convolution, and so on."""
+    return _executor(source, name, optimized=True)
+
+
+def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Executor]:
+    """Every executor of a run's folder.
+
+    model: the QDQ file. pair: `model_float.onnx` and `model.encodings`, rebuilt into QDQ. Files are read when the first
+    batch runs; then a file that onnxruntime or we cannot read raises FileFormatError.
+    """
+    found = [plain(model), optimized(model)]
+    if pair is not None:
+        rebuilt, origin = partial(_rebuilt, *pair), f"from {pair[0].name} + {pair[1].name}"
+        found += [make(rebuilt, f"{e.name}, {origin}") for make, e in zip((plain, optimized), found, strict=True)]
+    return found
+
+
+def inspect(source: Source) -> list[tuple[str, float]]:
+    """The tensors whose scale in a QDQ file is no power of two, each with the first such scale."""
+    table = onnx_qdq.from_qdq(_load(source)).encodings
+    free = ((name, np.atleast_1d(encoding.scale)) for name, encoding in table.items() if not encoding.is_power_of_two)
+    return [(name, float(scale[np.frexp(scale)[0] != 0.5][0])) for name, scale in free]
+
+
+def random_batches(source: Source, count: int, seed: int = 0) -> Iterator[list[NDArray[np.float32]]]:
+    """Random inputs for a bare QDQ file: `count` samples in batches of at most `BATCH`, or of the file's batch size.
+
+    A third of the values lies on the input's grid, a third exactly halfway between two codes, the rest anywhere; all
+    reach an eighth of the range beyond saturation. Samples have different amplitudes, so that deeper layers are not all
+    saturated or all silent. An input without encoding gets a normal distribution.
+    Raises DataError when an input is not float32 or has a free dimension besides the first.
+    """
+    model = _load(source)
+    table = onnx_qdq.from_qdq(model).encodings
+    shapes = {value.name: _input_shape(value) for value in _inputs(model.graph)}
+    fixed = {shape[0] for shape in shapes.values() if shape and shape[0] is not None}
+    size = min(fixed, default=min(BATCH, count))
+    rng = np.random.default_rng(seed)
+    for start in range(0, count, size):
+        n = size if fixed else min(size, count - start)
+        yield [_random(rng, (n, *shape[1:]), table.get(name)) for name, shape in shapes.items()]
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...], encoding: Encoding | None) -> NDArray[np.float32]:
+    per_sample = (shape[0], *[1] * (len(shape) - 1))
+    if encoding is None:
+        return rng.standard_normal(shape, np.float32)
+    low, high = (int(np.max(np.abs(q - encoding.zero_point))) for q in (encoding.grid.qmin, encoding.grid.qmax))
+    margin = (low + high) / 8
+    amplitude = np.ldexp(1.0, -rng.integers(0, 5, per_sample))
+    codes = rng.uniform(-low - margin, high + margin, shape) * amplitude
+    kind = rng.integers(0, 3, shape)
+    codes = np.select([kind == 0, kind == 1], [np.rint(codes), np.floor(codes) + 0.5], codes)
+    return (codes * encoding.along(encoding.scale, len(shape))).astype(np.float32)
+
+
+def _rebuilt(model: Path, encodings: Path) -> onnx.ModelProto:
+    network = onnx_qdq.load(model)
+    table = aimet_encodings.load(encodings, aimet_encodings.channel_axes(network))
+    return onnx_qdq.to_qdq(aimet_encodings.apply(network, table))
+
+
+def _load(source: Source) -> onnx.ModelProto:
+    if isinstance(source, Path):
+        return onnx_qdq.load(source)
+    if isinstance(source, bytes):
+        try:
+            return onnx.load_from_string(source)
+        except Exception as error:  # protobuf's DecodeError has no stable place
+            raise FileFormatError(f"not a valid ONNX model: {_first_line(error)}") from error
+    return source if isinstance(source, onnx.ModelProto) else source()
+
+
+def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    parameters = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in parameters]
+
+
+def _input_shape(value: onnx.ValueInfoProto) -> tuple[Any, ...]:
+    tensor = value.type.tensor_type
+    shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+    if tensor.elem_type != onnx.TensorProto.FLOAT:
+        raise DataError(f"input {value.name}: no random values for {onnx.TensorProto.DataType.Name(tensor.elem_type)}")
+    if not shape or None in shape[1:]:
+        raise DataError(f"input {value.name}: only the first dimension may be free, the shape is {shape}")
+    return shape
+
+
+def _executor(source: Source, name: str, *, optimized: bool) -> Executor:
+    runtime = _Runtime(source, name, optimized)
+    return Executor(name, runtime.run, runtime.tensors)
+
+
+class _Runtime:
+    """The sessions of one model, made when they are first needed."""
+
+    def __init__(self, source: Source, name: str, optimized: bool) -> None:
+        self.source, self.name, self.optimized = source, name, optimized
+
+    def run(self, batch: Arrays) -> list[NDArray[np.float32]]:
+        """Graph inputs -> graph outputs."""
+        return [np.asarray(x, np.float32) for x in self._feed(self._session, batch, None)]
+
+    def tensors(self, batch: Arrays) -> dict[str, NDArray[np.float32]]:
+        """Graph inputs -> every quantized activation, dequantized from its codes."""
+        session, names, encodings = self._exposed
+        codes = self._feed(session, batch, list(names))
+        return {name: encodings[name].dequantize(q) for name, q in zip(names.values(), codes, strict=True)}
+
+    @cached_property
+    def _model(self) -> Path | onnx.ModelProto:
+        return self.source if isinstance(self.source, Path) else _load(self.source)
+
+    @cached_property
+    def _session(self) -> Any:
+        return self._open(str(self._model) if isinstance(self._model, Path) else self._model.SerializeToString())
+
+    @cached_property
+    def _exposed(self) -> tuple[Any, dict[str, str], Table]:
+        """A session that returns all codes, the tensors' names by the codes' names, and the tensors' encodings.
+
+        The codes become graph outputs, the floats around them do not: so the optimizer fuses DQ -> node -> Q as before.
+        """
+        model = onnx.ModelProto()
+        model.CopyFrom(_load(self._model))
+        table = onnx_qdq.from_qdq(model).encodings
+        names = _codes(model.graph, table)
+        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+        return self._open(model.SerializeToString()), names, table
+
+    def _open(self, model: str | bytes) -> Any:
+        from onnxruntime import InferenceSession
+
+        try:
+            return InferenceSession(model, options(optimized=self.optimized), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's errors share no base but Exception
+            raise FileFormatError(f"{self._where}: onnxruntime cannot load the model: {_first_line(error)}") from error
+
+    def _feed(self, session: Any, batch: Arrays, outputs: list[str] | None) -> list[NDArray[Any]]:
+        inputs = session.get_inputs()
+        if len(inputs) != len(batch):
+            raise DataError(f"{self._where}: {len(inputs)} inputs are needed, {len(batch)} were given")
+        feed = {i.name: np.ascontiguousarray(x, DTYPES.get(i.type)) for i, x in zip(inputs, batch, strict=True)}
+        try:
+            return list(session.run(outputs, feed))
+        except Exception as error:
+            raise DataError(f"{self._where}: onnxruntime cannot run the model: {_first_line(error)}") from error
+
+    @property
+    def _where(self) -> str:
+        return str(self.source) if isinstance(self.source, Path) else self.name
+
+
+def options(*, optimized: bool) -> onnxruntime.SessionOptions:
+    """How every session is run: deterministic, silent, one thread per usable core, and exact without VNNI."""
+    import onnxruntime
+
+    session = onnxruntime.SessionOptions()
+    level = onnxruntime.GraphOptimizationLevel
+    session.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    session.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or _usable_cores())
+    session.inter_op_num_threads = 1
+    session.log_severity_level = 4
+    session.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if lacks_vnni():
+        session.add_session_config_entry("session.x64quantprecision", "1")
+    return session
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _codes(graph: onnx.GraphProto, table: Table) -> dict[str, str]:
+    """The float model's tensor names by the names of their codes, in the order of computation.
+
+    The table names a tensor by what the Q reads or by what a DQ behind it writes; a weight's Q is left out.
+    """
+    constants = {tensor.name for tensor in graph.initializer}
+    written: dict[str, list[str]] = {}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            written.setdefault(node.input[0], []).append(node.output[0])
+    quantizers = [n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] not in constants]
+    candidates = {n.output[0]: [*written.get(n.output[0], []), n.input[0]] for n in quantizers}
+    known = {codes: [name for name in names if name in table] for codes, names in candidates.items()}
+    return {codes: names[0] for codes, names in known.items() if names}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

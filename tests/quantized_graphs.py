@@ -1,0 +1,96 @@
+"""Quantized networks as the backends hand them over, built node by node."""
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from pow2quant.artifact import Artifact
+from pow2quant.pow2_constraints import Encoding, IntGrid
+
+
+def encoding(k, z=0, bits=8, signed=False, axis=None):
+    """2^k on a grid; k may be a sequence, one per channel."""
+    scale = np.ldexp(np.float32(1), np.asarray(k, np.int32))
+    return Encoding(scale, np.broadcast_to(z, scale.shape), IntGrid(bits, signed), axis)
+
+
+class Graph:
+    """Collects nodes and encodings; a node called `a` has the result `a.output`."""
+
+    def __init__(self):
+        self.nodes, self.initializers, self.inputs, self.encodings = [], [], [], {}
+
+    def input(self, name, shape, grid):
+        self.inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape]))
+        return self._encoded(name, grid)
+
+    def constant(self, name, values, grid=None):
+        """Integers q - z when there is a grid, real values otherwise."""
+        real = np.asarray(values) if grid is None else np.asarray(values) * grid.along(grid.scale, np.ndim(values))
+        real = real if grid is None else real.astype(np.float32)
+        self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(real).reshape(real.shape), name))
+        return self._encoded(name, grid)
+
+    def node(self, op, name, inputs, grid=None, **attributes):
+        self.nodes.append(helper.make_node(op, inputs, [f"{name}.output"], name=name, **attributes))
+        return self._encoded(f"{name}.output", grid)
+
+    def layer(self, op, name, x, weight, bias=None, grid=None, *, k=0, bits=8, axis=0, **attributes):
+        """A weighted node; weight and bias are integers, k is the weight's exponent or one per channel."""
+        per_channel = np.ndim(k) > 0
+        weights = encoding(k, 0, bits, True, axis if per_channel else None)
+        inputs = [x, self.constant(f"{name}.weight", weight, weights)]
+        if bias is not None:
+            exponents = weights.exponent + self.encodings[x].exponent
+            if per_channel and len(bias) > len(k):  # groups of a transposed convolution share their scales
+                exponents = np.tile(exponents, len(bias) // len(k))
+            units = encoding(exponents, 0, 32, True, 0 if per_channel else None)
+            inputs.append(self.constant(f"{name}.bias", bias, units))
+        return self.node(op, name, inputs, grid, **attributes)
+
+    def artifact(self, *outputs):
+        results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+        graph = helper.make_graph(self.nodes, "g", self.inputs, results, self.initializers)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        model = onnx.shape_inference.infer_shapes(model)
+        del model.graph.value_info[:]
+        onnx.checker.check_model(model, full_check=True)
+        return Artifact(model, self.encodings)
+
+    def _encoded(self, name, grid):
+        if grid is not None:
+            self.encodings[name] = grid
+        return name
+
+
+def residual_network(add_zero_point=0, seed=0):
+    """A small network with convolutions (one depthwise), pools, a residual sum, a concatenation and a linear layer.
+
+    Nothing in it saturates most of the time or is nearly constant, so that differences show up at its end.
+    """
+    rng = np.random.default_rng(seed)
+
+    def integers(*shape, bits=8):
+        return rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), shape)
+
+    g = Graph()
+    x = g.input("x", (3, 12, 12), encoding(-6, 128))
+    k = list(rng.integers(-10, -8, 8))
+    g.layer("Conv", "stem", x, integers(8, 3, 3, 3), rng.integers(-9000, 9000, 8), k=k, pads=[1] * 4)
+    a = g.node("Relu", "stem_relu", ["stem.output"], encoding(-6))
+    a = g.node("MaxPool", "pool", [a], encoding(-6), kernel_shape=[2, 2], strides=[2, 2])
+    six = [g.constant("relu6.min", np.float32(0)), g.constant("relu6.max", np.float32(6))]
+    weight, bias = integers(8, 1, 3, 3), rng.integers(-9000, 9000, 8)
+    g.layer("Conv", "depthwise", a, weight, bias, k=list(rng.integers(-8, -6, 8)), group=8, pads=[1] * 4)
+    b = g.node("Clip", "relu6", ["depthwise.output", *six], encoding(-5))
+    weight, bias = integers(8, 8, 1, 1, bits=4), rng.integers(-200, 200, 8)
+    b = g.layer("Conv", "project", b, weight, bias, encoding(-4, 128), k=[-4] * 8, bits=4)
+    c = g.node("Add", "residual", [a, b], encoding(-3, 100 + add_zero_point))
+    d = g.node("AveragePool", "average", [c], encoding(-4, 100 + add_zero_point), kernel_shape=[2, 2], strides=[2, 2])
+    e = g.node("MaxPool", "maximum", [c], encoding(-3, 100 + add_zero_point), kernel_shape=[2, 2], strides=[2, 2])
+    f = g.node("Concat", "concat", [d, e], encoding(-3, 100), axis=1)
+    h = g.node("GlobalAveragePool", "global", [f], encoding(-5, 100))
+    h = g.node("Flatten", "flatten", [h], encoding(-5, 100))
+    weight, bias = integers(10, 16), rng.integers(-9000, 9000, 10)
+    y = g.layer("Gemm", "fc", h, weight, bias, encoding(-4, 128), k=list(rng.integers(-8, -6, 10)), transB=1)
+    return g.artifact(y)

@@ -1,0 +1,362 @@
+"""The house guards itself: who may import whom, what the front door may load, where the plug-in rows lead.
+
+The floors and sides are drawn in CONTRIBUTING.md. Imports are read with `ast`, so nothing below has to be importable.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from pow2quant import plugins
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "pow2quant"
+
+FLOORS = {
+    "pow2quant": 6,
+    "pow2quant.__main__": 6,
+    "pow2quant.cli": 6,
+    "pow2quant.quantsim": 6,
+    "pow2quant.pipeline": 5,
+    "pow2quant.study": 5,
+    "pow2quant.training": 4,
+    "pow2quant.methods": 4,
+    "pow2quant.validate": 4,
+    "pow2quant.report": 4,
+    "pow2quant.backends": 3,
+    "pow2quant.integer": 3,
+    "pow2quant.adapters": 3,
+    "pow2quant.models": 3,
+    "pow2quant.datasets": 3,
+    "pow2quant.config": 2,
+    "pow2quant.artifact": 2,
+    "pow2quant.pow2_constraints": 1,
+    "pow2quant.errors": 1,
+    "pow2quant.plugins": 1,
+}
+DOORS = {  # the only imports between two rooms of one floor
+    ("pow2quant", "pow2quant.quantsim"),
+    ("pow2quant.__main__", "pow2quant.cli"),
+    ("pow2quant.plugins", "pow2quant.errors"),
+    ("pow2quant.pow2_constraints", "pow2quant.errors"),
+}
+LEFT = {"pow2quant.backends", "pow2quant.methods", "pow2quant.training"}
+RIGHT = {"pow2quant.integer", "pow2quant.adapters", "pow2quant.validate"}
+TORCH_ROOMS = LEFT | {"pow2quant.pipeline", "pow2quant.models", "pow2quant.datasets"}
+TORCH = {"torch", "torchvision", "safetensors.torch"}
+AIMET = {"aimet_torch", "aimet_common"}
+AIMET_ROOM = "pow2quant.backends.aimet"
+CONCRETE_BACKENDS = {place.partition(":")[0] for place in plugins.TABLES["backends"].values()}
+FRONT_DOOR = {"pow2quant", "pow2quant.__main__", "pow2quant.cli"}
+LINKS = ("adapters", "backends", "pow2_constraints")
+
+Moment = Literal["import", "call", "typing"]
+
+
+@dataclass(frozen=True)
+class Import:
+    """`source` imports `target` when it is itself imported, when a function is called, or for type checkers only."""
+
+    source: str
+    line: int
+    target: str
+    moment: Moment
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line} imports {self.target}"
+
+
+def room(module: str) -> str:
+    """The file or package directly inside pow2quant: `pow2quant.backends` for `pow2quant.backends.base`."""
+    return ".".join(module.split(".")[:2])
+
+
+def within(module: str, packages: set[str]) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def side(module: str) -> str:
+    return "left" if within(module, LEFT) else "right" if within(module, RIGHT) else "neither"
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Every module of the package below `root`, by its dotted name."""
+    names = {path: path.relative_to(root).with_suffix("").parts for path in sorted((root / PACKAGE).rglob("*.py"))}
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for path, parts in names.items()}
+
+
+def targets(node: ast.AST) -> list[str]:
+    """The dotted names that one statement or call imports; `from a import b` may mean the module a.b or a name in a."""
+    match node:
+        case ast.Import(names=names):
+            return [alias.name for alias in names]
+        case ast.ImportFrom(module=module, names=names):
+            return [f"{'.' * node.level}{module or ''}.{alias.name}" for alias in names]
+        case ast.Call(
+            func=ast.Name(id="import_module" | "__import__") | ast.Attribute(attr="import_module"),
+            args=[ast.Constant(value=str(name)), *_],
+        ):
+            return [name]
+    return []
+
+
+def is_for_typing(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+
+
+def statements(node: ast.AST, moment: Moment = "import") -> Iterator[tuple[ast.AST, Moment]]:
+    """Every node with the moment at which it runs."""
+    yield node, moment
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        moment = "call"
+    orelse = node.orelse if is_for_typing(node) else []
+    for child in ast.iter_child_nodes(node):
+        yield from statements(child, "typing" if is_for_typing(node) and child not in orelse else moment)
+
+
+def imports(root: Path) -> Iterator[Import]:
+    known = modules(root)
+    for source, path in known.items():
+        for node, moment in statements(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+            for target in targets(node):
+                while target not in known and within(target, {PACKAGE}) and target != f"{PACKAGE}.__version__":
+                    target = target.rpartition(".")[0]
+                yield Import(source, getattr(node, "lineno", 0), target, moment)
+
+
+def no_relative_imports(step: Import) -> str | None:
+    return "relative imports hide the room" if step.target.startswith(".") else None
+
+
+def arrows_point_down(step: Import) -> str | None:
+    source, target = room(step.source), room(step.target)
+    if source == target or (source, target) in DOORS or not {source, target} <= FLOORS.keys():
+        return None
+    if FLOORS[target] < FLOORS[source]:
+        return None
+    return f"an arrow only points down, not from floor {FLOORS[source]} to floor {FLOORS[target]}"
+
+
+def sides_meet_at_the_waist(step: Import) -> str | None:
+    crosses = {side(step.source), side(step.target)} == {"left", "right"}
+    return "left and right of the waist do not know each other" if crosses else None
+
+
+def torch_stays_left(step: Import) -> str | None:
+    if within(step.target, TORCH) and step.moment != "typing" and room(step.source) not in TORCH_ROOMS:
+        return "torch stays left of the waist, in the pipeline, the models and the datasets"
+    return None
+
+
+def aimet_has_one_room(step: Import) -> str | None:
+    if within(step.target, AIMET) and step.source != AIMET_ROOM:
+        return f"only {AIMET_ROOM} knows AIMET"
+    return None
+
+
+def aimet_is_lazy(step: Import) -> str | None:
+    return "AIMET is imported inside functions" if within(step.target, AIMET) and step.moment == "import" else None
+
+
+def methods_know_no_backend(step: Import) -> str | None:
+    if room(step.source) == "pow2quant.methods" and step.target in CONCRETE_BACKENDS | {"pow2quant.backends"}:
+        return "a method knows pow2quant.backends.base, no concrete backend"
+    return None
+
+
+def front_door_is_light(step: Import) -> str | None:
+    if room(step.source) in FRONT_DOOR and step.moment == "import" and within(step.target, TORCH | TORCH_ROOMS):
+        return "the front door opens without torch: import it inside a function"
+    return None
+
+
+def links_are_no_packages(step: Import) -> str | None:
+    return "everything imports as pow2quant.…" if within(step.target, set(LINKS)) else None
+
+
+RULES: tuple[Callable[[Import], str | None], ...] = (
+    no_relative_imports,
+    arrows_point_down,
+    sides_meet_at_the_waist,
+    torch_stays_left,
+    aimet_has_one_room,
+    aimet_is_lazy,
+    methods_know_no_backend,
+    front_door_is_light,
+    links_are_no_packages,
+)
+
+
+def breaches(root: Path) -> list[str]:
+    """What the package below `root` does against the rules of the house, a line each."""
+    homeless = [f"{module} stands on no floor" for module in modules(root) if room(module) not in FLOORS]
+    return homeless + [f"{step}: {why}" for step in imports(root) for rule in RULES if (why := rule(step))]
+
+
+LINK_IMPORT = re.compile(
+    rf"""
+    (?: ^ | [`"';] | >>> ) [ \t]*                       # where code begins, in a file or quoted in a document
+    (?: import | from (?= [ \t]+ [\w.]+ [ \t]+ import\b) ) [ \t]+
+    ( {"|".join(LINKS)} ) \b
+    """,
+    re.MULTILINE | re.VERBOSE,
+)
+TEXTS = {".cfg", ".ipynb", ".md", ".py", ".rst", ".sh", ".toml", ".txt", ".yaml", ".yml"}
+GENERATED = {"build", "dist", "runs"}
+
+
+def link_imports(root: Path) -> list[str]:
+    """The code and documents below `root` that import one of the root's links as if it were a package."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in GENERATED and (not name.startswith(".") or name == ".ci")]
+        for path in (Path(folder, name) for name in sorted(files)):
+            if path.suffix in TEXTS or path.name == "Makefile":
+                text = path.read_text(encoding="utf-8", errors="replace")
+                lines = (text.count("\n", 0, match.start(1)) + 1 for match in LINK_IMPORT.finditer(text))
+                found += [f"{path.relative_to(root)}:{line}" for line in lines]
+    return found
+
+
+def test_the_house_stands():
+    assert "pow2quant.artifact" in modules(ROOT)
+    assert breaches(ROOT) == []
+
+
+def test_nobody_imports_a_link():
+    assert link_imports(ROOT) == []
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_the_links_point_inward(name):
+    link = ROOT / name
+    target = os.readlink(link) if link.is_symlink() else link.read_text(encoding="utf-8")  # some checkouts write text
+    assert target == f"{PACKAGE}/{name}"
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, table in plugins.TABLES.items() for name in table])
+def test_every_plugin_row_resolves(kind, name):
+    assert plugins.resolve(kind, name) is not None
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import pow2quant"], ["-m", "pow2quant", "--help"]], ids=" ".join)
+def test_the_front_door_loads_neither_torch_nor_aimet(arguments):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "pow2quant" in loaded
+    assert [name for name in sorted(loaded) if within(name, TORCH | AIMET)] == []
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A fake tree in which every module of the plan exists and is empty; call it with {path: text} to furnish rooms."""
+
+    def furnish(files):
+        empty = {room.replace(".", "/") + "/__init__.py": "" for room in FLOORS}
+        empty |= {f"pow2quant/backends/{name}.py": "" for name in ("base", "prepare", "custom", "aimet")}
+        for name, text in (empty | files).items():
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        return tmp_path
+
+    return furnish
+
+
+def test_a_house_in_order_has_no_breach(house):
+    lazily = "def __getattr__(name):\n    "
+    rooms = {
+        "__init__.py": lazily + "from pow2quant.quantsim import QuantizationSimModel",
+        "__main__/__init__.py": "from pow2quant.cli import main",
+        "cli/__init__.py": "from pow2quant import __version__, config\nlambda: __import__('pow2quant.pipeline')",
+        "quantsim/__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch",
+        "pipeline/__init__.py": "import torch\nfrom pow2quant import backends, integer, methods, validate",
+        "methods/adaround.py": "import torch.nn.functional as F\nfrom pow2quant.backends import base, prepare",
+        "validate/__init__.py": "import numpy\nfrom pow2quant import __version__, adapters, integer",
+        "backends/aimet.py": "from pow2quant.backends import custom\n" + lazily + "import aimet_torch.nn",
+        "artifact/__init__.py": "from pow2quant.pow2_constraints import Encoding",
+        "plugins/__init__.py": "from pow2quant.errors import ConfigError",
+    }
+    root = house({f"pow2quant/{path}": text for path, text in rooms.items()})
+    assert breaches(root) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "expected"),
+    [
+        ("config", "import pow2quant.pipeline", "floor 2 to floor 5"),
+        ("config", "from pow2quant import pipeline", "floor 2 to floor 5"),
+        ("config", "from pow2quant import something", "floor 2 to floor 6"),
+        ("config", "def f():\n    from pow2quant.pipeline import run", "floor 2 to floor 5"),
+        ("config", "import importlib\nimportlib.import_module('pow2quant.pipeline')", "floor 2 to floor 5"),
+        ("config", "if TYPE_CHECKING:\n    from pow2quant.pipeline import run", "floor 2 to floor 5"),
+        ("config", "from pow2quant import artifact", "floor 2 to floor 2"),
+        ("errors", "import pow2quant.plugins", "floor 1 to floor 1"),
+        ("report", "from pow2quant.validate import ort", "floor 4 to floor 4"),
+        ("adapters", "from pow2quant.integer import program", "floor 3 to floor 3"),
+        ("backends/base", "from pow2quant import adapters", "left and right"),
+        ("methods/adaround", "from pow2quant.integer import run", "left and right"),
+        ("training", "from pow2quant import validate", "left and right"),
+        ("validate", "from pow2quant.backends import base", "left and right"),
+        ("integer", "import torch.nn.functional", "torch stays left"),
+        ("adapters", "def f():\n    from torchvision import models", "torch stays left"),
+        ("report", "from safetensors import torch", "torch stays left"),
+        ("cli", "def f():\n    import torch", "torch stays left"),
+        ("backends/custom", "def f():\n    import aimet_torch", "only pow2quant.backends.aimet knows"),
+        ("backends/aimet", "from aimet_torch.quantsim import QuantizationSimModel", "inside functions"),
+        ("backends/aimet", "if TYPE_CHECKING:\n    pass\nelse:\n    import aimet_torch", "inside functions"),
+        ("backends/aimet", "class Lazy:\n    import aimet_torch", "inside functions"),
+        ("methods/adaround", "from pow2quant.backends import custom", "no concrete backend"),
+        ("methods/adaround", "def f():\n    import pow2quant.backends.custom", "no concrete backend"),
+        ("methods/adaround", "from pow2quant.backends import CustomSimulation", "no concrete backend"),
+        ("cli", "from pow2quant.pipeline import run", "opens without torch"),
+        ("cli/ptq", "from pow2quant import models", "opens without torch"),
+        ("", "import torch", "opens without torch"),
+        ("backends/custom", "from .base import Simulation", "relative imports"),
+        ("backends/custom", "from . import base", "relative imports"),
+        ("pipeline", f"from {LINKS[1]}.base import Simulation", "imports as pow2quant"),
+        ("utils", "", "pow2quant.utils stands on no floor"),
+    ],
+)
+def test_a_breach_is_reported(house, path, text, expected):
+    folder = Path(PACKAGE, path)
+    is_package = folder.as_posix().replace("/", ".") in FLOORS
+    root = house({str(folder / "__init__.py" if is_package else folder.with_suffix(".py")): text})
+    assert expected in "\n".join(breaches(root))
+    assert f"pow2quant.{path}".rstrip(".").replace("/", ".") in breaches(root)[0]
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize(
+    "line",
+    ["import {}", "    from {}.base import x", ">>> import {}", "Say `from {} import y`.", "python -c 'import {}.z'"],
+)
+def test_the_import_of_a_link_is_reported(tmp_path, link, line):
+    (tmp_path / "guide.md").write_text("A guide.\n" + line.format(link) + "\n", encoding="utf-8")
+    assert link_imports(tmp_path) == ["guide.md:2"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pow2quant.{}",
+        "Methods import {} never.",
+        "from {} to validators",
+        "import {}_of_ours",
+        "from pow2quant import {}",
+    ],
+)
+def test_prose_and_the_real_rooms_are_no_import_of_a_link(tmp_path, line):
+    (tmp_path / "guide.md").write_text(line.format("backends") + "\n", encoding="utf-8")
+    assert link_imports(tmp_path) == []

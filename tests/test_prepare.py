@@ -1,0 +1,215 @@
+"""The one preparation: function preserved, names kept, clear errors for what cannot be traced."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pow2quant.backends import modules as m
+from pow2quant.backends.fold import fold_batch_norm
+from pow2quant.backends.operators import OPERATORS
+from pow2quant.backends.prepare import BATCH_NORMS, prepare
+from pow2quant.errors import ModelError, UnsupportedModelError, WeightsError
+
+
+class Functions(nn.Module):
+    """Every way of writing an operation that is no module call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, padding="same")
+        self.relu = nn.ReLU(inplace=True)
+        self.gain = nn.Parameter(torch.rand(8, 1, 1) + 0.5)
+        self.fc = nn.Linear(8, 6)
+        self.tokens = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.conv(x))
+        n, c, h, w = x.size()
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        left, right = x.chunk(2, dim=1)
+        x = torch.cat([F.relu6(left + right), self.relu(left - 0.5 * right)], 1)
+        x = F.pad(x, (1, 0, 1, 0)) * self.gain
+        x = F.max_pool2d(x, 2) + 0.1
+        x = F.interpolate(x, scale_factor=2, mode="nearest")[:, :, ::2, 1:]
+        x = x * torch.sigmoid(x.mean((2, 3), keepdim=True))
+        x = self.fc(x.flatten(2).permute(0, 2, 1))
+        x = self.tokens(F.hardswish(x)).mean(dim=1)
+        return F.dropout(x, training=self.training).unsqueeze(1).squeeze(1)
+
+
+def same(network: nn.Module, model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:
+    """Both compute the same, for batches of any size."""
+    with torch.no_grad():
+        for batch in (x, x[:1], torch.cat([x, x])):
+            torch.testing.assert_close(network(batch), model(batch), rtol=tolerance, atol=tolerance)
+
+
+def test_functions_become_modules_and_the_network_computes_the_same() -> None:
+    model, x = Functions().eval(), torch.randn(3, 4, 9, 9)
+    network = prepare(model, x)
+    same(network, model, x)
+    called = [network.get_submodule(n.target) for n in network.graph.nodes if n.op == "call_module"]
+    assert {type(c) for c in called} <= set(OPERATORS)
+    assert all(n.op in ("placeholder", "call_module", "output") for n in network.graph.nodes)
+
+
+def test_names_are_kept_and_reused_modules_get_their_own() -> None:
+    network = prepare(Functions(), torch.randn(1, 4, 9, 9))
+    names = {n.target for n in network.graph.nodes if n.op == "call_module"}
+    assert {"conv", "relu", "relu_1", "fc", "tokens"} <= names
+
+
+def test_scoped_names_for_functions_inside_blocks() -> None:
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(x + x.sigmoid())
+
+    network = prepare(nn.Sequential(Block(), Block()), torch.randn(1, 3))
+    assert {"0.sigmoid", "0.add", "0.relu", "1.sigmoid", "1.add", "1.relu"} <= {n.target for n in network.graph.nodes}
+
+
+def test_a_reused_layer_shares_its_weight() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.fc(x).tanh())
+
+    model, x = Twice().eval(), torch.randn(2, 5)
+    network = prepare(model, x)
+    same(network, model, x)
+    assert network.get_submodule("fc").weight is network.get_submodule("fc_1").weight
+
+
+def test_the_users_model_is_left_unchanged() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.Hardswish(inplace=True)
+    ).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fold_batch_norm(prepare(model, torch.randn(1, 1, 8, 8)))
+    assert model.training
+    assert model[2].inplace
+    assert type(model[3]) is nn.Hardswish
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, BATCH_NORMS):
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.3, 2)
+            if module.affine:
+                nn.init.uniform_(module.weight, -1, 2)
+                nn.init.uniform_(module.bias, -1, 1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ([nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)], (3, 8, 8)),
+        ([nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False)], (3, 8, 8)),
+        ([nn.ConvTranspose2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)], (3, 5, 5)),
+        ([nn.Conv1d(3, 8, 3, groups=1), nn.BatchNorm1d(8)], (3, 9)),
+        ([nn.Linear(6, 4), nn.BatchNorm1d(4)], (6,)),
+        ([nn.BatchNorm2d(3), nn.ReLU()], (3, 8, 8)),
+        ([nn.ReLU(), nn.BatchNorm1d(7)], (7,)),
+    ],
+)
+def test_batch_norm_is_folded_or_becomes_a_channel_wise_affine(layers: list[nn.Module], shape: tuple[int, ...]) -> None:
+    model, x = randomized(nn.Sequential(*layers)), torch.randn(4, *shape)
+    network = fold_batch_norm(prepare(model, x))
+    same(network, model, x)
+    assert not any(isinstance(module, BATCH_NORMS) for module in network.modules())
+
+
+def test_batch_norm_behind_a_layer_with_other_readers_is_not_folded_into_it() -> None:
+    class Fork(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return y + self.bn(y)
+
+    model, x = randomized(Fork()), torch.randn(2, 2, 4, 4)
+    network = fold_batch_norm(prepare(model, x))
+    same(network, model, x)
+    assert isinstance(network.get_submodule("bn"), nn.Conv2d)
+
+
+class OwnConv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4, 2, 3, 3)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, stride=2, padding=1)
+
+
+def test_functional_layers_take_their_owners_name() -> None:
+    model, x = nn.Sequential(OwnConv(), nn.ReLU()).eval(), torch.randn(2, 2, 8, 8)
+    network = prepare(model, x)
+    same(network, model, x)
+    assert isinstance(network.get_submodule("0"), nn.Conv2d)
+
+
+@pytest.mark.parametrize(("given", "wanted", "kind"), [(8, 1, m.Mean), (8, 4, nn.AvgPool2d), (2, 6, m.NearestUpsample)])
+def test_adaptive_pooling_becomes_what_it_is_for_this_size(given: int, wanted: int, kind: type[nn.Module]) -> None:
+    model, x = nn.Sequential(nn.AdaptiveAvgPool2d(wanted)).eval(), torch.randn(2, 3, given, given)
+    network = prepare(model, x)
+    same(network, model, x)
+    assert type(network.get_submodule("0")) is kind
+
+
+def test_arguments_with_defaults_and_several_inputs() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            if mask is not None:
+                x = x * mask
+            return x + y, x - y
+
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    network = prepare(Two(), (x, y))
+    assert all(torch.equal(a, b) for a, b in zip(network(x, y), (x + y, x - y), strict=True))
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+class Sorting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sort(x)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "words"),
+    [
+        (Branching(), UnsupportedModelError, ["test_prepare.py", "if x.sum() > 0", "move it out of forward"]),
+        (Sorting(), UnsupportedModelError, ["sort", "test_prepare.py", "torch.sort(x)[0]", "supported"]),
+        (nn.Sequential(nn.Softplus()), UnsupportedModelError, ["0", "Softplus"]),
+        (nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")), UnsupportedModelError, ["0", "reflect"]),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(3)), UnsupportedModelError, ["(4, 4)", "(3, 3)"]),
+        (nn.Sequential(nn.Conv2d(2, 1, 3)), ModelError, ["inputs of shape (2, 1, 4, 4)"]),
+    ],
+)
+def test_what_cannot_be_quantized_is_named(model: nn.Module, error: type[Exception], words: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        prepare(model, torch.randn(1, 1, 4, 4))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight.data[0, 0] = float("nan")
+    with pytest.raises(WeightsError, match=r"1\.weight"):
+        prepare(model, torch.randn(1, 3))
