@@ -25,7 +25,7 @@ from pow2quant.artifact import Agreement, Artifact, Site, Table
 from pow2quant.backends.base import Batch, Simulation
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.prepare import prepare
-from pow2quant.config import RunConfig
+from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.errors import DataError, FileFormatError
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import resolve
@@ -98,6 +98,21 @@ class Validation:
     def certificate_sentence(self) -> str:
         """The certificate in one line."""
         return self.certificate.sentence
+
+
+def simulate(network: nn.Module, example: Batch, plan: QuantPlan | None = None, backend: str = "custom") -> Simulation:
+    """A quantized simulation of a network: prepared, batch norm folded, wrapped by the backend; not yet calibrated.
+
+    network: any traceable module (left unchanged), or what `prepare` returned. example: inputs of one call, (N, …).
+    """
+    _be_exact()
+    prepared = network if isinstance(network, fx.GraphModule) and _is_prepared(network) else prepare(network, example)
+    sim: Simulation = resolve("backends", backend)(fold_batch_norm(prepared), example, plan or QuantPlan.default())
+    return sim
+
+
+def _is_prepared(network: fx.GraphModule) -> bool:
+    return all("shape" in n.meta for n in network.graph.nodes if n.op == "call_module")
 
 
 def ptq(config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Result:
@@ -179,7 +194,8 @@ class _Job:
     @classmethod
     def start(cls, config: RunConfig, progress: Progress) -> _Job:
         """Loads data and network, trains the embedded default, prepares. The configuration is resolved on the way."""
-        _be_exact(config.seed)
+        _be_exact()
+        torch.manual_seed(config.seed)
         config = replace(config, data=datasets.resolved(config.data))
         data = datasets.load(config.data)
         model = models.build(config.model.name, num_classes=config.model.num_classes, weights=config.model.weights)
@@ -194,8 +210,7 @@ class _Job:
 
     def simulate(self) -> Simulation:
         """The backend's simulation of the prepared network, on the device."""
-        backend = resolve("backends", self.config.backend)
-        sim: Simulation = backend(self.network, self.example, configuration.plan_of(self.config))
+        sim = simulate(self.network, self.example, configuration.plan_of(self.config), self.config.backend)
         sim.model.to(self.device)
         self.model.to(self.device)
         return sim
@@ -215,9 +230,8 @@ class _Job:
         return self.progress.track(islice(self.data.test, total), "evaluating all executors", total)
 
 
-def _be_exact(seed: int) -> None:
+def _be_exact() -> None:
     """Deterministic, and no reduced precision: validation compares bits."""
-    torch.manual_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True

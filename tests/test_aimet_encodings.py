@@ -371,6 +371,7 @@ CORRUPT = [
     (changed(OLD, ["pow2quant.grids"], {"input": {}}), "pow2quant.grids: input: expected the keys bits"),
     (changed(ONE, [A, 0, "name"], None), r"activation_encodings\[0\]: name is missing"),
     (changed(ONE, [A, 0, "name"], "relu"), "relu: name occurs twice"),
+    (changed(ONE, [A, 0, "name"], 7), r"activation_encodings\[0\]: name must be of type str, got 7"),
     (changed(ONE, [A, 0], "input"), r"activation_encodings\[0\]: expected an object, got str"),
     (
         changed(ONE, [A, 0, "enc_type"], "PER_BLOCK"),

@@ -25,12 +25,14 @@ def only(artifact):
     return bound
 
 
+KINDS = ["Conv", "Conv1d", "ConvTranspose", "Gemm", "Gemm transposed", "MatMul", "MatMul left"]
+
+
 @st.composite
-def layers(draw):
-    """Small layers of every weighted operation, with random widths, zero points, exponents and attributes."""
-    op = draw(st.sampled_from(["Conv", "Conv1d", "ConvTranspose", "Gemm", "Gemm transposed", "MatMul", "MatMul left"]))
+def layers(draw, op):
+    """Small layers of one kind, with random widths, zero points, exponents and attributes."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    bits, x_bits = draw(st.sampled_from([2, 4, 8, 12])), draw(st.sampled_from([4, 8, 12]))
+    bits, x_bits = draw(st.sampled_from([2, 4, 8, 12])), draw(st.sampled_from([4, 8, 12, 16]))
     signed = draw(st.booleans())
     low = -(2 ** (x_bits - 1)) if signed else 0
     x = encoding(draw(st.integers(-12, 4)), draw(st.integers(low, low + 2**x_bits - 1)), x_bits, signed)
@@ -81,10 +83,11 @@ def affine(artifact, inside, channel):
     return (integers[1:] - integers[0]).T, integers[0], channels, k
 
 
-@given(layers())
-@settings(max_examples=60)
-def test_a_layers_bound_is_reached_and_never_exceeded_and_a_proof_holds_in_every_executor(layer):
-    artifact, inside, _ = layer
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.data())
+@settings(max_examples=40)
+def test_a_layers_bound_is_reached_and_never_exceeded_and_a_proof_holds_in_every_executor(kind, data):
+    layer = artifact, inside, _ = data.draw(layers(kind))
     bound = only(artifact)
     a, b, channels, k = affine(*layer)
     x = artifact.encodings["x"]
@@ -272,9 +275,7 @@ def test_every_sum_is_averaged_alike_where_an_average_is_proved(op, n, drop, k, 
 
 def test_an_average_whose_ties_a_reciprocal_misses_is_not_proved_and_onnxruntime_misses_them():
     artifact = average("GlobalAveragePool", encoding(-5), encoding(-4, 2), (1, 7))
-    assert only(artifact).reason == (
-        "39 exact ties round differently where 1/7 is multiplied instead of divided by 7"
-    )
+    assert only(artifact).reason == ("39 exact ties round differently where 1/7 is multiplied instead of divided by 7")
     _, codes = every_sum(7)
     inputs = [(codes / 32).astype(np.float32).reshape(-1, 1, 1, 7)]
     one, other = (make(to_qdq(artifact)).run(inputs)[0] for make in (plain, optimized))
@@ -383,3 +384,39 @@ def test_a_constants_lattice_holds_it_and_is_the_coarsest(values):
 def test_a_constant_that_is_not_finite_has_no_lattice():
     with pytest.raises(NotProvedError, match="not finite"):
         Lattice.of_constants(np.array([1, np.inf]))
+
+
+def test_constants_may_be_nodes_and_axes_may_not_be_computed():
+    g = Graph()
+    x = g.input("x", (2, 3, 3), encoding(-4, 128))
+    bounds = [onnx.numpy_helper.from_array(np.float32(bound)) for bound in (0, 6)]
+    g.nodes += [onnx.helper.make_node("Constant", [], [f"bound{i}"], value=bound) for i, bound in enumerate(bounds)]
+    y = g.node("Clip", "clip", [x, "bound0", "bound1"])
+    artifact = g.artifact(g.node("Add", "add", [y, x], encoding(-3)))
+    assert only(artifact).accumulator_max == 2 * 128
+    g.nodes.append(onnx.helper.make_node("Shape", ["x"], ["axes"], start=1, end=2))
+    g.node("ReduceMean", "mean", ["x", "axes"], encoding(-4), keepdims=0)
+    bounds = certify(g.artifact("add.output")).layers
+    assert bounds[-1].reason == "axes is computed, not constant"
+
+
+def test_a_sum_that_loses_bits_to_the_output_zero_point_is_not_proved_and_onnxruntime_loses_them():
+    g = Graph()
+    inputs = [g.input("a", (65536,), encoding(16)), g.input("b", (65536,), encoding(0))]
+    artifact = g.artifact(g.node("Add", "node", inputs, encoding(17, 100)))
+    assert only(artifact).accumulator_max == 255 * 2**16 + 255 < EXACT
+    assert "with operands and zero points in one unit" in only(artifact).reason
+    a, b = np.repeat(np.arange(256), 256), np.tile(np.arange(256), 256)
+    batch = [np.float32(a[None] * 2**16), np.float32(b[None])]
+    one, other = (make(to_qdq(artifact)).run(batch)[0] for make in (plain, optimized))
+    assert (one != other).any()
+
+
+def test_zero_points_count_in_the_units_of_products_and_averages():
+    g = Graph()
+    inputs = [g.input("a", (4,), encoding(0)), g.input("b", (4,), encoding(0))]
+    product = only(g.artifact(g.node("Mul", "node", inputs, encoding(17, 128))))
+    assert "the product, with the zero point in its unit" in product.reason
+    mean = only(average("AveragePool", encoding(0), encoding(3, 120), (128, 256)))
+    assert "the average, with the zero point in its unit" in mean.reason
+    assert only(average("AveragePool", encoding(0), encoding(3), (128, 256))).proved

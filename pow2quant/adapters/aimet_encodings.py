@@ -81,8 +81,8 @@ def loads(text: str, *, source: str = "<encodings>", axes: Mapping[str, int] | N
     Entries of dtype float are left out: their tensors stay float. In files named after torch modules, the encodings of
     `conv1` are called `conv1.input` and `conv1.output`, from the second on `conv1.input.1`.
 
-    source: the file's name, for messages. axes: the channel axis by tensor (see `channel_axes`), for versions that state
-    none; 0 for tensors not in it. Raises FileFormatError naming the file, the tensor and the key.
+    source: the file's name, for messages. axes: the channel axis by tensor (see `channel_axes`), for versions that
+    state none; 0 for tensors not in it. Raises FileFormatError naming the file, the tensor and the key.
     """
 
     def not_a_number(constant: str) -> NoReturn:

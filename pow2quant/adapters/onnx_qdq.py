@@ -27,6 +27,7 @@ import onnx.inliner
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from pow2quant.adapters import clips, double
 from pow2quant.adapters.files import (
     GRIDS,
     IR_VERSION,
@@ -120,6 +121,7 @@ def to_qdq(artifact: Artifact) -> ModelProto:
     model.CopyFrom(at_least_opset(artifact.model))
     graph = model.graph
     _refuse_control_flow(graph)
+    double.widen(graph, table)
     writer = _Writer(graph, table)
     nodes = [*writer.parameters(), *writer.inputs()]
     for node in graph.node:
@@ -127,6 +129,7 @@ def to_qdq(artifact: Artifact) -> ModelProto:
     _replace(graph.node, nodes)
     _replace(graph.input, [value for value in graph.input if value.name not in writer.parameter_names])
     _replace(graph.initializer, writer.initializers)
+    clips.postpone(graph)
     _set_metadata(model, json.dumps(lost_grids(table, writer.stored)))
     if _opset(model) == OPSET:
         model.ir_version = IR_VERSION
@@ -284,9 +287,11 @@ def from_qdq(model: ModelProto) -> Artifact:
     copy.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
     _refuse_control_flow(copy.graph)
     _refuse_integer_operators(copy.graph)
+    clips.restore(copy.graph)
     metadata = {entry.key: entry.value for entry in copy.metadata_props}
     reader = _Reader(copy.graph, _parse_grids(metadata[GRIDS]) if GRIDS in metadata else None)
     reader.read()
+    double.narrow(copy.graph)
     _set_metadata(copy, None)
     return Artifact(at_least_opset(copy), reader.table)
 

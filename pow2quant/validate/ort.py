@@ -75,11 +75,10 @@ def random_batches(source: Source, count: int, seed: int = 0) -> Iterator[list[N
     model = _load(source)
     table = onnx_qdq.from_qdq(model).encodings
     shapes = {value.name: _input_shape(value) for value in _inputs(model.graph)}
-    fixed = {shape[0] for shape in shapes.values() if shape and shape[0] is not None}
-    size = min(fixed, default=min(BATCH, count))
+    fixed = next((shape[0] for shape in shapes.values() if shape[0] is not None), None)
     rng = np.random.default_rng(seed)
-    for start in range(0, count, size):
-        n = size if fixed else min(size, count - start)
+    for start in range(0, count, fixed or BATCH):
+        n = fixed or min(BATCH, count - start)
         yield [_random(rng, (n, *shape[1:]), table.get(name)) for name, shape in shapes.items()]
 
 
@@ -93,7 +92,7 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...], encoding: Encoding
     codes = rng.uniform(-low - margin, high + margin, shape) * amplitude
     kind = rng.integers(0, 3, shape)
     codes = np.select([kind == 0, kind == 1], [np.rint(codes), np.floor(codes) + 0.5], codes)
-    return (codes * encoding.along(encoding.scale, len(shape))).astype(np.float32)
+    return np.asarray(codes * encoding.along(encoding.scale, len(shape)), np.float32)
 
 
 def _rebuilt(model: Path, encodings: Path) -> onnx.ModelProto:
@@ -214,19 +213,22 @@ def _usable_cores() -> int:
 
 
 def _codes(graph: onnx.GraphProto, table: Table) -> dict[str, str]:
-    """The float model's tensor names by the names of their codes, in the order of computation.
+    """The float model's tensor names by the names of the codes that a DQ reads, in the order of computation.
 
-    The table names a tensor by what the Q reads or by what a DQ behind it writes; a weight's Q is left out.
+    The table names a tensor by what a DQ writes, by what its Q reads, or, where a Clip stands between, by what that reads.
     """
-    constants = {tensor.name for tensor in graph.initializer}
-    written: dict[str, list[str]] = {}
+    producers = {name: node for node in graph.node for name in node.output}
+    found: dict[str, str] = {}
     for node in graph.node:
-        if node.op_type == "DequantizeLinear":
-            written.setdefault(node.input[0], []).append(node.output[0])
-    quantizers = [n for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] not in constants]
-    candidates = {n.output[0]: [*written.get(n.output[0], []), n.input[0]] for n in quantizers}
-    known = {codes: [name for name in names if name in table] for codes, names in candidates.items()}
-    return {codes: names[0] for codes, names in known.items() if names}
+        codes = node.input[0] if node.op_type == "DequantizeLinear" else ""
+        behind, names = codes, [*node.output]
+        while behind in producers and producers[behind].op_type in ("Clip", "QuantizeLinear"):
+            behind = producers[behind].input[0]
+            names.append(behind)
+        known = next((name for name in names if name in table), None)
+        if codes in producers and known is not None:
+            found.setdefault(codes, known)
+    return found
 
 
 def _first_line(error: Exception) -> str:
