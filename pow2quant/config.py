@@ -305,7 +305,7 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The YAML from which `load` makes an equal configuration, with every key."""
-    return str(yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
+    return str(yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, width=120))
 
 
 def plan_of(config: RunConfig) -> QuantPlan:

@@ -35,6 +35,7 @@ FLOORS = {
     "pow2quant.integer": 3,
     "pow2quant.adapters": 3,
     "pow2quant.models": 3,
+    "pow2quant.run_folder": 3,
     "pow2quant.datasets": 3,
     "pow2quant.config": 2,
     "pow2quant.artifact": 2,

@@ -345,23 +345,31 @@ def test_other_widths_run_in_every_executor(bits):
     model = to_qdq(artifact)
     (result,) = compare(plain(model), [optimized(model)], inputs(artifact, 200), artifact, proof=certify(artifact))
     assert result.claim == "proved"
+    (batch,) = inputs(artifact, 8)
+    for executor in (plain(model), optimized(model)):
+        tensors = executor.tensors(batch)
+        np.testing.assert_array_equal(tensors["x"], artifact.encodings["x"].fake_quantize(batch[0]))
+        np.testing.assert_array_equal(tensors["conv.output"], executor.run(batch)[0])
 
 
 def test_a_file_of_another_tool_runs_and_its_tensors_have_names(tmp_path):
     """Q and DQ without a zero point, names as onnxruntime's quantizer gives them."""
     make, scale = onnx.helper.make_node, onnx.numpy_helper.from_array(np.float32(0.1), "s")
+    weight = onnx.numpy_helper.from_array(np.eye(3, dtype=np.float32), "w")
     nodes = [
         make("QuantizeLinear", ["x", "s"], ["x_QuantizeLinear_Output"]),
         make("DequantizeLinear", ["x_QuantizeLinear_Output", "s"], ["x_DequantizeLinear_Output"]),
-        make("Relu", ["x_DequantizeLinear_Output"], ["r"]),
+        make("QuantizeLinear", ["w", "s"], ["w_quantized"]),
+        make("DequantizeLinear", ["w_quantized", "s"], ["w_dequantized"]),
+        make("MatMul", ["x_DequantizeLinear_Output", "w_dequantized"], ["r"]),
         make("QuantizeLinear", ["r", "s"], ["r_QuantizeLinear_Output"]),
         make("DequantizeLinear", ["r_QuantizeLinear_Output", "s"], ["y"]),
     ]
     value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(nodes, "g", [value("x", 1, ["n", 3])], [value("y", 1, ["n", 3])], [scale])
+    graph = onnx.helper.make_graph(nodes, "g", [value("x", 1, ["n", 3])], [value("y", 1, ["n", 3])], [scale, weight])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
     save(model, tmp_path / "foreign.onnx")
-    assert inspect(tmp_path / "foreign.onnx") == [("x", pytest.approx(0.1)), ("y", pytest.approx(0.1))]
+    assert inspect(tmp_path / "foreign.onnx") == [(name, pytest.approx(0.1)) for name in "xwy"]
     batch = [np.array([[0.05, 1.0, -3.0]], np.float32)]
     artifact = from_qdq(model)
     found = executors(tmp_path / "foreign.onnx")

@@ -215,18 +215,21 @@ def _usable_cores() -> int:
 def _codes(graph: onnx.GraphProto, table: Table) -> dict[str, str]:
     """The float model's tensor names by the names of the codes that a DQ reads, in the order of computation.
 
-    The table names a tensor by what a DQ writes, by what its Q reads, or, where a Clip stands between, by what that reads.
+    The table names a tensor by what a DQ writes, by what its Q reads, or by what a Clip between or before them reads.
     """
+    constants = {tensor.name for tensor in graph.initializer}
     producers = {name: node for node in graph.node for name in node.output}
     found: dict[str, str] = {}
     for node in graph.node:
-        codes = node.input[0] if node.op_type == "DequantizeLinear" else ""
+        if node.op_type != "DequantizeLinear":
+            continue
+        codes = node.input[0]
         behind, names = codes, [*node.output]
         while behind in producers and producers[behind].op_type in ("Clip", "QuantizeLinear"):
             behind = producers[behind].input[0]
             names.append(behind)
         known = next((name for name in names if name in table), None)
-        if codes in producers and known is not None:
+        if known is not None and behind not in constants:
             found.setdefault(codes, known)
     return found
 

@@ -1,0 +1,5 @@
+"""`python -m pow2quant`."""
+
+from pow2quant.cli import run
+
+run()

@@ -1,0 +1,244 @@
+"""The commands. Each turns flags into a configuration, calls the pipeline, and shows what came of it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pow2quant.cli.console import Console, show_agreements
+
+if TYPE_CHECKING:
+    from pow2quant.config import RunConfig
+    from pow2quant.pipeline import Result
+
+app = typer.Typer(
+    name="pow2quant",
+    help="Quantizes PyTorch networks so that every scale is exactly 2^k, and proves it in onnxruntime.",
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    pretty_exceptions_enable=False,
+)
+
+Option = typer.Option
+Seed = Annotated[int | None, Option(help="Seed of everything random.")]
+Device = Annotated[str | None, Option(help="cpu, cuda or cuda:N.")]
+Verbose = Annotated[bool, Option("--verbose", help="Show libraries' warnings, and tracebacks.")]
+Quiet = Annotated[bool, Option("--quiet", help="No progress, no notes.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
+ConfigFile = Annotated[Path | None, Option(help="YAML with everything below; flags override it.")]
+Output = Annotated[Path | None, Option(help="Folder to write; default: runs/<command>-<time>.")]
+
+
+@app.callback()
+def _version(
+    version: Annotated[bool, Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from pow2quant import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command(epilog="Example: pow2quant ptq --model torchvision:resnet18 --weights r18.pth --data imagefolder --data-path images/")
+def ptq(
+    backend: Annotated[str | None, Option(help="custom (pure PyTorch) or aimet (Qualcomm's QuantSim).")] = None,
+    model: Annotated[str | None, Option(help="digits-cnn, torchvision:NAME, or path/to/file.py:factory.")] = None,
+    weights: Annotated[str | None, Option(help="State dict: .pt, .pth or .safetensors.")] = None,
+    num_classes: Annotated[int | None, Option(help="Passed to the network's factory.")] = None,
+    data: Annotated[str | None, Option(help="digits, cifar10, mnist, imagefolder, or path/to/file.py:function.")] = None,
+    data_path: Annotated[str | None, Option(help="Folder of the data set.")] = None,
+    batch_size: Annotated[int | None, Option(help="Images per batch.")] = None,
+    weight_bits: Annotated[int | None, Option(help="Width of weights, 2 to 16.")] = None,
+    activation_bits: Annotated[
+        int | None, Option(help="Width of activations, 2 to 16; the network's input keeps at least 8 bits, as an image has.")
+    ] = None,
+    per_tensor: Annotated[bool, Option("--per-tensor", help="One weight scale per tensor, not per output channel.")] = False,
+    max_calibration_batches: Annotated[int | None, Option(help="Calibrate on at most so many batches.")] = None,
+    max_eval_batches: Annotated[int | None, Option(help="Evaluate on at most so many batches.")] = None,
+    method: Annotated[list[str] | None, Option(help="A method's name; repeatable, applied in order.")] = None,
+    encodings_version: Annotated[str | None, Option(help="AIMET encodings: 0.6.1, 1.0.0 or 2.0.0.")] = None,
+    config: ConfigFile = None,
+    output: Output = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing run.")] = False,
+    seed: Seed = None,
+    device: Device = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> int:
+    """Post-training quantization: calibrate, snap every scale to 2^k, export, validate in onnxruntime, report.
+
+    Without flags: the embedded network on scikit-learn's digits.
+    """
+    values = {
+        "backend": backend,
+        "model.name": model,
+        "model.weights": weights,
+        "model.num_classes": num_classes,
+        "data.dataset": data,
+        "data.path": data_path,
+        "data.batch_size": batch_size,
+        "quantization.weight.bitwidth": weight_bits,
+        "quantization.output.bitwidth": activation_bits,
+        "quantization.input.bitwidth": None if activation_bits is None else max(8, activation_bits),
+        "quantization.weight.per_channel": False if per_tensor else None,
+        "ptq.calibration_batches": max_calibration_batches,
+        "ptq.max_eval_batches": max_eval_batches,
+        "ptq.methods": method or None,
+        "encodings_version": encodings_version,
+        "seed": seed,
+        "device": device,
+    }
+    configured = _configured(config, values)
+    console = _console(verbose, quiet, as_json)
+    from pow2quant import pipeline
+
+    result = pipeline.ptq(configured, output or _fresh("ptq"), overwrite=overwrite, progress=console)
+    _show_run(console, result)
+    return 0 if result.agrees else 1
+
+
+@app.command(epilog="Example: pow2quant validate runs/mine     or: pow2quant validate model.onnx")
+def validate(
+    source: Annotated[Path, typer.Argument(help="A run's folder, or an ONNX file.", metavar="DIR_OR_ONNX")],
+    encodings: Annotated[Path | None, Option(help="AIMET encodings of a float ONNX file.")] = None,
+    max_eval_batches: Annotated[int | None, Option(help="Compare on at most so many batches.")] = None,
+    seed: Seed = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> int:
+    """Runs every executor on the same inputs and prints the agreement table; exit status 1 when anything differs.
+
+    A run's folder is validated on its own test data, from the files on disk; an ONNX file on random inputs, onnxruntime
+    without optimizations against onnxruntime with all of them.
+    """
+    console = _console(verbose, quiet, as_json)
+    from pow2quant import pipeline
+
+    found = pipeline.validate(
+        source, encodings=encodings, max_batches=max_eval_batches, seed=seed or 0, progress=console
+    )
+    show_agreements(console, found.agreements)
+    verdict = pipeline.verdict(found.agreements)
+    lines = [f"{name}: the scale {scale!r} is no power of two" for name, scale in found.free_scales[:20]]
+    if len(found.free_scales) > len(lines):
+        lines.append(f"… and {len(found.free_scales) - len(lines)} more tensors")
+    document = {
+        "verdict": verdict,
+        "validation": [asdict(a) for a in found.agreements],
+        "free_scales": dict(found.free_scales),
+        "certificate": found.certificate.to_json(),
+    }
+    console.result(document, [*lines, verdict, found.certificate_sentence])
+    return 0 if found.agrees else 1
+
+
+@app.command(epilog="Example: pow2quant export runs/mine --to aimet-2.0.0")
+def export(
+    source: Annotated[Path, typer.Argument(help="A finished run's folder.", metavar="DIR")],
+    to: Annotated[str, Option(help="The format; `pow2quant list` names them.")],
+    output: Annotated[Path | None, Option(help="Folder to write; default: DIR/export/<format>.")] = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> int:
+    """Writes a finished run in a further format."""
+    console = _console(verbose, quiet, as_json)
+    from pow2quant import pipeline
+
+    written = [str(path) for path in pipeline.export(source, to, output)]
+    console.result({"written": written}, written)
+    return 0
+
+
+@app.command(epilog="Example: pow2quant report runs/mine")
+def report(
+    sources: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="DIR...")],
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> int:
+    """Rebuilds report.html from report.json."""
+    console = _console(verbose, quiet, as_json)
+    from pow2quant.report.html import rebuild
+
+    written = [str(rebuild(source)) for source in sources]
+    console.result({"written": written}, written)
+    return 0
+
+
+@app.command(name="list", epilog="Example: pow2quant list")
+def list_(verbose: Verbose = False, quiet: Quiet = False, as_json: AsJson = False) -> int:
+    """Backends, methods, models, data sets and exporters that are installed, with a line each."""
+    console = _console(verbose, quiet, as_json)
+    from pow2quant import plugins
+
+    found = {kind: {name: _about(kind, name) for name in plugins.names(kind)} for kind in plugins.TABLES}
+    rows = [(kind, name, text) for kind, entries in found.items() for name, text in entries.items()]
+    console.table(["kind", "name", "what it is"], rows)
+    console.result(found, [])
+    return 0
+
+
+def _about(kind: str, name: str) -> str:
+    """The first line of the docstring; what to install for what is not."""
+    from pow2quant.plugins import resolve
+
+    try:
+        text = resolve(kind, name).__doc__ or ""
+    except Exception as error:  # a plug-in of another package may raise anything
+        return f"not usable: {error}"
+    return text.strip().partition("\n")[0]
+
+
+def _configured(file: Path | None, values: dict[str, Any]) -> RunConfig:
+    """The file's configuration, or the default, with the flags that were given laid over it."""
+    from pow2quant import config
+
+    base = config.load(file) if file is not None else config.RunConfig()
+    return config.with_values(base, {key: value for key, value in values.items() if value is not None})
+
+
+def _console(verbose: bool, quiet: bool, as_json: bool) -> Console:
+    if not verbose:
+        warnings.filterwarnings("ignore")
+    return Console(quiet=quiet, as_json=as_json)
+
+
+def _fresh(command: str) -> Path:
+    return Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _show_run(console: Console, result: Result) -> None:
+    r = result.report
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f} %"
+
+    top5 = any(key.endswith("_top5") for key in r)
+    rows = [
+        [label, percent(r.get(f"{key}_accuracy")), *([percent(r.get(f"{key}_accuracy_top5"))] if top5 else [])]
+        for label, key in (("float", "initial"), ("simulation", "final"), ("onnxruntime", "onnxruntime"))
+    ]
+    console.table(["accuracy", "top-1", *(["top-5"] if top5 else [])], rows)
+    if not console.as_json:
+        print()
+    show_agreements(console, result.agreements)
+    sizes = r["model_size_bytes"]
+    lines = [
+        "",
+        f"verdict: {r['verdict']}",
+        f"certificate: {r['certificate']['sentence']}",
+        f"logits: {r['final_sqnr_db']} dB SQNR against float; "
+        f"file {sizes['quantized']:,} bytes, float {sizes['float']:,} ({sizes['float'] / sizes['quantized']:.2f} times)",
+        f"files: {result.folder}",
+    ]
+    console.result({"folder": str(result.folder), **r}, lines)

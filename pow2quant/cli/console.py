@@ -1,0 +1,104 @@
+"""What a command shows: progress on stderr, results on stdout; rich on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from pow2quant.artifact import Agreement
+
+T = TypeVar("T")
+
+
+@dataclass
+class Console:
+    """Progress, notes and results of one command.
+
+    quiet: no progress and no notes. as_json: stdout holds one JSON document and nothing else.
+    """
+
+    quiet: bool = False
+    as_json: bool = False
+
+    def track(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+        """Passes items on; shows a bar with the time left on a terminal, else one line at the end."""
+        if self.quiet:
+            yield from items
+            return
+        started = time.monotonic()
+        if sys.stderr.isatty():
+            from rich.console import Console as Rich
+            from rich.progress import track
+
+            yield from track(items, title, total=total, console=Rich(stderr=True), transient=True)
+        else:
+            yield from items
+        self.note(f"{title}: {time.monotonic() - started:.1f} s")
+
+    def note(self, text: str) -> None:
+        """One line of information."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def result(self, document: Mapping[str, Any], lines: Iterable[str]) -> None:
+        """The command's result: the document with --json, else the lines."""
+        if self.as_json:
+            print(json.dumps(document, indent=2, default=str))
+        else:
+            for line in lines:
+                print(line)
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table on stdout, nothing with --json: drawn on a terminal, aligned text in a pipe."""
+        rows = [list(r) for r in rows]
+        if self.as_json or not rows:
+            return
+        if sys.stdout.isatty():
+            from rich.box import SIMPLE_HEAD
+            from rich.console import Console as Rich
+            from rich.table import Table
+
+            table = Table(*header, box=SIMPLE_HEAD)
+            for row in rows:
+                table.add_row(*row)
+            Rich().print(table)
+            return
+        widths = [max(len(r[i]) for r in [list(header), *rows]) for i in range(len(header))]
+        for row in [list(header), *rows]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def show_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
+    """The agreement table, and below it the first tensor at which each executor differs."""
+    console.table(
+        ["executor", "against", "elements", "differing", "max LSB", "top-1 agreement", "claim"],
+        [
+            [
+                a.executor,
+                a.against,
+                f"{a.elements:,}",
+                f"{a.differing:,}",
+                f"{a.max_lsb:g}",
+                f"{a.top1_agreement:.2f} %",
+                a.claim,
+            ]
+            for a in agreements
+        ],
+    )
+    if console.as_json:
+        return
+    for a in agreements:
+        if a.first_diverging is not None:
+            d = a.first_diverging
+            cause = f"; likely cause: {d.cause}" if d.cause else ""
+            print(
+                f"{a.executor}: the first tensor that differs is {d.tensor} (node {d.node}): "
+                f"{d.differing:,} of {d.elements:,} by up to {d.max_lsb:g} LSB{cause}"
+            )
+        for note in a.notes:
+            print(f"{a.executor}: {note}")
