@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import onnx
@@ -81,3 +82,11 @@ class Agreement:
     def agrees(self) -> bool:
         """Whether not a single element differs."""
         return self.differing == 0
+
+    def to_json(self) -> dict[str, Any]:
+        """In JSON's types; a difference that is infinite (NaN was involved) becomes None."""
+        document = asdict(self)
+        for part in (document, document["first_diverging"] or {}):
+            if not math.isfinite(part.get("max_lsb", 0.0)):
+                part["max_lsb"] = None
+        return document

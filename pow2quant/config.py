@@ -380,7 +380,7 @@ def _module(path: Path, error: type[Pow2QuantError]) -> ModuleType:
         module.__file__ = str(path)
         try:
             with users_code(str(path), error):
-                exec(compile(path.read_bytes(), path, "exec"), vars(module))
+                exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
         except BaseException:
             del sys.modules[name]
             raise

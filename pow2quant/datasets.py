@@ -112,7 +112,9 @@ class Images(Dataset[Batch]):
     """Images in memory as bytes; they become floats a batch at a time, as torchvision's ToTensor and Normalize do.
 
     pixels: uint8 (N, C, H, W); labels: int64 (N,); white: the byte that becomes 1.0. augmented: a random crop of the
-    image padded by four pixels, and a random flip. Raises DataError when a label is no class or the numbers differ.
+    image padded by four pixels, and a random flip.
+    Raises DataError when a label is no class or the numbers differ, ConfigError when `config` normalizes another number
+    of channels.
     """
 
     pixels: Tensor
@@ -127,6 +129,7 @@ class Images(Dataset[Batch]):
         if len(self.pixels) != len(self.labels):
             raise DataError(f"{where}: {len(self.pixels)} images but {len(self.labels)} labels")
         _check_labels(self.labels, len(self.classes), where)
+        _normalization(self.config, self.pixels.shape[1])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -261,7 +264,7 @@ def _jittered(pixels: Tensor, margin: int = 4) -> Tensor:
 
 def _cifar_archive(path: Path) -> tuple[Batch, Batch]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("train_x", "train_y", "test_x", "test_y")}
     except Exception as error:  # numpy and zipfile raise whatever they like about a damaged file
         raise DataError(f"{path}: expected train_x, train_y, test_x, test_y ({_last_line(error)})") from None

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from pow2quant.backends.base import Batch, Simulation
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.prepare import prepare
 from pow2quant.config import QuantPlan, RunConfig
-from pow2quant.errors import DataError, FileFormatError
+from pow2quant.errors import ConfigError, DataError, FileFormatError
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import resolve
 from pow2quant.pow2_constraints import Encoding
@@ -140,16 +140,18 @@ def validate(
     source: Path,
     *,
     encodings: Path | None = None,
+    config: RunConfig | None = None,
     max_batches: int | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> Validation:
     """Runs every executor of a run's folder on its test data, or those of an ONNX file on random inputs.
 
-    source: a run's folder, or a QDQ ONNX file (or a float one, with `encodings`).
+    source: a run's folder, or a QDQ ONNX file (or a float one, with `encodings`). config: in place of the run's own,
+    where its data or its device are elsewhere now.
     """
     if source.is_dir():
-        return _validate_run(source, max_batches, progress)
+        return _validate_run(source, config or configuration.load(source / run_folder.CONFIG), max_batches, progress)
     if not source.is_file():
         raise FileFormatError(f"{source}: no such file or folder")
     model = onnx_qdq.load(source)
@@ -171,8 +173,17 @@ def validate(
 
 
 def export(source: Path, form: str, output: Path | None = None) -> list[Path]:
-    """Writes a finished run in a further format, into `output` or `<run>/export/<form>`. Returns what was written."""
+    """Writes a finished run in a further format, into `output` or `<run>/export/<form>`. Returns what was written.
+
+    source: a run's folder; or an encodings file, which becomes `<output>/<its name>` in another version (`output` then
+    defaults to `<its folder>/<form>`).
+    """
     exporter: Callable[[Artifact, Path], Path] = resolve("exporters", form)
+    if source.is_file():
+        if not form.startswith("aimet-"):
+            raise ConfigError(f"{source}: an encodings file alone can only become aimet-VERSION, not {form!r}")
+        folder = output or source.parent / form
+        return [aimet_encodings.convert(source, form.removeprefix("aimet-"), folder / source.name)]
     if not (source / run_folder.QDQ).is_file():
         raise FileFormatError(f"{source}: holds no {run_folder.QDQ}; give the folder of a finished run")
     artifact = onnx_qdq.from_qdq(onnx_qdq.load(source / run_folder.QDQ))
@@ -215,6 +226,11 @@ class _Job:
         self.model.to(self.device)
         return sim
 
+    def parameters(self, sim: Simulation) -> dict[str, nn.Parameter]:
+        """The network's own parameters in the simulation, by name (a backend may have further ones)."""
+        names = {name for name, _ in self.network.named_parameters(remove_duplicate=False)}
+        return {k: p for k, p in sim.model.named_parameters(remove_duplicate=False) if k in names}
+
     @property
     def calibration_batches(self) -> int:
         """How many batches calibration takes."""
@@ -243,7 +259,7 @@ def _finish(job: _Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple
     table = sim.encodings()
     _check_constraint(job.config, sim, table)
     artifact = sim.export(job.example)
-    parameters = {name: p.detach().cpu().numpy() for name, p in sim.model.named_parameters()}
+    parameters = {name: p.detach().cpu().numpy() for name, p in job.parameters(sim).items()}
     run_folder.save_state(folder / run_folder.STATE, parameters, table)
     _write_models(artifact, folder, job.config.encodings_version)
     (folder / run_folder.CONFIG).write_text(configuration.dump(job.config), encoding="utf-8")
@@ -372,9 +388,8 @@ def simulation_executor(sim: Simulation, backend: str, device: torch.device) -> 
     return Executor(f"{backend} {SIMULATION}", run, tensors)
 
 
-def _validate_run(folder: Path, limit: int | None, progress: Progress) -> Validation:
-    """Rebuilds the simulation from config.yaml and model.safetensors and compares it with the files beside them."""
-    config = configuration.load(folder / run_folder.CONFIG)
+def _validate_run(folder: Path, config: RunConfig, limit: int | None, progress: Progress) -> Validation:
+    """Rebuilds the simulation from a configuration and model.safetensors and compares it with the files beside them."""
     parameters, table = run_folder.load_state(folder / run_folder.STATE)
     plain = replace(config, model=replace(config.model, weights=None), data=datasets.resolved(config.data))
     data = datasets.load(plain.data)
@@ -383,7 +398,7 @@ def _validate_run(folder: Path, limit: int | None, progress: Progress) -> Valida
     network = fold_batch_norm(prepare(model, example))
     job = _Job(plain, data, model, network, example, progress, torch.device(plain.device))
     sim = job.simulate()
-    _load_parameters(sim.model, parameters, folder / run_folder.STATE)
+    _load_parameters(job.parameters(sim), parameters, folder / run_folder.STATE)
     sim.load(table)
     artifact = sim.export(example)
     certificate = certify(artifact)
@@ -391,8 +406,7 @@ def _validate_run(folder: Path, limit: int | None, progress: Progress) -> Valida
     return Validation(tuple(agreements), ort.inspect(onnx_qdq.load(folder / run_folder.QDQ)), certificate)
 
 
-def _load_parameters(model: nn.Module, parameters: dict[str, NDArray[Any]], path: Path) -> None:
-    own = dict(model.named_parameters())
+def _load_parameters(own: dict[str, nn.Parameter], parameters: dict[str, NDArray[Any]], path: Path) -> None:
     if set(own) != set(parameters):
         wrong = sorted(set(own) ^ set(parameters))
         raise FileFormatError(f"{path}: does not fit the network of config.yaml: {', '.join(wrong[:5])}")
@@ -440,7 +454,7 @@ def _report(
             "float": (folder / run_folder.FLOAT).stat().st_size,
             "quantized": (folder / run_folder.QDQ).stat().st_size,
         },
-        "validation": [asdict(a) for a in agreements],
+        "validation": [a.to_json() for a in agreements],
         "certificate": certificate.to_json(),
         "final_quantization_details": _details(artifact),
         "environment": _environment(),

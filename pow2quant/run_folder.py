@@ -21,7 +21,7 @@ from pow2quant.pow2_constraints import Encoding, IntGrid
 REPORT, CONFIG, STATE = "report.json", "config.yaml", "model.safetensors"
 QDQ, FLOAT, ENCODINGS = "model.onnx", "model_float.onnx", "model.encodings"
 
-_OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+_OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -36,6 +36,9 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         staging.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
+    try:
         yield staging
         _replace(staging, target)
     except OSError as error:
@@ -74,14 +77,14 @@ def _replace(staging: Path, target: Path) -> None:
 
 def save_state(path: Path, parameters: Mapping[str, NDArray[Any]], table: Table) -> None:
     """Writes float parameters and encodings as safetensors: `<site>.scale`, `<site>.zero_point`, grids as metadata."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {f"parameter:{name}": np.ascontiguousarray(value) for name, value in parameters.items()}
     for name, encoding in table.items():
         tensors[f"scale:{name}"] = np.array(encoding.scale)
         tensors[f"zero_point:{name}"] = np.array(encoding.zero_point)
     grids = {n: [e.grid.bits, e.grid.signed, e.grid.narrow, e.axis] for n, e in table.items()}
-    save_file(tensors, path, metadata={"format": "pow2quant-state-1", "grids": json.dumps(grids)})
+    path.write_bytes(save(tensors, metadata={"format": "pow2quant-state-1", "grids": json.dumps(grids)}))
 
 
 def load_state(path: Path) -> tuple[dict[str, NDArray[Any]], Table]:

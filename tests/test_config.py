@@ -286,6 +286,7 @@ def test_dump_and_load_are_inverse(folder, config):
         ("training: {learning_rate: 0}", "training.learning_rate: 0 is not legal; legal: a number above 0"),
         ("training: {learning_rate: .inf}", "training.learning_rate: Infinity is not legal"),
         ("training: {optimizer: {lr: 1}}", "training.optimizer: {'lr': 1} is not legal; legal: a name, or {type: NAME"),
+        ("training: {optimizer: {type: 3}}", "training.optimizer: {'type': 3} is not legal; legal: a name"),
         ("training: {optimizer: null}", "training.optimizer: null is not legal"),
         ("backend: aimett", 'backend: "aimett" is not legal; legal: one of '),
         ("device: gpu", 'device: "gpu" is not legal; legal: cpu, cuda or cuda:N'),

@@ -321,6 +321,19 @@ def test_onnxruntime_gives_the_same_bits(grid, axis):
     ties = np.arange(-600, 600, 0.5)
     x = np.concatenate([ties * 2.0**k for k in (-7, -3, 0, 4, 9)] + [[-0.0, 1e-45, -1e-45, 1e30, -1e30, 4, 5, 6]])
     x = x.astype(np.float32).reshape(-1, 4)
+    check_against_onnxruntime(encoding, x)
+
+
+@pytest.mark.parametrize("grid", [INT8, UINT8], ids=str)
+def test_onnxruntime_gives_the_same_bits_for_free_scales(grid):
+    """The quotient is rounded to float32 before it is rounded to a code: 3.5 - 1e-8 is a tie."""
+    encoding = Encoding(0.1, 3, grid)
+    x = np.arange(-300, 300, 0.5, dtype=np.float32) * np.float32(0.1)
+    assert (np.rint(x / np.float64(encoding.scale)) != np.rint(x / encoding.scale)).any()
+    check_against_onnxruntime(encoding, np.concatenate([x, np.nextafter(x, np.float32(0))])[:, None])
+
+
+def check_against_onnxruntime(encoding, x):
     model = quantizing_model(encoding, 2).SerializeToString()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     q, y = session.run(None, {"x": x})

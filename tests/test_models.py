@@ -230,16 +230,17 @@ class Intruder:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("how", ["torch.save", "torch.save, old format", "pickle", "among tensors"])
+@pytest.mark.parametrize("how", ["torch.save", "torch.save, old format", "pickle 2", "pickle 4", "among tensors"])
 def test_code_in_a_file_of_weights_never_runs(how, tmp_path):
     victim, path = tmp_path / "victim", tmp_path / "w.pt"
-    if how == "pickle":
-        path.write_bytes(pickle.dumps(Intruder(victim)))
+    if "pickle" in how:
+        path.write_bytes(pickle.dumps(Intruder(victim), protocol=int(how[-1])))
     else:
         state = {"0.weight": torch.zeros(1), "x": Intruder(victim)} if how == "among tensors" else Intruder(victim)
         torch.save(state, path, _use_new_zipfile_serialization="old" not in how)
     message = complaint(WeightsError, models.load_weights, net(), path)
-    assert re.search(r"w\.pt: holds Python objects \(\w*\.open\)", message)
+    expected = r"truncated, or not a file of weights" if how == "pickle 4" else r"holds Python objects \(\w*\.open\)"
+    assert re.search(rf"w\.pt: {expected}", message)
     assert not victim.exists()
 
 

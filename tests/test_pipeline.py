@@ -61,8 +61,9 @@ def test_the_folder_and_the_report_hold_what_the_contract_says(run: pipeline.Res
     weight = report["final_quantization_details"]["conv1.weight"]
     assert weight["power_of_2"][0] == f"2^({weight['exponent'][0]})"
     assert weight["hardware_op"][0] == f"x >> {-weight['exponent'][0]}"
-    assert report["final_quantization_details"]["fc.input"]["scale"] == 2.0 ** (
-        report["final_quantization_details"]["fc.input"]["exponent"]
+    assert (
+        report["final_quantization_details"]["fc.input"]["scale"]
+        == 2.0 ** (report["final_quantization_details"]["fc.input"]["exponent"])
     )
     assert list(run.folder.parent.iterdir()) == [run.folder]
 

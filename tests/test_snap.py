@@ -10,7 +10,15 @@ from hypothesis.extra import numpy as hnp
 
 from pow2quant.errors import ConfigError, EncodingError
 from pow2quant.pow2_constraints import CHOOSERS, Encoding, Format, IntGrid, Observed, choose
-from pow2quant.pow2_constraints.snap import CANDIDATES, CHANNEL_SPREAD, FREE_FRACTIONS, HIGHEST, LOWEST, PERCENTILE
+from pow2quant.pow2_constraints.snap import (
+    CANDIDATES,
+    CHANNEL_SPREAD,
+    FREE_FRACTIONS,
+    HIGHEST,
+    LOWEST,
+    PERCENTILE,
+    _least_on_even,
+)
 from tests import strategies as our
 
 RULES = sorted(CHOOSERS)
@@ -185,7 +193,7 @@ def test_mse_finds_the_zero_point_of_a_large_sample(bits, tails):
 
 @pytest.mark.parametrize("axis", [None, 0])
 def test_mse_of_more_data_than_one_block(axis):
-    x = np.random.default_rng(0).standard_t(4, (3, 200_000)).astype(np.float32)
+    x = np.sort(np.abs(np.random.default_rng(0).standard_t(4, (3, 200_000)).astype(np.float32)))
     form = Format(4, symmetric=True, axis=axis)
     encoding = choose("mse", Observed.of(x, axis), form)
     for c, values in enumerate(x if axis is not None else [x.ravel()]):
@@ -203,11 +211,21 @@ def test_mse_gives_up_an_outlier_where_minmax_does_not():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_of_equal_errors_the_larger_scale_wins(symmetric):
-    """2^6 is exact at every exponent from that of minmax down to one where it saturates."""
-    form = Format(8, symmetric)
-    for x in ([64.0], [-64.0], [-64.0, 64.0], [0.0, 64.0]):
-        observed = Observed.of(x)
-        assert choose("mse", observed, form).exponent == choose("minmax", observed, form).exponent
+    """On two bits, 1.5 becomes 1 at scale 1 and 2 at scale 2; 0.25 becomes 0 and -2 is exact at both."""
+    assert choose("mse", Observed.of([1.5, 0.25, -2.0]), Format(2, symmetric)).exponent == 1
+
+
+@settings(max_examples=300)
+@given(st.integers(0, 5000), st.integers(0, 5000), st.lists(st.integers(-100, 10_100), max_size=3), st.integers(0, 900))
+def test_the_search_over_even_zero_points_finds_the_minimum(first, count, centres, flat):
+    def convex(z):
+        return sum((np.maximum(np.abs(z - c) - flat, 0) ** 2 for c in centres), np.zeros(len(z)))
+
+    first, last = 2 * (first // 2), 2 * (first // 2 + count)
+    zero_point, value = _least_on_even(convex, first, last)
+    every = np.arange(first, last + 1, 2)
+    assert zero_point in every
+    assert value == convex(np.array([zero_point]))[0] == convex(every).min()
 
 
 @given(our.arrays(VECTORS), our.widths(), SYMMETRIC)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -97,11 +96,14 @@ def loads(text: str, *, source: str = "<encodings>", axes: Mapping[str, int] | N
 
 def load(path: Path, axes: Mapping[str, int] | None = None) -> Table:
     """`loads` of a file. Raises FileFormatError, naming it, also when it cannot be read."""
+    return loads(_text(path), source=str(path), axes=axes)
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FileFormatError(f"{path}: cannot be read as an encodings file: {error}") from error
-    return loads(text, source=str(path), axes=axes)
 
 
 def apply(model: onnx.ModelProto, table: Table) -> Artifact:
@@ -140,9 +142,45 @@ def _export(artifact: Artifact, folder: Path, version: str) -> Path:
     return path
 
 
-export_0_6_1 = partial(_export, version="0.6.1")
-export_1_0_0 = partial(_export, version="1.0.0")
-export_2_0_0 = partial(_export, version="2.0.0")
+def export_0_6_1(artifact: Artifact, folder: Path) -> Path:
+    """AIMET encodings 0.6.1 as `model.encodings`: objects by tensor name."""
+    return _export(artifact, folder, "0.6.1")
+
+
+def export_1_0_0(artifact: Artifact, folder: Path) -> Path:
+    """AIMET encodings 1.0.0 as `model.encodings`: lists of activations and parameters."""
+    return _export(artifact, folder, "1.0.0")
+
+
+def export_2_0_0(artifact: Artifact, folder: Path) -> Path:
+    """AIMET encodings 2.0.0 as `model.encodings`: one list, named after ONNX's own attributes."""
+    return _export(artifact, folder, "2.0.0")
+
+
+def convert(source: Path, version: str, target: Path) -> Path:
+    """Writes an encodings file in another version, for a converter that does not take the one it is in.
+
+    Versions before 2 keep weights and biases apart, 2.x does not say which they are: those are then the tensors with
+    one scale per channel, or of 32 bits, or called `weight` or `bias`. Raises FileFormatError and OutputError.
+    """
+    text = _text(source)
+    table = loads(text, source=str(source))
+    listed = _parameter_names(json.loads(text))
+    names = listed if listed is not None else {name for name, e in table.items() if _looks_like_parameter(name, e)}
+    write(target, dumps(table, names, version).encode())
+    return target
+
+
+def _parameter_names(document: dict[str, Any]) -> set[str] | None:
+    """The tensors that a file lists as parameters; None for versions that do not."""
+    part = document.get("param_encodings")
+    if isinstance(part, dict):
+        return set(part)
+    return {entry["name"] for entry in part} if isinstance(part, list) else None
+
+
+def _looks_like_parameter(name: str, encoding: Encoding) -> bool:
+    return encoding.axis is not None or encoding.grid.width == 32 or name.rpartition(".")[2] in ("weight", "bias")
 
 
 def _container(grid: IntGrid) -> IntGrid:

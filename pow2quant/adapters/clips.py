@@ -1,8 +1,8 @@
 """Clips on codes: a reversible pair on a finished QDQ graph.
 
-onnxruntime turns DQ -> Conv -> Q into one integer kernel, but DQ -> Conv -> Clip -> Q only where the Clip covers all that
-Q can store; with a ReLU6, or a grid narrower than its storage, the convolution runs in float, several times slower.
-Rounding and clipping to points of the grid commute, so the Clip may as well stand behind and clip codes:
+onnxruntime turns DQ -> Conv -> Q into one integer kernel, but DQ -> Conv -> Clip -> Q only where the Clip covers all
+that Q can store; with a ReLU6, or a grid narrower than its storage, the convolution runs in float, several times
+slower. Rounding and clipping to points of the grid commute, so the Clip may as well stand behind and clip codes:
 Conv -> Q -> Clip -> DQ. (16-bit codes onnxruntime cannot clip; there the Clip stays in front of the Q.)
 """
 

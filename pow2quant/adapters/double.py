@@ -1,10 +1,10 @@
 """Functions whose float32 kernels leave the last bit open, computed in double between two Casts: a reversible pair.
 
-Two libraries' float32 LayerNormalization differ in the last bits, and once in 10^5 elements that moves a rounding to the
-grid; in double it does so once in 10^13. The float model of an artifact keeps the plain operators, which tools for
+Two libraries' float32 LayerNormalization differ in the last bits, and once in 10^5 elements that moves a rounding to
+the grid; in double it does so once in 10^13. The float model of an artifact keeps the plain operators, which tools for
 targets understand; in a QDQ file they are widened. (Measured with onnxruntime 1.31 over every code of 8 and 16 bits:
-plain 8-bit Sigmoid, Tanh, Softmax and Gelu agree with float64 rounded once; the inner Sigmoid of SiLU does not, nor does
-LayerNormalization, nor anything on 16 bits. onnxruntime has no Gelu in double.)
+plain 8-bit Sigmoid, Tanh, Softmax and Gelu agree with float64 rounded once; the inner Sigmoid of SiLU does not, nor
+does LayerNormalization, nor anything on 16 bits. onnxruntime has no Gelu in double.)
 """
 
 from __future__ import annotations

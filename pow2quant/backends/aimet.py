@@ -50,7 +50,7 @@ class Entry(nn.Module):
 
 
 class AimetSimulation:
-    """AIMET's simulation of a prepared network; see `backends.base.Simulation` for every member.
+    """Qualcomm's AIMET QuantSim, constrained to 2^k (see `backends.base.Simulation` for every member).
 
     network: prepared, batch norm folded; not changed. example: one batch. plan: what is quantized and how.
     quantsim: AIMET's `QuantizationSimModel`; `model` is its model. The ranges of its quantizers are trainable

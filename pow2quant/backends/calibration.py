@@ -122,7 +122,7 @@ def bias_encoding(
         channel = int(np.abs(codes).argmax())
         raise EncodingError(
             f"{layer.bias.name}: channel {channel} needs the integer {codes[channel]:.0f} in units of s_in * s_w, "
-            f"which does not fit {grid.bits} bits; choose the weight's scales again (calibrate the role weight) or more bits"
+            f"which does not fit {grid.bits} bits; calibrate the role weight again, or give more bits"
         )
     return Encoding(scale, np.zeros(scale.shape, np.int64), grid, 0)
 

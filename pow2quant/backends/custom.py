@@ -50,7 +50,7 @@ class QuantizedLayer(nn.Module):
 
 
 class CustomSimulation:
-    """Fake quantization written into the graph; see `backends.base.Simulation` for every member.
+    """Pure PyTorch: fake quantization written into the graph (see `backends.base.Simulation` for every member).
 
     network: prepared, batch norm folded; not changed. example: one batch. plan: what is quantized and how.
     """

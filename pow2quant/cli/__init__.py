@@ -14,27 +14,30 @@ SUCCESS, CHECK_FAILED, BAD_INPUT, DEFECT, INTERRUPTED = 0, 1, 2, 70, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; the console script passes it to the shell."""
-    import click
+    import typer
+    from typer.main import get_command
 
     from pow2quant.cli.commands import app
     from pow2quant.errors import Pow2QuantError
 
+    usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, wherever typer keeps click
+
     given = [_with_hyphens(a) for a in (sys.argv[1:] if arguments is None else arguments)]
     verbose = "--verbose" in given
     try:
-        from typer.main import get_command
-
         status = get_command(app).main(given or ["--help"], prog_name="pow2quant", standalone_mode=False)
+        if status == INTERRUPTED:  # typer's newer releases turn Ctrl-C into this status, silently
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else SUCCESS
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
-        return _complain(error.format_message(), BAD_INPUT)
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except usage_error as error:
+        return _complain(error.format_message(), BAD_INPUT)  # type: ignore[attr-defined]
     except Pow2QuantError as error:
         if verbose:
             raise
         return _complain(str(error), BAD_INPUT)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted; nothing was written", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

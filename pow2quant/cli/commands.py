@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,20 +46,27 @@ def _version(
         raise typer.Exit
 
 
-@app.command(epilog="Example: pow2quant ptq --model torchvision:resnet18 --weights r18.pth --data imagefolder --data-path images/")
+@app.command(
+    epilog="Example: pow2quant ptq --model torchvision:resnet18 --weights r18.pth --data imagefolder --data-path imgs/"
+)
 def ptq(
     backend: Annotated[str | None, Option(help="custom (pure PyTorch) or aimet (Qualcomm's QuantSim).")] = None,
     model: Annotated[str | None, Option(help="digits-cnn, torchvision:NAME, or path/to/file.py:factory.")] = None,
     weights: Annotated[str | None, Option(help="State dict: .pt, .pth or .safetensors.")] = None,
     num_classes: Annotated[int | None, Option(help="Passed to the network's factory.")] = None,
-    data: Annotated[str | None, Option(help="digits, cifar10, mnist, imagefolder, or path/to/file.py:function.")] = None,
+    data: Annotated[
+        str | None, Option(help="digits, cifar10, mnist, imagefolder, or path/to/file.py:function.")
+    ] = None,
     data_path: Annotated[str | None, Option(help="Folder of the data set.")] = None,
     batch_size: Annotated[int | None, Option(help="Images per batch.")] = None,
     weight_bits: Annotated[int | None, Option(help="Width of weights, 2 to 16.")] = None,
     activation_bits: Annotated[
-        int | None, Option(help="Width of activations, 2 to 16; the network's input keeps at least 8 bits, as an image has.")
+        int | None,
+        Option(help="Width of activations, 2 to 16; the network's input keeps at least 8 bits, as an image has."),
     ] = None,
-    per_tensor: Annotated[bool, Option("--per-tensor", help="One weight scale per tensor, not per output channel.")] = False,
+    per_tensor: Annotated[
+        bool, Option("--per-tensor", help="One weight scale per tensor, not per output channel.")
+    ] = False,
     max_calibration_batches: Annotated[int | None, Option(help="Calibrate on at most so many batches.")] = None,
     max_eval_batches: Annotated[int | None, Option(help="Evaluate on at most so many batches.")] = None,
     method: Annotated[list[str] | None, Option(help="A method's name; repeatable, applied in order.")] = None,
@@ -110,7 +117,10 @@ def validate(
     source: Annotated[Path, typer.Argument(help="A run's folder, or an ONNX file.", metavar="DIR_OR_ONNX")],
     encodings: Annotated[Path | None, Option(help="AIMET encodings of a float ONNX file.")] = None,
     max_eval_batches: Annotated[int | None, Option(help="Compare on at most so many batches.")] = None,
+    config: Annotated[Path | None, Option(help="YAML in place of the run's config.yaml, say for other data.")] = None,
+    output: Annotated[Path | None, Option(help="Folder in which to write validation.json.")] = None,
     seed: Seed = None,
+    device: Device = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -123,8 +133,17 @@ def validate(
     console = _console(verbose, quiet, as_json)
     from pow2quant import pipeline
 
+    configured = None
+    if config is not None or device is not None:
+        own = source / "config.yaml" if source.is_dir() else None
+        configured = _configured(config or own, {"device": device})
     found = pipeline.validate(
-        source, encodings=encodings, max_batches=max_eval_batches, seed=seed or 0, progress=console
+        source,
+        encodings=encodings,
+        config=configured,
+        max_batches=max_eval_batches,
+        seed=seed or 0,
+        progress=console,
     )
     show_agreements(console, found.agreements)
     verdict = pipeline.verdict(found.agreements)
@@ -133,17 +152,21 @@ def validate(
         lines.append(f"… and {len(found.free_scales) - len(lines)} more tensors")
     document = {
         "verdict": verdict,
-        "validation": [asdict(a) for a in found.agreements],
+        "validation": [a.to_json() for a in found.agreements],
         "free_scales": dict(found.free_scales),
         "certificate": found.certificate.to_json(),
     }
     console.result(document, [*lines, verdict, found.certificate_sentence])
+    if output is not None:
+        from pow2quant.adapters.files import write
+
+        write(output / "validation.json", json.dumps(document, indent=2).encode())
     return 0 if found.agrees else 1
 
 
 @app.command(epilog="Example: pow2quant export runs/mine --to aimet-2.0.0")
 def export(
-    source: Annotated[Path, typer.Argument(help="A finished run's folder.", metavar="DIR")],
+    source: Annotated[Path, typer.Argument(help="A finished run's folder, or an .encodings file.", metavar="SOURCE")],
     to: Annotated[str, Option(help="The format; `pow2quant list` names them.")],
     output: Annotated[Path | None, Option(help="Folder to write; default: DIR/export/<format>.")] = None,
     verbose: Verbose = False,
@@ -193,10 +216,10 @@ def _about(kind: str, name: str) -> str:
     from pow2quant.plugins import resolve
 
     try:
-        text = resolve(kind, name).__doc__ or ""
+        thing = resolve(kind, name)
     except Exception as error:  # a plug-in of another package may raise anything
         return f"not usable: {error}"
-    return text.strip().partition("\n")[0]
+    return (thing.__doc__ or "").strip().partition("\n")[0]
 
 
 def _configured(file: Path | None, values: dict[str, Any]) -> RunConfig:
@@ -237,8 +260,8 @@ def _show_run(console: Console, result: Result) -> None:
         "",
         f"verdict: {r['verdict']}",
         f"certificate: {r['certificate']['sentence']}",
-        f"logits: {r['final_sqnr_db']} dB SQNR against float; "
-        f"file {sizes['quantized']:,} bytes, float {sizes['float']:,} ({sizes['float'] / sizes['quantized']:.2f} times)",
+        f"logits: {r['final_sqnr_db']} dB SQNR against float",
+        f"size: {sizes['quantized']:,} bytes, float {sizes['float']:,}: {sizes['float'] / sizes['quantized']:.2f} times",
         f"files: {result.folder}",
     ]
     console.result({"folder": str(result.folder), **r}, lines)

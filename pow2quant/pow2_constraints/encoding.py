@@ -150,9 +150,9 @@ class Encoding:
             raise EncodingError("cannot quantize NaN or infinity")
         scale, zero_point, low, high = self._beside(real)
         with np.errstate(over="ignore"):  # the quotient is rounded in float32, as QuantizeLinear does; inf saturates
-            codes = np.rint(real / scale)
-        # float64 holds every 32-bit code
-        return np.asarray(np.clip(codes.astype(np.float64) + zero_point, low, high), np.int64)
+            quotient = real / scale
+        codes = np.rint(quotient.astype(np.float64)) + zero_point  # float64 holds every 32-bit code
+        return np.asarray(np.clip(codes, low, high), np.int64)
 
     def dequantize(self, q: ArrayLike) -> NDArray[np.float32]:
         """codes -> scale * (q - zero_point) in float32 (ONNX DequantizeLinear), the shape of q.

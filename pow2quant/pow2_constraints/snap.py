@@ -159,7 +159,7 @@ def _with_zero(observed: Observed) -> tuple[Floats, Floats]:
 
 def _exponents(low: Floats, high: Floats, form: Format) -> tuple[Ints, int]:
     """Per row the smallest exponent that saturates nothing, within the bounds; and the lower bound."""
-    top = np.clip(_covering_exponent(low, high, form.grid), LOWEST, HIGHEST)
+    top = np.minimum(_covering_exponent(low, high, form.grid), HIGHEST)
     floor = LOWEST if form.axis is None else max(LOWEST, int(top.max()) - CHANNEL_SPREAD)
     return np.maximum(top, floor), floor
 
@@ -313,7 +313,7 @@ def _free(low: Floats, high: Floats, form: Format) -> Encoding:
     grid = form.grid
     extent = np.maximum(low / grid.qmin, high / grid.qmax) if form.symmetric else (high - low) / grid.qmax
     scale = np.where(extent > 0, np.maximum(extent, np.finfo(np.float32).tiny), 1.0 / grid.qmax)
-    return form.encoding(scale, 0 if form.symmetric else np.clip(np.rint(-low / scale), 0, grid.qmax))
+    return form.encoding(scale, 0 if form.symmetric else np.rint(-low / scale))
 
 
 def _free_mse(sample: NDArray[np.float32], low: Floats, high: Floats, form: Format) -> Encoding:

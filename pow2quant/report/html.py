@@ -14,7 +14,7 @@ from pow2quant.errors import FileFormatError
 if TYPE_CHECKING:
     from jinja2 import Template
 
-NOTHING = "–"
+NOTHING = "\u2013"
 """Stands where a report does not say."""
 
 ACCURACIES = {
@@ -34,14 +34,14 @@ def render(report: Mapping[str, Any]) -> str:
         agrees=_agrees(report),
         accuracies=list(_accuracies(report)),
         tensors=[_tensor(name, detail) for name, detail in report.get("final_quantization_details", {}).items()],
-        layers=[{**layer, "shift": _shift(layer.get("shift"))} for layer in report.get("certificate", {}).get("layers", [])],
+        layers=[{**y, "shift": _shift(y.get("shift"))} for y in report.get("certificate", {}).get("layers", [])],
     )
 
 
 def rebuild(folder: Path) -> Path:
     """Writes `report.html` anew from the `report.json` beside it, and returns its path.
 
-    Raises FileFormatError when there is no report.json, or it is no report; OutputError when the page cannot be written.
+    Raises FileFormatError when there is no report.json, or it is no report; OutputError when it cannot be written.
     """
     from pow2quant.adapters.files import write
 
@@ -52,7 +52,7 @@ def rebuild(folder: Path) -> Path:
             raise TypeError(f"expected an object, got {type(report).__name__}")
         page = render(report)
     except OSError as error:
-        raise FileFormatError(f"{source}: cannot be read: {error.strerror}; give the folder of a finished run") from error
+        raise FileFormatError(f"{source}: cannot be read: {error.strerror}; give a finished run's folder") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise FileFormatError(f"{source}: not a report of pow2quant: {error}") from error
     write(folder / "report.html", page.encode())
