@@ -95,7 +95,7 @@ def _tensor(name: str, detail: Mapping[str, Any]) -> dict[str, str]:
         row["scale"] = _span(order, order, "2^{}".format)
     return row | {
         "name": name,
-        "kind": detail.get("role") or name.rpartition(".")[2].partition("_")[0],
+        "kind": name.rpartition(".")[2].partition("_")[0] if "." in name else "input",
         "zero_point": _span(detail.get("zero_point"), detail.get("zero_point"), count=False),
         "bits": _span(detail.get("bitwidth"), detail.get("bitwidth"), count=False),
     }
