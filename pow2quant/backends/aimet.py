@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from itertools import zip_longest
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pow2quant.artifact import Artifact, Site, Table
+from pow2quant.backends import modules as m
 from pow2quant.backends.base import ALL, Batch, Tap, inputs
 from pow2quant.backends.calibration import calibrate
 from pow2quant.backends.export import to_artifact
@@ -28,6 +30,14 @@ from pow2quant.backends.placement import Placement, place
 from pow2quant.config import QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError, DataError, EncodingError, MissingExtraError, UnsupportedModelError
 from pow2quant.pow2_constraints import Encoding, Format, IntGrid, Observed, choose, exact_exponent
+
+ONNX_TYPES: dict[type, str] = {
+    m.Permute: "Transpose",
+    m.Mean: "ReduceMean",
+    m.NearestUpsample: "Resize",
+    m.ZeroPad: "Pad",
+}
+"""How AIMET's configuration files and tools call our modules, where that is not the class's name."""
 
 WIDEST = 16
 """Bits of weights and activations; biases have up to 32."""
@@ -71,6 +81,7 @@ class AimetSimulation:
         self.quantsim: Any = _wrapped(model, example)
         self.model: nn.Module = self.quantsim.model
         self._quantizers: dict[str, Any] = {}
+        self._slots: dict[str, tuple[Any, str, str | int]] = {}
         for site in self.sites:
             self._place(site, readers)
 
@@ -85,12 +96,44 @@ class AimetSimulation:
         module: Any = self.model.get_submodule(holder)
         cls = constrained if spec.power_of_2 and site.role != "bias" else free
         quantizer = self._quantizers[site.name] = cls(site, spec, shape, axis).to(_device(self._network))
-        if site.role in ("weight", "bias"):
-            module.param_quantizers[site.role] = quantizer
-        elif site.role == "output":
-            module.output_quantizers[0] = quantizer
-        else:
-            module.input_quantizers[key] = quantizer
+        parameter = site.role in ("weight", "bias")
+        kind = "param" if parameter else site.role
+        self._slots[site.name] = (module, f"{kind}_quantizers", site.role if parameter else key)
+        self._slot(site.name)[self._slots[site.name][2]] = quantizer
+
+    def _slot(self, name: str) -> Any:
+        """AIMET's list or dictionary that holds the quantizer of a site; its tools may replace it."""
+        module, attribute, _ = self._slots[name]
+        return getattr(module, attribute)
+
+    def constrain(self) -> None:
+        """Puts our quantizers back where AIMET's tools left plain ones, as its mixed precision does.
+
+        Ours take over width and range, with the smallest power of two that covers it. Every method that speaks of
+        encodings does this first; until then, `model` computes with free scales. A quantizer that AIMET removed, for a
+        while or for good, is not put back.
+        Raises ConfigError where AIMET chose floating point numbers of 16 bits.
+        """
+        for name, quantizer in self._quantizers.items():
+            slot, key = self._slot(name), self._slots[name][2]
+            found = slot[key]
+            if found is None or found is quantizer:
+                continue
+            if not hasattr(found, "qmin"):
+                raise ConfigError(f"{name}: AIMET chose {type(found).__name__}; only integer grids have a scale of 2^k")
+            slot[key] = quantizer
+            for trace in ("enabled", "data_type", "_cached_v2_quantizer"):  # of mixed precision, which lends attributes
+                vars(quantizer).pop(trace, None)
+            quantizer.qmin, quantizer.qmax, quantizer.symmetric = found.qmin, found.qmax, found.symmetric
+            if quantizer.site.role != "bias":
+                quantizer.set_range(found.get_min(), found.get_max())
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The weights and activations whose encodings AIMET's tools, such as SeqMSE, have fixed, by site name."""
+        self.constrain()
+        sites = {s.name: s for s in self.sites if s.role != "bias"}
+        return frozenset(name for name in sites if not self._quantizers[name].is_overwrite_allowed())
 
     def parameter(self, name: str) -> Tensor:
         """The float weight or bias of a module, by `<module>.weight` or `<module>.bias`."""
@@ -102,6 +145,7 @@ class AimetSimulation:
 
     def encodings(self) -> Table:
         """See `Simulation.encodings`; read from AIMET's quantizers, so that trained ranges count."""
+        self.constrain()
         found = {name: q.encoding for name, q in self._quantizers.items()}
         return {name: encoding for name, encoding in found.items() if encoding is not None}
 
@@ -127,6 +171,7 @@ class AimetSimulation:
     @contextmanager
     def intercept(self, tap: Tap) -> Iterator[None]:
         """See `Simulation.intercept`. Taps do not nest: the inner one replaces the outer."""
+        self.constrain()
         before = [q.tap for q in self._quantizers.values()]
         for quantizer in self._quantizers.values():
             quantizer.tap = tap
@@ -137,8 +182,124 @@ class AimetSimulation:
                 quantizer.tap = old
 
     def export(self, example: Batch) -> Artifact:
-        """See `Simulation.export`."""
+        """See `Simulation.export`. Raises EncodingError, too, for a site whose quantizer AIMET has removed."""
+        self.constrain()
+        for name, (_, _, key) in self._slots.items():
+            if self._slot(name)[key] is None:
+                raise EncodingError(f"{name}: AIMET has removed its quantizer; only simulated encodings are exported")
         return to_artifact(self._network, self.placement, self.encodings(), self.parameter)
+
+
+def constrain(quantsim: Any) -> None:
+    """Makes every scale of any AIMET `QuantizationSimModel` a power of two: its quantizers stay where AIMET put them.
+
+    Call it before AIMET's `compute_encodings`, and again after its mixed precision. Raises ConfigError for grids that
+    this constraint does not know: strict or unsigned symmetric ones, and more than 16 bits.
+    """
+    from aimet_torch.quantization.affine import QuantizeDequantize
+
+    _, constrained = _quantizers()
+    for path, quantizer in quantsim.named_quantizers():
+        if type(quantizer) is not QuantizeDequantize:
+            continue
+        module, kind, key = path.rsplit(".", 2)
+        role = key if kind == "param_quantizers" else kind.removesuffix("_quantizers")
+        name = f"{module}.{role}" + ("" if key in (role, "0") else f".{key}")
+        bits = (quantizer.qmax - quantizer.qmin).bit_length()
+        grid = IntGrid(min(bits, WIDEST), quantizer.symmetric)
+        if (quantizer.qmin, quantizer.qmax) != (int(grid.qmin), int(grid.qmax)):
+            ends = f"{quantizer.qmin} … {quantizer.qmax}"
+            raise ConfigError(
+                f"{name}: a {'' if quantizer.symmetric else 'a'}symmetric grid {ends} cannot be constrained"
+            )
+        initialized = quantizer.is_initialized()
+        quantizer.__class__ = constrained
+        quantizer.site, quantizer.tap = Site(name, role), None
+        quantizer.axis = int(np.argmax(quantizer.shape)) if quantizer.shape else None
+        if initialized:
+            quantizer.set_range(quantizer.min.detach(), quantizer.max.detach())
+
+
+@cache
+def tools() -> dict[str, type]:
+    """AIMET's classes that make a `QuantizationSimModel` of their own, so that it is constrained. Needs AIMET.
+
+    `QuantizationSimModel`, `Adaround` and `QuantAnalyzer`, with AIMET's signatures.
+    """
+    aimet = _aimet()
+    with quiet():
+        from aimet_torch.adaround.adaround_weight import Adaround
+        from aimet_torch.quant_analyzer import QuantAnalyzer
+
+    class ConstrainedSimModel(aimet.QuantizationSimModel):  # type: ignore[misc]
+        """AIMET's, with AIMET's placement and power-of-two scales."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            constrain(self)
+
+    class ConstrainedAdaround(Adaround):  # type: ignore[misc]
+        """AIMET's AdaRound, rounding on grids with power-of-two scales."""
+
+        @staticmethod
+        def _get_quantsim(
+            model: nn.Module, dummy_input: Batch, quant_scheme: Any, default_param_bw: int, config_file: str | None
+        ) -> Any:
+            return ConstrainedSimModel(
+                model, dummy_input, quant_scheme, default_param_bw=default_param_bw, config_file=config_file
+            )
+
+    class ConstrainedQuantAnalyzer(QuantAnalyzer):  # type: ignore[misc]
+        """AIMET's QuantAnalyzer, of the network with power-of-two scales."""
+
+        @staticmethod
+        def _get_quantsim_cls() -> type:
+            return ConstrainedSimModel
+
+    return {
+        "QuantizationSimModel": ConstrainedSimModel,
+        "Adaround": ConstrainedAdaround,
+        "QuantAnalyzer": ConstrainedQuantAnalyzer,
+    }
+
+
+def configured(
+    network: fx.GraphModule, example: Batch, plan: QuantPlan, config_file: str, bits: dict[str, int]
+) -> QuantPlan:
+    """The plan with what AIMET, given its configuration file or alias, quantizes and how, at the tensors of ours.
+
+    network: prepared, batch norm folded. bits: AIMET's default widths, `default_output_bw` and `default_param_bw`.
+    Where quantizers stand stays our choice (one per tensor, none in front of a ReLU): what AIMET leaves float there
+    stays float, and each has the width and the symmetry that AIMET gives it.
+    Raises ConfigError for a file that AIMET does not read, and for grids that cannot be constrained.
+    """
+    aimet = _aimet()
+    model = copy.deepcopy(network)
+    readers = _readers_of_inputs(model)
+    x = tuple(x[:1].to(_device(model)) for x in inputs(example))
+    with quiet():
+        try:
+            sim = aimet.QuantizationSimModel(model, x, config_file=config_file, in_place=True, **bits)
+            constrain(sim)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"config_file: {config_file}: {str(error).strip().splitlines()[0]}") from error
+    changes: list[tuple[str, dict[str, TensorSpec | None]]] = []
+    for site in place(network, plan).sites:
+        holder, key = readers.get(site.name, (site.module, 0))
+        module: Any = sim.model.get_submodule(holder)
+        if site.role == "bias":
+            continue
+        if site.role == "weight":
+            quantizer = module.param_quantizers["weight"]
+        else:
+            quantizer = (module.output_quantizers if site.role == "output" else module.input_quantizers)[key]
+        spec = plan.spec(site)
+        assert spec is not None
+        found = quantizer and replace(
+            spec, bits=quantizer.bitwidth, symmetric=quantizer.symmetric, per_channel=bool(quantizer.shape)
+        )
+        changes.append((site.module, {site.role: found}))
+    return replace(plan, overrides=(*plan.overrides, *changes))
 
 
 @contextmanager
@@ -166,8 +327,11 @@ def _aimet() -> Any:
             from aimet_torch.nn import QuantizationMixin
         except ModuleNotFoundError as error:
             raise MissingExtraError("the aimet backend needs aimet-torch: pip install 'pow2quant[aimet]'") from error
+    from aimet_torch.onnx_utils import map_torch_types_to_onnx
+
     for cls in (*OPERATORS, Entry):
         if cls not in QuantizationMixin.cls_to_qcls:
+            map_torch_types_to_onnx.setdefault(cls, [ONNX_TYPES.get(cls, cls.__name__)])
             QuantizationMixin.implements(cls)(_quantized(cls, QuantizationMixin))
     return aimet_torch
 

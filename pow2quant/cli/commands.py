@@ -256,12 +256,13 @@ def _show_run(console: Console, result: Result) -> None:
         print()
     show_agreements(console, result.agreements)
     sizes = r["model_size_bytes"]
+    ratio = sizes["float"] / sizes["quantized"]
     lines = [
         "",
         f"verdict: {r['verdict']}",
         f"certificate: {r['certificate']['sentence']}",
         f"logits: {r['final_sqnr_db']} dB SQNR against float",
-        f"size: {sizes['quantized']:,} bytes, float {sizes['float']:,}: {sizes['float'] / sizes['quantized']:.2f} times",
+        f"size: {sizes['quantized']:,} bytes, {ratio:.2f} times smaller than float ({sizes['float']:,})",
         f"files: {result.folder}",
     ]
     console.result({"folder": str(result.folder), **r}, lines)

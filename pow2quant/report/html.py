@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ def rebuild(folder: Path) -> Path:
         page = render(report)
     except OSError as error:
         raise FileFormatError(f"{source}: cannot be read: {error.strerror}; give a finished run's folder") from error
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except Exception as error:  # rendering trips over a foreign document in every way there is
         raise FileFormatError(f"{source}: not a report of pow2quant: {error}") from error
     write(folder / "report.html", page.encode())
     return folder / "report.html"
@@ -61,12 +61,17 @@ def rebuild(folder: Path) -> Path:
 
 @cache
 def _template() -> Template:
-    from jinja2 import Environment, FileSystemLoader
+    from jinja2 import Environment, FileSystemLoader, Undefined
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": _number, "percent": _percent, "size": _size}
+
+    def stated(filter: Callable[..., str]) -> Callable[..., str]:
+        return lambda v, *options: NOTHING if v is None or isinstance(v, Undefined) else filter(v, *options)
+
+    filters = {"number": _number, "percent": "{:.2f} %".format, "size": _size}
+    environment.filters |= {name: stated(filter) for name, filter in filters.items()}
     return environment.get_template("report.html.j2")
 
 
@@ -125,20 +130,12 @@ def _shift(shift: Any) -> str:
 
 def _number(value: Any, digits: int | None = None) -> str:
     """`1,234` or `12.5`; `digits` decimals where they are given."""
-    if value is None:
-        return NOTHING
     if isinstance(value, float) and not math.isfinite(value):
         return "∞" if value > 0 else str(value)
     return f"{value:,.{digits}f}" if digits is not None else f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
-def _percent(value: Any) -> str:
-    return NOTHING if value is None else f"{value:.2f} %"
-
-
 def _size(value: Any) -> str:
     """Bytes in binary units."""
-    if value is None:
-        return NOTHING
     power = min(3, int(math.log2(value)) // 10) if value >= 1 else 0
     return f"{value / 1024**power:.{1 if power else 0}f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
