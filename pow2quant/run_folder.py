@@ -84,7 +84,7 @@ def save_state(path: Path, parameters: Mapping[str, NDArray[Any]], table: Table)
         tensors[f"scale:{name}"] = np.array(encoding.scale)
         tensors[f"zero_point:{name}"] = np.array(encoding.zero_point)
     grids = {n: [e.grid.bits, e.grid.signed, e.grid.narrow, e.axis] for n, e in table.items()}
-    path.write_bytes(save(tensors, metadata={"format": "pow2quant-state-1", "grids": json.dumps(grids)}))
+    path.write_bytes(save(tensors, metadata={"pow2quant.grids": json.dumps(grids)}))
 
 
 def load_state(path: Path) -> tuple[dict[str, NDArray[Any]], Table]:
@@ -93,7 +93,7 @@ def load_state(path: Path) -> tuple[dict[str, NDArray[Any]], Table]:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            grids = json.loads((file.metadata() or {})["grids"])
+            grids = json.loads((file.metadata() or {})["pow2quant.grids"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         table = {name: _encoding(tensors, name, *grid) for name, grid in grids.items()}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, EncodingError) as error:
