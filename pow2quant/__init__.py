@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pow2quant.errors import Pow2QuantError
     from pow2quant.pipeline import export, ptq, simulate, validate
     from pow2quant.pow2_constraints import Encoding, IntGrid
+    from pow2quant.quantsim import QuantizationSimModel, QuantScheme
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,8 @@ __all__ = [
     "IntGrid",
     "Pow2QuantError",
     "QuantPlan",
+    "QuantScheme",
+    "QuantizationSimModel",
     "RunConfig",
     "Site",
     "TensorSpec",
@@ -49,6 +52,8 @@ _HOMES = {
     "ptq": "pipeline",
     "simulate": "pipeline",
     "validate": "pipeline",
+    "QuantScheme": "quantsim",
+    "QuantizationSimModel": "quantsim",
     "Encoding": "pow2_constraints",
     "IntGrid": "pow2_constraints",
 }

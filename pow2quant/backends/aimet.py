@@ -226,12 +226,12 @@ def tools() -> dict[str, type]:
 
     `QuantizationSimModel`, `Adaround` and `QuantAnalyzer`, with AIMET's signatures.
     """
-    aimet = _aimet()
+    base: Any = _aimet().QuantizationSimModel
     with quiet():
         from aimet_torch.adaround.adaround_weight import Adaround
         from aimet_torch.quant_analyzer import QuantAnalyzer
 
-    class ConstrainedSimModel(aimet.QuantizationSimModel):  # type: ignore[misc]
+    class ConstrainedSimModel(base):  # type: ignore[misc]
         """AIMET's, with AIMET's placement and power-of-two scales."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -40,6 +40,9 @@ def calibrate(sim: Placed, batches: Iterable[Batch], roles: Collection[str]) -> 
     chosen too (on ResNet-20 at W4A4 that gives 0.4 dB more than behind rounded weights), otherwise behind the weights
     as they are quantized now. Then the exponents of near-dead channels rise until their biases fit, and the biases take
     the lattice s_in * s_w.
+
+    Whatever runs the model while `batches` is being iterated is observed as well, so that an iterable may run a user's
+    callback and yield nothing.
     """
     placement = sim.placement
     table = {k: v for k, v in sim.encodings().items() if _role(placement, k) not in roles}
@@ -96,7 +99,7 @@ def observe(
             sim.model(*(x.to(device) for x in inputs(batch)))
     silent = [n for n in names if not lows[n]]
     if silent:
-        raise DataError(f"{silent[0]}: nothing was observed; the calibration data are empty")
+        raise DataError(f"{silent[0]}: nothing was observed; the calibration data are empty, or were not run through")
     return {
         n: Observed(
             np.array([min(lows[n])], np.float32),

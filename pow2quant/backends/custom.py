@@ -76,6 +76,7 @@ class CustomSimulation:
             site = self.placement.quantized.get(node.name)
             if site is None:
                 continue
+            self._overwrite_fused_result(model, node)
             name = f"{node.name}_quantizer"
             model.add_submodule(name, self._quantizer(site, overwrites=node.op == "call_module"))
             with graph.inserting_after(node):
@@ -83,6 +84,13 @@ class CustomSimulation:
             node.replace_all_uses_with(quantized)
             quantized.args = (node,)
         model.recompile()
+
+    def _overwrite_fused_result(self, model: fx.GraphModule, node: fx.Node) -> None:
+        """A ReLU that shares its quantizer with the operation in front is that result's only reader."""
+        if node.args and getattr(node.args[0], "name", None) in self.placement.fused:
+            module = model.get_submodule(str(node.target))
+            if hasattr(module, "inplace"):
+                module.inplace = True  # type: ignore[assignment]
 
     def _quantizer(self, site: Site, **options: bool) -> FakeQuantize:
         self._quantizers[site.name] = FakeQuantize(site, **options)

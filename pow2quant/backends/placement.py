@@ -37,7 +37,8 @@ class Placement:
 
     sites: all of them, in order of computation. specs: how, by site name. quantized: the node (by name) behind which a
     site's quantizer stands. carried: for every node the site whose encoding its value has, None for float. leaders: for
-    a site that shares another's encoding (the inputs of a Concat), that other site's name.
+    a site that shares another's encoding (the inputs of a Concat), that other site's name. fused: the nodes whose only
+    reader, a ReLU or the like, holds the quantizer of both.
     """
 
     sites: tuple[Site, ...]
@@ -46,6 +47,7 @@ class Placement:
     carried: dict[str, Site | None]
     leaders: dict[str, str]
     layers: tuple[Layer, ...]
+    fused: frozenset[str]
 
     def leader(self, name: str) -> str:
         """The site whose encoding the site `name` has: itself, unless it is tied to another."""
@@ -69,6 +71,7 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
     quantized: dict[str, Site] = {}
     carried: dict[str, Site | None] = {}
     layers: list[Layer] = []
+    fused: set[str] = set()
 
     def site(name: str, role: str) -> Site | None:
         made = Site(name, role)
@@ -89,15 +92,16 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
             continue
         if kind is Kind.WEIGHTED:
             layers.append(_layer(node, module, carried[node.args[0].name], site, specs))
-        own = (
-            None
-            if _fused_into_reader(network, node, kind)
-            else site(tensor_name(node), "input" if module is None else "output")
-        )
+        if _fused_into_reader(network, node, kind):
+            fused.add(node.name)
+            own = None
+        else:
+            own = site(tensor_name(node), "input" if module is None else "output")
         carried[node.name] = own
         if own is not None:
             quantized[node.name] = own
-    return Placement(tuple(sites), specs, quantized, carried, _ties(network, quantized, specs), tuple(layers))
+    ties = _ties(network, quantized, specs)
+    return Placement(tuple(sites), specs, quantized, carried, ties, tuple(layers), frozenset(fused))
 
 
 def _kind(module: nn.Module | None) -> Kind:

@@ -1,15 +1,20 @@
 """The command line. `main` turns every outcome into an exit status and, where something is wrong, one clear line.
 
-0: success. 1: a check failed (something differs). 2: bad input. 70: a defect of pow2quant. 130: interrupted.
+0: success. 1: a check failed (something differs). 2: bad input, or a result that cannot be written. 70: a defect of
+pow2quant. 130: interrupted. 141: nobody reads the output any more.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 
-SUCCESS, CHECK_FAILED, BAD_INPUT, DEFECT, INTERRUPTED = 0, 1, 2, 70, 130
+SUCCESS, CHECK_FAILED, BAD_INPUT, DEFECT, INTERRUPTED, UNREAD = 0, 1, 2, 70, 130, 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,35 +23,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from typer.main import get_command
 
     from pow2quant.cli.commands import app
-    from pow2quant.errors import Pow2QuantError
 
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, wherever typer keeps click
 
     given = [_with_hyphens(a) for a in (sys.argv[1:] if arguments is None else arguments)]
-    verbose = "--verbose" in given
     try:
-        status = get_command(app).main(given or ["--help"], prog_name="pow2quant", standalone_mode=False)
-        if status == INTERRUPTED:  # typer's newer releases turn Ctrl-C into this status, silently
-            raise KeyboardInterrupt
+        with _as_it_was(), get_command(app).make_context("pow2quant", given or ["--help"]) as context:
+            status = context.command.invoke(context)
+        sys.stdout.flush()
         return status if isinstance(status, int) else SUCCESS
     except typer.Exit as stop:
         return int(stop.exit_code)
     except usage_error as error:
         return _complain(error.format_message(), BAD_INPUT)  # type: ignore[attr-defined]
-    except Pow2QuantError as error:
-        if verbose:
-            raise
-        return _complain(str(error), BAD_INPUT)
-    except (KeyboardInterrupt, typer.Abort):
-        return _complain("interrupted; nothing was written", INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SUCCESS
+        _give_up_stdout()
+        return UNREAD
+    except KeyboardInterrupt:
+        return _complain("interrupted; nothing was written", INTERRUPTED)
     except Exception as error:
-        if verbose:
-            raise
-        what = " ".join(str(error).split())
-        return _complain(f"a defect in pow2quant ({type(error).__name__}: {what}); --verbose shows where", DEFECT)
+        if "--verbose" in given:
+            traceback.print_exc()
+        return _complain(*_explained(error))
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())
 
 
 def _with_hyphens(argument: str) -> str:
@@ -57,11 +60,36 @@ def _with_hyphens(argument: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Restores what a command changes for its libraries: where they print, what they log and warn of."""
+    disabled = logging.root.manager.disable
+    try:
+        with redirect_stdout(sys.stdout), warnings.catch_warnings():
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """One line, and the exit status."""
+    from pow2quant.errors import Pow2QuantError
+
+    if isinstance(error, Pow2QuantError):
+        return str(error), BAD_INPUT
+    if isinstance(error, OSError) and error.strerror:
+        if error.filename is None:
+            _give_up_stdout()
+        return f"{error.filename or 'the result cannot be written'}: {error.strerror}", BAD_INPUT
+    return f"a defect in pow2quant ({type(error).__name__}: {error}); --verbose shows where", DEFECT
+
+
+def _give_up_stdout() -> None:
+    """Python writes what is left when it exits, and would complain."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _complain(text: str, status: int) -> int:
     print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return status
-
-
-def run() -> None:
-    """The console script."""
-    sys.exit(main())

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import time
 import warnings
+from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,24 +30,34 @@ app = typer.Typer(
 )
 
 Option = typer.Option
-Seed = Annotated[int | None, Option(help="Seed of everything random.")]
+Seed = Annotated[int | None, Option(min=0, help="Seed of everything random.")]
 Device = Annotated[str | None, Option(help="cpu, cuda or cuda:N.")]
 Verbose = Annotated[bool, Option("--verbose", help="Show libraries' warnings, and tracebacks.")]
 Quiet = Annotated[bool, Option("--quiet", help="No progress, no notes.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
 ConfigFile = Annotated[Path | None, Option(help="YAML with everything below; flags override it.")]
 Output = Annotated[Path | None, Option(help="Folder to write; default: runs/<command>-<time>.")]
+# Every command takes the flags of every command, so that a script can pass the same ones to all.
+IdleSeed = Annotated[int | None, Option("--seed", min=0, help="Without effect: nothing is random here.")]
+IdleDevice = Annotated[str | None, Option("--device", help="Without effect: nothing is computed here.")]
+IdleConfig = Annotated[Path | None, Option("--config", help="Without effect, but it is checked.")]
 
 
-@app.callback()
-def _version(
-    version: Annotated[bool, Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from pow2quant import __version__
 
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None: ...
 
 
 @app.command(
@@ -116,7 +130,7 @@ def ptq(
 def validate(
     source: Annotated[Path, typer.Argument(help="A run's folder, or an ONNX file.", metavar="DIR_OR_ONNX")],
     encodings: Annotated[Path | None, Option(help="AIMET encodings of a float ONNX file.")] = None,
-    max_eval_batches: Annotated[int | None, Option(help="Compare on at most so many batches.")] = None,
+    max_eval_batches: Annotated[int | None, Option(min=1, help="Compare on at most so many batches.")] = None,
     config: Annotated[Path | None, Option(help="YAML in place of the run's config.yaml, say for other data.")] = None,
     output: Annotated[Path | None, Option(help="Folder in which to write validation.json.")] = None,
     seed: Seed = None,
@@ -157,10 +171,7 @@ def validate(
         "certificate": found.certificate.to_json(),
     }
     console.result(document, [*lines, verdict, found.certificate_sentence])
-    if output is not None:
-        from pow2quant.adapters.files import write
-
-        write(output / "validation.json", json.dumps(document, indent=2).encode())
+    _keep(document, output, "validation.json")
     return 0 if found.agrees else 1
 
 
@@ -169,12 +180,16 @@ def export(
     source: Annotated[Path, typer.Argument(help="A finished run's folder, or an .encodings file.", metavar="SOURCE")],
     to: Annotated[str, Option(help="The format; `pow2quant list` names them.")],
     output: Annotated[Path | None, Option(help="Folder to write; default: DIR/export/<format>.")] = None,
+    config: IdleConfig = None,
+    seed: IdleSeed = None,
+    device: IdleDevice = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
     """Writes a finished run in a further format."""
     console = _console(verbose, quiet, as_json)
+    _configured(config, {"seed": seed, "device": device})
     from pow2quant import pipeline
 
     written = [str(path) for path in pipeline.export(source, to, output)]
@@ -185,30 +200,53 @@ def export(
 @app.command(epilog="Example: pow2quant report runs/mine")
 def report(
     sources: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="DIR...")],
+    output: Annotated[Path | None, Option(help="Folder to write; default: DIR itself.")] = None,
+    config: IdleConfig = None,
+    seed: IdleSeed = None,
+    device: IdleDevice = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
     """Rebuilds report.html from report.json."""
     console = _console(verbose, quiet, as_json)
+    _configured(config, {"seed": seed, "device": device})
+    if output is not None and len(sources) > 1:
+        raise typer.BadParameter("takes one DIR, or the reports would replace each other", param_hint="'--output'")
     from pow2quant.report.html import rebuild
 
-    written = [str(rebuild(source)) for source in sources]
+    written = [str(rebuild(source, output)) for source in sources]
     console.result({"written": written}, written)
     return 0
 
 
 @app.command(name="list", epilog="Example: pow2quant list")
-def list_(verbose: Verbose = False, quiet: Quiet = False, as_json: AsJson = False) -> int:
+def list_(
+    output: Annotated[Path | None, Option(help="Folder in which to write list.json.")] = None,
+    config: IdleConfig = None,
+    seed: IdleSeed = None,
+    device: IdleDevice = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> int:
     """Backends, methods, models, data sets and exporters that are installed, with a line each."""
     console = _console(verbose, quiet, as_json)
+    _configured(config, {"seed": seed, "device": device})
     from pow2quant import plugins
 
     found = {kind: {name: _about(kind, name) for name in plugins.names(kind)} for kind in plugins.TABLES}
     rows = [(kind, name, text) for kind, entries in found.items() for name, text in entries.items()]
     console.table(["kind", "name", "what it is"], rows)
-    console.result(found, [])
+    console.result(found, ["", *ALSO])
+    _keep(found, output, "list.json")
     return 0
+
+
+ALSO = (
+    "models are also torchvision:NAME (torchvision:resnet18) and path/to/file.py:factory",
+    "datasets are also path/to/file.py:function",
+)
 
 
 def _about(kind: str, name: str) -> str:
@@ -231,13 +269,28 @@ def _configured(file: Path | None, values: dict[str, Any]) -> RunConfig:
 
 
 def _console(verbose: bool, quiet: bool, as_json: bool) -> Console:
+    """The console of this command; what others print goes to stderr, and their warnings nowhere unless wanted."""
+    console = Console(quiet=quiet, as_json=as_json)
+    sys.stdout = sys.stderr
     if not verbose:
         warnings.filterwarnings("ignore")
-    return Console(quiet=quiet, as_json=as_json)
+        logging.disable(logging.WARNING)
+    return console
 
 
 def _fresh(command: str) -> Path:
-    return Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """A folder that does not exist yet."""
+    stem = f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (stem if i == 1 else f"{stem}-{i}" for i in count(1))
+    return next(path for name in names if not (path := Path("runs") / name).exists())
+
+
+def _keep(document: Mapping[str, Any], output: Path | None, name: str) -> None:
+    """Writes the result as a file too, where a folder was given."""
+    if output is not None:
+        from pow2quant.adapters.files import write
+
+        write(output / name, json.dumps(document, indent=2).encode())
 
 
 def _show_run(console: Console, result: Result) -> None:
@@ -252,8 +305,7 @@ def _show_run(console: Console, result: Result) -> None:
         for label, key in (("float", "initial"), ("simulation", "final"), ("onnxruntime", "onnxruntime"))
     ]
     console.table(["accuracy", "top-1", *(["top-5"] if top5 else [])], rows)
-    if not console.as_json:
-        print()
+    console.say()
     show_agreements(console, result.agreements)
     sizes = r["model_size_bytes"]
     ratio = sizes["float"] / sizes["quantized"]

@@ -6,27 +6,31 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from pow2quant.artifact import Agreement
 
 T = TypeVar("T")
 
+PATIENCE = 15.0
+"""Seconds until a stage without a terminal says how far it is; then again whenever as much time has passed anew."""
+
 
 @dataclass
 class Console:
     """Progress, notes and results of one command.
 
-    quiet: no progress and no notes. as_json: stdout holds one JSON document and nothing else.
+    quiet: no progress and no notes. as_json: `out` gets one JSON document and nothing else.
     """
 
     quiet: bool = False
     as_json: bool = False
+    out: TextIO = field(default_factory=lambda: sys.stdout)
 
     def track(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
-        """Passes items on; shows a bar with the time left on a terminal, else one line at the end."""
+        """Passes items on; shows a bar with the time left on a terminal, else a few lines."""
         if self.quiet:
             yield from items
             return
@@ -37,28 +41,43 @@ class Console:
 
             yield from track(items, title, total=total, console=Rich(stderr=True), transient=True)
         else:
-            yield from items
-        self.note(f"{title}: {time.monotonic() - started:.1f} s")
+            yield from self._counted(items, title, total)
+        self.note(f"{title}: {duration(time.monotonic() - started)}")
+
+    def _counted(self, items: Iterable[T], title: str, total: int | None) -> Iterator[T]:
+        self.note(f"{title} ...")
+        started, due = time.monotonic(), PATIENCE
+        for done, item in enumerate(items, start=1):
+            yield item
+            passed = time.monotonic() - started
+            if passed >= due and done != total:
+                due = 2 * passed
+                left = f" of {total}, {duration(passed / done * (total - done))} left" if total else " done"
+                self.note(f"{title}: {done}{left}")
 
     def note(self, text: str) -> None:
         """One line of information."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def say(self, text: str = "") -> None:
+        """A line of the result; nothing with --json."""
+        if not self.as_json:
+            print(text, file=self.out)
+
     def result(self, document: Mapping[str, Any], lines: Iterable[str]) -> None:
         """The command's result: the document with --json, else the lines."""
         if self.as_json:
-            print(json.dumps(document, indent=2, default=str))
-        else:
-            for line in lines:
-                print(line)
+            print(json.dumps(document, indent=2, default=str), file=self.out)
+        for line in lines:
+            self.say(line)
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table on stdout, nothing with --json: drawn on a terminal, aligned text in a pipe."""
         rows = [list(r) for r in rows]
         if self.as_json or not rows:
             return
-        if sys.stdout.isatty():
+        if self.out.isatty():
             from rich.box import SIMPLE_HEAD
             from rich.console import Console as Rich
             from rich.table import Table
@@ -66,11 +85,19 @@ class Console:
             table = Table(*header, box=SIMPLE_HEAD)
             for row in rows:
                 table.add_row(*row)
-            Rich().print(table)
+            Rich(file=self.out, markup=False).print(table)
             return
         widths = [max(len(r[i]) for r in [list(header), *rows]) for i in range(len(header))]
         for row in [list(header), *rows]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            self.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def show_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
@@ -90,15 +117,13 @@ def show_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
             for a in agreements
         ],
     )
-    if console.as_json:
-        return
     for a in agreements:
         if a.first_diverging is not None:
             d = a.first_diverging
             cause = f"; likely cause: {d.cause}" if d.cause else ""
-            print(
+            console.say(
                 f"{a.executor}: the first tensor that differs is {d.tensor} (node {d.node}): "
                 f"{d.differing:,} of {d.elements:,} by up to {d.max_lsb:g} LSB{cause}"
             )
         for note in a.notes:
-            print(f"{a.executor}: {note}")
+            console.say(f"{a.executor}: {note}")

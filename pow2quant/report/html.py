@@ -38,8 +38,8 @@ def render(report: Mapping[str, Any]) -> str:
     )
 
 
-def rebuild(folder: Path) -> Path:
-    """Writes `report.html` anew from the `report.json` beside it, and returns its path.
+def rebuild(folder: Path, output: Path | None = None) -> Path:
+    """Writes `report.html` anew from a folder's `report.json`, into it or another, and returns its path.
 
     Raises FileFormatError when there is no report.json, or it is no report; OutputError when it cannot be written.
     """
@@ -55,8 +55,9 @@ def rebuild(folder: Path) -> Path:
         raise FileFormatError(f"{source}: cannot be read: {error.strerror}; give a finished run's folder") from error
     except Exception as error:  # rendering trips over a foreign document in every way there is
         raise FileFormatError(f"{source}: not a report of pow2quant: {error}") from error
-    write(folder / "report.html", page.encode())
-    return folder / "report.html"
+    target = (output or folder) / "report.html"
+    write(target, page.encode())
+    return target
 
 
 @cache
