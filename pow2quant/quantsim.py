@@ -75,7 +75,7 @@ _UNSET: Any = object()
 
 def __getattr__(name: str) -> Any:
     """AIMET's own classes, constrained: `Adaround`, `QuantAnalyzer`. Raises MissingExtraError without AIMET."""
-    if name in ("Adaround", "QuantAnalyzer"):
+    if name in ("Adaround", "AdaroundParameters", "QuantAnalyzer"):
         from pow2quant.backends.aimet import tools
 
         return tools()[name]

@@ -224,11 +224,11 @@ def constrain(quantsim: Any) -> None:
 def tools() -> dict[str, type]:
     """AIMET's classes that make a `QuantizationSimModel` of their own, so that it is constrained. Needs AIMET.
 
-    `QuantizationSimModel`, `Adaround` and `QuantAnalyzer`, with AIMET's signatures.
+    `QuantizationSimModel`, `Adaround` (and its parameters) and `QuantAnalyzer`, with AIMET's signatures.
     """
     base: Any = _aimet().QuantizationSimModel
     with quiet():
-        from aimet_torch.adaround.adaround_weight import Adaround
+        from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters
         from aimet_torch.quant_analyzer import QuantAnalyzer
 
     class ConstrainedSimModel(base):  # type: ignore[misc]
@@ -259,6 +259,7 @@ def tools() -> dict[str, type]:
     return {
         "QuantizationSimModel": ConstrainedSimModel,
         "Adaround": ConstrainedAdaround,
+        "AdaroundParameters": AdaroundParameters,
         "QuantAnalyzer": ConstrainedQuantAnalyzer,
     }
 

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,7 +42,6 @@ Output = Annotated[Path | None, Option(help="Folder to write; default: runs/<com
 IdleSeed = Annotated[int | None, Option("--seed", min=0, help="Without effect: nothing is random here.")]
 IdleDevice = Annotated[str | None, Option("--device", help="Without effect: nothing is computed here.")]
 IdleConfig = Annotated[Path | None, Option("--config", help="Without effect, but it is checked.")]
-
 
 
 def _print_version(wanted: bool) -> None:
@@ -249,10 +249,17 @@ ALSO = (
 )
 
 
+EXTRAS = {("backends", "aimet"): ("aimet_torch", "aimet")}
+"""What is imported only when it is used: the package, and the extra that installs it."""
+
+
 def _about(kind: str, name: str) -> str:
     """The first line of the docstring; what to install for what is not."""
     from pow2quant.plugins import resolve
 
+    package, extra = EXTRAS.get((kind, name), ("", ""))
+    if package and find_spec(package) is None:
+        return f"not installed: pip install 'pow2quant[{extra}]'"
     try:
         thing = resolve(kind, name)
     except Exception as error:  # a plug-in of another package may raise anything

@@ -1,0 +1,665 @@
+"""The drop-in for AIMET's QuantizationSimModel, on both backends, and AIMET's own tools under the constraint."""
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from pow2quant import QuantizationSimModel, QuantPlan, QuantScheme, simulate
+from pow2quant.adapters import aimet_encodings, onnx_qdq
+from pow2quant.backends import aimet
+from pow2quant.errors import (
+    ConfigError,
+    DataError,
+    EncodingError,
+    FileFormatError,
+    NotPowerOfTwoError,
+    UnsupportedModelError,
+    WeightsError,
+)
+from tests.aimet_flows.digits import Net, accuracy, images, train, trained
+
+FLOWS = Path(__file__).parent / "aimet_flows"
+DUMMY = torch.zeros(1, 1, 8, 8)
+OURS = {
+    "from aimet_torch import QuantizationSimModel": "from pow2quant import QuantizationSimModel",
+    "from aimet_torch.adaround.adaround_weight import": "from pow2quant.quantsim import",
+}
+ON_AIMET = "from functools import partial; import pow2quant; QuantizationSimModel = partial(pow2quant.QuantizationSimModel, backend='aimet')"
+
+
+@pytest.fixture
+def installed():
+    with aimet.quiet():
+        return pytest.importorskip("aimet_torch", reason="the extra 'aimet' is not installed")
+
+
+@pytest.fixture(params=["custom", "aimet"])
+def backend(request):
+    if request.param == "aimet":
+        request.getfixturevalue("installed")
+    return request.param
+
+
+@pytest.fixture
+def make(backend):
+    """Makes a drop-in of the trained network on the backend."""
+    return lambda model=None, **options: QuantizationSimModel(model or trained(), DUMMY, backend=backend, **options)
+
+
+@pytest.fixture
+def calibrated(make):
+    sim = make()
+    sim.compute_encodings(lambda model: model(images()))
+    return sim
+
+
+def table(sim):
+    return sim.simulation.encodings()
+
+
+def run(model, x=None):
+    with torch.no_grad():
+        return model(images() if x is None else x).clone()
+
+
+def in_onnxruntime(model, encodings, x):
+    """What onnxruntime makes of a pair of files, without and with optimizations: two results."""
+    loaded = onnx_qdq.load(Path(model))
+    entries = aimet_encodings.load(Path(encodings), aimet_encodings.channel_axes(loaded))
+    text = onnx_qdq.to_qdq(aimet_encodings.apply(loaded, entries)).SerializeToString()
+    results = []
+    for level in (
+        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    ):
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = level
+        session = onnxruntime.InferenceSession(text, options, providers=["CPUExecutionProvider"])
+        results.append(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    return results
+
+
+def flow(name, folder, lines):
+    text = (FLOWS / f"{name}.py").read_text(encoding="utf-8")
+    for old, new in lines.items():
+        text = text.replace(old, new)
+    torch.manual_seed(0)
+    namespace = {"folder": str(folder)}
+    with aimet.quiet():
+        exec(compile(text, f"{name}.py", "exec"), namespace)
+    return namespace
+
+
+NAMES = ("quick_start", "ptq", "qat")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_scripts_are_valid_aimet(installed, name, tmp_path):
+    sim = flow(name, tmp_path, {})["sim"]
+    assert type(sim) is installed.QuantizationSimModel
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_scripts_run_here_with_other_imports_only(backend, name, tmp_path, request):
+    if name != "quick_start":
+        request.getfixturevalue("installed")  # they use AIMET's folding, equalization and AdaRound
+    lines = OURS if backend == "custom" else OURS | {"from aimet_torch import QuantizationSimModel": ON_AIMET}
+    sim = flow(name, tmp_path, lines)["sim"]
+    assert isinstance(sim, QuantizationSimModel)
+    assert all(e.is_power_of_two for e in table(sim).values())
+    written = aimet_encodings.load(tmp_path / "model.encodings")
+    assert len(written) >= len(table(sim))
+    assert all(e.is_power_of_two for e in written.values())
+    x = images()
+    for result in in_onnxruntime(tmp_path / "model.onnx", tmp_path / "model.encodings", x):
+        assert np.array_equal(result, run(sim.model, x).numpy())
+
+
+def test_both_backends_choose_the_same(installed):
+    for options in ({}, {"quant_scheme": "percentile"}, {"default_param_bw": 4, "quant_scheme": QuantScheme.min_max}):
+        sims = [QuantizationSimModel(trained(), DUMMY, backend=b, **options) for b in ("custom", "aimet")]
+        for sim in sims:
+            sim.compute_encodings(lambda model: [model(x) for x in images().split(100)])
+        assert table(sims[0]) == table(sims[1])
+        assert torch.equal(*(run(sim.model) for sim in sims))
+
+
+def test_the_scheme_names_the_chooser(make, installed):
+    from aimet_torch.common.defs import QuantScheme as Theirs
+
+    for scheme, expected in (
+        (None, "mse"), ("tf", "minmax"), (Theirs.min_max, "minmax"), (Theirs.post_training_tf_enhanced, "mse"),
+        (QuantScheme.post_training_tf, "minmax"), ("percentile", "percentile"),
+    ):  # fmt: skip
+        sim = make(quant_scheme=scheme)
+        assert {s.range for s in sim._placement.specs.values() if s.bits == 8} == {expected}
+        assert sim.quant_scheme is scheme or scheme is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"in_place": True}, "in_place"),
+        ({"rounding_mode": "stochastic"}, "rounding_mode: 'stochastic'"),
+        ({"quant_scheme": "best"}, "quant_scheme: 'best' is not one of"),
+        ({"default_output_bw": 24}, "default_output_bw: 24 bits"),
+        ({"default_param_bw": 1}, "default_param_bw: 1 bits"),
+        ({"default_data_type": "float", "default_output_bw": 16}, "default_output_bw: 16 bits"),
+        ({"config_file": "/no/such.json"}, r"config_file: /no/such\.json"),
+    ],
+)
+def test_impossible_arguments_are_named(make, options, words):
+    with pytest.raises(ConfigError, match=f"^{words}"):
+        make(**options)
+
+
+def test_32_bits_stay_float(make):
+    sim = make(default_output_bw=32)
+    sim.compute_encodings(lambda model: model(images()))
+    assert {s.role for s in sim.simulation.sites} == {"weight"}
+    sim = make(default_param_bw=32)
+    assert {s.role for s in sim.simulation.sites} == {"input", "output"}
+
+
+def test_the_callback_may_do_what_it_likes(make):
+    """Both call styles, results, gradients off, eval mode; afterwards the modes are what they were."""
+    seen = []
+
+    def callback(model, count):
+        for x in images(count).split(32):
+            assert not model.training
+            seen.append(model(x))
+
+    sim = make()
+    sim.model.train()
+    sim.compute_encodings(callback, 64)
+    assert sim.model.training
+    assert [len(y) for y in seen] == [32, 32]
+    assert not seen[0].requires_grad
+    other = make()
+    other.compute_encodings(lambda model: callback(model, 64))
+    assert table(other) == table(sim)
+
+
+def test_a_failed_callback_leaves_everything_as_it_was(calibrated):
+    before = table(calibrated)
+
+    def callback(model):
+        model(images())
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        calibrated.compute_encodings(callback)
+    assert table(calibrated) == before
+
+
+@pytest.mark.parametrize("name", ["0.6.1", "1.0.0", "2.0.0", "json", "legacy", "torch"])
+def test_what_was_written_loads_again(make, calibrated, name, tmp_path):
+    if name == "json":
+        calibrated.save_encodings_to_json(tmp_path, "m")
+        file = tmp_path / "m.json"
+    elif name in ("legacy", "torch"):
+        calibrated.export(tmp_path, "m", DUMMY)
+        file = tmp_path / ("m.encodings" if name == "legacy" else "m_torch.encodings")
+    else:
+        calibrated.onnx.export(
+            DUMMY, tmp_path / "m.onnx", encoding_version=name, input_names=["in"], output_names=["out"]
+        )
+        file = tmp_path / "m.encodings"
+    sim = make()
+    sim.load_encodings(file)
+    assert table(sim) == table(calibrated)
+    assert torch.equal(run(sim.model), run(calibrated.model))
+    if name == "json":
+        sim = make()
+        sim.load_encodings(json.loads(file.read_text()))
+        assert table(sim) == table(calibrated)
+
+
+def folded():
+    from aimet_torch.batch_norm_fold import fold_all_batch_norms
+
+    model = trained().eval()
+    fold_all_batch_norms(model, None, DUMMY)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
+def test_aimets_own_files_load(make, installed, dynamo, tmp_path, capfd):
+    """Those that AIMET cannot reload: named after ONNX tensors. Written by AIMET from its own, constrained simulation."""
+    with aimet.quiet():
+        theirs = installed.QuantizationSimModel(folded(), DUMMY)
+        aimet.constrain(theirs)
+        theirs.compute_encodings(lambda model: model(images()))
+        expected = run(theirs.model)
+        for version in ("0.6.1", "1.0.0", "2.0.0")[1 if dynamo else 0 :]:
+            theirs.onnx.export(DUMMY, str(tmp_path / "t.onnx"), encoding_version=version, dynamo=dynamo)
+            with pytest.raises((RuntimeError, AttributeError, TypeError)):
+                installed.QuantizationSimModel(folded(), DUMMY).load_encodings(str(tmp_path / "t.encodings"))
+            sim = make(folded())
+            sim.load_encodings(tmp_path / "t.encodings", strict=False)
+            assert {s.name for s in sim.simulation.sites} == table(sim).keys()
+            assert torch.equal(run(sim.model), expected)
+        if not dynamo:
+            theirs.save_encodings_to_json(str(tmp_path), "torch")
+            sim = make(folded())
+            sim.load_encodings(tmp_path / "torch.json")
+            assert torch.equal(run(sim.model), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_free_scales_are_an_error_or_snapped(make, installed, tmp_path):
+    with aimet.quiet():
+        theirs = installed.QuantizationSimModel(folded(), DUMMY)
+        theirs.compute_encodings(lambda model: model(images()))
+        theirs.save_encodings_to_json(str(tmp_path), "torch")
+    sim = make(folded())
+    with pytest.raises(NotPowerOfTwoError, match=r"^[\w.]+: scale 0\.\d+ is not a power of two"):
+        sim.load_encodings(tmp_path / "torch.json")
+    assert table(sim) == {}
+    sim.load_encodings(tmp_path / "torch.json", snap=True)
+    for name, encoding in table(sim).items():
+        assert encoding.is_power_of_two
+        assert not (encoding.zero_point % 2).any()
+        if name.endswith(".weight"):
+            free = theirs.model.get_submodule(name[:-7]).param_quantizers["weight"].get_scale().flatten().detach()
+            assert (encoding.scale >= free.numpy()).all()
+            assert (encoding.scale < 2.1 * free.numpy()).all()
+    assert accuracy(sim.model) > 0.9
+
+
+def test_strict_and_partial(make, calibrated, tmp_path):
+    calibrated.save_encodings_to_json(tmp_path, "m")
+    document = json.loads((tmp_path / "m.json").read_text())
+    entry = document["activation_encodings"]["relu1"]
+    foreign = document | {"activation_encodings": {"relu1": entry, "nobody": entry}}
+    sim = make()
+    with pytest.raises(EncodingError, match=r"nobody\.output: the simulation has no quantizer"):
+        sim.load_encodings(foreign)
+    sim.load_encodings(foreign, strict=False)
+    assert table(sim).keys() == {"relu1.output", "conv1.weight", "conv2.weight", "fc.weight"}
+    full = table(calibrated)
+    calibrated.load_encodings(foreign, strict=False, partial=True)
+    assert table(calibrated) == full
+    calibrated.load_encodings(foreign, strict=False, partial=False)
+    assert table(calibrated).keys() == table(sim).keys()
+
+
+def test_a_file_that_is_none(make, tmp_path):
+    (tmp_path / "m.json").write_text("[]")
+    for file, words in ((tmp_path / "none", "cannot be read"), (tmp_path / "m.json", "expected an object")):
+        with pytest.raises(FileFormatError, match=words):
+            make().load_encodings(file)
+
+
+def test_frozen_parameters_stay_bit_identical(make, calibrated, tmp_path):
+    calibrated.save_encodings_to_json(tmp_path, "m")
+    weights = {n: e for n, e in table(calibrated).items() if n.endswith(".weight")}
+    sim = make()
+    sim.set_and_freeze_param_encodings(tmp_path / "m.json")
+    assert table(sim) == weights
+    with torch.no_grad():
+        sim.model.get_parameter("conv1.weight").mul_(5)
+    parameters = {k: v.clone() for k, v in sim.model.named_parameters() if k.endswith(".weight")}
+    sim.compute_encodings(lambda model: model(3 * images()))
+    after = table(sim)
+    assert {n: after[n] for n in weights} == weights
+    assert after["x"].exponent > table(calibrated)["x"].exponent
+    assert all(torch.equal(v, sim.model.get_parameter(k)) for k, v in parameters.items())
+    sim.load_encodings(tmp_path / "m.json", allow_overwrite=True)
+    assert {n: table(sim)[n] for n in weights} == weights
+
+
+def test_some_frozen_sites_among_others(calibrated, tmp_path):
+    before = table(calibrated)
+    calibrated.save_encodings_to_json(tmp_path, "m")
+    document = json.loads((tmp_path / "m.json").read_text())
+    document["param_encodings"] = {"conv1.weight": document["param_encodings"]["conv1.weight"]}
+    document["activation_encodings"] = {"relu1": document["activation_encodings"]["relu1"]}
+    calibrated.load_encodings(document, allow_overwrite=False)
+    with torch.no_grad():
+        for name in ("conv1", "conv2"):
+            calibrated.model.get_parameter(f"{name}.weight").mul_(4)
+    calibrated.compute_encodings(lambda model: model(images()))
+    after = table(calibrated)
+    assert after["conv1.weight"] == before["conv1.weight"]
+    assert after["relu1.output"] == before["relu1.output"]
+    assert (after["conv2.weight"].exponent > before["conv2.weight"].exponent).any()
+    calibrated.export(tmp_path, "m", DUMMY)  # whose biases fit
+    assert torch.equal(
+        run(calibrated.model),
+        torch.from_numpy(in_onnxruntime(tmp_path / "m.onnx", tmp_path / "m.encodings", images())[0]),
+    )
+
+
+def test_requires_grad_is_aimets(make, backend, calibrated, tmp_path):
+    calibrated.save_encodings_to_json(tmp_path, "m")
+    sim = make()
+    if backend == "custom":
+        with pytest.raises(ConfigError, match="requires_grad"):
+            sim.load_encodings(tmp_path / "m.json", requires_grad=True)
+    else:
+        sim.load_encodings(tmp_path / "m.json", requires_grad=False)
+        assert not any(p.requires_grad for p in sim.quantizer_parameters())
+
+
+def test_200_steps_of_training_keep_every_scale(make, tmp_path):
+    sim = make(default_param_bw=4)
+    sim.compute_encodings(lambda model: model(images()))
+    weight = sim.model.get_parameter("conv2.weight").detach().clone()
+    train(sim.model, 11, 2e-3)  # 11 epochs of 19 batches
+    assert not torch.equal(weight, sim.model.get_parameter("conv2.weight"))
+    assert all(e.is_power_of_two for e in table(sim).values())
+    sim.export(tmp_path, "m", DUMMY)
+    assert all(e.is_power_of_two for e in aimet_encodings.load(tmp_path / "m.encodings").values())
+    for result in in_onnxruntime(tmp_path / "m.onnx", tmp_path / "m.encodings", images()):
+        assert np.array_equal(result, run(sim.model).numpy())
+
+
+def test_names_and_opset_of_the_export(calibrated, tmp_path):
+    calibrated.onnx.export(
+        DUMMY, tmp_path / "m.onnx", input_names=["in"], output_names=["out"], opset_version=17, export_int32_bias=False
+    )
+    model = onnx.load(tmp_path / "m.onnx")
+    assert [v.name for v in (*model.graph.input, *model.graph.output)] == ["in", "out"]
+    assert model.opset_import[0].version == 17
+    written = aimet_encodings.load(tmp_path / "m.encodings")
+    assert {"in", "out", "conv1.weight"} <= written.keys()
+    assert not [name for name in written if name.endswith(".bias")]
+    for options, words in (
+        ({"input_names": ["a", "b"]}, "input_names: 2 names for 1"),
+        ({"force_activation_as": "signed"}, "force_activation_as"),
+        ({"encoding_version": "3.0.0"}, "'3.0.0' is not one of"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            calibrated.onnx.export(DUMMY, tmp_path / "x.onnx", **options)
+    with pytest.raises(ConfigError, match="export_to_torchscript=True"):
+        calibrated.export(tmp_path, "m", DUMMY, export_to_torchscript=True)
+
+
+# -- configuration files --------------------------------------------------------------------------------------------
+
+CONFIG = {
+    "defaults": {
+        "ops": {"is_output_quantized": "True"},
+        "params": {"is_quantized": "True", "is_symmetric": "True"},
+        "strict_symmetric": "False",
+        "per_channel_quantization": "False",
+    },
+    "params": {"bias": {"is_quantized": "False"}},
+    "op_type": {"Conv": {"per_channel_quantization": "True"}},
+    "supergroups": [{"op_list": ["Conv", "Relu"]}, {"op_list": ["Conv", "Clip"]}, {"op_list": ["Gemm", "Relu"]}],
+    "model_input": {"is_input_quantized": "True"},
+    "model_output": {},
+}
+
+
+def changed(path, value):
+    document = copy.deepcopy(CONFIG)
+    *parents, key = path
+    section = document
+    for parent in parents:
+        section = section.setdefault(parent, {})
+    section[key] = value
+    return document
+
+
+def configured(make, folder, document):
+    (folder / "config.json").write_text(json.dumps(document))
+    sim = make(config_file=str(folder / "config.json"))
+    sim.compute_encodings(lambda model: model(images()))
+    return sim
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "check"),
+    [
+        (("model_input",), {"is_input_quantized": "True"}, lambda t: t["conv1.weight"].axis == 0 and t["fc.weight"].axis is None),
+        (("model_input",), {}, lambda t: "x" not in t and "conv1.bias" not in t),
+        (("defaults", "ops", "is_symmetric"), "True", lambda t: t["relu1.output"].symmetric and t["x"].symmetric),
+        (("defaults", "per_channel_quantization"), "True", lambda t: t["fc.weight"].axis == 0),
+        (("op_type", "Relu"), {"is_output_quantized": "False"}, lambda t: "relu1.output" not in t and "fc.output" in t),
+        (("op_type", "Gemm"), {"params": {"weight": {"is_quantized": "False"}}}, lambda t: "fc.weight" not in t),
+        (("op_type", "Gemm"), {"is_symmetric": "True"}, lambda t: t["fc.output"].symmetric),
+        (("op_type", "Softmax"), {"encoding_constraints": {"min": 0.0, "max": 1.0}}, lambda t: "fc.output" in t),
+    ],
+)  # fmt: skip
+def test_a_configuration_file_says_what_is_quantized(make, path, value, check, tmp_path):
+    assert check(table(configured(make, tmp_path, changed(path, value))))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "key"),
+    [
+        (("defaults", "strict_symmetric"), "True", "defaults.strict_symmetric"),
+        (("defaults", "hw_version"), "V73", "defaults.hw_version"),
+        (("defaults", "ops", "is_input_quantized"), "True", "defaults.ops.is_input_quantized"),
+        (("defaults", "params", "is_symmetric"), "False", "defaults.params.is_symmetric"),
+        (("defaults", "params", "is_symmetric"), "yes", "defaults.params.is_symmetric"),
+        (("op_type", "Gemm"), {"supported_kernels": []}, "op_type.Gemm.supported_kernels"),
+        (("op_type", "Gemm"), {"is_input_quantized": "True"}, "op_type.Gemm.is_input_quantized"),
+        (("params", "gamma"), {"is_quantized": "True"}, "params.gamma"),
+        (("supergroups",), [{"op_list": ["Conv", "Sigmoid"]}], "supergroups[0]"),
+        (("supergroup_pass_list",), ["FuseAll"], "supergroup_pass_list"),
+        (("model_output",), {"is_input_quantized": "True"}, "model_output.is_input_quantized"),
+        (("no_such_section",), {}, "no_such_section"),
+    ],
+)
+def test_what_custom_cannot_mean_is_named(path, value, key, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(changed(path, value)))
+    with pytest.raises(ConfigError) as raised:
+        QuantizationSimModel(trained(), DUMMY, config_file=str(tmp_path / "config.json"))
+    assert f"config.json: {key}: " in str(raised.value)
+
+
+def test_aimets_own_configuration_files(installed):
+    sims = [QuantizationSimModel(trained(), DUMMY, config_file="default", backend=b) for b in ("custom", "aimet")]
+    assert sims[0]._placement.specs == sims[1]._placement.specs
+    htp = QuantizationSimModel(trained(), DUMMY, config_file="htp_v73", backend="aimet")
+    htp.compute_encodings(lambda model: model(images()))
+    assert all(e.is_power_of_two for e in table(htp).values())
+    with pytest.raises(ConfigError, match="config_file: htp_v73"):
+        QuantizationSimModel(trained(), DUMMY, config_file="htp_v73")
+
+
+# -- AIMET's own tools under the constraint ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_aimet(installed):
+    sim = QuantizationSimModel(trained(), DUMMY, backend="aimet", default_param_bw=4)
+    sim.compute_encodings(lambda model: model(images()))
+    return sim
+
+
+def constrained(sim):
+    assert all(e.is_power_of_two for e in table(sim).values())
+    scales = [q.get_scale() for q in sim.quantizers()]
+    return all((np.frexp(s.detach().numpy())[0] == 0.5).all() for s in scales)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sequential_mse(on_aimet):
+    from aimet_torch.seq_mse import apply_seq_mse
+
+    with aimet.quiet():
+        apply_seq_mse(on_aimet, DataLoader(images(), 64), num_candidates=20)
+    assert on_aimet.simulation.frozen == {"conv1.weight", "conv2.weight", "fc.weight"}
+    chosen = {name: table(on_aimet)[name] for name in on_aimet.simulation.frozen}
+    on_aimet.compute_encodings(lambda model: model(images()))
+    assert {name: table(on_aimet)[name] for name in chosen} == chosen
+    assert constrained(on_aimet)
+    assert accuracy(on_aimet.model) > 0.85
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mixed_precision_drops_the_constraint_and_gets_it_back(installed, tmp_path):
+    from aimet_torch.common.defs import CallbackFunc, QuantizationDataType
+    from aimet_torch.mixed_precision import choose_mixed_precision
+
+    integer = QuantizationDataType.int
+    sim = QuantizationSimModel(trained(), DUMMY, backend="aimet")
+    sim.compute_encodings(lambda model: model(images()))
+    evaluate = CallbackFunc(lambda model, _: accuracy(model), None)
+    calibrate = CallbackFunc(lambda model, _: run(model), None)
+    with aimet.quiet():
+        candidates = [((8, integer), (8, integer)), ((4, integer), (4, integer))]
+        choose_mixed_precision(
+            sim, DUMMY, candidates, evaluate, evaluate, 0.01, str(tmp_path), True, calibrate, phase1_optimize=False
+        )
+    free = [q.get_scale().detach().numpy() for q in sim.quantizers()]
+    assert not all((np.frexp(s)[0] == 0.5).all() for s in free)  # what AIMET leaves
+    sim.constrain()
+    assert constrained(sim)
+    widths = {e.grid.bits for name, e in table(sim).items() if not name.endswith(".bias")}
+    assert widths == {4, 8}
+    sim.compute_encodings(lambda model: model(images()))
+    assert {e.grid.bits for name, e in table(sim).items() if not name.endswith(".bias")} == widths
+    sim.export(tmp_path, "m", DUMMY)
+    for result in in_onnxruntime(tmp_path / "m.onnx", tmp_path / "m.encodings", images()):
+        assert np.array_equal(result, run(sim.model).numpy())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quant_analyzer(installed, tmp_path):
+    from aimet_torch.common.utils import CallbackFunc
+
+    from pow2quant.quantsim import QuantAnalyzer
+
+    seen = []
+
+    def evaluate(model, _):
+        seen.append([q.get_scale() for q in model.modules() if hasattr(q, "get_scale")])
+        return accuracy(model)
+
+    with aimet.quiet():
+        analyzer = QuantAnalyzer(
+            trained(), DUMMY, CallbackFunc(lambda model, _: run(model), None), CallbackFunc(evaluate, None)
+        )
+        analyzer.enable_per_layer_mse_loss(list(images().split(64)), 4)
+        analyzer.analyze(default_param_bw=4, results_dir=str(tmp_path))
+    scales = [s.detach().numpy() for at in seen for s in at if s is not None]
+    assert len(scales) > 50
+    assert all((np.frexp(s)[0] == 0.5).all() for s in scales)
+    assert {"per_layer_mse_loss.json", "per_layer_quant_enabled.json"} <= {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_batch_norm_reestimation(installed, tmp_path):
+    """AIMET's flow: batch norm lives in AIMET's own simulation, constrained; then it is folded and calibrated anew."""
+    from aimet_torch.bn_reestimation import reestimate_bn_stats
+
+    with aimet.quiet():
+        theirs = installed.QuantizationSimModel(trained(), DUMMY, default_param_bw=4)
+        aimet.constrain(theirs)
+        theirs.compute_encodings(lambda model: model(images()))
+        train(theirs.model, 1, 1e-3)
+        before = theirs.model.bn1.running_mean.clone()
+        reestimate_bn_stats(theirs.model, DataLoader(images(), 64), num_batches=4)
+        assert not torch.equal(before, theirs.model.bn1.running_mean)
+        scales = [q.get_scale().detach().numpy() for q in theirs.quantizers()]
+        assert all((np.frexp(s)[0] == 0.5).all() for s in scales)
+        model = theirs.get_original_model(theirs.model)
+    sim = QuantizationSimModel(model, DUMMY, backend="aimet", default_param_bw=4)
+    sim.compute_encodings(lambda model: model(images()))
+    assert constrained(sim)
+    assert accuracy(sim.model) > 0.85
+
+
+def test_grids_that_cannot_be_constrained(installed, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(changed(("defaults", "strict_symmetric"), "True")))
+    with pytest.raises(ConfigError, match=r"conv1\.weight: a symmetric grid -127 … 127 cannot be constrained"):
+        QuantizationSimModel(trained(), DUMMY, config_file=str(tmp_path / "config.json"), backend="aimet")
+
+
+# -- what AIMET does silently wrong, through the drop-in and through `simulate` ---------------------------------------
+
+
+@pytest.fixture(params=["drop-in", "simulate"])
+def calibrate(request, backend):
+    """(model, batches): builds a simulation and calibrates it with them; returns it."""
+
+    def drop_in(model, batches):
+        sim = QuantizationSimModel(model, DUMMY, backend=backend)
+        sim.compute_encodings(lambda model: [model(x) for x in batches])
+        return sim.simulation
+
+    def plain(model, batches):
+        sim = simulate(model, DUMMY, QuantPlan.default(), backend)
+        sim.calibrate(batches)
+        return sim
+
+    return drop_in if request.param == "drop-in" else plain
+
+
+def test_no_data(calibrate):
+    with pytest.raises(DataError, match=r"^x: nothing was observed; the calibration data are empty"):
+        calibrate(trained(), [])
+
+
+def test_nan_in_the_data(calibrate):
+    spoilt = images(8).clone()
+    spoilt[3, 0, 2, 2] = torch.nan
+    with pytest.raises(DataError, match=r"^x: NaN or infinity in the calibration data, batch 2"):
+        calibrate(trained(), [images(8), spoilt])
+
+
+def test_nan_in_the_weights(calibrate):
+    model = trained()
+    with torch.no_grad():
+        model.conv2.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(WeightsError, match=r"^conv2\.weight: the weights hold NaN"):
+        calibrate(model, [images(8)])
+
+
+def test_nan_in_the_weights_later(make, calibrated):
+    before = table(calibrated)
+    with torch.no_grad():
+        calibrated.model.get_parameter("fc.weight")[0, 0] = torch.inf
+    with pytest.raises((WeightsError, DataError), match=r"^fc\.\w+: NaN or infinity"):
+        calibrated.compute_encodings(lambda model: model(images(8)))
+    assert table(calibrated) == before
+
+
+def test_a_part_that_is_never_run(make):
+    with pytest.raises(DataError, match=r"^(relu1|x|relu2|fc)[\w.]*: nothing was observed"):
+        make().compute_encodings(lambda model: model.get_submodule("conv1")(images(8)))
+
+
+class Reused(Net):
+    def forward(self, x):
+        x = self.relu1(self.conv1(x))
+        return self.fc(self.flatten(self.pool(self.relu1(self.conv2(x)))))
+
+
+def test_a_reused_module_has_a_quantizer_at_each_place(calibrate):
+    sim = calibrate(Reused(), [images(8)])
+    assert {"relu1.output", "relu1_1.output"} <= sim.encodings().keys()
+
+
+class Branching(Net):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_control_flow_that_depends_on_data(calibrate):
+    with pytest.raises(UnsupportedModelError, match=r'test_quantsim\.py:\d+ "return super\(\)\.forward\(x if x\.sum'):
+        calibrate(Branching(), [images(8)])
+
+
+def test_a_module_that_forward_never_calls_is_not_there(calibrate):
+    model = trained()
+    model.spare = nn.Linear(3, 3)
+    assert not [name for name in calibrate(model, [images(8)]).encodings() if name.startswith("spare")]
