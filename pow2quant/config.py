@@ -170,11 +170,14 @@ class QuantPlan:
 
     @classmethod
     def default(cls, weight_bits: int = 8, activation_bits: int = 8, per_tensor: bool = False) -> QuantPlan:
-        """Symmetric weights, asymmetric activations, 32-bit biases. Raises ConfigError for an illegal width."""
+        """Symmetric weights, asymmetric activations, 32-bit biases; the input keeps 8 bits, as an image has.
+
+        Raises ConfigError for an illegal width.
+        """
         values = {
             "quantization.weight.bitwidth": weight_bits,
             "quantization.weight.per_channel": not per_tensor,
-            "quantization.input.bitwidth": activation_bits,
+            "quantization.input.bitwidth": max(8, activation_bits),
             "quantization.output.bitwidth": activation_bits,
         }
         return plan_of(with_values(RunConfig(), values))

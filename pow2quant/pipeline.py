@@ -155,6 +155,13 @@ def validate(
     if not source.is_file():
         raise FileFormatError(f"{source}: no such file or folder")
     model = onnx_qdq.load(source)
+    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    if quantized == (encodings is not None):
+        raise FileFormatError(
+            f"{source}: has QuantizeLinear nodes already; give a float model with --encodings"
+            if quantized
+            else f"{source}: has no QuantizeLinear; give its --encodings, or the folder of a run"
+        )
     if encodings is not None:
         table = aimet_encodings.load(encodings, aimet_encodings.channel_axes(model))
         model = onnx_qdq.to_qdq(aimet_encodings.apply(model, table))
@@ -206,6 +213,7 @@ class _Job:
     def start(cls, config: RunConfig, progress: Progress) -> _Job:
         """Loads data and network, trains the embedded default, prepares. The configuration is resolved on the way."""
         _be_exact()
+        device = _device(config.device)
         torch.manual_seed(config.seed)
         config = replace(config, data=datasets.resolved(config.data))
         data = datasets.load(config.data)
@@ -217,7 +225,7 @@ class _Job:
         if example is None:
             raise DataError("the calibration data are empty")
         network = fold_batch_norm(prepare(model, example))
-        return cls(config, data, model.eval(), network, example, progress, torch.device(config.device))
+        return cls(config, data, model.eval(), network, example, progress, device)
 
     def simulate(self) -> Simulation:
         """The backend's simulation of the prepared network, on the device."""
@@ -244,6 +252,17 @@ class _Job:
         """Test images and labels, batch by batch."""
         total = min(len(self.data.test), limit or len(self.data.test))
         return self.progress.track(islice(self.data.test, total), "evaluating all executors", total)
+
+
+def _device(name: str) -> torch.device:
+    """Raises ConfigError for a device that is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(f"device: {name!r} cannot be used here: {reason}") from error
+    return device
 
 
 def _be_exact() -> None:
@@ -396,7 +415,7 @@ def _validate_run(folder: Path, config: RunConfig, limit: int | None, progress: 
     model = models.build(plain.model.name, num_classes=plain.model.num_classes).eval()
     example = next(images[:1] for images, _ in data.test)
     network = fold_batch_norm(prepare(model, example))
-    job = _Job(plain, data, model, network, example, progress, torch.device(plain.device))
+    job = _Job(plain, data, model, network, example, progress, _device(plain.device))
     sim = job.simulate()
     _load_parameters(job.parameters(sim), parameters, folder / run_folder.STATE)
     sim.load(table)

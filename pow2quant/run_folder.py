@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
     folder or the disk does not allow writing; an existing run is then still as it was.
     """
     target = target.absolute()
+    _clear_after_killed_runs(target)
     _check_free(target, overwrite)
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -47,6 +49,30 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
         raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _clear_after_killed_runs(target: Path) -> None:
+    """Removes what runs that were killed left beside the target, and puts back a run that one was about to replace."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*") if target.parent.is_dir() else ():
+        pid, _, kind = left.name.removeprefix(f".{target.name}.").partition(".")
+        if kind not in ("partial", "old") or not pid.isdigit() or _is_alive(int(pid)):
+            continue
+        if kind == "old" and not target.exists():
+            left.rename(target)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # where signal 0 is no question but Ctrl-C
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _check_free(target: Path, overwrite: bool) -> None:

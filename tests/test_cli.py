@@ -325,16 +325,32 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
-def test_ctrl_c_leaves_nothing(weights: Path, tmp_path: Path) -> None:
-    process = command("ptq", "--weights", str(weights), "--output", "run", cwd=tmp_path)
-    while not list(tmp_path.glob(".run.*")) and process.poll() is None:
+def started(weights: Path, folder: Path) -> subprocess.Popen[str]:
+    """A run that has begun to write."""
+    process = command("ptq", "--weights", str(weights), "--output", "run", cwd=folder)
+    while not list(folder.glob(".run.*")) and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    return process
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_leaves_nothing(weights: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    process = started(weights, tmp_path)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     # A shell shows 130 for both: Python itself may pass the signal on when it exits.
     assert process.returncode in (130, -signal.SIGINT)
     assert err.splitlines()[-1] == "error: interrupted; nothing was written"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_run_clears_up_after_a_killed_one(weights: Path, tmp_path: Path) -> None:
+    process = started(weights, tmp_path)
+    process.kill()
+    process.communicate(timeout=60)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
+    assert main(["ptq", "--weights", str(weights), "--output", str(tmp_path / "run"), *SHORT]) == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
 
 
 def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Trained networks on CIFAR-10, when POW2QUANT_DATA names a folder that holds them; skipped otherwise.
 
-The folder holds `models.py` with `cifar10_resnet20`, `weights/cifar10_resnet20.safetensors`, and either `cifar10.npz` or
+The folder holds `models.py` with `cifar10_resnet20`, `weights/cifar10_resnet20.safetensors`, and `cifar10.npz` or
 `unpack_cifar10.py`, which writes it.
 """
 

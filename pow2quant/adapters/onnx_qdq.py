@@ -100,7 +100,7 @@ def save(model: ModelProto, path: Path) -> None:
 
 
 def export_qdq(artifact: Artifact, folder: Path) -> Path:
-    """Writes `model.onnx` into the folder and returns its path. Raises EncodingError and OutputError."""
+    """QDQ ONNX with integer weights, as `model.onnx`. Raises EncodingError and OutputError."""
     path = folder / "model.onnx"
     save(to_qdq(artifact), path)
     return path

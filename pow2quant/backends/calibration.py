@@ -49,7 +49,7 @@ def calibrate(sim: Placed, batches: Iterable[Batch], roles: Collection[str]) -> 
     sim.load(table)
     wanted = [s for s in placement.sites if s.role in ("input", "output") and s.role in roles]
     if wanted:
-        leaders = {placement.leader(s.name) for s in wanted}
+        leaders = dict.fromkeys(placement.leader(s.name) for s in wanted)
         extremes_only = {name for name in leaders if placement.specs[name].range == "minmax"}
         observed = observe(sim, batches, leaders, extremes_only)
         chosen = {name: _activation_encoding(name, seen, placement) for name, seen in observed.items()}
