@@ -2,7 +2,6 @@
 
 import copy
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,11 @@ OURS = {
     "from aimet_torch import QuantizationSimModel": "from pow2quant import QuantizationSimModel",
     "from aimet_torch.adaround.adaround_weight import": "from pow2quant.quantsim import",
 }
-ON_AIMET = "from functools import partial; import pow2quant; QuantizationSimModel = partial(pow2quant.QuantizationSimModel, backend='aimet')"
+ON_AIMET = """
+from functools import partial
+from pow2quant import QuantizationSimModel
+QuantizationSimModel = partial(QuantizationSimModel, backend="aimet")
+"""
 
 
 @pytest.fixture
@@ -227,6 +230,12 @@ def test_what_was_written_loads_again(make, calibrated, name, tmp_path):
         assert table(sim) == table(calibrated)
 
 
+def with_float_biases(sim):
+    """What AIMET simulates: it rounds biases at export only."""
+    sim.simulation.load({name: e for name, e in table(sim).items() if not name.endswith(".bias")})
+    return run(sim.model)
+
+
 def folded():
     from aimet_torch.batch_norm_fold import fold_all_batch_norms
 
@@ -238,7 +247,7 @@ def folded():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamo", [False, True], ids=["torchscript", "dynamo"])
 def test_aimets_own_files_load(make, installed, dynamo, tmp_path, capfd):
-    """Those that AIMET cannot reload: named after ONNX tensors. Written by AIMET from its own, constrained simulation."""
+    """Also those that AIMET cannot reload, named after ONNX tensors. AIMET writes them, from its own simulation."""
     with aimet.quiet():
         theirs = installed.QuantizationSimModel(folded(), DUMMY)
         aimet.constrain(theirs)
@@ -251,12 +260,12 @@ def test_aimets_own_files_load(make, installed, dynamo, tmp_path, capfd):
             sim = make(folded())
             sim.load_encodings(tmp_path / "t.encodings", strict=False)
             assert {s.name for s in sim.simulation.sites} == table(sim).keys()
-            assert torch.equal(run(sim.model), expected)
+            assert torch.equal(with_float_biases(sim), expected)
         if not dynamo:
             theirs.save_encodings_to_json(str(tmp_path), "torch")
             sim = make(folded())
             sim.load_encodings(tmp_path / "torch.json")
-            assert torch.equal(run(sim.model), expected)
+            assert torch.equal(with_float_biases(sim), expected)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -416,6 +425,10 @@ def changed(path, value):
     return document
 
 
+def axes(encodings):
+    return [encodings[f"{module}.weight"].axis for module in ("conv1", "fc")]
+
+
 def configured(make, folder, document):
     (folder / "config.json").write_text(json.dumps(document))
     sim = make(config_file=str(folder / "config.json"))
@@ -426,7 +439,7 @@ def configured(make, folder, document):
 @pytest.mark.parametrize(
     ("path", "value", "check"),
     [
-        (("model_input",), {"is_input_quantized": "True"}, lambda t: t["conv1.weight"].axis == 0 and t["fc.weight"].axis is None),
+        (("model_input",), {"is_input_quantized": "True"}, lambda t: axes(t) == [0, None]),
         (("model_input",), {}, lambda t: "x" not in t and "conv1.bias" not in t),
         (("defaults", "ops", "is_symmetric"), "True", lambda t: t["relu1.output"].symmetric and t["x"].symmetric),
         (("defaults", "per_channel_quantization"), "True", lambda t: t["fc.weight"].axis == 0),
@@ -484,10 +497,10 @@ def on_aimet(installed):
     return sim
 
 
-def constrained(sim):
-    assert all(e.is_power_of_two for e in table(sim).values())
-    scales = [q.get_scale() for q in sim.quantizers()]
-    return all((np.frexp(s.detach().numpy())[0] == 0.5).all() for s in scales)
+def is_constrained(sim):
+    """Whether every scale that AIMET computes with is a power of two."""
+    scales = [q.get_scale().detach().numpy() for q in sim.quantizers()]
+    return all((np.frexp(s)[0] == 0.5).all() for s in scales)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -500,33 +513,50 @@ def test_sequential_mse(on_aimet):
     chosen = {name: table(on_aimet)[name] for name in on_aimet.simulation.frozen}
     on_aimet.compute_encodings(lambda model: model(images()))
     assert {name: table(on_aimet)[name] for name in chosen} == chosen
-    assert constrained(on_aimet)
+    assert is_constrained(on_aimet)
     assert accuracy(on_aimet.model) > 0.85
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_mixed_precision_drops_the_constraint_and_gets_it_back(installed, tmp_path):
+@pytest.mark.parametrize("given", ["drop-in", "AIMET's own object"])
+def test_mixed_precision(installed, given, tmp_path):
+    """Given the drop-in, the search is under the constraint. Given AIMET's own object it drops it, and gives biases
+    the few bits of weights, so that it finds nothing; but everything can be put back.
+    """
     from aimet_torch.common.defs import CallbackFunc, QuantizationDataType
     from aimet_torch.mixed_precision import choose_mixed_precision
 
     integer = QuantizationDataType.int
     sim = QuantizationSimModel(trained(), DUMMY, backend="aimet")
     sim.compute_encodings(lambda model: model(images()))
-    evaluate = CallbackFunc(lambda model, _: accuracy(model), None)
     calibrate = CallbackFunc(lambda model, _: run(model), None)
+    quantized = []
+
+    def evaluate(model, _):
+        quantized.append([q.get_scale() for q in model.modules() if vars(q).get("enabled") and q.is_initialized()])
+        return -float((run(model) - reference).square().mean())
+
+    reference = run(trained())
+    callback = CallbackFunc(evaluate, None)
     with aimet.quiet():
-        candidates = [((8, integer), (8, integer)), ((4, integer), (4, integer))]
-        choose_mixed_precision(
-            sim, DUMMY, candidates, evaluate, evaluate, 0.01, str(tmp_path), True, calibrate, phase1_optimize=False
-        )
-    free = [q.get_scale().detach().numpy() for q in sim.quantizers()]
-    assert not all((np.frexp(s)[0] == 0.5).all() for s in free)  # what AIMET leaves
+        found = choose_mixed_precision(
+            sim if given == "drop-in" else sim.simulation.quantsim, DUMMY,
+            [((8, integer), (8, integer)), ((4, integer), (4, integer))], callback, callback, 0.03, str(tmp_path), True,
+            calibrate,
+        )  # fmt: skip
+    assert is_constrained(sim) == (given == "drop-in")
+    assert bool(found) == (given == "drop-in")
+    if given == "drop-in":
+        scales = [s.detach().numpy() for at in quantized for s in at if s is not None]
+        assert len(scales) > 20
+        assert all((np.frexp(s)[0] == 0.5).all() for s in scales)
     sim.constrain()
-    assert constrained(sim)
-    widths = {e.grid.bits for name, e in table(sim).items() if not name.endswith(".bias")}
-    assert widths == {4, 8}
+    assert is_constrained(sim)
+    widths = {name: e.grid.bits for name, e in table(sim).items()}
+    assert set(widths.values()) == ({4, 8, 32} if found else {8, 32})
+    assert {bits for name, bits in widths.items() if name.endswith(".bias")} == {32}
     sim.compute_encodings(lambda model: model(images()))
-    assert {e.grid.bits for name, e in table(sim).items() if not name.endswith(".bias")} == widths
+    assert {name: e.grid.bits for name, e in table(sim).items()} == widths
     sim.export(tmp_path, "m", DUMMY)
     for result in in_onnxruntime(tmp_path / "m.onnx", tmp_path / "m.encodings", images()):
         assert np.array_equal(result, run(sim.model).numpy())
@@ -551,7 +581,7 @@ def test_quant_analyzer(installed, tmp_path):
         analyzer.enable_per_layer_mse_loss(list(images().split(64)), 4)
         analyzer.analyze(default_param_bw=4, results_dir=str(tmp_path))
     scales = [s.detach().numpy() for at in seen for s in at if s is not None]
-    assert len(scales) > 50
+    assert len(scales) > 30
     assert all((np.frexp(s)[0] == 0.5).all() for s in scales)
     assert {"per_layer_mse_loss.json", "per_layer_quant_enabled.json"} <= {p.name for p in tmp_path.iterdir()}
 
@@ -574,13 +604,13 @@ def test_batch_norm_reestimation(installed, tmp_path):
         model = theirs.get_original_model(theirs.model)
     sim = QuantizationSimModel(model, DUMMY, backend="aimet", default_param_bw=4)
     sim.compute_encodings(lambda model: model(images()))
-    assert constrained(sim)
+    assert is_constrained(sim)
     assert accuracy(sim.model) > 0.85
 
 
 def test_grids_that_cannot_be_constrained(installed, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(changed(("defaults", "strict_symmetric"), "True")))
-    with pytest.raises(ConfigError, match=r"conv1\.weight: a symmetric grid -127 … 127 cannot be constrained"):
+    with pytest.raises(ConfigError, match=r"config_file: .*config\.json: Strict symmetric is not supported"):
         QuantizationSimModel(trained(), DUMMY, config_file=str(tmp_path / "config.json"), backend="aimet")
 
 

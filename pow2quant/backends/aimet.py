@@ -107,26 +107,36 @@ class AimetSimulation:
         return getattr(module, attribute)
 
     def constrain(self) -> None:
-        """Puts our quantizers back where AIMET's tools left plain ones, as its mixed precision does.
+        """Puts our quantizers back where AIMET's mixed precision stands in for them or left plain ones.
 
-        Ours take over width and range, with the smallest power of two that covers it. Every method that speaks of
-        encodings does this first; until then, `model` computes with free scales. A quantizer that AIMET removed, for a
-        while or for good, is not put back.
-        Raises ConfigError where AIMET chose floating point numbers of 16 bits.
+        Ours take over width and range, with the smallest power of two that covers it; the width is then what
+        calibration goes by, as it is wherever one of AIMET's tools has set it. Every method that speaks of encodings
+        does this first; until then, `model` may compute with free scales. A quantizer that AIMET removed, for a while
+        or for good, is not put back. Raises ConfigError where AIMET chose floating point numbers.
         """
         for name, quantizer in self._quantizers.items():
             slot, key = self._slot(name), self._slots[name][2]
             found = slot[key]
-            if found is None or found is quantizer:
+            kind = getattr(found, "data_type", None)
+            if found is not None and (getattr(kind, "name", "int") != "int" or not hasattr(found, "qmin")):
+                raise ConfigError(f"{name}: AIMET chose floating point numbers; only integer grids have a scale of 2^k")
+            if found is not None and found is not quantizer:
+                slot[key] = quantizer
+                vars(quantizer).pop(
+                    "_cached_v2_quantizer", None
+                )  # the plain one, kept among attributes that they share
+                quantizer.qmin, quantizer.qmax, quantizer.symmetric = found.qmin, found.qmax, found.symmetric
+                if quantizer.encoded and quantizer.site.role != "bias":
+                    quantizer.set_range(found.min.detach(), found.max.detach())
+            width = (quantizer.qmax - quantizer.qmin).bit_length()
+            if width == quantizer.bits:
                 continue
-            if not hasattr(found, "qmin"):
-                raise ConfigError(f"{name}: AIMET chose {type(found).__name__}; only integer grids have a scale of 2^k")
-            slot[key] = quantizer
-            for trace in ("enabled", "data_type", "_cached_v2_quantizer"):  # of mixed precision, which lends attributes
-                vars(quantizer).pop(trace, None)
-            quantizer.qmin, quantizer.qmax, quantizer.symmetric = found.qmin, found.qmax, found.symmetric
-            if quantizer.site.role != "bias":
-                quantizer.set_range(found.get_min(), found.get_max())
+            if quantizer.site.role == "bias":  # mixed precision takes it for a weight
+                grid = IntGrid(quantizer.bits, signed=True)
+                quantizer.qmin, quantizer.qmax = int(grid.qmin), int(grid.qmax)
+            else:
+                quantizer.bits = width
+                self.placement.specs[name] = replace(self.placement.specs[name], bits=width)
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -282,7 +292,7 @@ def configured(
         try:
             sim = aimet.QuantizationSimModel(model, x, config_file=config_file, in_place=True, **bits)
             constrain(sim)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, AssertionError) as error:
             raise ConfigError(f"config_file: {config_file}: {str(error).strip().splitlines()[0]}") from error
     changes: list[tuple[str, dict[str, TensorSpec | None]]] = []
     for site in place(network, plan).sites:
@@ -426,6 +436,7 @@ def _quantizers() -> tuple[type, type]:
             grid = IntGrid(spec.bits, spec.symmetric)
             super().__init__(tuple(shape), int(grid.qmin), int(grid.qmax), symmetric=spec.symmetric)
             self.site, self.axis, self.tap = site, axis, None
+            self.bits = spec.bits
             self._parametrize()
             self._forget()
             if site.role == "bias":  # its scale follows from two others'
@@ -442,7 +453,8 @@ def _quantizers() -> tuple[type, type]:
         def forward(self, input: Tensor) -> Tensor:
             if torch._C._get_tracing_state() or torch.onnx.is_in_onnx_export():
                 return super().forward(input) if self.encoded else input
-            encoding = self.get_encodings()
+            enabled = vars(self).get("enabled", True)  # mixed precision switches it off meanwhile
+            encoding = self.get_encodings() if enabled else None
             quantized = input
             if encoding is not None:
                 # AIMET's arithmetic, without its shortcut to torch's fake_quantize, which multiplies by 1/scale
@@ -503,7 +515,7 @@ def _quantizers() -> tuple[type, type]:
                 has = f"{encoding.scale.size} scales (axis {encoding.axis})"
                 raise EncodingError(f"{name}: {has} for a quantizer of shape {self.shape}")
             self.axis, self.qmin, self.qmax = encoding.axis, int(encoding.grid.qmin), int(encoding.grid.qmax)
-            self.symmetric = encoding.symmetric
+            self.symmetric, self.bits = encoding.symmetric, bits
             self._take(encoding)
             if self.encoding != encoding:
                 raise EncodingError(f"{name}: AIMET would not compute with exactly this encoding: {encoding!r}")

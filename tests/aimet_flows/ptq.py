@@ -1,3 +1,4 @@
+# ruff: noqa: F821 (`folder` is given)
 import torch
 from aimet_torch import QuantizationSimModel
 from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters
