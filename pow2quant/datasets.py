@@ -390,8 +390,12 @@ def _classes(dataset: Any, name: str) -> tuple[str, ...]:
     if hasattr(dataset, "classes"):
         return tuple(map(str, dataset.classes))
     labels = dataset.tensors[-1] if isinstance(dataset, TensorDataset) else getattr(dataset, "targets", None)
+    if labels is None and isinstance(dataset, list):
+        labels = [pair[1] for pair in dataset]
     if labels is None:
         raise DataError(f"{name}: how many classes? Give the training set `classes`, a list of names, or return Data")
+    if np.ndim(labels) != 1 or not len(labels):
+        raise DataError(f"{name}: expected items (image, class index), got labels of shape {np.shape(labels)}")
     return tuple(map(str, range(int(max(labels)) + 1)))
 
 

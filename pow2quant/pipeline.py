@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,11 +25,11 @@ from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.artifact import Agreement, Artifact, Site, Table
 from pow2quant.backends.base import Batch, Simulation
 from pow2quant.backends.fold import fold_batch_norm
-from pow2quant.backends.prepare import prepare
+from pow2quant.backends.prepare import is_prepared, prepare
 from pow2quant.config import QuantPlan, RunConfig
-from pow2quant.errors import ConfigError, DataError, FileFormatError
+from pow2quant.errors import ConfigError, DataError, FileFormatError, OutputError
 from pow2quant.integer.certificate import Certificate, certify
-from pow2quant.plugins import resolve
+from pow2quant.plugins import names, resolve
 from pow2quant.pow2_constraints import Encoding
 from pow2quant.report.html import render
 from pow2quant.validate import ort
@@ -106,13 +107,10 @@ def simulate(network: nn.Module, example: Batch, plan: QuantPlan | None = None, 
     network: any traceable module (left unchanged), or what `prepare` returned. example: inputs of one call, (N, …).
     """
     _be_exact()
-    prepared = network if isinstance(network, fx.GraphModule) and _is_prepared(network) else prepare(network, example)
-    sim: Simulation = resolve("backends", backend)(fold_batch_norm(prepared), example, plan or QuantPlan.default())
+    prepared = network if isinstance(network, fx.GraphModule) and is_prepared(network) else prepare(network, example)
+    folded = fold_batch_norm(copy.deepcopy(prepared))
+    sim: Simulation = resolve("backends", backend)(folded, example, plan or QuantPlan.default())
     return sim
-
-
-def _is_prepared(network: fx.GraphModule) -> bool:
-    return all("shape" in n.meta for n in network.graph.nodes if n.op == "call_module")
 
 
 def ptq(config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Result:
@@ -151,7 +149,10 @@ def validate(
     where its data or its device are elsewhere now.
     """
     if source.is_dir():
-        return _validate_run(source, config or configuration.load(source / run_folder.CONFIG), max_batches, progress)
+        config = config or configuration.load(source / run_folder.CONFIG)
+        return _validate_run(source, config, encodings, max_batches, progress)
+    if config is not None:
+        raise ConfigError(f"{source}: a configuration (or a device) is for the folder of a run, not for a file")
     if not source.is_file():
         raise FileFormatError(f"{source}: no such file or folder")
     model = onnx_qdq.load(source)
@@ -179,8 +180,10 @@ def validate(
     return Validation(tuple(found), ort.inspect(model), certificate)
 
 
-def export(source: Path, form: str, output: Path | None = None) -> list[Path]:
+def export(source: Path, form: str, output: Path | None = None, *, overwrite: bool = False) -> list[Path]:
     """Writes a finished run in a further format, into `output` or `<run>/export/<form>`. Returns what was written.
+
+    Raises OutputError when that folder holds something and `overwrite` is not set.
 
     source: a run's folder; or an encodings file, which becomes `<output>/<its name>` in another version (`output` then
     defaults to `<its folder>/<form>`).
@@ -189,12 +192,18 @@ def export(source: Path, form: str, output: Path | None = None) -> list[Path]:
     if source.is_file():
         if not form.startswith("aimet-"):
             raise ConfigError(f"{source}: an encodings file alone can only become aimet-VERSION, not {form!r}")
-        folder = output or source.parent / form
+        folder = _free(output or source.parent / form, overwrite)
         return [aimet_encodings.convert(source, form.removeprefix("aimet-"), folder / source.name)]
     if not (source / run_folder.QDQ).is_file():
         raise FileFormatError(f"{source}: holds no {run_folder.QDQ}; give the folder of a finished run")
     artifact = onnx_qdq.from_qdq(onnx_qdq.load(source / run_folder.QDQ))
-    return [exporter(artifact, output or source / "export" / form)]
+    return [exporter(artifact, _free(output or source / "export" / form, overwrite))]
+
+
+def _free(folder: Path, overwrite: bool) -> Path:
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise OutputError(f"{folder}: holds something already; choose another --output, or add --overwrite")
+    return folder
 
 
 @dataclass
@@ -215,7 +224,7 @@ class _Job:
         _be_exact()
         device = _device(config.device)
         torch.manual_seed(config.seed)
-        config = replace(config, data=datasets.resolved(config.data))
+        config = _absolute(replace(config, data=datasets.resolved(config.data)))
         data = datasets.load(config.data)
         model = models.build(config.model.name, num_classes=config.model.num_classes, weights=config.model.weights)
         if config.model.name == "digits-cnn" and config.model.weights is None:
@@ -225,7 +234,7 @@ class _Job:
         if example is None:
             raise DataError("the calibration data are empty")
         network = fold_batch_norm(prepare(model, example))
-        return cls(config, data, model.eval(), network, example, progress, device)
+        return cls(config, data, model.float().eval(), network, example, progress, device)
 
     def simulate(self) -> Simulation:
         """The backend's simulation of the prepared network, on the device."""
@@ -234,10 +243,13 @@ class _Job:
         self.model.to(self.device)
         return sim
 
-    def parameters(self, sim: Simulation) -> dict[str, nn.Parameter]:
-        """The network's own parameters in the simulation, by name (a backend may have further ones)."""
-        names = {name for name, _ in self.network.named_parameters(remove_duplicate=False)}
-        return {k: p for k, p in sim.model.named_parameters(remove_duplicate=False) if k in names}
+    def parameters(self, sim: Simulation) -> dict[str, Tensor]:
+        """The network's own parameters and buffers in the simulation, by name (a backend may have further ones)."""
+        own = self.network.state_dict()
+        found = chain(
+            sim.model.named_parameters(remove_duplicate=False), sim.model.named_buffers(remove_duplicate=False)
+        )
+        return {name: tensor for name, tensor in found if name in own}
 
     @property
     def calibration_batches(self) -> int:
@@ -254,6 +266,23 @@ class _Job:
         return self.progress.track(islice(self.data.test, total), "evaluating all executors", total)
 
 
+def _absolute(config: RunConfig) -> RunConfig:
+    """The configuration with absolute paths, so that the run can be repeated from any folder."""
+
+    def absolute(name: str | None) -> str | None:
+        return str(Path(name).absolute()) if name else name
+
+    def own(name: str) -> str:
+        return str(absolute(name)) if configuration.is_in_file(name) else name
+
+    model = replace(config.model, name=own(config.model.name), weights=absolute(config.model.weights))
+    return replace(
+        config,
+        model=model,
+        data=replace(config.data, dataset=own(config.data.dataset), path=absolute(config.data.path)),
+    )
+
+
 def _device(name: str) -> torch.device:
     """Raises ConfigError for a device that is not there."""
     try:
@@ -266,7 +295,8 @@ def _device(name: str) -> torch.device:
 
 
 def _be_exact() -> None:
-    """Deterministic, and no reduced precision: validation compares bits."""
+    """Deterministic, no reduced precision, and sums of products only (NNPACK's Winograd computes others)."""
+    torch.backends.nnpack.set_flags(False)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
@@ -283,7 +313,9 @@ def _finish(job: _Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple
     _write_models(artifact, folder, job.config.encodings_version)
     (folder / run_folder.CONFIG).write_text(configuration.dump(job.config), encoding="utf-8")
     certificate = certify(artifact)
-    scores, agreements = _compare(job, sim, artifact, certificate, folder, job.config.ptq.max_eval_batches)
+    pair = (folder / run_folder.FLOAT, folder / run_folder.ENCODINGS)
+    limit = job.config.ptq.max_eval_batches
+    scores, agreements = _compare(job, sim, artifact, certificate, folder / run_folder.QDQ, pair, limit)
     return _report(job, artifact, certificate, scores, agreements, folder, steps), agreements
 
 
@@ -366,21 +398,28 @@ SIMULATION = "simulation"
 
 
 def _compare(
-    job: _Job, sim: Simulation, artifact: Artifact, proof: Certificate, folder: Path, limit: int | None
+    job: _Job,
+    sim: Simulation,
+    artifact: Artifact,
+    proof: Certificate,
+    file: Path,
+    pair: tuple[Path, Path],
+    limit: int | None,
 ) -> tuple[_Scores, list[Agreement]]:
-    """The simulation against onnxruntime on the files in `folder`, on the test data."""
+    """The simulation against every validator's executors of the QDQ file and of the pair, on the test data."""
     scores = _Scores()
-    pair = (folder / run_folder.FLOAT, folder / run_folder.ENCODINGS)
-    executors = [scores.watch(e) for e in resolve("validators", "onnxruntime")(folder / run_folder.QDQ, pair)]
+    found = [e for name in names("validators") for e in resolve("validators", name)(file, pair)]
+    executors = [scores.watch(e) for e in found]
     batches = scores.stream(job.test(limit), _runner(job.model, job.device))
     simulation = scores.watch(simulation_executor(sim, job.config.backend, job.device), noise=True)
-    agreements = compare(simulation, executors, batches, artifact, proof=proof)
+    # The proof is about sums of products; on a GPU, libraries may choose kernels that compute other sums.
+    agreements = compare(simulation, executors, batches, artifact, proof=job.device.type == "cpu" and proof)
     return scores, agreements
 
 
 def _runner(model: nn.Module, device: torch.device) -> Callable[[Arrays], list[NDArray[np.float32]]]:
     def run(batch: Arrays) -> list[NDArray[np.float32]]:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             result = model(*(torch.from_numpy(np.asarray(x)).to(device) for x in batch))
         results = result if isinstance(result, (tuple, list)) else [result]
         return [r.cpu().numpy() for r in results]
@@ -407,7 +446,9 @@ def simulation_executor(sim: Simulation, backend: str, device: torch.device) -> 
     return Executor(f"{backend} {SIMULATION}", run, tensors)
 
 
-def _validate_run(folder: Path, config: RunConfig, limit: int | None, progress: Progress) -> Validation:
+def _validate_run(
+    folder: Path, config: RunConfig, encodings: Path | None, limit: int | None, progress: Progress
+) -> Validation:
     """Rebuilds the simulation from a configuration and model.safetensors and compares it with the files beside them."""
     parameters, table = run_folder.load_state(folder / run_folder.STATE)
     plain = replace(config, model=replace(config.model, weights=None), data=datasets.resolved(config.data))
@@ -421,11 +462,13 @@ def _validate_run(folder: Path, config: RunConfig, limit: int | None, progress: 
     sim.load(table)
     artifact = sim.export(example)
     certificate = certify(artifact)
-    _, agreements = _compare(job, sim, artifact, certificate, folder, limit or config.ptq.max_eval_batches)
+    pair = (folder / run_folder.FLOAT, encodings or folder / run_folder.ENCODINGS)
+    limit = limit or config.ptq.max_eval_batches
+    _, agreements = _compare(job, sim, artifact, certificate, folder / run_folder.QDQ, pair, limit)
     return Validation(tuple(agreements), ort.inspect(onnx_qdq.load(folder / run_folder.QDQ)), certificate)
 
 
-def _load_parameters(own: dict[str, nn.Parameter], parameters: dict[str, NDArray[Any]], path: Path) -> None:
+def _load_parameters(own: dict[str, Tensor], parameters: dict[str, NDArray[Any]], path: Path) -> None:
     if set(own) != set(parameters):
         wrong = sorted(set(own) ^ set(parameters))
         raise FileFormatError(f"{path}: does not fit the network of config.yaml: {', '.join(wrong[:5])}")
@@ -444,7 +487,7 @@ def _report(
     steps: list[str],
 ) -> dict[str, Any]:
     quantization = job.config.quantization
-    simulated, measured = f"{job.config.backend} {SIMULATION}", agreements[1].executor
+    simulated, measured = f"{job.config.backend} {SIMULATION}", ort.OPTIMIZED
     report: dict[str, Any] = {
         "verdict": verdict(agreements),
         "quantization_type": "power_of_2" if _is_power_of_two(artifact.encodings.values()) else "free_scale",
@@ -487,7 +530,8 @@ def verdict(agreements: Sequence[Agreement]) -> str:
     if not wrong:
         claim = agreements[0].claim
         elements = f"{agreements[0].elements:,} output elements"
-        return f"0 of {elements} differ between the simulation and {len(agreements)} runs of onnxruntime: {claim}"
+        others = f"{len(agreements)} runs of onnxruntime" if len(agreements) > 1 else agreements[0].executor
+        return f"0 of {elements} differ between {agreements[0].against} and {others}: {claim}"
     worst = max(wrong, key=lambda a: a.differing)
     at = f", first at {worst.first_diverging.tensor}" if worst.first_diverging else ""
     why = f" ({worst.first_diverging.cause})" if worst.first_diverging and worst.first_diverging.cause else ""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,16 +33,17 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises OutputError when target exists (unless it is an empty folder, or a run and `overwrite` is set), or when the
     folder or the disk does not allow writing; an existing run is then still as it was.
     """
-    target = target.absolute()
+    target = target.resolve()
     _clear_after_killed_runs(target)
     _check_free(target, overwrite)
-    staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    staging = target.with_name(f".{target.name}.{os.getpid()}.{uuid4().hex[:8]}.partial")
     try:
         staging.mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
     try:
         yield staging
+        _check_free(target, overwrite)  # another run may have come first
         _replace(staging, target)
     except OSError as error:
         if error.errno not in _OUTPUT_ERRORS:
@@ -54,7 +56,7 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
 def _clear_after_killed_runs(target: Path) -> None:
     """Removes what runs that were killed left beside the target, and puts back a run that one was about to replace."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*") if target.parent.is_dir() else ():
-        pid, _, kind = left.name.removeprefix(f".{target.name}.").partition(".")
+        pid, *_, kind = left.name.removeprefix(f".{target.name}.").split(".")
         if kind not in ("partial", "old") or not pid.isdigit() or _is_alive(int(pid)):
             continue
         if kind == "old" and not target.exists():
@@ -94,7 +96,7 @@ def _replace(staging: Path, target: Path) -> None:
         target.rename(old)
     try:
         staging.rename(target)
-    except OSError:
+    except BaseException:
         if old.exists():
             old.rename(target)
         raise
@@ -105,7 +107,7 @@ def save_state(path: Path, parameters: Mapping[str, NDArray[Any]], table: Table)
     """Writes float parameters and encodings as safetensors: `<site>.scale`, `<site>.zero_point`, grids as metadata."""
     from safetensors.numpy import save
 
-    tensors = {f"parameter:{name}": np.ascontiguousarray(value) for name, value in parameters.items()}
+    tensors = {f"parameter:{name}": np.array(value, order="C") for name, value in parameters.items()}
     for name, encoding in table.items():
         tensors[f"scale:{name}"] = np.array(encoding.scale)
         tensors[f"zero_point:{name}"] = np.array(encoding.zero_point)

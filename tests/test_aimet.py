@@ -173,3 +173,37 @@ def test_it_agrees_with_custom_to_the_last_bit(installed, name):
         ours, aimets = (backend(network, x, plan) for backend in (CustomSimulation, AimetSimulation))
         assert ours.calibrate([x]) == aimets.calibrate([x])
         assert torch.equal(run(ours.model, x), run(aimets.model, x))
+
+
+@pytest.mark.filterwarnings("ignore:.*load_encodings is deprecated:DeprecationWarning")
+def test_plain_aimet_gives_our_bits(installed, tmp_path):
+    """Our encodings and on-grid parameters, in AIMET's own QuantSim on AIMET's own preparation of the network."""
+    from aimet_torch import QuantizationSimModel as PlainAimet
+    from aimet_torch.batch_norm_fold import fold_all_batch_norms
+    from aimet_torch.model_preparer import prepare_model
+
+    from pow2quant import QuantizationSimModel
+
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), nn.ReLU6()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)),
+    ).eval()
+    batches = torch.randn(4, 32, 1, 12, 12).unbind()
+    ours = QuantizationSimModel(model, batches[0], backend="custom")
+    ours.compute_encodings(lambda m, _=None: [m(b) for b in batches])
+    ours.save_encodings_to_json(str(tmp_path), "ours")
+
+    network = prepare_model(model)
+    fold_all_batch_norms(network, batches[0].shape, dummy_input=batches[0])
+    plain = PlainAimet(network, batches[0])
+    plain.load_encodings(str(tmp_path / "ours.json"), strict=False, partial=False)
+    with torch.no_grad():
+        for name, encoding in ours.simulation.encodings().items():
+            if name.endswith((".weight", ".bias")):
+                value = encoding.fake_quantize(ours.simulation.parameter(name).detach().numpy())
+                plain.model.get_submodule(name.rpartition(".")[0]).get_parameter(name.rpartition(".")[2]).copy_(
+                    torch.from_numpy(value)
+                )
+        for batch in batches:
+            assert torch.equal(plain.model(batch), ours.model(batch))

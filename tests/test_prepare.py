@@ -1,5 +1,7 @@
 """The one preparation: function preserved, names kept, clear errors for what cannot be traced."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -213,3 +215,106 @@ def test_weights_that_are_not_finite_are_named() -> None:
     model[1].weight.data[0, 0] = float("nan")
     with pytest.raises(WeightsError, match=r"1\.weight"):
         prepare(model, torch.randn(1, 3))
+
+
+def overwriting(x: Tensor, conv: nn.Module, how: str) -> Tensor:
+    """Reads a tensor again after something has written into it."""
+    y = conv(x)
+    if how == "relu_":
+        y.relu_()
+    elif how == "F.relu_":
+        F.relu_(y)
+    elif how == "inplace":
+        F.relu(y, inplace=True)
+    elif how == "clamp_":
+        y.clamp_(0, 1)
+    elif how == "iadd":
+        z = y
+        z += 1
+    elif how == "F.elu":
+        F.elu(y, 1.0, True)
+    elif how == "mul_":
+        y.mul_(x)
+    return conv(F.relu6(y)) + y
+
+
+@pytest.mark.parametrize("how", ["relu_", "F.relu_", "inplace", "clamp_", "iadd", "F.elu", "mul_"])
+def test_who_reads_an_overwritten_tensor_reads_the_result(how: str) -> None:
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return overwriting(x, self.conv, how)
+
+    model, x = Overwriting().eval(), torch.randn(2, 3, 6, 6)
+    same(prepare(model, x), model, x)
+
+
+def test_an_inplace_module_overwrites_too() -> None:
+    class PreActivation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.conv(self.relu(y)) + y
+
+    model, x = PreActivation().eval(), torch.randn(2, 3, 6, 6)
+    same(prepare(model, x), model, x)
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension")
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.add(x, x.tanh(), alpha=2),
+        lambda x: x.sub(x.tanh(), alpha=2),
+        lambda x: torch.div(x, 2, rounding_mode="floor"),
+        lambda x: torch.where(x > 0, x, -x),
+        lambda x: F.softmax(x),
+    ],
+)
+def test_nothing_is_silently_another_network(function: Callable[[Tensor], Tensor]) -> None:
+    class Wrapped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    with pytest.raises(UnsupportedModelError, match=r"test_prepare\.py|tanh|add|elu"):
+        prepare(Wrapped(), torch.randn(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        ([nn.ConvTranspose2d(4, 4, 3, groups=4), nn.BatchNorm2d(4)], (4, 5, 5)),
+        ([nn.ConvTranspose2d(4, 8, 3, groups=2), nn.BatchNorm2d(8)], (4, 5, 5)),
+        ([nn.Linear(6, 4), nn.BatchNorm1d(4, affine=False)], (6,)),
+    ],
+)
+def test_batch_norm_that_pytorch_itself_folds_wrongly(layers: list[nn.Module], shape: tuple[int, ...]) -> None:
+    model, x = randomized(nn.Sequential(*layers)), torch.randn(4, *shape)
+    same(fold_batch_norm(prepare(model, x)), model, x)
+
+
+def test_a_functional_layer_in_a_module_that_holds_others() -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.act = nn.Parameter(torch.randn(4, 2, 3, 3)), nn.Hardswish()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(F.conv2d(x, self.weight))
+
+    model, x = nn.Sequential(Holder()).eval(), torch.randn(2, 2, 6, 6)
+    network = prepare(model, x)
+    same(network, model, x)
+    assert {n.target for n in network.graph.nodes if n.op == "call_module"} == {"0.conv2d", "0.act"}
+
+
+@pytest.mark.parametrize("model", [nn.LazyLinear(3), nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False))])
+def test_networks_without_numbers_are_named(model: nn.Module) -> None:
+    with pytest.raises(ModelError, match=r"lazy|running statistics"):
+        fold_batch_norm(prepare(model, torch.randn(2, 3, 4, 4)))

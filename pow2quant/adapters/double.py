@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from onnx import NodeProto, TensorProto, helper
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnx
 
     from pow2quant.artifact import Table
@@ -62,8 +64,14 @@ def narrow(graph: onnx.GraphProto) -> None:
 def _chosen(graph: onnx.GraphProto, table: Table) -> list[NodeProto]:
     """The nodes to widen: functions by the rule above, and the Mul behind the inner Sigmoid of a SiLU."""
     wide = [n for n in graph.node if n.op_type in ALWAYS or (n.op_type in UNLESS_8_BITS and not _on_8_bits(n, table))]
-    inner = {name for node in wide for name in node.output if name not in table}
-    return wide + [n for n in graph.node if n.op_type == "Mul" and inner.intersection(n.input)]
+    inner = {n.output[0]: n.input[0] for n in wide if n.op_type == "Sigmoid" and n.output[0] not in table}
+    silus = [n for n in graph.node if n.op_type == "Mul" and any(inner.get(a) == b for a, b in _orders(n.input))]
+    return wide + silus
+
+
+def _orders(names: Sequence[str]) -> tuple[tuple[str, str], tuple[str, str]]:
+    a, b = names
+    return (a, b), (b, a)
 
 
 def _on_8_bits(node: NodeProto, table: Table) -> bool:

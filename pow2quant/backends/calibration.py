@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pow2quant.artifact import Site, Table
-from pow2quant.backends.base import Batch, Simulation, inputs
+from pow2quant.backends.base import ALL, Batch, Simulation, inputs
 from pow2quant.backends.placement import Layer, Placement
 from pow2quant.config import TensorSpec
-from pow2quant.errors import DataError, EncodingError, WeightsError
+from pow2quant.errors import ConfigError, DataError, EncodingError, WeightsError
 from pow2quant.pow2_constraints import Encoding, Format, IntGrid, Observed, ceil_exponent, choose, power_of_two
 
 SAMPLE = 1 << 14
@@ -44,6 +44,20 @@ def calibrate(sim: Placed, batches: Iterable[Batch], roles: Collection[str]) -> 
     Whatever runs the model while `batches` is being iterated is observed as well, so that an iterable may run a user's
     callback and yield nothing.
     """
+    unknown = set(roles) - ALL
+    if unknown:
+        raise ConfigError(f"roles: {', '.join(sorted(unknown))} is unknown; known are {', '.join(sorted(ALL))}")
+    before = sim.encodings()
+    try:
+        sim.load(_chosen(sim, batches, roles))
+    except BaseException:
+        sim.load(before)
+        raise
+    return sim.encodings()
+
+
+def _chosen(sim: Placed, batches: Iterable[Batch], roles: Collection[str]) -> Table:
+    """The table after calibration."""
     placement = sim.placement
     table = {k: v for k, v in sim.encodings().items() if _role(placement, k) not in roles}
     sim.load(table)
@@ -61,8 +75,7 @@ def calibrate(sim: Placed, batches: Iterable[Batch], roles: Collection[str]) -> 
             table[layer.weight.name] = _with_room_for_bias(sim, layer, table)
         if "bias" in roles and layer.bias is not None:
             table[layer.bias.name] = bias_encoding(layer, table, sim.parameter(layer.bias.name), placement.specs)
-    sim.load(table)
-    return sim.encodings()
+    return table
 
 
 def observe(
@@ -90,7 +103,7 @@ def observe(
             lows[site.name].append(low)
             highs[site.name].append(high)
             if site.name not in extremes_only:
-                samples[site.name].append(x.flatten()[:: (x.numel() // SAMPLE) | 1].clone())
+                samples[site.name].append(x.flatten()[:: -(-x.numel() // SAMPLE) | 1].clone())
         return x
 
     device = next((p.device for p in sim.model.parameters()), torch.device("cpu"))
@@ -117,6 +130,9 @@ def bias_encoding(
     assert layer.bias is not None
     assert layer.input is not None
     assert layer.weight is not None
+    missing = [s.name for s in (layer.input, layer.weight) if s.name not in table]
+    if missing:
+        raise EncodingError(f"{layer.bias.name}: needs the encoding of {missing[0]}, which has none yet")
     source, weight = table[layer.input.name], table[layer.weight.name]
     scale = np.broadcast_to(source.scale * weight.scale, bias.shape)
     grid = IntGrid(specs[layer.bias.name].bits, signed=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -44,7 +45,11 @@ def to_artifact(
         ir_version=IR_VERSION,
         producer_name="pow2quant",
     )
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # the checker's errors share no base
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedModelError(f"the network cannot be written as ONNX: {reason}") from error
     return Artifact(model, encodings)
 
 
@@ -71,6 +76,10 @@ def _emit(
     module = network.get_submodule(str(node.target))
     row = operator(module)
     assert row is not None
+    if row.kind is not Kind.WEIGHTED and module._parameters:
+        module = copy.copy(module)  # with its parameters as they are now
+        own = {n: None if p is None else parameter(f"{node.target}.{n}") for n, p in module._parameters.items()}
+        module._parameters = own  # type: ignore[assignment]
     parameters: dict[str, str] = {}
     for kind in ("weight", "bias") if row.kind is Kind.WEIGHTED else ():
         if getattr(module, kind) is None:

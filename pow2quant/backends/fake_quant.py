@@ -97,7 +97,7 @@ class FakeQuantize(nn.Module):
             constants = self._constants = _Constants(self._encoding, x.ndim, x.device)
         if torch.is_grad_enabled() and x.requires_grad:
             quantized: Tensor = _StraightThrough.apply(x, constants)
-        elif self.caches:
+        elif self.caches and self.tap is None and not (x.is_inference() or torch.is_inference_mode_enabled()):
             quantized = self._cached(x, constants)
         elif self.overwrites and self.tap is None and not x.requires_grad:
             return constants.overwrite(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from pow2quant.backends.base import Batch
 from pow2quant.backends.modules import Reshape
 from pow2quant.backends.prepare import BATCH_NORMS, depthwise
+from pow2quant.errors import UnsupportedModelError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
@@ -36,6 +38,8 @@ def _fold(network: fx.GraphModule, node: fx.Node) -> None:
     before = node.args[0]
     assert isinstance(norm, BATCH_NORMS)
     assert isinstance(before, fx.Node)
+    if norm.running_mean is None or norm.running_var is None:
+        raise UnsupportedModelError(f"{node.target}: batch norm without running statistics cannot be folded")
     layer = network.get_submodule(str(before.target)) if before.op == "call_module" else None
     fused = _fused(layer, norm) if layer is not None and len(before.users) == 1 else None
     if fused is not None:
@@ -44,11 +48,11 @@ def _fold(network: fx.GraphModule, node: fx.Node) -> None:
         network.graph.erase_node(node)
         network.delete_submodule(str(node.target))
         return
-    deviation = torch.sqrt(norm.running_var.double() + norm.eps)  # type: ignore[union-attr]
+    deviation = torch.sqrt(norm.running_var.double() + norm.eps)
     gamma = norm.weight.double() if norm.affine else torch.ones_like(deviation)
     beta = norm.bias.double() if norm.affine else torch.zeros_like(deviation)
     weight = gamma / deviation
-    bias = beta - norm.running_mean.double() * weight  # type: ignore[union-attr]
+    bias = beta - norm.running_mean.double() * weight
     rank = len(node.meta["shape"])
     network.set_submodule(str(node.target), depthwise(weight.float(), bias.float(), max(rank, 3)))
     if rank == 2:
@@ -56,8 +60,12 @@ def _fold(network: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _fused(layer: nn.Module, norm: nn.Module) -> nn.Module | None:
-    if norm.running_mean is None or norm.running_var is None:
-        return None
+    if type(layer) in TRANSPOSED and layer.groups != 1:
+        return None  # PyTorch folds these wrongly
+    if norm.weight is None:
+        norm = copy.copy(norm)
+        ones, zeros = torch.ones_like(norm.running_var), torch.zeros_like(norm.running_var)
+        norm._parameters = {"weight": nn.Parameter(ones), "bias": nn.Parameter(zeros)}
     if type(layer) in CONVOLUTIONS or type(layer) in TRANSPOSED:
         return fuse_conv_bn_eval(layer, norm, transpose=type(layer) in TRANSPOSED)  # type: ignore[type-var,arg-type]
     if type(layer) is nn.Linear:

@@ -47,13 +47,17 @@ class Scale(nn.Module):
 
     def __init__(self, factor: float = 1.0, offset: float = 0.0) -> None:
         super().__init__()
-        self.factor, self.offset = float(factor), float(offset)
+        self.register_buffer("factor", torch.tensor(float(factor)))
+        self.register_buffer("offset", torch.tensor(float(offset)))
+
+    factor: Tensor
+    offset: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor + self.offset
 
     def extra_repr(self) -> str:
-        return f"factor={self.factor}, offset={self.offset}"
+        return f"factor={float(self.factor)}, offset={float(self.offset)}"
 
 
 class Concat(nn.Module):

@@ -161,7 +161,8 @@ def _pool(op: str, spatial: int) -> Emit:
         if op == "MaxPool":
             attributes["dilations"] = _tuple(module.dilation, spatial)
         else:
-            attributes["count_include_pad"] = int(module.count_include_pad)
+            # Without padding it means nothing, but onnxruntime's kernel then also counts what lies beyond the map.
+            attributes["count_include_pad"] = int(module.count_include_pad and any(pads))
         graph.node(op, node.inputs, node.output, node.name, **attributes)
 
     return emit
@@ -206,7 +207,7 @@ def _prelu(module: nn.PReLU, node: Node, graph: OnnxGraph) -> None:
 
 
 def _softmax(module: nn.Softmax, node: Node, graph: OnnxGraph) -> None:
-    graph.node("Softmax", node.inputs, node.output, node.name, axis=-1 if module.dim is None else module.dim)
+    graph.node("Softmax", node.inputs, node.output, node.name, axis=module.dim)
 
 
 def _layer_norm(module: nn.LayerNorm, node: Node, graph: OnnxGraph) -> None:
@@ -223,7 +224,7 @@ def _layer_norm(module: nn.LayerNorm, node: Node, graph: OnnxGraph) -> None:
 
 def _scale(module: m.Scale, node: Node, graph: OnnxGraph) -> None:
     current = node.inputs[0]
-    steps = [("Mul", "factor", module.factor, 1.0), ("Add", "offset", module.offset, 0.0)]
+    steps = [("Mul", "factor", float(module.factor), 1.0), ("Add", "offset", float(module.offset), 0.0)]
     wanted = [s for s in steps if s[2] != s[3]] or steps[:1]
     for op, label, value, _ in wanted:
         last = op == wanted[-1][0]
@@ -328,7 +329,7 @@ OPERATORS: dict[type[nn.Module], Operator] = {
 def _constraints(module: nn.Module) -> str | None:
     """Why this configuration of a known module cannot be quantized, or None."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.padding_mode != "zeros":
-        return f"padding_mode={module.padding_mode!r}; only 'zeros' is supported"
+        return f"padding_mode={module.padding_mode!r}, only with 'zeros'"
     if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d)) and module.return_indices:
         return "return_indices=True"
     if (
@@ -340,6 +341,8 @@ def _constraints(module: nn.Module) -> str | None:
         return "ceil_mode=True and count_include_pad=True (executors disagree about the last window's divisor)"
     if isinstance(module, nn.AvgPool2d) and module.divisor_override is not None:
         return "divisor_override is set"
+    if isinstance(module, nn.Softmax) and module.dim is None:
+        return "dim=None"
     if isinstance(module, nn.Hardtanh) and not (
         math.isfinite(module.min_val) and math.isfinite(module.max_val) and module.min_val <= 0 <= module.max_val
     ):
@@ -354,4 +357,4 @@ def check(module: nn.Module, where: str) -> None:
         raise UnsupportedModelError(f"{where}: {type(module).__name__} is not supported; supported are {known}")
     reason = _constraints(module)
     if reason:
-        raise UnsupportedModelError(f"{where}: {type(module).__name__} with {reason} is not supported")
+        raise UnsupportedModelError(f"{where}: {type(module).__name__} is not supported with {reason}")

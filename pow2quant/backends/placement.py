@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 
 from torch import fx, nn
 
@@ -66,6 +68,7 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
     for role, spec in (("input", plan.input), ("output", plan.output), ("bias", plan.bias)):
         if spec is not None and spec.per_channel:
             raise ConfigError(f"quantization.{role}.per_channel: only weights can have one scale per channel")
+    _check_overrides(network, plan)
     sites: list[Site] = []
     specs: dict[str, TensorSpec] = {}
     quantized: dict[str, Site] = {}
@@ -102,6 +105,16 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
             quantized[node.name] = own
     ties = _ties(network, quantized, specs)
     return Placement(tuple(sites), specs, quantized, carried, ties, tuple(layers), frozenset(fused))
+
+
+def _check_overrides(network: fx.GraphModule, plan: QuantPlan) -> None:
+    names = [str(n.target) for n in network.graph.nodes if n.op in ("placeholder", "call_module")]
+    for pattern, _ in plan.overrides:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = get_close_matches(pattern, names, 3, 0.0)
+            raise ConfigError(
+                f"quantization.overrides.{pattern}: the prepared network has no such module; near are {', '.join(near)}"
+            )
 
 
 def _kind(module: nn.Module | None) -> Kind:

@@ -12,18 +12,22 @@ import operator as py
 import re
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from pow2quant.backends import modules as m
 from pow2quant.backends import operators
 from pow2quant.backends.base import Batch, inputs
 from pow2quant.errors import ModelError, UnsupportedModelError, WeightsError
 
+TORCH = str(Path(torch.__file__).parent)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+PREPARED = "pow2quant_prepared"
 IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
@@ -35,31 +39,103 @@ def prepare(model: nn.Module, example: Batch) -> fx.GraphModule:
     ModelError when the network fails on the example.
     """
     _check_finite(model)
-    model = copy.deepcopy(model).eval().float().cpu()
+    try:
+        model = copy.deepcopy(model).eval().float().cpu()
+    except RuntimeError as error:
+        raise ModelError(f"the network cannot be copied: {_first_line(error)}") from error
     traced = _trace(model, len(inputs(example)))
     values = [_run(traced, _of_size(example, n)) for n in (2, 3)]
-    network = _Builder(traced, *values).build()
+    builder = _Builder(traced, *values)
+    network = builder.build()
     shapes = [_run(network, _of_size(example, n)) for n in (2, 3)]
     for node in network.graph.nodes:
         first, second = (s.get(node.name) for s in shapes)
         if isinstance(first, Tensor) and isinstance(second, Tensor):
             node.meta["shape"] = tuple(first.shape)
             node.meta["free"] = tuple(a != b for a, b in zip(first.shape, second.shape, strict=True))
+    _check_same(builder, values[0], shapes[0])
+    _check_traced(model, traced, _of_size(example, 2))
+    network.meta[PREPARED] = True
     return network
+
+
+def is_prepared(network: nn.Module) -> bool:
+    """Whether `prepare` made it."""
+    return isinstance(network, fx.GraphModule) and PREPARED in network.meta
+
+
+def _check_same(builder: _Builder, expected: dict[str, Any], got: dict[str, Any]) -> None:
+    """The claim of this file, checked on random data: the prepared network computes what the user's does."""
+    for node, result in builder.converted:
+        if result.name not in got:
+            continue
+        a, b = expected[node.name], got[result.name]
+        scale = float(a.abs().max()) if a.numel() else 0.0
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * scale + 1e-12, equal_nan=True):
+            raise UnsupportedModelError(
+                f"{node.name}{source_line(node)}: this operation, or one in front of it, is not prepared as it is "
+                "written (an argument that is not supported, or a tensor that is overwritten while a view of it is "
+                "read); please write it with another operation"
+            )
+
+
+def _check_traced(model: nn.Module, traced: fx.GraphModule, batch: tuple[Tensor, ...]) -> None:
+    """The same for what tracing made of the network."""
+    with torch.no_grad():
+        results = [network(*(x.clone() for x in batch)) for network in (model, traced)]
+    expected, got = (list(r) if isinstance(r, (tuple, list)) else [r] for r in results)
+    if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True) for a, b in zip(expected, got, strict=True)):
+        raise UnsupportedModelError(
+            "the network does not compute the same when it is traced: what forward does depends on more than its inputs"
+        )
 
 
 def _check_finite(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ModelError(
+                f"{name}: has no shape yet (a lazy module); run the network on an example once, then save it"
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightsError(f"{name}: the weights hold NaN or infinity")
 
 
 def _of_size(example: Batch, n: int) -> tuple[Tensor, ...]:
-    return tuple(x[:1].detach().cpu().float().expand(n, *x.shape[1:]).clone() for x in inputs(example))
+    """n samples of the example's shape and size of values, each another."""
+    generator = torch.Generator().manual_seed(0)
+
+    def varied(x: Tensor) -> Tensor:
+        first = x[:1].detach().cpu().float()
+        spread = float(first.abs().max()) or 1.0
+        return first + 0.5 * spread * torch.randn(n, *x.shape[1:], generator=generator)
+
+    return tuple(varied(x) for x in inputs(example))
+
+
+class _Proxy(fx.Proxy):
+    """A traced value on which `+=` and the like write, as they do on a tensor."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._written(py.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._written(py.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._written(py.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._written(py.itruediv, other)
+
+    def _written(self, function: Callable[..., Any], other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
 class _Tracer(fx.Tracer):
     record_stack_traces = True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
 
 def _trace(model: nn.Module, arguments: int) -> fx.GraphModule:
@@ -67,11 +143,13 @@ def _trace(model: nn.Module, arguments: int) -> fx.GraphModule:
     try:
         defaults = _unused_arguments(model, arguments)
         graph = tracer.trace(model, concrete_args=defaults or None)
-    except Exception as error:
+    except fx.proxy.TraceError as error:
         raise UnsupportedModelError(
             f"the network cannot be traced{_user_line(error)}: {_first_line(error)} "
             "Control flow must not depend on tensors: move it out of forward, or quantize the parts on their own."
         ) from error
+    except Exception as error:
+        raise UnsupportedModelError(f"the network cannot be traced{_user_line(error)}: {_first_line(error)}") from error
     return fx.GraphModule(tracer.root, graph)
 
 
@@ -92,7 +170,7 @@ def _first_line(error: BaseException) -> str:
 
 def _user_line(error: BaseException) -> str:
     """The innermost line of the traceback that is not PyTorch's."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(TORCH)]
     frames = [f for f in frames if f.filename != __file__]
     return f' at {frames[-1].filename}:{frames[-1].lineno} "{frames[-1].line}"' if frames else ""
 
@@ -105,8 +183,10 @@ class _Recorder(fx.Interpreter):
         self.values: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        self.values[n.name] = super().run_node(n)
-        return self.values[n.name]
+        value = super().run_node(n)
+        # A copy: what is overwritten later must stay here as it was.
+        self.values[n.name] = value.clone() if isinstance(value, Tensor) else value
+        return value
 
 
 def _run(module: fx.GraphModule, batch: tuple[Tensor, ...]) -> dict[str, Any]:
@@ -135,6 +215,8 @@ class _Builder:
         self.modules: dict[str, nn.Module] = {}
         self.new: dict[fx.Node, fx.Node] = {}
         self.taken = {name for name, _ in traced.named_modules()}
+        self.overwriting = {name for name, m in traced.named_modules() if getattr(m, "inplace", False) is True}
+        self.converted: list[tuple[fx.Node, fx.Node]] = []
 
     def build(self) -> fx.GraphModule:
         for node in self.traced.graph.nodes:
@@ -144,7 +226,10 @@ class _Builder:
             elif node.op == "output":
                 self.graph.output(self._output(node))
             elif self._is_tensor(node):
-                self.new[node] = self._convert(node)
+                self.new[node] = result = self._convert(node)
+                self.converted.append((node, result))
+                if self._overwrites(node):
+                    self.new[self._overwritten(node)] = result
         network = fx.GraphModule(self.modules, self.graph).eval()
         network.graph.eliminate_dead_code()
         network.delete_all_unused_submodules()
@@ -153,6 +238,19 @@ class _Builder:
 
     def _is_tensor(self, node: fx.Node) -> bool:
         return isinstance(self.first[node.name], Tensor) and node.op != "get_attr"
+
+    def _overwrites(self, node: fx.Node) -> bool:
+        """Whether the operation writes into its first argument: who reads that later reads the result."""
+        if node.op == "call_module":
+            return str(node.target) in self.overwriting
+        if node.op == "call_method":
+            return _method_name(node) != node.target
+        return node.kwargs.get("inplace") is True or node.target in OVERWRITING
+
+    def _overwritten(self, node: fx.Node) -> fx.Node:
+        target = node.args[0] if node.args else node.kwargs["input"]
+        assert isinstance(target, fx.Node)
+        return target
 
     def _output(self, node: fx.Node) -> Any:
         result = node.args[0]
@@ -174,7 +272,10 @@ class _Builder:
         if handler is None:
             label = name if isinstance(name, str) else getattr(name, "__name__", str(name))
             raise self.unsupported(node, f"{label}() is not supported")
-        return handler(self, node)
+        try:
+            return handler(self, node)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise self.unsupported(node, f"not understood as it is written ({error})") from error
 
     def _module(self, node: fx.Node) -> fx.Node:
         module, name = self.traced.get_submodule(str(node.target)), str(node.target)
@@ -282,7 +383,7 @@ class _Builder:
 def source_line(node: fx.Node) -> str:
     """Where a node stands in the user's code: ' (file.py:12 "x = torch.svd(x)")', or nothing."""
     frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.+)', node.stack_trace or "")
-    frames = [f for f in frames if "/torch/" not in f[0]]
+    frames = [f for f in frames if not f[0].startswith(TORCH)]
     return ' ({}:{} "{}")'.format(*frames[-1]) if frames else ""
 
 
@@ -292,6 +393,10 @@ def _sharing_copy(module: nn.Module) -> nn.Module:
     for store in ("_parameters", "_buffers", "_modules"):
         setattr(twin, store, dict(getattr(module, store)))
     return twin
+
+
+OVERWRITING = (py.iadd, py.isub, py.imul, py.itruediv, torch.relu_, F.relu_)
+"""Functions that write into their first argument, besides those that are asked to by `inplace`."""
 
 
 def _method_name(node: fx.Node) -> str:
@@ -323,7 +428,9 @@ def _binary(make: Callable[[], nn.Module], scalar: Callable[[float, bool], m.Sca
     """Two activations; an activation and a number; or an activation and a per-channel parameter."""
 
     def handler(b: _Builder, node: fx.Node) -> fx.Node:
-        left, right = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs["other"]
+        if b.argument(node, 2, "alpha", 1) != 1:
+            raise b.unsupported(node, "alpha, a factor of the second operand")
+        left, right = _operand(node, 0, "input"), _operand(node, 1, "other")
         numbers = [_number(b, node, v) for v in (left, right)]
         if numbers[1] is not None:
             return b.call(node, scalar(numbers[1], False), b._mapped(node, left))
@@ -336,6 +443,10 @@ def _binary(make: Callable[[], nn.Module], scalar: Callable[[float, bool], m.Sca
         return b.call(node, make(), b._mapped(node, left), b._mapped(node, right))
 
     return handler
+
+
+def _operand(node: fx.Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs[name]
 
 
 def _number(b: _Builder, node: fx.Node, value: Any) -> float | None:
@@ -383,7 +494,8 @@ def _concat(b: _Builder, node: fx.Node) -> fx.Node:
 
 
 def _mean(b: _Builder, node: fx.Node) -> fx.Node:
-    x, rank = node.args[0], b.rank(node.args[0])
+    x = _operand(node, 0, "input")
+    rank = b.rank(x)
     dims = b.argument(node, 1, "dim")
     dims = sorted(int(d) % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank)))
     keepdim = bool(b.argument(node, 2, "keepdim", False))
@@ -552,10 +664,15 @@ def _functional_layer(make: Callable[[_Builder, fx.Node, Tensor, Tensor | None],
         with torch.no_grad():
             for name, value in zip(("weight", "bias"), tensors, strict=True):
                 getattr(layer, name).copy_(value) if value is not None else None
-        owner = str(nodes[0].target).rpartition(".")[0] if isinstance(nodes[0], fx.Node) else ""
-        return b.call(node, layer.eval(), b.tensor(node, 0), name=owner or None)
+        return b.call(node, layer.eval(), b.tensor(node, 0), name=_owner(b, nodes[0]))
 
     return handler
+
+
+def _owner(b: _Builder, parameter: Any) -> str | None:
+    """The module that a parameter belongs to, if it can be replaced: it has a name and holds no other modules."""
+    owner = str(parameter.target).rpartition(".")[0] if isinstance(parameter, fx.Node) else ""
+    return owner if owner and not list(b.traced.get_submodule(owner).children()) else None
 
 
 def _make_linear(b: _Builder, node: fx.Node, weight: Tensor, bias: Tensor | None) -> nn.Module:
@@ -584,12 +701,14 @@ def _layer_norm(b: _Builder, node: fx.Node) -> fx.Node:
             value = _parameter(b, operand)
             if value is not None:
                 getattr(layer, name).copy_(value)
-    owner = str(nodes[0].target).rpartition(".")[0] if isinstance(nodes[0], fx.Node) else ""
-    return b.call(node, layer.eval(), b.tensor(node, 0), name=owner or None)
+    return b.call(node, layer.eval(), b.tensor(node, 0), name=_owner(b, nodes[0]))
 
 
 def _softmax(b: _Builder, node: fx.Node) -> fx.Node:
-    return b.call(node, nn.Softmax(int(b.argument(node, 1, "dim", -1))), b.tensor(node, 0))
+    dim = b.argument(node, 1, "dim")
+    if dim is None:
+        raise b.unsupported(node, "softmax() without dim")
+    return b.call(node, nn.Softmax(int(dim)), b.tensor(node, 0))
 
 
 _add = _binary(m.Add, lambda c, _: m.Scale(1.0, c))
@@ -598,7 +717,9 @@ _mul = _binary(m.Mul, lambda c, _: m.Scale(c))
 
 
 def _div(b: _Builder, node: fx.Node) -> fx.Node:
-    number = _number(b, node, node.args[1])
+    if node.kwargs.get("rounding_mode") is not None:
+        raise b.unsupported(node, "division with a rounding mode")
+    number = _number(b, node, _operand(node, 1, "other"))
     if number is None:
         raise b.unsupported(node, "division by a tensor")
     return b.call(node, m.Scale(1.0 / number), b.tensor(node, 0))

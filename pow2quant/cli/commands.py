@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="pow2quant",
-    help="Quantizes PyTorch networks so that every scale is exactly 2^k, and proves it in onnxruntime.",
+    help="Quantizes PyTorch networks so that every scale is exactly 2^k, and checks every bit in onnxruntime.",
     add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     pretty_exceptions_enable=False,
 )
+
+POOR_DB = 5.0
+"""Logits with less SQNR than this are pointed out."""
 
 Option = typer.Option
 Seed = Annotated[int | None, Option(min=0, help="Seed of everything random.")]
@@ -180,6 +183,7 @@ def export(
     source: Annotated[Path, typer.Argument(help="A finished run's folder, or an .encodings file.", metavar="SOURCE")],
     to: Annotated[str, Option(help="The format; `pow2quant list` names them.")],
     output: Annotated[Path | None, Option(help="Folder to write; default: DIR/export/<format>.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Write into a folder that holds something.")] = False,
     config: IdleConfig = None,
     seed: IdleSeed = None,
     device: IdleDevice = None,
@@ -192,7 +196,7 @@ def export(
     _configured(config, {"seed": seed, "device": device})
     from pow2quant import pipeline
 
-    written = [str(path) for path in pipeline.export(source, to, output)]
+    written = [str(path) for path in pipeline.export(source, to, output, overwrite=overwrite)]
     console.result({"written": written}, written)
     return 0
 
@@ -315,13 +319,23 @@ def _show_run(console: Console, result: Result) -> None:
     console.say()
     show_agreements(console, result.agreements)
     sizes = r["model_size_bytes"]
-    ratio = sizes["float"] / sizes["quantized"]
     lines = [
         "",
         f"verdict: {r['verdict']}",
         f"certificate: {r['certificate']['sentence']}",
-        f"logits: {r['final_sqnr_db']} dB SQNR against float",
-        f"size: {sizes['quantized']:,} bytes, {ratio:.2f} times smaller than float ({sizes['float']:,})",
+        f"logits: {_quality(r['final_sqnr_db'])}",
+        f"size: {sizes['quantized']:,} bytes, {_times(sizes['float'], sizes['quantized'])} ({sizes['float']:,})",
         f"files: {result.folder}",
     ]
     console.result({"folder": str(result.folder), **r}, lines)
+
+
+def _quality(sqnr: float | None) -> str:
+    if sqnr is None:
+        return "equal to float"
+    warning = "; little is left of the float network" if sqnr < POOR_DB else ""
+    return f"{sqnr} dB SQNR against float{warning}"
+
+
+def _times(before: int, after: int) -> str:
+    return f"{before / after:.2f} times smaller than float" if after <= before else f"{after / before:.2f} times larger"

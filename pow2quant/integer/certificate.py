@@ -96,8 +96,10 @@ class Certificate:
             largest = max(known, key=lambda b: b.accumulator_max or 0)
             parts.append(f"largest accumulator {largest.bits} bits ({largest.node})")
         if layers:
-            unsafe = [layer.node for layer in layers if not layer.int32_safe]
+            unsafe = [layer.node for layer in known if not layer.int32_safe]
             parts.append(f"int32 may overflow in {_enumerate(unsafe)}" if unsafe else "int32 cannot overflow")
+            if rest := [layer.node for layer in layers if layer.accumulator_max is None]:
+                parts.append(f"no integers on the 2^k grid in {_enumerate(rest)}")
         return "; ".join(parts)
 
     def to_json(self) -> dict[str, Any]:

@@ -274,6 +274,8 @@ def _zero_point(encoding: Encoding | None) -> Lattice:
 def _average(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     """Means: an exact sum, and a quotient that is rounded half to even however it is computed."""
     x = tensors.encoded(node.input[0])
+    if attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0):
+        raise NotProvedError("executors disagree by what a window beyond the padding is divided")
     counts = _counts(tensors, node)
     total = x.times(max(counts))
     total.require_exact("the sum")

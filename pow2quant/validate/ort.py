@@ -34,12 +34,16 @@ BATCH = 32
 """Samples in a batch of random inputs."""
 
 
-def plain(source: Source, name: str = "onnxruntime, no optimization") -> Executor:
+PLAIN, OPTIMIZED = "onnxruntime, no optimization", "onnxruntime, all optimizations"
+"""The names of the two ways to run a file."""
+
+
+def plain(source: Source, name: str = PLAIN) -> Executor:
     """Every node of the file by its own kernel."""
     return _executor(source, name, optimized=False)
 
 
-def optimized(source: Source, name: str = "onnxruntime, all optimizations") -> Executor:
+def optimized(source: Source, name: str = OPTIMIZED) -> Executor:
     """With all graph optimizations: DQ -> Conv -> Q becomes an integer convolution, and so on."""
     return _executor(source, name, optimized=True)
 
@@ -145,7 +149,7 @@ class _Runtime:
     def tensors(self, batch: Arrays) -> dict[str, NDArray[np.float32]]:
         """Graph inputs -> every quantized activation, dequantized from its codes."""
         session, names, encodings = self._exposed
-        codes = self._feed(session, batch, list(names))
+        codes = self._feed(session, batch, list(names)) if names else []  # no names would mean all outputs
         return {name: encodings[name].dequantize(q) for name, q in zip(names.values(), codes, strict=True)}
 
     @cached_property
@@ -199,7 +203,8 @@ def options(*, optimized: bool) -> onnxruntime.SessionOptions:
     session = onnxruntime.SessionOptions()
     level = onnxruntime.GraphOptimizationLevel
     session.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
-    session.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS") or _usable_cores())
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    session.intra_op_num_threads = int(asked) if asked.isdigit() and int(asked) else _usable_cores()
     session.inter_op_num_threads = 1
     session.log_severity_level = 4
     session.add_session_config_entry("session.intra_op.allow_spinning", "0")
