@@ -375,7 +375,7 @@ class _Builder:
 
     def unsupported(self, node: fx.Node, why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{node.name}{source_line(node)}: {why}. Use one of the supported operations "
+            f"{node.name}{source_line(node)}: {why}. Write it with supported operations "
             f"({', '.join(sorted({t.__name__ for t in operators.OPERATORS}))}) or keep this part outside the network."
         )
 

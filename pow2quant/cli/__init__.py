@@ -45,12 +45,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--verbose" in given:
             traceback.print_exc()
+        if _signals:  # it came while a library was being imported, which made another error of it
+            return _complain("interrupted; nothing was written", INTERRUPTED)
         return _complain(*_explained(error))
+
+
+_signals: list[int] = []
+"""The signals that asked this process to end."""
 
 
 def run() -> None:
     """The console script. Being told to end clears up as Ctrl-C does."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(number: int, frame: object) -> None:
+        _signals.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
     sys.exit(main())
 
 

@@ -167,6 +167,8 @@ def validate(
     lines = [f"{name}: the scale {scale!r} is no power of two" for name, scale in found.free_scales[:20]]
     if len(found.free_scales) > len(lines):
         lines.append(f"… and {len(found.free_scales) - len(lines)} more tensors")
+    if found.free_scales:
+        lines.insert(0, f"{len(found.free_scales)} tensors have scales that are no powers of two:")
     document = {
         "verdict": verdict,
         "validation": [a.to_json() for a in found.agreements],
