@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pow2quant.backends import modules as m
+from pow2quant.backends.builder import BATCH_NORMS
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.operators import OPERATORS
-from pow2quant.backends.prepare import BATCH_NORMS, prepare
+from pow2quant.backends.prepare import prepare
 from pow2quant.errors import ModelError, UnsupportedModelError, WeightsError
 
 

@@ -10,8 +10,9 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from pow2quant.backends.base import Batch
+from pow2quant.backends.builder import BATCH_NORMS
+from pow2quant.backends.conversions import depthwise
 from pow2quant.backends.modules import Reshape
-from pow2quant.backends.prepare import BATCH_NORMS, depthwise
 from pow2quant.errors import UnsupportedModelError
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
