@@ -34,6 +34,17 @@ def cpu_seconds(function: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def interleaved(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of each task, run in turns after one round that does not count."""
+    times: dict[str, list[float]] = {label: [] for label in tasks}
+    for turn in range(rounds + 1):
+        for label, task in tasks.items():
+            seconds = cpu_seconds(task)
+            if turn:
+                times[label].append(seconds)
+    return {label: median(values) for label, values in times.items()}
+
+
 def measure(name: str, size: int, rounds: int) -> None:
     """Prints one network's ratios."""
     torch.manual_seed(0)
@@ -61,18 +72,11 @@ def measure(name: str, size: int, rounds: int) -> None:
         "calibrate (minmax)": lambda: fastest.calibrate(batches),
         "simulate": lambda: forward(simulation.model),
     }
-    for task in tasks.values():
-        task()
-    times = {label: [] for label in tasks}
-    for _ in range(rounds):
-        for label, task in tasks.items():
-            times[label].append(cpu_seconds(task))
-    base, folded = (median(times[label]) for label in ("float", "folded"))
+    times = interleaved(tasks, rounds)
+    base, folded = times["float"], times["folded"]
     print(f"{name}: FP32 {base:.3f} s for {BATCHES} x {BATCH} images at {size} x {size}")
     for label in list(tasks)[1:]:
-        print(
-            f"  {label:20s} {median(times[label]) / base:5.2f} of FP32, {median(times[label]) / folded:5.2f} of folded"
-        )
+        print(f"  {label:20s} {times[label] / base:5.2f} of FP32, {times[label] / folded:5.2f} of folded")
 
 
 def main() -> None:
