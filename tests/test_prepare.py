@@ -319,3 +319,10 @@ def test_a_functional_layer_in_a_module_that_holds_others() -> None:
 def test_networks_without_numbers_are_named(model: nn.Module) -> None:
     with pytest.raises(ModelError, match=r"lazy|running statistics"):
         fold_batch_norm(prepare(model, torch.randn(2, 3, 4, 4)))
+
+
+def test_lines_of_torchvision_are_the_users() -> None:
+    import torchvision
+
+    with pytest.raises(UnsupportedModelError, match=r"vision_transformer\.py:\d+ .*expand"):
+        prepare(torchvision.models.vit_b_32(weights=None), torch.randn(1, 3, 224, 224))

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from pow2quant.errors import ModelError, UnsupportedModelError
 
-TORCH = str(Path(torch.__file__).parent)
+TORCH = str(Path(torch.__file__).parent / "_")[:-1]
+"""The folder of PyTorch's own files, with the separator behind it (torchvision lies beside it)."""
 
 
 class _Proxy(fx.Proxy):
