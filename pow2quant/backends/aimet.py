@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from pow2quant.artifact import Artifact, Site, Table
 from pow2quant.backends import modules as m
-from pow2quant.backends.base import ALL, Batch, Tap, inputs
+from pow2quant.backends.base import ALL, Batch, Tap, inputs, tapping
 from pow2quant.backends.calibration import calibrate
 from pow2quant.backends.export import to_artifact
 from pow2quant.backends.operators import OPERATORS
@@ -182,14 +182,8 @@ class AimetSimulation:
     def intercept(self, tap: Tap) -> Iterator[None]:
         """See `Simulation.intercept`. Taps do not nest: the inner one replaces the outer."""
         self.constrain()
-        before = [q.tap for q in self._quantizers.values()]
-        for quantizer in self._quantizers.values():
-            quantizer.tap = tap
-        try:
+        with tapping(self._quantizers.values(), tap):
             yield
-        finally:
-            for quantizer, old in zip(self._quantizers.values(), before, strict=True):
-                quantizer.tap = old
 
     def export(self, example: Batch) -> Artifact:
         """See `Simulation.export`. Raises EncodingError, too, for a site whose quantizer AIMET has removed."""

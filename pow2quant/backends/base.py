@@ -5,8 +5,8 @@ A backend is one callable `(prepared network, example batch, plan) -> Simulation
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -67,6 +67,25 @@ class Simulation(Protocol):
 
 
 Backend = Callable[[GraphModule, Batch, QuantPlan], Simulation]
+
+
+class Tapped(Protocol):
+    """A quantizer that passes its values through `tap`, where it has one."""
+
+    tap: Tap | None
+
+
+@contextmanager
+def tapping(quantizers: Iterable[Tapped], tap: Tap) -> Iterator[None]:
+    """Sets the tap of all quantizers within the context. Taps do not nest: the inner one replaces the outer."""
+    before = [(quantizer, quantizer.tap) for quantizer in quantizers]
+    for quantizer, _ in before:
+        quantizer.tap = tap
+    try:
+        yield
+    finally:
+        for quantizer, old in before:
+            quantizer.tap = old
 
 
 def inputs(batch: Batch) -> tuple[Tensor, ...]:

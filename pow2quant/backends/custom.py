@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from pow2quant.artifact import Artifact, Site, Table
-from pow2quant.backends.base import ALL, Batch, Tap
+from pow2quant.backends.base import ALL, Batch, Tap, tapping
 from pow2quant.backends.calibration import calibrate
 from pow2quant.backends.export import to_artifact
 from pow2quant.backends.fake_quant import FakeQuantize
@@ -118,17 +118,9 @@ class CustomSimulation:
         for name, quantizer in self._quantizers.items():
             quantizer.encoding = table.get(name)
 
-    @contextmanager
-    def intercept(self, tap: Tap) -> Iterator[None]:
+    def intercept(self, tap: Tap) -> AbstractContextManager[None]:
         """See `Simulation.intercept`. Taps do not nest: the inner one replaces the outer."""
-        before = [q.tap for q in self._quantizers.values()]
-        for quantizer in self._quantizers.values():
-            quantizer.tap = tap
-        try:
-            yield
-        finally:
-            for quantizer, old in zip(self._quantizers.values(), before, strict=True):
-                quantizer.tap = old
+        return tapping(self._quantizers.values(), tap)
 
     def export(self, example: Batch) -> Artifact:
         """See `Simulation.export`."""
