@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -30,7 +27,7 @@ from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.errors import ConfigError, DataError, FileFormatError, OutputError
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import names, resolve
-from pow2quant.pow2_constraints import Encoding
+from pow2quant.report import document
 from pow2quant.report.html import render
 from pow2quant.validate import ort
 from pow2quant.validate.agreement import Executor, compare
@@ -315,7 +312,8 @@ def _finish(job: _Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple
     certificate = certify(artifact)
     pair = (folder / run_folder.FLOAT, folder / run_folder.ENCODINGS)
     limit = job.config.ptq.max_eval_batches
-    scores, agreements = _compare(job, sim, artifact, certificate, folder / run_folder.QDQ, pair, limit)
+    scores = _Scores()
+    agreements = _compare(job, sim, artifact, certificate, folder / run_folder.QDQ, pair, limit, scores)
     return _report(job, artifact, certificate, scores, agreements, folder, steps), agreements
 
 
@@ -405,16 +403,21 @@ def _compare(
     file: Path,
     pair: tuple[Path, Path],
     limit: int | None,
-) -> tuple[_Scores, list[Agreement]]:
-    """The simulation against every validator's executors of the QDQ file and of the pair, on the test data."""
-    scores = _Scores()
-    found = [e for name in names("validators") for e in resolve("validators", name)(file, pair)]
-    executors = [scores.watch(e) for e in found]
-    batches = scores.stream(job.test(limit), _runner(job.model, job.device))
-    simulation = scores.watch(simulation_executor(sim, job.config.backend, job.device), noise=True)
+    scores: _Scores | None = None,
+) -> list[Agreement]:
+    """The simulation against every validator's executors of the QDQ file and of the pair, on the test data.
+
+    scores: counts hits on the way, where they are wanted.
+    """
+    executors = [e for name in names("validators") for e in resolve("validators", name)(file, pair)]
+    simulation = simulation_executor(sim, job.config.backend, job.device)
+    batches: Iterable[Arrays] = ([images.numpy()] for images, _ in job.test(limit))
+    if scores is not None:
+        executors = [scores.watch(e) for e in executors]
+        simulation = scores.watch(simulation, noise=True)
+        batches = scores.stream(job.test(limit), _runner(job.model, job.device))
     # The proof is about sums of products; on a GPU, libraries may choose kernels that compute other sums.
-    agreements = compare(simulation, executors, batches, artifact, proof=job.device.type == "cpu" and proof)
-    return scores, agreements
+    return compare(simulation, executors, batches, artifact, proof=job.device.type == "cpu" and proof)
 
 
 def _runner(model: nn.Module, device: torch.device) -> Callable[[Arrays], list[NDArray[np.float32]]]:
@@ -453,7 +456,7 @@ def _validate_run(
     parameters, table = run_folder.load_state(folder / run_folder.STATE)
     plain = replace(config, model=replace(config.model, weights=None), data=datasets.resolved(config.data))
     data = datasets.load(plain.data)
-    model = models.build(plain.model.name, num_classes=plain.model.num_classes).eval()
+    model = models.build(plain.model.name, num_classes=plain.model.num_classes).float().eval()
     example = next(images[:1] for images, _ in data.test)
     network = fold_batch_norm(prepare(model, example))
     job = _Job(plain, data, model, network, example, progress, _device(plain.device))
@@ -464,13 +467,14 @@ def _validate_run(
     certificate = certify(artifact)
     pair = (folder / run_folder.FLOAT, encodings or folder / run_folder.ENCODINGS)
     limit = limit or config.ptq.max_eval_batches
-    _, agreements = _compare(job, sim, artifact, certificate, folder / run_folder.QDQ, pair, limit)
+    agreements = _compare(job, sim, artifact, certificate, folder / run_folder.QDQ, pair, limit)
     return Validation(tuple(agreements), ort.inspect(onnx_qdq.load(folder / run_folder.QDQ)), certificate)
 
 
 def _load_parameters(own: dict[str, Tensor], parameters: dict[str, NDArray[Any]], path: Path) -> None:
-    if set(own) != set(parameters):
-        wrong = sorted(set(own) ^ set(parameters))
+    shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (own, parameters)]
+    wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+    if wrong:
         raise FileFormatError(f"{path}: does not fit the network of config.yaml: {', '.join(wrong[:5])}")
     with torch.no_grad():
         for name, parameter in own.items():
@@ -489,8 +493,8 @@ def _report(
     quantization = job.config.quantization
     simulated, measured = f"{job.config.backend} {SIMULATION}", ort.OPTIMIZED
     report: dict[str, Any] = {
-        "verdict": verdict(agreements),
-        "quantization_type": "power_of_2" if _is_power_of_two(artifact.encodings.values()) else "free_scale",
+        "verdict": document.verdict(agreements),
+        "quantization_type": "power_of_2" if document.is_power_of_two(artifact.encodings.values()) else "free_scale",
         "backend": job.config.backend,
         "model": job.config.model.name,
         "dataset": job.config.data.dataset,
@@ -518,89 +522,10 @@ def _report(
         },
         "validation": [a.to_json() for a in agreements],
         "certificate": certificate.to_json(),
-        "final_quantization_details": _details(artifact),
-        "environment": _environment(),
+        "final_quantization_details": document.details(artifact),
+        "environment": document.environment(torch.get_num_threads()),
         "duration_seconds": None,
     }
-
-
-def verdict(agreements: Sequence[Agreement]) -> str:
-    """One sentence over all agreements."""
-    wrong = [a for a in agreements if not a.agrees]
-    if not wrong:
-        claim = agreements[0].claim
-        elements = f"{agreements[0].elements:,} output elements"
-        others = f"{len(agreements)} runs of onnxruntime" if len(agreements) > 1 else agreements[0].executor
-        return f"0 of {elements} differ between {agreements[0].against} and {others}: {claim}"
-    worst = max(wrong, key=lambda a: a.differing)
-    at = f", first at {worst.first_diverging.tensor}" if worst.first_diverging else ""
-    why = f" ({worst.first_diverging.cause})" if worst.first_diverging and worst.first_diverging.cause else ""
-    return (
-        f"DIFFERS: {worst.differing:,} of {worst.elements:,} output elements by up to {worst.max_lsb:g} LSB in "
-        f"{worst.executor}{at}{why}"
-    )
-
-
-def _is_power_of_two(encodings: Iterable[Encoding]) -> bool:
-    return all(e.is_power_of_two for e in encodings)
-
-
-def _details(artifact: Artifact) -> dict[str, Any]:
-    """Every encoding by tensor; a producer's is repeated as `<module>.input` under each consumer."""
-    table = artifact.encodings
-    parameters = {t.name for t in artifact.model.graph.initializer}
-    details = {name: _detail(encoding) for name, encoding in table.items()}
-    for node in artifact.model.graph.node:
-        read = [name for name in node.input if name in table and name not in parameters]
-        for i, name in enumerate(read):
-            details[f"{node.name}.input{f'_{i}' if i else ''}"] = _detail(table[name])
-    return details
-
-
-def _detail(encoding: Encoding) -> dict[str, Any]:
-    def listed(values: NDArray[Any]) -> Any:
-        return values.tolist()
-
-    detail = {
-        "scale": listed(encoding.scale.astype(np.float64)),
-        "zero_point": listed(encoding.zero_point),
-        "bitwidth": encoding.grid.bits,
-        "symmetric": encoding.symmetric,
-        "signed": encoding.grid.signed,
-    }
-    if encoding.is_power_of_two:
-        k = encoding.exponent
-        texts = [(f"2^({e})", "x" if e == 0 else f"x >> {-e}" if e < 0 else f"x << {e}") for e in k.ravel().tolist()]
-        detail["exponent"] = listed(k)
-        detail["power_of_2"] = [t for t, _ in texts] if k.ndim else texts[0][0]
-        detail["hardware_op"] = [t for _, t in texts] if k.ndim else texts[0][1]
-    return detail
-
-
-def _environment() -> dict[str, Any]:
-    packages = ("pow2quant", "torch", "torchvision", "onnx", "onnxruntime", "numpy", "aimet-torch")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        **versions,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _write_report(folder: Path, report: dict[str, Any]) -> None:

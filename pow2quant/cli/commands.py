@@ -149,6 +149,7 @@ def validate(
     """
     console = _console(verbose, quiet, as_json)
     from pow2quant import pipeline
+    from pow2quant.report import document
 
     configured = None
     if config is not None or device is not None:
@@ -163,20 +164,20 @@ def validate(
         progress=console,
     )
     show_agreements(console, found.agreements)
-    verdict = pipeline.verdict(found.agreements)
+    verdict = document.verdict(found.agreements)
     lines = [f"{name}: the scale {scale!r} is no power of two" for name, scale in found.free_scales[:20]]
     if len(found.free_scales) > len(lines):
         lines.append(f"… and {len(found.free_scales) - len(lines)} more tensors")
     if found.free_scales:
         lines.insert(0, f"{len(found.free_scales)} tensors have scales that are no powers of two:")
-    document = {
+    result = {
         "verdict": verdict,
         "validation": [a.to_json() for a in found.agreements],
         "free_scales": dict(found.free_scales),
         "certificate": found.certificate.to_json(),
     }
-    console.result(document, [*lines, verdict, found.certificate_sentence])
-    _keep(document, output, "validation.json")
+    console.result(result, [*lines, verdict, found.certificate_sentence])
+    _keep(result, output, "validation.json")
     return 0 if found.agrees else 1
 
 
