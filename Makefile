@@ -2,9 +2,14 @@
 PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
+ARGS ?=
+BENCH ?= families
 
 VENV := .venv
 BIN := $(VENV)/bin
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' pow2quant/__init__.py)
+# The engines whose `info` works; docker's client is often there without its daemon.
+ENGINE ?= $(firstword $(foreach engine,docker podman buildah,$(shell $(engine) info >/dev/null 2>&1 && echo $(engine))))
 
 # $(call install,WHAT); pip also takes over where uv cannot (an index in pip.conf, a cache it may not write).
 define install
@@ -15,13 +20,13 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check lock clean
+.PHONY: help demo test check ptq ptq-aimet qat qat-full qat-aimet bench docs docker lock clean clean-data
 
 help: ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/installed ## Quantize a small network on real images and validate it (runs/demo)
-	$(BIN)/pow2quant ptq --output runs/demo --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/pow2quant ptq --output runs/demo --overwrite
 
 test: $(VENV)/installed-dev ## Run the tests (WORKERS=2, PYTEST_ARGS='-k house')
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
@@ -31,24 +36,57 @@ check: $(VENV)/installed-dev ## Lint, check the format and the types
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+ptq: $(VENV)/installed ## Quantize as configs/quantization_config.yaml and ARGS say (ARGS='--weight-bits 4'; runs/ptq)
+	$(BIN)/pow2quant ptq --config configs/quantization_config.yaml --output runs/ptq --overwrite $(ARGS)
+
+ptq-aimet: $(VENV)/installed-aimet ## The same on AIMET's simulation (runs/ptq-aimet)
+	$(BIN)/pow2quant ptq --config configs/quantization_config.yaml --backend aimet \
+		--output runs/ptq-aimet --overwrite $(ARGS)
+
+qat: $(VENV)/installed ## PTQ -> weight-only QAT -> final PTQ (ARGS='--epochs 5'; runs/qat)
+	$(BIN)/pow2quant qat --output runs/qat --overwrite $(ARGS)
+
+qat-full: $(VENV)/installed ## Train with everything quantized, for less than 8 bits (runs/qat-full)
+	$(BIN)/pow2quant qat --mode full --output runs/qat-full --overwrite $(ARGS)
+
+qat-aimet: $(VENV)/installed-aimet ## The three steps on AIMET's simulation (runs/qat-aimet)
+	$(BIN)/pow2quant qat --backend aimet --output runs/qat-aimet --overwrite $(ARGS)
+
+bench: $(VENV)/installed-aimet ## Run a benchmark that needs no data (BENCH=families; backends, cost, aimet_cost, speed)
+	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
+
+docs: $(VENV)/installed-dev ## Build the documentation, warnings as errors (site/)
+	$(BIN)/mkdocs build --strict
+
+docker: ## Build the image pow2quant:VERSION (ENGINE=podman, ARGS='--build-arg EXTRAS=aimet')
+	$(or $(ENGINE),$(error docker, podman or buildah has to be there and to work)) build $(ARGS) \
+		--file docker/Dockerfile --tag pow2quant:$(VERSION) --tag pow2quant:latest .
+
 lock: ## Pin constraints.txt anew from pyproject.toml (needs uv; UPGRADE=--upgrade takes newer versions)
 	uv pip compile --universal --python-version 3.10 --all-extras --strip-extras --no-annotate --quiet $(UPGRADE) \
 		--custom-compile-command "make lock  (the versions that CI tests; Python 3.10 to 3.13)" \
 		pyproject.toml --output-file constraints.txt
 
-clean: ## Remove the environment, caches, build products and runs/demo
-	rm -rf $(VENV) build dist *.egg-info runs/demo
+clean: ## Remove the environment, caches and build products
+	rm -rf $(VENV) build dist site *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
 	find pow2quant tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(VENV)/created:
-	$(PYTHON) -m venv --clear $(VENV)
-	@touch $@
+clean-data: ## Remove the runs of the targets above, no others (data sets are yours: none is downloaded or cached)
+	rm -rf $(addprefix runs/,demo ptq ptq-aimet qat qat-full qat-aimet)
 
-$(VENV)/installed: $(VENV)/created pyproject.toml constraints.txt
+# venv writes bin/activate last: an environment that has it is complete, scripts/create_env.sh's too.
+$(VENV)/bin/activate:
+	$(PYTHON) -m venv --clear $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/activate pyproject.toml constraints.txt
 	$(call install,.)
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/created pyproject.toml constraints.txt
-	$(call install,.[dev])
+$(VENV)/installed-aimet: $(VENV)/bin/activate pyproject.toml constraints.txt
+	$(call install,.[aimet])
 	@touch $(VENV)/installed $@
+
+$(VENV)/installed-dev: $(VENV)/bin/activate pyproject.toml constraints.txt
+	$(call install,.[dev])
+	@touch $(VENV)/installed $(VENV)/installed-aimet $@

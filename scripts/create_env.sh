@@ -66,10 +66,11 @@ create_conda() {
 }
 
 create_folder() {
-    if [[ -e $name/pyvenv.cfg ]] && supported "$name/bin/python"; then
+    # venv writes bin/activate last; the Makefile takes an environment that has it for its own.
+    if [[ -e $name/pyvenv.cfg && -e $name/bin/activate ]] && supported "$name/bin/python"; then
         return
     elif [[ -e $name ]]; then
-        die "$name exists and is no environment of Python 3.10 to 3.13; remove it, or choose another --name"
+        die "$name exists and is no complete environment of Python 3.10 to 3.13; remove it, or choose another --name"
     elif [[ $tool == uv ]]; then
         run uv venv --seed --prompt pow2quant --python '>=3.10,<3.14' "$name"
     else

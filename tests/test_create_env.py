@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,8 @@ def test_help_names_every_flag_and_tool(machine):
         (["--name", "--cpu"], "--name needs a value"),
         (["--tool", "poetry"], "unknown tool poetry; legal are conda, mamba, micromamba, uv, venv"),
         (["--tool", "mamba"], "mamba is not installed"),
-        (["--tool", "venv", "--name", "tests"], "tests exists and is no environment of Python 3.10 to 3.13"),
+        (["--tool", "venv", "--name", "tests"], "tests exists and is no complete environment of Python 3.10 to 3.13"),
+        (["--tool", "venv", "--name", "pow2quant"], "pow2quant exists and is no complete environment"),  # the package
     ],
 )
 def test_a_bad_argument_is_one_line_and_exit_status_2(machine, arguments, message):
@@ -93,6 +95,29 @@ def test_venv_without_a_suitable_python_is_one_line_and_exit_status_2(machine):
     result = machine.create_env("--name", "none-such")
     assert result.returncode == 2
     assert result.stderr == "create_env.sh: venv needs Python 3.10 to 3.13 on the PATH; uv would fetch one\n"
+
+
+def test_an_environment_that_was_interrupted_is_not_taken_for_one(machine, tmp_path):
+    venv.create(tmp_path / "env")
+    dry = ("--tool", "venv", "--dry-run", "--name", str(tmp_path / "env"))
+    assert machine.create_env(*dry).returncode == 0
+    (tmp_path / "env" / "bin" / "activate").unlink()
+    assert "is no complete environment" in machine.create_env(*dry).stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("complete", [True, False])
+def test_make_takes_a_complete_environment_for_its_own(tmp_path, complete):
+    for source in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / source, tmp_path)
+    venv.create(tmp_path / ".venv")
+    if not complete:
+        (tmp_path / ".venv" / "bin" / "activate").unlink()
+    result = subprocess.run(["make", "--dry-run", "demo"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert ("-m venv" in result.stdout) is not complete
+    assert "install" in result.stdout
+    assert "pow2quant ptq" in result.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +202,14 @@ def test_environment_yml_and_requirements_install_the_pinned_checkout():
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing():
-    result = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True)
+    bats = ROOT / "tests" / "create_env.bats"
+    result = subprocess.run(["shellcheck", str(SCRIPT), str(bats)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.skipif(shutil.which("bats") is None, reason="bats is not installed")
+def test_bats_finds_the_calls_as_they_should_be():
+    result = subprocess.run(["bats", str(ROOT / "tests" / "create_env.bats")], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 

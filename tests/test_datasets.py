@@ -219,7 +219,8 @@ def test_damaged_cifar10_files_are_named(python_batches, tmp_path):
         (folder / "test_batch").write_bytes(content)
         assert "test_batch: not a CIFAR-10 batch" in complaint(config)
     (folder / "test_batch").write_bytes(pickle.dumps(Intruder(tmp_path / "victim")))
-    assert "test_batch: not a CIFAR-10 batch (holds io.open)" in complaint(config)
+    said = complaint(config)
+    assert any(f"test_batch: not a CIFAR-10 batch (holds {name})" in said for name in ("io.open", "_io.open")), said
     assert not (tmp_path / "victim").exists()
     (folder / "data_batch_4").unlink()
     assert "data_batch_4: is missing; expected data_batch_1 ... data_batch_5 and test_batch" in complaint(config)
