@@ -1,0 +1,112 @@
+"""Pages that are generated while the site is built: the command line and the configuration's keys, from the code."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import Field, fields, is_dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from typer.models import ArgumentInfo, CommandInfo, ParameterInfo
+
+from pow2quant import config
+from pow2quant.cli.commands import app
+
+MARKERS = {"<!-- generated: command line -->": "command_line", "<!-- generated: configuration -->": "configuration"}
+
+TAKES = {int: "integer", str: "text", Path: "path"}
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Puts what is generated in the place of its marker (an event of mkdocs)."""
+    for marker, function in MARKERS.items():
+        if marker in markdown:
+            markdown = markdown.replace(marker, globals()[function]())
+    return markdown
+
+
+def command_line() -> str:
+    """A section for every command: what its `--help` says."""
+    return "\n\n".join(_command(command) for command in app.registered_commands)
+
+
+def _command(command: CommandInfo) -> str:
+    assert command.callback is not None
+    hints = get_type_hints(command.callback, include_extras=True)
+    rows = [_parameter(name, *get_args(hint)) for name, hint in hints.items() if name != "return"]
+    table = "\n".join(["| argument or flag | takes | meaning |", "|---|---|---|", *rows])
+    example = (command.epilog or "").removeprefix("Example: ")
+    text = inspect.cleandoc(command.callback.__doc__ or "")
+    return f"## {command.name or command.callback.__name__}\n\n{text}\n\n{table}\n\nExample: `{example}`"
+
+
+def _parameter(name: str, hint: Any, info: ParameterInfo) -> str:
+    """A row of the table. hint: `int | None`, `list[str]` and the like."""
+    declared = (info.default, *(info.param_decls or ()))  # `Option("--json")` in an Annotated is kept as a default
+    flags = [d for d in declared if isinstance(d, str) and d.startswith("-")] or [f"--{name.replace('_', '-')}"]
+    shown = info.metavar if isinstance(info, ArgumentInfo) else "`, `".join(flags)
+    kinds = [TAKES[t] for t in (hint, *get_args(hint), *chain(*map(get_args, get_args(hint)))) if t in TAKES]
+    return f"| `{shown}` | {kinds[0] if kinds else ''} | {_cell(info.help or '')} |"
+
+
+def configuration() -> str:
+    """A table for every section: key, default, legal values."""
+    default = config.RunConfig()
+    written = yaml.safe_load(config.dump(default))
+    top = [f for f in fields(default) if not is_dataclass(getattr(default, f.name))]
+    parts = ["## Top level", _table(config.RunConfig, top, "", written)]
+    for section in fields(default):
+        value = getattr(default, section.name)
+        if section.name == "quantization":
+            roles = [f for f in fields(value) if f.name in config.ROLES]
+            parts += ["## quantization", _roles(roles, written["quantization"])]
+            overrides = [f for f in fields(value) if f.name not in config.ROLES]
+            parts.append(_table(type(value), overrides, "quantization.", written["quantization"]))
+        elif is_dataclass(value):
+            parts += [f"## {section.name}", _summary(type(value))]
+            parts.append(_table(type(value), list(fields(value)), f"{section.name}.", written[section.name]))
+    return "\n\n".join(parts)
+
+
+def _roles(roles: list[Field[Any]], written: dict[str, Any]) -> str:
+    """The keys that each role has, with the default of each role."""
+    keys = [("bitwidth" if f.name == "bits" else f.name, f) for f in fields(config.TensorSpec)]
+    head = [f"| key | {' | '.join(r.name for r in roles)} | legal |", "|---" * (len(roles) + 2) + "|"]
+    rows = []
+    for key, spec in keys:
+        values = " | ".join(f"`{_yaml(written[r.name][key])}`" for r in roles)
+        rows.append(f"| `{key}` | {values} | {_legal(config.TensorSpec, spec)} |")
+    return "Each of `weight`, `input`, `output`, `bias` is a mapping, or `null`: then it stays float.\n\n" + "\n".join(
+        head + rows
+    )
+
+
+def _table(cls: type, keys: list[Field[Any]], prefix: str, written: dict[str, Any]) -> str:
+    head = ["| key | default | legal |", "|---|---|---|"]
+    return "\n".join(
+        head + [f"| `{prefix}{f.name}` | `{_yaml(written.get(f.name))}` | {_legal(cls, f)} |" for f in keys]
+    )
+
+
+def _legal(cls: type, key: Field[Any]) -> str:
+    """What the field's annotation says, as the error message about an illegal value does."""
+    hint = get_type_hints(cls, include_extras=True)[key.name]
+    found = next((a for a in get_args(hint) if isinstance(a, config.Legal)), None)
+    words = found.words() if found else "true or false"
+    none = ", or null" if "None" in str(get_args(hint)[:1]) and "null" not in words else ""
+    return _cell((words + none).removesuffix("; names: "))
+
+
+def _summary(cls: type) -> str:
+    return inspect.cleandoc(cls.__doc__ or "")
+
+
+def _cell(text: str) -> str:
+    """Text without a meaning in Markdown: `|` ends a cell, `<` begins a tag, `{` a list of attributes."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("{", "&#123;")
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=200).removesuffix("\n...\n").strip()

@@ -1,0 +1,158 @@
+"""Runs what a Markdown document shows: its Python, its commands, its configurations; one namespace and folder a page.
+
+A block whose last line before the fence is `<!-- not executed: REASON -->` is not run, but the flags of its commands
+are checked. `<!-- output of: COMMAND -->` before a block says what printed it; only the numbers in it may be others.
+A command may say `# exit status 1` behind it, or `# exit status 0 or 1`. `# name.py` as the first line of a block makes
+a file of it, which later blocks and commands use.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pow2quant import config
+from pow2quant.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+FENCE = re.compile(
+    r"^(?:<!-- (?P<word>not executed|output of): (?P<what>.+?) -->\n)?"
+    r"```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```",
+    re.DOTALL | re.MULTILINE,
+)
+SNIPPET = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
+NUMBER = re.compile(r"[\d.,]+")
+RUN = ("python", "bash", "yaml")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block. skipped: why it is not executed; output_of: the command that printed it; snippet: its file."""
+
+    line: int
+    language: str
+    text: str
+    skipped: str | None
+    output_of: str | None
+    snippet: str | None
+
+
+def blocks(path: Path) -> list[Block]:
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n```") + text.startswith("```") == 2 * len(FENCE.findall(text)), f"{path}: an odd fence"
+    found = []
+    for match in FENCE.finditer(text):
+        included = SNIPPET.search(match["text"])
+        whole = (ROOT / included[1]).read_text(encoding="utf-8") if included else match["text"]
+        skipped, output = (match["what"] if match["word"] == w else None for w in ("not executed", "output of"))
+        line = text.count("\n", 0, match.start("text")) + 1
+        found.append(Block(line, match["language"], whole, skipped, output, included[1] if included else None))
+    return found
+
+
+def commands(block: Block) -> Iterator[tuple[list[str], set[int]]]:
+    """The commands of a shell block and their exit statuses; comments and continuation lines resolved."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            said = re.search(r"# exit status ([\d or]+)", line)
+            yield words, set(map(int, said[1].split(" or "))) if said else {0}
+
+
+@cache
+def flags(command: str) -> frozenset[str]:
+    """Those that `pow2quant COMMAND --help` shows; none for a command that does not exist."""
+    shown = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(shown):
+        patch.setenv("COLUMNS", "200")  # or long flags are cut off
+        status = main([command, "--help"])
+    found = re.findall(r"^[│\s*]*(--[a-z][a-z-]*)", shown.getvalue(), re.MULTILINE)
+    return frozenset(found) if status == 0 else frozenset()
+
+
+def unknown_flags(words: list[str]) -> list[str]:
+    """What of `pow2quant COMMAND --flag …` the command does not know; underscores count as hyphens."""
+    command, *rest = words[1:]
+    used = [word.partition("=")[0].replace("_", "-") for word in rest if word.startswith("--")]
+    return [flag for flag in used if flag not in flags(command)] if flags(command) else [command]
+
+
+def run(path: Path) -> int:
+    """Executes a document in the current folder and returns how many blocks and commands ran."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    printed: dict[str, str] = {}
+    ran = 0
+    sys.path.insert(0, str(Path.cwd()))
+    modules = set(sys.modules)
+    try:
+        for block in blocks(path):
+            if block.skipped is None and (block.snippet is None or block.language == "yaml"):
+                ran += _execute(block, f"{path.name}, line {block.line}", namespace, printed)
+    finally:
+        sys.path.remove(str(Path.cwd()))
+        here = {name for name in sys.modules.keys() - modules if Path(f"{name}.py").exists()}
+        for name in here:
+            del sys.modules[name]
+    return ran
+
+
+def _execute(block: Block, place: str, namespace: dict[str, Any], printed: dict[str, str]) -> int:
+    if block.output_of:
+        _compare(block, place, printed.get(block.output_of) or _printed([*shlex.split(block.output_of), "--overwrite"]))
+    elif block.language == "python":
+        if named := re.match(r"# (\S+\.py)\n", block.text):
+            Path(named[1]).write_text(block.text, encoding="utf-8")
+            runpy.run_path(named[1])
+        else:
+            exec(compile(block.text, place, "exec"), namespace)
+    elif block.language == "bash":
+        for words, statuses in commands(block):
+            printed[shlex.join(words)] = _call(words, statuses, place)
+    elif block.language == "yaml":
+        config.plan_of(config.from_mapping(yaml.safe_load(block.text), source=place))
+        if named := re.match(r"# (\S+\.yaml)\n", block.text):
+            Path(named[1]).write_text(block.text, encoding="utf-8")
+    return block.language in RUN or block.output_of is not None
+
+
+def _call(words: list[str], statuses: set[int], place: str) -> str:
+    if words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words[1:]), f"{place}: {words}"
+        return ""
+    assert words[0] == "pow2quant", f"{place}: {words[0]} is not run here; say `<!-- not executed: … -->`"
+    return _printed(words, statuses, place)
+
+
+def _printed(words: list[str], statuses: Collection[int] = (0,), place: str = "") -> str:
+    """What `pow2quant …` prints to stdout, without progress."""
+    shown = StringIO()
+    with redirect_stdout(shown):
+        assert main([*words[1:], *([] if "--quiet" in words else ["--quiet"])]) in statuses, f"{place}: {words}"
+    return shown.getvalue()
+
+
+def _compare(block: Block, place: str, printed: str) -> None:
+    """Trained on another machine, the last digits of an accuracy may move; the shape and the verdict may not."""
+    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", block.text).split(), place
+    assert re.search(r"verdict: 0 of 4,500 output elements differ .* proved", printed), place
+
+
+if __name__ == "__main__":  # python -m tests.documents FILE.md …: shows what the commands print today
+    for argument in sys.argv[1:]:
+        document = Path(argument)
+        text = document.read_text(encoding="utf-8")
+        for shown in (block for block in blocks(document) if block.output_of):
+            text = text.replace(shown.text, _printed([*shlex.split(shown.output_of or ""), "--overwrite"]))
+        document.write_text(text, encoding="utf-8")

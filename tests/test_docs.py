@@ -1,0 +1,168 @@
+"""The documentation: what it shows runs, what it says of flags and keys is so, the site builds without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from pow2quant.cli.commands import app
+from pow2quant.errors import ConfigError
+from tests import documents
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+TEXTS = [ROOT / "README.md", ROOT / "examples" / "README.md", *PAGES]
+RUNNING = [page for page in PAGES if any(b.language in documents.RUN for b in documents.blocks(page))]
+SNIPPETS_RUN_BY = {
+    "examples/own_network.py": "tests/test_examples.py",
+    "examples/aimet_script.py": "tests/test_examples.py",
+    "examples/check_onnx.py": "tests/test_examples.py",
+    "examples/plugin_backend/pow2quant_numpy.py": "tests/conformance/test_example.py",
+    "examples/plugin_backend/test_it.py": "tests/conformance/test_example.py",
+}
+MOST_NOT_EXECUTED = 3
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def benchmarks_flags() -> set[str]:
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    return {flag for source in sources for flag in re.findall(r'"(--[a-z-]+)', source)}
+
+
+@pytest.mark.parametrize("page", RUNNING, ids=name)
+def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = [b for b in documents.blocks(page) if b.language in documents.RUN or b.output_of]
+    left_out = [b for b in expected if b.skipped or (b.snippet and b.language != "yaml")]
+    assert documents.run(page) == len(expected) - len(left_out)
+    assert {b.snippet for b in left_out if b.snippet} <= SNIPPETS_RUN_BY.keys()
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "python\nassert False",
+        "bash\npow2quant list --no-such-flag",
+        "bash\npow2quant validate nowhere  # exit status 1",
+        "bash\nls",
+        "yaml\nquantisation: {}",
+    ],
+)
+def test_a_wrong_block_is_found(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(f"# Wrong\n\n```{block}\n```\n", encoding="utf-8")
+    with pytest.raises((AssertionError, ConfigError)):
+        documents.run(page)
+    page.write_text(f"# Wrong\n\n<!-- not executed: it is wrong -->\n```{block}\n```\n", encoding="utf-8")
+    assert documents.run(page) == 0
+
+
+def test_few_blocks_are_not_executed_and_their_flags_exist() -> None:
+    skipped = [(page, b) for page in TEXTS for b in documents.blocks(page) if b.skipped]
+    assert len(skipped) <= MOST_NOT_EXECUTED, [(name(page), b.line) for page, b in skipped]
+    for page, block in skipped:
+        assert len(block.skipped or "") > 10, f"{name(page)}, line {block.line}: no reason"
+        for words, _ in documents.commands(block):
+            if words[0] == "pow2quant":
+                assert documents.unknown_flags(words) == [], f"{name(page)}, line {block.line}"
+
+
+@pytest.mark.parametrize("path", sorted(set(SNIPPETS_RUN_BY.values())))
+def test_included_code_is_run_elsewhere(path: str) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for snippet in (s for s, test in SNIPPETS_RUN_BY.items() if test == path):
+        assert Path(snippet).name in text or Path(snippet).parent.name in text, snippet
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=name)
+def test_commands_and_flags_in_sentences_exist(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    anywhere = {flag for command in COMMANDS for flag in documents.flags(command)} | benchmarks_flags()
+    for line in prose.splitlines():
+        for code in re.findall(r"`([^`]+)`", line):
+            words = shlex.split(code) if code.startswith("pow2quant ") else []
+            if len(words) > 1 and words[1].islower():
+                announced = "arrives" in line
+                assert announced != (words[1] in COMMANDS), f"{name(page)}: {code} is there or arrives, not both"
+                assert announced or documents.unknown_flags(words) == [], f"{name(page)}: {code}"
+            if code.startswith("--"):
+                assert re.split(r"[ =]", code)[0].replace("_", "-") in anywhere, f"{name(page)}: {code}"
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Strict: a page that the navigation lacks, a link or an anchor that leads nowhere, are warnings too."""
+    pytest.importorskip("mkdocs", reason="the extra 'docs' is not installed")
+    pytest.importorskip("mkdocstrings", reason="the extra 'docs' is not installed")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    with caplog.at_level(logging.WARNING, "mkdocs"):
+        build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True))
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("mkdocs")] == []
+    pages = {p.relative_to(DOCS).with_suffix(".html") for p in PAGES}
+    assert pages <= {p.relative_to(tmp_path / "site") for p in (tmp_path / "site").rglob("*.html")}
+    for page in (tmp_path / "site").rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        foreign = re.findall(
+            r"<(?:script|img|iframe)[^>]*src=\"(https?:[^\"]+)|<link[^>]*stylesheet[^>]*href=\"(http[^\"]+)", text
+        )
+        assert foreign == [], f"{page.name} loads from elsewhere"
+        assert "<!-- generated" not in text
+        assert "--8&lt;--" not in text
+
+
+def test_the_command_line_page_has_every_flag() -> None:
+    hooks = module(DOCS / "hooks.py")
+    for section in hooks.command_line().split("## ")[1:]:
+        command = section.split("\n")[0]
+        assert documents.flags(command) - {"--help"} == set(re.findall(r"^\| `(--[a-z-]+)`", section, re.MULTILINE))
+
+
+def test_the_configuration_page_has_every_key() -> None:
+    from pow2quant import config
+
+    written = module(DOCS / "hooks.py").configuration()
+    for line in config.dump(config.RunConfig()).splitlines():
+        key = line.strip().partition(":")[0]
+        if not line.startswith("-") and key not in config.ROLES and not line.strip().startswith("-"):
+            assert re.search(rf"`[a-z.]*{key}`|## {key}", written), key
+
+
+def test_the_files_page_has_every_key_of_a_report(tmp_path: Path) -> None:
+    from pow2quant.cli import main
+
+    assert main(["ptq", "--output", str(tmp_path / "run"), "--max-eval-batches", "1", "--quiet"]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
+    page = (DOCS / "reference" / "files.md").read_text(encoding="utf-8")
+    detail = report["final_quantization_details"]["fc.weight"]
+    keys = {*report, *report["validation"][0], *report["certificate"], *report["certificate"]["layers"][0], *detail}
+    assert sorted(key for key in keys if f"`{key}`" not in page) == []
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if f"`{p.name}`" not in page) == []
+
+
+@pytest.mark.parametrize("picture", ["shift", "lattice", "placement", "zero-points"])
+def test_pictures_are_what_the_script_draws(picture: str) -> None:
+    drawn = module(DOCS / "draw.py").PICTURES[picture]()
+    assert (DOCS / "pictures" / f"{picture}.svg").read_text(encoding="utf-8") == drawn
