@@ -24,9 +24,8 @@ from pow2quant.backends.prepare import prepare
 from pow2quant.config import QuantPlan
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.certificate import certify
-from pow2quant.pipeline import simulation_executor
+from pow2quant.pipeline import executors, simulation_executor
 from pow2quant.plugins import resolve
-from pow2quant.validate import ort
 from pow2quant.validate.agreement import compare
 
 FAMILIES = [
@@ -88,22 +87,23 @@ def try_one(name: str, options: argparse.Namespace) -> bool:
         return True
     sim.calibrate(calibration)
     artifact = sim.export(calibration[0])
-    certificate = certify(artifact)
+    certificate, left_out = certify(artifact), dict[str, str]()
     with tempfile.TemporaryDirectory() as folder:
         path = onnx_qdq.export_qdq(artifact, Path(folder))
         found = compare(
             simulation_executor(sim, options.backend, torch.device("cpu")),
-            ort.executors(path),
+            executors(path, None, left_out),
             ([x.numpy()] for x in test),
             artifact,
             proof=certificate,
         )
     differing = " ".join(f"{a.differing}/{a.elements}" for a in found)
+    missing = "; ".join(f"left out: {executor}: {reason}" for executor, reason in left_out.items())
     first = next((a.first_diverging for a in found if a.first_diverging), None)
     proved = sum(layer.proved for layer in certificate.layers)
     print(
         f"{name:20s} differing {differing:22s} nodes proved {proved}/{len(certificate.layers)}  "
-        f"{time.perf_counter() - started:5.1f} s  {first or ''}",
+        f"{time.perf_counter() - started:5.1f} s  {first or missing}",
         flush=True,
     )
     return all(a.agrees for a in found)

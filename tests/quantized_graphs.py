@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from pow2quant.artifact import Artifact
@@ -94,3 +95,103 @@ def residual_network(add_zero_point=0, seed=0):
     weight, bias = integers(10, 16), rng.integers(-9000, 9000, 10)
     y = g.layer("Gemm", "fc", h, weight, bias, encoding(-4, 128), k=list(rng.integers(-8, -6, 10)), transB=1)
     return g.artifact(y)
+
+
+class _Grower:
+    """Grows a random network, node by node, on grids that its values neither saturate nor leave empty."""
+
+    def __init__(self, seed, bits):
+        self.rng, self.g, self.bits, self.count = np.random.default_rng(seed), Graph(), bits, 0
+        shape = (int(self.rng.integers(1, 5)), *map(int, self.rng.integers(5, 9, 2)))
+        self.tensors = [(self.g.input("x", shape, self.grid(-5, 0)), shape)]
+
+    def grid(self, k, drift=1):
+        """Near 2^k for 8 bits; signed, with an even zero point, or unsigned from zero."""
+        k = int(k) + int(self.rng.integers(-drift, drift + 1)) + 8 - self.bits
+        signed, z = bool(self.rng.integers(2)), int(self.rng.integers(0, 2 ** (self.bits - 1))) // 2 * 2
+        return encoding(k, 0 if signed else z, self.bits, signed)
+
+    def grow(self, kind):
+        x, shape = self.tensors[-1]
+        name, k = f"n{self.count}", int(self.g.encodings[x].exponent) - 8 + self.bits
+        self.count += 1
+        result = getattr(self, f"_{kind}")(name, x, shape, k)
+        if result is not None:
+            self.tensors.append(result)
+
+    def _conv(self, name, x, shape, k, depthwise=False):
+        c = shape[0]
+        out = c if depthwise else int(self.rng.integers(1, 6))
+        size, pads = self.rng.integers(1, 4, 2), [int(p) for p in self.rng.integers(0, 2, 4)]
+        height, width = (
+            n + pads[i] + pads[2 + i] - s + 1 for i, (n, s) in enumerate(zip(shape[1:], size, strict=True))
+        )
+        if min(height, width) < 2:
+            return None
+        weights = self.rng.integers(-128, 128, (out, 1 if depthwise else c, *size))
+        exponents = self.rng.integers(-8, -6, out)
+        bias = self.rng.integers(-(2**11), 2**11, out)
+        spread = np.log2(64 * np.sqrt(weights[0].size)) - 7
+        args = {"k": exponents, "pads": pads, "group": c if depthwise else 1}
+        relu = self.rng.integers(2)
+        y = self.g.layer("Conv", name, x, weights, bias, None if relu else self.grid(k + spread), **args)
+        if relu:
+            y = self.g.node("Relu", f"{name}r", [y], encoding(k + int(spread), 0, self.bits))
+        return y, (out, height, width)
+
+    def _depthwise(self, name, x, shape, k):
+        return self._conv(name, x, shape, k, depthwise=True)
+
+    def _add(self, name, x, shape, k):
+        others = [t for t, s in self.tensors if s == shape]
+        other = others[self.rng.integers(len(others))]
+        return self.g.node("Add", name, [x, other], self.grid(k + 1)), shape
+
+    def _mul(self, name, x, shape, k):
+        others = [t for t, s in self.tensors if s == shape]
+        other = others[self.rng.integers(len(others))]
+        return self.g.node("Mul", name, [x, other], self.grid(k + 2)), shape
+
+    def _concat(self, name, x, shape, k):
+        others = [(t, s) for t, s in self.tensors if s[1:] == shape[1:]]
+        other, s = others[self.rng.integers(len(others))]
+        return self.g.node("Concat", name, [x, other], self.grid(k), axis=1), (shape[0] + s[0], *shape[1:])
+
+    def _maxpool(self, name, x, shape, k):
+        if min(shape[1:]) < 4:
+            return None
+        y = self.g.node("MaxPool", name, [x], self.g.encodings[x], kernel_shape=[2, 2], strides=[2, 2])
+        return y, (shape[0], shape[1] // 2, shape[2] // 2)
+
+    def _average(self, name, x, shape, k):
+        if min(shape[1:]) < 4:
+            return None
+        y = self.g.node("AveragePool", name, [x], self.grid(k), kernel_shape=[2, 2], strides=[1, 1])
+        return y, (shape[0], shape[1] - 1, shape[2] - 1)
+
+    def _transpose(self, name, x, shape, k):
+        y = self.g.node("Transpose", name, [x], self.g.encodings[x], perm=[0, 1, 3, 2])
+        return y, (shape[0], shape[2], shape[1])
+
+    def finish(self):
+        x, shape = self.tensors[-1]
+        k = int(self.g.encodings[x].exponent)
+        x = self.g.node("Flatten", "flat", [x], self.g.encodings[x])
+        weights = self.rng.integers(-128, 128, (3, int(np.prod(shape))))
+        spread = int(np.log2(64 * np.sqrt(weights[0].size)))
+        y = self.g.layer(
+            "Gemm", "fc", x, weights, self.rng.integers(-999, 999, 3), self.grid(k - 8 + spread), k=[-8] * 3, transB=1
+        )
+        return self.g.artifact(y)
+
+
+KINDS = ("conv", "depthwise", "add", "mul", "concat", "maxpool", "average", "transpose")
+
+
+@st.composite
+def networks(draw, largest=6):
+    """Random small networks whose scales are powers of two."""
+    grower = _Grower(draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from([8, 8, 8, 6, 4])))
+    for kind in draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=largest)):
+        grower.grow(kind)
+    return grower.finish()

@@ -116,7 +116,7 @@ def test_a_wrongly_quantized_graph_input_is_named(network):
     wrong = altered(reference, "wrong", lambda y: y + 1, lambda t: t | {"x": t["x"] + 1})
     (result,) = compare(reference, [wrong], inputs(network), network)
     assert (result.first_diverging.tensor, result.first_diverging.node) == ("x", "")
-    assert result.first_diverging.cause == "the graph input is quantized differently"
+    assert result.first_diverging.cause.startswith("the graph input is quantized differently: one constant")
 
 
 def test_odd_zero_points_differ_in_onnxruntime_and_the_addition_is_named():
@@ -127,7 +127,7 @@ def test_odd_zero_points_differ_in_onnxruntime_and_the_addition_is_named():
     assert result.notes == ()
     found = result.first_diverging
     assert (found.tensor, found.node, found.max_lsb) == ("residual.output", "residual", 1.0)
-    assert found.cause == "odd zero point 101: onnxruntime's fused Add adds it before rounding ties to even"
+    assert "the zero point 101 is odd: onnxruntime, all optimizations adds it before rounding" in found.cause
 
 
 def test_float_biases_differ_in_onnxruntime_and_the_bias_is_named():

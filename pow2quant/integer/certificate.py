@@ -28,14 +28,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pow2quant.integer.lattice import NotProvedError
-from pow2quant.integer.proof import WEIGHTED, Tensors, judge
+import numpy as np
+
+from pow2quant.errors import NotPowerOfTwoError
+from pow2quant.integer.lattice import Lattice, NotProvedError
+from pow2quant.integer.proof import WEIGHTED, Tensors, _bias, _ends, _rows, judge
 
 if TYPE_CHECKING:
     import onnx
 
     from pow2quant.artifact import Artifact
-    from pow2quant.integer.lattice import Lattice
 
 INT32_MAX = 2**31 - 1
 
@@ -47,6 +49,8 @@ class LayerBound:
     accumulator_max: the largest magnitude that any partial sum can reach, in units of s_in * s_w, over all channels;
         at most sum(|w_q|) * max|x_q - z| + |b_q|, and less where the input's grid is not symmetric. None: unknown.
         Hardware that sums q_x instead of q_x - z, with z folded into the bias, has other partial sums.
+    raw_per_channel: the largest magnitude of those, for every output channel; () where the node has no constant weight
+        or something about it is unknown.
     bits: the width of a signed accumulator that holds it. per_channel: accumulator_max of every output channel.
     proved: every executor's result is the same. int32_safe: no partial sum leaves int32.
     shift: k_out - (k_in + k_w), the right shift to the output's codes: an int, or a tuple with one per channel where
@@ -63,6 +67,23 @@ class LayerBound:
     int32_safe: bool
     shift: int | tuple[int, ...] | None
     reason: str
+    raw_per_channel: tuple[int, ...] = ()
+
+    def channels(self) -> dict[str, list[int] | list[bool] | None]:
+        """What holds for every output channel, in JSON's types; None where it is unknown.
+
+        raw_accumulator_max, raw_bits: for hardware that sums raw codes q_x and folds the zero point into the bias.
+        """
+        sums, raw, shift = list(self.per_channel), list(self.raw_per_channel), self.shift
+        return {
+            "accumulator_max": sums or None,
+            "bits": [m.bit_length() + 1 for m in sums] or None,
+            "int32_safe": [m <= INT32_MAX for m in sums] or None,
+            "shift": None if shift is None else list(shift) if isinstance(shift, tuple) else [shift] * len(sums),
+            "raw_accumulator_max": raw or None,
+            "raw_bits": [m.bit_length() + 1 for m in raw] or None,
+            "raw_int32_safe": [m <= INT32_MAX for m in raw] or None,
+        }
 
 
 @dataclass(frozen=True)
@@ -102,10 +123,15 @@ class Certificate:
                 parts.append(f"no integers on the 2^k grid in {_enumerate(rest)}")
         return "; ".join(parts)
 
-    def to_json(self) -> dict[str, Any]:
-        """The certificate in JSON's types: `proved`, `sentence`, and per node everything but `per_channel`."""
+    def to_json(self, per_channel: bool = False) -> dict[str, Any]:
+        """The certificate in JSON's types: `proved`, `sentence`, and an entry per node.
+
+        per_channel: with `channels` in every entry, see `LayerBound.channels` (certificate.json).
+        """
         keys = ("node", "op", "tensor", "accumulator_max", "bits", "proved", "int32_safe", "shift", "reason")
         layers = [{key: getattr(layer, key) for key in keys} for layer in self.layers]
+        if per_channel:
+            layers = [entry | {"channels": layer.channels()} for entry, layer in zip(layers, self.layers, strict=True)]
         return {"proved": self.proved, "sentence": self.sentence, "layers": layers}
 
 
@@ -141,7 +167,36 @@ def _follow(tensors: Tensors, node: onnx.NodeProto) -> LayerBound | None:
         int32_safe=largest is not None and largest <= INT32_MAX,
         shift=_shift(tensors, node, accumulator),
         reason=reason,
+        raw_per_channel=_raw(tensors, node),
     )
+
+
+def _raw(tensors: Tensors, node: onnx.NodeProto) -> tuple[int, ...]:
+    """The largest magnitude of sums of w * q_x with the bias b - z * sum(w), for every output channel."""
+    if node.op_type not in WEIGHTED:
+        return ()
+    data, weight = node.input[:2]
+    if data in tensors.constants:
+        data, weight = weight, data
+    encoding = tensors.encodings.get(data)
+    if encoding is None or encoding.axis is not None or weight not in tensors.constants.keys() & tensors.encodings:
+        return ()
+    low, high, zero = (int(v) for v in (encoding.grid.qmin, encoding.grid.qmax, encoding.zero_point))
+    try:
+        codes = Lattice(encoding.exponent, *(np.asarray(end, np.float64) for end in (min(low, 0), max(high, 0))))
+        exponents, integers = (_rows(node, values, weight) for values in tensors.on_grid(weight))
+        unit = np.min([k.min(1) for k in exponents], axis=0).astype(np.int64)
+        sums = []
+        for n, k in zip(integers, exponents, strict=True):
+            products = Lattice(encoding.exponent + unit, *_ends(n, k - unit[:, None], codes))
+            folded = -zero * np.ldexp(n.astype(np.float64), k - unit[:, None]).sum(1)
+            if len(node.input) > 2 and node.input[2]:
+                bias = _bias(tensors, node.input[2], products)
+                folded = folded + bias.low + bias.high  # one of them is the bias, the other zero
+            sums.append((products + Lattice.of_integers(products.exponent, folded)).magnitude)
+    except (NotProvedError, NotPowerOfTwoError):
+        return ()
+    return tuple(int(m) for m in np.max(sums, axis=0))
 
 
 def _shift(tensors: Tensors, node: onnx.NodeProto, accumulator: Lattice | None) -> int | tuple[int, ...] | None:

@@ -15,6 +15,7 @@ import onnx
 from onnx import numpy_helper
 
 from pow2quant.integer.lattice import Lattice, NotProvedError
+from pow2quant.integer.nodes import attribute
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -116,11 +117,6 @@ def judge(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     if node.op_type in ROUNDS_AFTER_ZERO_POINT:
         _require_even_zero_point(tensors, node, accumulator)
     return accumulator, result
-
-
-def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    """An attribute's value, or `default` when the node does not have it."""
-    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
 
 
 def _require_powers_of_two(tensors: Tensors, node: onnx.NodeProto) -> None:

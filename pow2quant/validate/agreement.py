@@ -17,6 +17,10 @@ import numpy as np
 from pow2quant.artifact import Agreement, Divergence
 from pow2quant.errors import DataError
 from pow2quant.integer.certificate import certify
+from pow2quant.validate import networks
+from pow2quant.validate.causes import explain
+from pow2quant.validate.exact import Witness
+from pow2quant.validate.networks import Named
 
 if TYPE_CHECKING:
     import onnx
@@ -39,11 +43,19 @@ class Executor:
     run: graph inputs -> graph outputs, real values in float32; the first dimension is the batch.
     tensors: graph inputs -> the real (dequantized) values of every quantized activation, graph inputs included, by its
         ONNX name in the float model.
+    most: it runs at most so many samples (None: all), and is compared on these.
+    work: multiply-accumulates of one sample where that takes long, for whoever sets `most`; 0 elsewhere.
+    network: what its own file holds, where it has one; None: the artifact that is validated.
+    unfused: the same file without graph optimizations, where it has some.
     """
 
     name: str
     run: Callable[[Arrays], Arrays]
     tensors: Callable[[Arrays], Mapping[str, NDArray[np.float32]]]
+    most: int | None = None
+    work: int = 0
+    network: Callable[[], Artifact] | None = None
+    unfused: Executor | None = None
 
 
 def compare(
@@ -70,13 +82,13 @@ def compare(
     for batch in batches:
         expected = reference.run(batch)
         for tally in tallies:
-            tally.add(batch, expected, tally.other.run(batch))
+            tally.add(batch, expected)
         samples += len(batch[0])
         if on_batch:
             on_batch(samples)
     if not samples:
         raise DataError("no inputs to compare the executors on")
-    return [tally.verdict(artifact, samples, proof) for tally in tallies]
+    return [tally.verdict(artifact, proof) for tally in tallies]
 
 
 @dataclass
@@ -86,6 +98,7 @@ class _Tally:
     reference: Executor
     other: Executor
     encodings: list[Encoding | None]
+    samples: int = 0
     elements: int = 0
     differing: int = 0
     max_lsb: float = 0.0
@@ -93,8 +106,16 @@ class _Tally:
     same_top1: int = 0
     suspects: list[list[NDArray[np.float32]]] = field(default_factory=list)
 
-    def add(self, batch: Arrays, expected: Arrays, got: Arrays) -> None:
-        """Counts one batch."""
+    def add(self, batch: Arrays, expected: Arrays) -> None:
+        """Runs one batch, or what the executor's limit leaves of it, and counts."""
+        size = len(batch[0])
+        room = size if self.other.most is None else min(size, self.other.most - self.samples)
+        if room <= 0:
+            return
+        if room < size:
+            batch, expected = ([x[:room] for x in arrays] for arrays in (batch, expected))
+        got = self.other.run(batch)
+        self.samples += room
         if [x.shape for x in expected] != [x.shape for x in got]:
             shapes = f"{[x.shape for x in got]} instead of {[x.shape for x in expected]}"
             raise DataError(f"{self.other.name}: outputs of shape {shapes} from {self.reference.name}")
@@ -113,11 +134,11 @@ class _Tally:
         for sample in np.flatnonzero(differing)[: SUSPECTS - len(self.suspects)]:
             self.suspects.append([x[sample : sample + 1] for x in batch])
 
-    def verdict(self, artifact: Artifact, samples: int, proof: Certificate | bool) -> Agreement:
+    def verdict(self, artifact: Artifact, proof: Certificate | bool) -> Agreement:
         """What the counts amount to."""
         notes: list[str] = []
         divergence = self._divergence(artifact, notes) if self.differing else None
-        proved = proof if isinstance(proof, bool) else proof.proved
+        proved = (proof if isinstance(proof, bool) else proof.proved) and self._is_certified(artifact, notes)
         if self.differing and proved:
             notes.append("the certificate proves that nothing can differ: an executor or the certificate is wrong")
         return Agreement(
@@ -128,9 +149,19 @@ class _Tally:
             max_lsb=self.max_lsb,
             top1_agreement=100 * self.same_top1 / max(1, self.rows),
             first_diverging=divergence,
-            claim="differs" if self.differing else "proved" if proved else f"observed on {samples} inputs",
+            claim="differs" if self.differing else "proved" if proved else f"observed on {self.samples} inputs",
             notes=tuple(notes),
         )
+
+    def _is_certified(self, artifact: Artifact, notes: list[str]) -> bool:
+        """Whether both executors' own files hold the network that the proof is about."""
+        for executor in (self.reference, self.other):
+            if executor.network is not None:
+                certified, own = Named("the certified network", artifact), Named(executor.name, executor.network())
+                if found := networks.first_difference(certified, own):
+                    notes.append(f"the file of {executor.name} holds another network: {found}")
+                    return False
+        return True
 
     def _divergence(self, artifact: Artifact, notes: list[str]) -> Divergence | None:
         batch = [np.concatenate(parts) for parts in zip(*self.suspects, strict=True)]
@@ -139,27 +170,51 @@ class _Tally:
             {**dict(zip(names, executor.run(batch), strict=True)), **executor.tensors(batch)}
             for executor in (self.reference, self.other)
         )
-        found = first_difference(artifact, expected, got)
-        if found is None:
+        tensor = first_difference(artifact, expected, got)
+        if tensor is None:
             notes.append(f"no tensor differs when {len(self.suspects)} of the differing samples are run again")
-        return found
+            return None
+        producers = {name: node for node in artifact.model.graph.node for name in node.output}
+        node = producers[tensor].name or producers[tensor].op_type if tensor in producers else ""
+        a, b = expected[tensor], got[tensor]
+        wrong, lsb = a != b, _largest_difference(a, b, artifact.encodings.get(tensor))
+        raw = dict(zip((i.name for i in _inputs(artifact.model.graph)), batch, strict=False))
+        known = {**raw, **{name: expected[name] for name in expected.keys() & got if name != tensor}}
+        first, second = (
+            _witness(executor, tensor, values, batch, artifact)
+            for executor, values in ((self.reference, a), (self.other, b))
+        )
+        found = explain(tensor, first, second, known)
+        if found.account:
+            notes.append(found.account)
+        cause = found.cause or likely_cause(artifact, tensor)
+        if found.cause and tensor not in producers:
+            cause = f"the graph input is quantized differently: {found.cause}"
+        return Divergence(tensor, node, wrong.size, int(wrong.sum()), lsb, cause)
+
+
+def _witness(
+    executor: Executor, tensor: str, values: NDArray[np.float32], batch: Arrays, artifact: Artifact
+) -> Witness:
+    def unfused() -> NDArray[np.float32] | None:
+        return None if executor.unfused is None else executor.unfused.tensors(batch).get(tensor)
+
+    return Witness(executor.name, executor.network() if executor.network else artifact, values, unfused)
+
+
+def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    parameters = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in parameters]
 
 
 def first_difference(
     artifact: Artifact, expected: Mapping[str, NDArray[np.float32]], got: Mapping[str, NDArray[np.float32]]
-) -> Divergence | None:
+) -> str | None:
     """The first tensor, in the graph's order, whose values in both mappings differ; None when none does."""
     graph = artifact.model.graph
-    producers = {name: node for node in graph.node for name in node.output}
-    for name in [*(value.name for value in graph.input), *producers]:
-        if name not in expected or name not in got:
-            continue
-        a, b = expected[name], got[name]
-        if (wrong := a != b).any():
-            node = producers[name].name or producers[name].op_type if name in producers else ""
-            lsb = _largest_difference(a, b, artifact.encodings.get(name))
-            return Divergence(name, node, wrong.size, int(wrong.sum()), lsb, likely_cause(artifact, name))
-    return None
+    order = [*(value.name for value in graph.input), *(name for node in graph.node for name in node.output)]
+    compared = (name for name in order if name in expected and name in got)
+    return next((name for name in compared if (expected[name] != got[name]).any()), None)
 
 
 def likely_cause(artifact: Artifact, tensor: str) -> str | None:

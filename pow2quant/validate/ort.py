@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import onnxruntime
     from numpy.typing import NDArray
 
-    from pow2quant.artifact import Table
+    from pow2quant.artifact import Artifact, Table
     from pow2quant.pow2_constraints import Encoding
     from pow2quant.validate.agreement import Arrays
 
@@ -29,6 +29,9 @@ Source = Path | bytes | onnx.ModelProto | Callable[[], onnx.ModelProto]
 
 DTYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}
 """What a graph input is converted to, by onnxruntime's name of its type; others are fed as they come."""
+
+QUICK_GELU_IN_DOUBLE = (1, 24)
+"""Before it, all optimizations turn a SiLU in double into QuickGelu, which has no kernel for double (seen in 1.23)."""
 
 BATCH = 32
 """Samples in a batch of random inputs."""
@@ -133,7 +136,8 @@ def _input_shape(value: onnx.ValueInfoProto) -> tuple[Any, ...]:
 
 def _executor(source: Source, name: str, *, optimized: bool) -> Executor:
     runtime = _Runtime(source, name, optimized)
-    return Executor(name, runtime.run, runtime.tensors)
+    unfused = _executor(source, PLAIN, optimized=False) if optimized else None
+    return Executor(name, runtime.run, runtime.tensors, network=runtime.network, unfused=unfused)
 
 
 class _Runtime:
@@ -151,6 +155,10 @@ class _Runtime:
         session, names, encodings = self._exposed
         codes = self._feed(session, batch, list(names)) if names else []  # no names would mean all outputs
         return {name: encodings[name].dequantize(q) for name, q in zip(names.values(), codes, strict=True)}
+
+    def network(self) -> Artifact:
+        """What the file holds."""
+        return onnx_qdq.from_qdq(_load(self._model))
 
     @cached_property
     def _model(self) -> Path | onnx.ModelProto:
@@ -208,6 +216,8 @@ def options(*, optimized: bool) -> onnxruntime.SessionOptions:
     session.inter_op_num_threads = 1
     session.log_severity_level = 4
     session.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < QUICK_GELU_IN_DOUBLE:
+        session.add_session_config_entry("optimization.disable_specified_optimizers", "QuickGeluFusion")
     if lacks_vnni():
         session.add_session_config_entry("session.x64quantprecision", "1")
     return session

@@ -1,0 +1,330 @@
+"""How one step writes itself as C: a function's body out of constants, kernels and loops."""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from pow2quant.errors import UnsupportedModelError
+from pow2quant.integer.program import storage
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pow2quant.integer.nodes import Window
+    from pow2quant.integer.program import Ints, Program, Requantization, Step, Tensor
+
+BLOCK = 64
+"""So many sums are held at a time, on the stack."""
+
+LANES = 64
+"""Lengths of dot products are rounded up to a multiple of so many codes, or fewer: see `templates/lanes.c.j2`."""
+
+WIDTH = 120
+"""Characters of a line."""
+
+
+class Surroundings(Protocol):
+    """What a layer needs of the file it stands in. used: the structs that it declares."""
+
+    program: Program
+    arrays: list[Array]
+    used: set[str]
+
+    def kernel(self, name: str, **types: str) -> str: ...
+
+    def constant(self, tensor: Tensor) -> str: ...
+
+
+@dataclass(frozen=True)
+class Array:
+    """A constant array."""
+
+    name: str
+    comment: str
+    values: NDArray[Any]
+
+    @property
+    def ctype(self) -> str:
+        """The type of its values."""
+        return f"{self.values.dtype}_t"
+
+    @property
+    def text(self) -> str:
+        """Its values, in lines."""
+        return numbers(self.values)
+
+
+@dataclass
+class Layer:
+    """One step of a program, and what its function needs.
+
+    body: of the function, whose parameters are the inputs ("x", or "x0", "x1", …), "y" and where asked for "patches";
+    empty for a view. sums: the type of its sums. overwrites: inputs whose memory the result may take, because every
+    code is read before the one at its place is written. scratch: memory it needs besides, (name, type, count). flash:
+    bytes of its constants.
+    """
+
+    source: Surroundings
+    step: Step
+    index: int
+    name: str
+    body: str = ""
+    sums: str = ""
+    overwrites: list[str] = field(default_factory=list)
+    scratch: list[tuple[str, np.dtype[np.integer], int]] = field(default_factory=list)
+    flash: int = 0
+
+    @property
+    def program(self) -> Program:
+        """What it is a part of."""
+        return self.source.program
+
+    @property
+    def output(self) -> Tensor:
+        """The result."""
+        return self.program.tensors[self.step.output]
+
+    def input(self, index: int) -> Tensor:
+        """An operand."""
+        return self.program.tensors[self.step.inputs[index]]
+
+    def operand(self, index: int) -> str:
+        """What an operand is called inside of the function."""
+        tensor = self.input(index)
+        if tensor.constant is not None:
+            return self.source.constant(tensor)
+        return "x" if len(self.step.inputs) == 1 else f"x{self.step.inputs.index(tensor.name)}"
+
+    def value(self, index: int, kind: str, place: str) -> str:
+        """An operand's code less that of zero, as a number of type `kind`."""
+        zero = self.input(index).zero
+        code = f"({kind}){self.operand(index)}[{place}]"
+        return f"({code} {'-' if zero > 0 else '+'} {abs(zero)})" if zero else code
+
+    def kernel(self, name: str, **types: str) -> str:
+        """A kernel's name, written out for these types."""
+        return self.source.kernel(name, **types)
+
+    def array(self, what: str, values: NDArray[Any], least: str = "int8", zeros: int = 0) -> Array:
+        """A constant array in the narrowest signed type, but none narrower than `least`; `zeros` follow the values."""
+        kind = np.promote_types(storage(min(int(values.min()), -1), int(values.max())), least)
+        return self.typed_array(what, values.astype(kind), zeros)
+
+    def typed_array(self, what: str, values: NDArray[Any], zeros: int = 0) -> Array:
+        """A constant array in its own type."""
+        note = f"{comment(self.step.node)}: {what}, {' x '.join(map(str, values.shape)) or '1'}"
+        note += f", and {zeros} zeros" if zeros else ""
+        array = Array(f"{self.name}_{what}", note, np.append(values.reshape(-1), np.zeros(zeros, values.dtype)))
+        self.flash += array.values.nbytes
+        self.source.arrays.append(array)
+        return array
+
+    def patches(self, tensor: Tensor, length: int, most: int) -> tuple[str, int]:
+        """Scratch memory for patches of `length` of a tensor's codes, and how many it holds, at most `most`.
+
+        They take up to half of what the layer reads and writes, unless eight patches take more.
+        """
+        row = -(-length // LANES) * LANES
+        room = (self.input(0).size + self.output.size) // 2 // row
+        count = min(most, BLOCK, max(8, room // 8 * 8))
+        self.scratch.append((f"{self.name} patches", tensor.dtype, count * row))
+        return "patches", count
+
+    def accumulator(self, bound: int, rule: Requantization) -> str:
+        """The type that holds every sum, none beyond `bound`, on its way to codes.
+
+        Raises UnsupportedModelError where 64 bits are not enough.
+        """
+        up, down = max(0, -int(rule.shift.min())), int(_shifts(rule).max())
+        largest = (bound << up) + (1 << max(0, down - 1)) + abs(rule.zero) + max(abs(rule.low), abs(rule.high))
+        if bound << up >= 2**61:
+            raise UnsupportedModelError(f"{self.step.node}: its sums may reach {bound << up}; C is written up to 2^61")
+        self.sums = "int32_t" if largest < 2**31 and down <= 30 else "int64_t"
+        return self.sums
+
+    def window(self, window: Window, channels: int) -> str:
+        """The declaration of the constant `window`."""
+        self.source.used.add("Window")
+        values = {"channels": channels, "height": window.size[0], "width": window.size[1]}
+        for name, (y, x) in (("stride", window.strides), ("dilation", window.dilations)):
+            values |= {f"{name}_y": y, f"{name}_x": x}
+        values |= dict(zip(("kernel_height", "kernel_width"), window.kernel, strict=True))
+        values |= dict(zip(("top", "left"), window.before, strict=True))
+        values |= dict(zip(("rows", "columns"), window.result, strict=True))
+        return _declared("Window", "window", values)
+
+    def rule(self, rule: Requantization) -> str:
+        """The declaration of the constant `rule`."""
+        self.source.used.add("Rule")
+        shift = self.typed_array("shift", _shifts(rule).astype(np.int8).reshape(-1)).name
+        numbers = {"zero": rule.zero, "low": rule.low, "high": rule.high}
+        return _declared("Rule", "rule", {"shift": shift, "per_channel": int(rule.shift.ndim > 0), **numbers})
+
+    def broadcast(self) -> Loops:
+        """Loops through both operands and the output, operands repeated as in ONNX."""
+        shape = (1, *self.output.shape)
+        tensors = [self.input(i) for i in range(len(self.step.inputs))]
+        shapes = [(1, *t.shape) if t.constant is None else t.shape for t in tensors]
+        views = [np.broadcast_to(np.arange(t.size).reshape(s), shape) for t, s in zip(tensors, shapes, strict=True)]
+        return Loops.through([*views, np.arange(self.output.size).reshape(shape)])
+
+    def moves(self, index: int, loops: Loops) -> str:
+        """A body that copies codes of one operand. loops: through it and the output."""
+        *outer, (count, read, write) = loops.nest
+        x = self.operand(index)
+        if (read, write) == (1, 1):
+            source, target = loops.starts_behind(len(outer))
+            copied = f"memcpy({total('y', target)}, {total(x, source)}, {count} * sizeof *y);"
+            return "\n".join(loops.around(len(outer), [copied]))
+        source, target = loops.starts_behind(len(outer) + 1)
+        return "\n".join(loops.around(len(outer) + 1, [f"y[{target}] = {x}[{source}];"]))
+
+    def elementwise(self, loops: Loops, term: Callable[..., str], rule: Requantization, bound: int) -> str:
+        """A body that requantizes `term(type of the sums, *indices of the operands)` for every element.
+
+        loops: through the operands and, last, the output. bound: of the terms.
+        """
+        self._note_overwritten(loops)
+        a = self.accumulator(bound, rule)
+        requantize = self.kernel("requantize", a=a, y=ctype(self.output))
+        numbers = f"{int(_shifts(rule))}, {rule.zero}, {rule.low}, {rule.high}"
+        *outer, (count, *strides) = loops.nest
+        long = count > BLOCK
+        n, m = ("n", "(first + m)") if long else (str(count), "m")
+        starts = loops.starts_behind(len(outer))
+        places = [total(start, times(m, stride)) for start, stride in zip(starts, strides, strict=True)]
+        local = [f"{a} sum[{min(BLOCK, count)}];"]
+        body = [f"for (int32_t m = 0; m < {n}; m++)", f"    sum[m] = {term(a, *places[:-1])};"]
+        if count > 1 and strides[-1] != 1:
+            local.append(f"{ctype(self.output)} codes[{min(BLOCK, count)}];")
+            body.append(f"{requantize}(codes, sum, {n}, {numbers});")
+            body += [f"for (int32_t m = 0; m < {n}; m++)", f"    y[{places[-1]}] = codes[m];"]
+        else:
+            body.append(f"{requantize}({total('y', starts[-1], 'first' if long else '')}, sum, {n}, {numbers});")
+        if long:
+            step = f"n = {count} - first < {BLOCK} ? {count} - first : {BLOCK};"
+            body = [f"for (int32_t first = 0, n; first < {count}; first += n) {{", *indented([step, *body]), "}"]
+        return "\n".join([*local, *loops.around(len(outer), body)])
+
+    def _note_overwritten(self, loops: Loops) -> None:
+        """Operands that are read just where the output is written, from its first code to its last."""
+        if math.prod(loop[0] for loop in loops.nest) != self.output.size:
+            return
+        for i in range(len(loops.starts) - 1):
+            together = loops.starts[i] == loops.starts[-1] and all(loop[1 + i] == loop[-1] for loop in loops.nest)
+            if together and self.input(i).constant is None:
+                self.overwrites.append(self.step.inputs[i])
+
+
+@dataclass(frozen=True)
+class Loops:
+    """Nested loops through several arrays.
+
+    nest: (count, stride in every array), outermost first; at least one. starts: flat indices.
+    """
+
+    nest: Sequence[tuple[int, ...]]
+    starts: Sequence[int]
+
+    @classmethod
+    def through(cls, views: Sequence[NDArray[np.int64]]) -> Loops:
+        """Through views, of equal shape, of flat indices."""
+        found: list[tuple[int, ...]] = []
+        for count, *strides in zip(views[0].shape, *(v.strides for v in views), strict=True):
+            steps = tuple(s // views[0].itemsize for s in strides)
+            if found and count > 1 and found[-1][1:] == tuple(count * s for s in steps):
+                found[-1] = (found[-1][0] * count, *steps)
+            elif count > 1:
+                found.append((count, *steps))
+        return cls(found or [(1, *[1] * len(views))], [int(v.flat[0]) for v in views])
+
+    def starts_behind(self, depth: int) -> list[str]:
+        """The flat index in every array that the `depth` outermost loops have reached."""
+        return [
+            total(str(start or ""), *(times(f"i{d}", loop[1 + array]) for d, loop in enumerate(self.nest[:depth])))
+            for array, start in enumerate(self.starts)
+        ]
+
+    def around(self, depth: int, body: list[str]) -> list[str]:
+        """The `depth` outermost loops around some lines."""
+        for d in reversed(range(depth)):
+            head = f"for (int32_t i{d} = 0; i{d} < {self.nest[d][0]}; i{d}++) {{"
+            body = [head, *indented(body), "}"]
+        return body
+
+
+def folded(weight: Ints, bias: Ints, x: Tensor) -> tuple[Ints, int]:
+    """The bias of sums of w * q instead of w * (q - zero), and a bound on these sums with it, in any order.
+
+    weight: (C_out, …). bias: (C_out,).
+    """
+    rows = weight.reshape(len(weight), -1)
+    other = bias - x.zero * rows.sum(1)
+    return other, int((np.abs(rows).sum(1) * max(abs(x.low), abs(x.high)) + np.abs(other)).max())
+
+
+def ctype(tensor: Tensor) -> str:
+    """The C type of a tensor's codes."""
+    return f"{tensor.dtype}_t"
+
+
+def numbers(values: NDArray[Any]) -> str:
+    """Numbers of an initializer, in lines of equal counts."""
+    texts = list(map(str, values.reshape(-1).tolist()))
+    per_line = (WIDTH - 4) // (max(map(len, texts), default=1) + 2)
+    return ",\n".join(f"    {', '.join(texts[i : i + per_line])}" for i in range(0, len(texts), per_line))
+
+
+def indented(lines: Iterable[str]) -> list[str]:
+    """Lines one level further in."""
+    return [f"    {line}" for line in lines]
+
+
+def braced(text: str) -> str:
+    """Lines as a block of their own."""
+    return "\n".join(["{", *indented(text.splitlines()), "}"])
+
+
+def total(*terms: str) -> str:
+    """Terms added up; empty ones and zeros are left out."""
+    return " + ".join(t for t in terms if t not in ("", "0")) or "0"
+
+
+def times(index: str, stride: int) -> str:
+    """index * stride."""
+    if stride == 1:
+        return index.strip("()")
+    return f"{index} * {stride}" if stride > 0 else f"{index} * ({stride})" if stride else ""
+
+
+def plain(name: str) -> str:
+    """What a C identifier can hold of an ONNX name."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+
+
+def comment(name: str) -> str:
+    """An ONNX name as it can stand in a comment and in a table."""
+    return re.sub(r"\*/|/\*|[^ -{}~]", "_", name)
+
+
+def shape(tensor: Tensor) -> str:
+    """A tensor's shape as text."""
+    return f"({', '.join(map(str, tensor.shape))})"
+
+
+def _shifts(rule: Requantization) -> Ints:
+    """The shifts. Beyond 62 nothing that 64 bits hold here is left."""
+    return np.minimum(rule.shift, 62)
+
+
+def _declared(kind: str, name: str, values: dict[str, Any]) -> str:
+    """A constant struct with the names of its members, in lines that fit."""
+    text = f"static const {kind} {name} = {{" + ", ".join(f".{key} = {value}" for key, value in values.items()) + "};"
+    return "\n".join(textwrap.wrap(text, WIDTH - 4, subsequent_indent="    ", break_on_hyphens=False))

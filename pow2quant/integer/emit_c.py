@@ -1,0 +1,280 @@
+"""The C writer: a program as a folder of C99 that stands alone.
+
+Every step writes itself (`emit_c` in `ops/`) as a function that calls kernels; the kernels are templates, written out
+for the types that the steps have. Where the tensors lie is planned by `memory.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pow2quant.integer.c_layer import BLOCK, Array, Layer, comment, ctype, indented, numbers, plain, shape
+from pow2quant.integer.folder import staged
+from pow2quant.integer.lower import lower
+from pow2quant.integer.memory import NARROW, WIDE, Needs, Spot, place
+from pow2quant.integer.pack import sample_codes
+from pow2quant.integer.run import run
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jinja2 import Environment
+
+    from pow2quant.artifact import Artifact
+    from pow2quant.integer.program import Program, Step, Tensor
+
+PLAN = "plan.json"
+FILES = ("model.h", "model.c", "kernels.h", "weights.h", "test_vectors.h", "main.c", "Makefile", "README.md")
+"""The templates of files; `model` becomes the prefix."""
+
+VECTORS = 16
+LARGEST_VECTORS = 2**20
+"""There are so many test vectors, or fewer where their inputs would have more codes than that."""
+
+ARENAS = {NARROW: "arena", WIDE: "wide"}
+"""What the static arrays are called."""
+
+
+def export_c(artifact: Artifact, folder: Path, *, prefix: str = "model") -> Path:
+    """Writes the artifact as C into `folder`, which an older export may take up. Returns the folder.
+
+    prefix: of the files and of the function, `<prefix>_run`.
+    Raises what `lower` raises; OutputError where the folder holds something else, or cannot be written.
+    """
+    program = lower(artifact)
+    with staged(folder, PLAN) as staging:
+        for name, text in files(program, prefix).items():
+            (staging / name).write_text(text, encoding="utf-8", newline="\n")
+    return folder
+
+
+def files(program: Program, prefix: str = "model") -> dict[str, str]:
+    """The text of every file by name."""
+    source = Source(program, prefix)
+    values = source.document()
+    texts = {PLAN: source.plan_json()}
+    for template in FILES:
+        name = template.replace("model", prefix)
+        texts[name] = _environment().get_template(f"{template}.j2").render(values).rstrip("\n") + "\n"
+    return texts
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).with_name("templates"))
+    return Environment(loader=loader, undefined=StrictUndefined, autoescape=False)
+
+
+@dataclass
+class Place:
+    """An input or output of the network, as the C function's parameter."""
+
+    role: str
+    name: str
+    tensor: Tensor
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """For the templates."""
+        t = self.tensor
+        centre = f"(q - {t.zero})" if t.zero > 0 else f"(q + {-t.zero})" if t.zero else "q"
+        real = f"2^{t.exponent} * {centre}"
+        return {
+            "role": self.role,
+            "name": self.name,
+            "tensor": comment(t.name),
+            "shape": shape(t),
+            "ctype": ctype(t),
+            "size": t.size,
+            "low": t.low,
+            "high": t.high,
+            "real": real,
+            "meaning": f"a code q of {t.low} .. {t.high} stands for {real}",
+        }
+
+
+class Source:
+    """A program's C under construction."""
+
+    def __init__(self, program: Program, prefix: str) -> None:
+        self.program, self.prefix = program, prefix
+        self.arrays: list[Array] = []
+        self.kernels: dict[str, str] = {}
+        self.used: set[str] = set()
+        self.constants: dict[str, str] = {}
+        taken: set[str] = set()
+        tensors = program.tensors
+        self.inputs = [Place("input", _identifier("input", name, taken), tensors[name]) for name in program.inputs]
+        self.outputs = [Place("output", _identifier("output", name, taken), tensors[name]) for name in program.outputs]
+        digits = len(str(max(0, len(program.steps) - 1)))
+        self.layers = []
+        for i, step in enumerate(program.steps):
+            layer = Layer(self, step, i, f"layer{i:0{digits}d}_{plain(step.node)[:40]}")
+            layer.body = step.emit_c(layer)
+            self.layers.append(layer)
+        needs = [Needs(not layer.body, tuple(layer.overwrites), layer.scratch) for layer in self.layers]
+        self.memory = place(program, needs)
+
+    def kernel(self, name: str, **types: str) -> str:
+        """A kernel's name; its text, and before it those of the kernels it calls, are written out when first needed."""
+        short = [kind.removesuffix("_t").replace("uint", "u").replace("int", "s") for kind in types.values()]
+        full = "_".join([name, *filter(None, short)])
+        if full not in self.kernels:
+            template = _environment().get_template(f"{name}.c.j2")
+            text = template.render(types, name=full, kernel=self.kernel, bits=_bits, block=BLOCK)
+            self.kernels[full] = text
+        return full
+
+    def constant(self, tensor: Tensor) -> str:
+        """The array of a constant tensor."""
+        if tensor.name not in self.constants:
+            assert tensor.constant is not None
+            name = f"constant{len(self.constants)}_{plain(tensor.name)[:40]}"
+            values = tensor.constant.astype(tensor.dtype)
+            self.arrays.append(Array(name, f"{comment(tensor.name)}, {shape(tensor)}", values))
+            self.constants[tensor.name] = name
+        return self.constants[tensor.name]
+
+    def document(self) -> dict[str, Any]:
+        """What the templates are filled with."""
+        samples = max(1, min(VECTORS, LARGEST_VECTORS // max(1, sum(p.tensor.size for p in self.inputs))))
+        codes = sample_codes(self.program, samples)
+        expected = run(self.program, codes)
+        tests = [(p, p.name, c) for p, c in zip(self.inputs, codes, strict=True)]
+        tests += [(p, f"expected_{p.name}", c) for p, c in zip(self.outputs, expected, strict=True)]
+        places = [*self.inputs, *self.outputs]
+        calls = [f"{p.name}[v]" for p in self.inputs] + [p.name for p in self.outputs]
+        stack = [BLOCK * _bits(layer.sums) // 8 for layer in self.layers if layer.sums]
+        ends = [e for step in self.program.steps for e in _ends(step)]
+        return {
+            "prefix": self.prefix,
+            "ram": self.memory.ram,
+            "lower_bound": self.memory.lower_bound,
+            "flash": self.flash,
+            "stack": max(stack, default=0),
+            "caller": sum(p.tensor.size * p.tensor.dtype.itemsize for p in places),
+            "inputs": [p.values for p in self.inputs],
+            "outputs": [p.values for p in self.outputs],
+            "signature": ", ".join(
+                f"{'const ' * (p.role == 'input')}{ctype(p.tensor)} {p.name}[{p.tensor.size}]" for p in places
+            ),
+            "names": ", ".join(p.name for p in places),
+            "calls": ", ".join(calls),
+            "used": self.used,
+            "rule_type": "int32_t" if all(-(2**31) <= e < 2**31 for e in ends) else "int64_t",
+            "kernels": list(self.kernels.values()),
+            "arrays": self.arrays,
+            "arenas": [self._arena(width) for width, arena in self.memory.arenas.items() if arena.peak],
+            "layers": [self._layer(layer) for layer in self.layers],
+            "copies": [self._copy(name) for name in self.memory.copies],
+            "work": self.program.work,
+            "vectors": samples,
+            "tests": [
+                {
+                    "ctype": ctype(p.tensor),
+                    "name": name,
+                    "size": p.tensor.size,
+                    "text": ",\n".join(f"{{\n{numbers(row)}\n}}" for row in c.astype(p.tensor.dtype)),
+                }
+                for p, name, c in tests
+            ],
+        }
+
+    @property
+    def flash(self) -> int:
+        """Bytes of all constants."""
+        return sum(array.values.nbytes for array in self.arrays)
+
+    def plan_json(self) -> str:
+        """Sizes, and where every tensor of the arenas lies and from which layer to which."""
+        memory = self.memory
+        sizes = {"ram": memory.ram, "lower_bound": memory.lower_bound, "flash": self.flash}
+        arenas = {
+            ARENAS[width]: [
+                {"name": b.name, "offset": arena.offsets[b.name], "bytes": b.size, "layers": [b.first, b.last]}
+                for b in memory.buffers[width]
+            ]
+            for width, arena in memory.arenas.items()
+        }
+        return json.dumps(sizes | {name: buffers for name, buffers in arenas.items() if buffers}, indent=1) + "\n"
+
+    def pointer(self, tensor: Tensor) -> str:
+        """The C expression that points to a tensor."""
+        if tensor.constant is not None:
+            return self.constant(tensor)
+        spot = self.memory.spots[tensor.name]
+        if spot.caller is None:
+            return self._in_arena(spot, tensor.dtype)
+        home = next(p for p in (*self.inputs, *self.outputs) if p.tensor.name == spot.caller)
+        return home.name if home.tensor.dtype == tensor.dtype else f"({ctype(tensor)} *){home.name}"
+
+    def _in_arena(self, spot: Spot, dtype: np.dtype[np.integer]) -> str:
+        name = ARENAS[spot.width]
+        pointer = name if dtype == self.memory.types[spot.width] else f"({dtype}_t *){name}"
+        return f"{pointer} + {spot.offset // dtype.itemsize}" if spot.offset else pointer
+
+    def _arena(self, width: int) -> dict[str, Any]:
+        dtype = self.memory.types[width]
+        count = -(-self.memory.arenas[width].peak // dtype.itemsize)
+        return {"ctype": f"{dtype}_t", "name": ARENAS[width], "count": count}
+
+    def _copy(self, name: str) -> dict[str, Any]:
+        place = next(p for p in self.outputs if p.tensor.name == name)
+        size = place.tensor.size * place.tensor.dtype.itemsize
+        return {"to": place.name, "source": self.pointer(place.tensor), "bytes": size}
+
+    def _layer(self, layer: Layer) -> dict[str, Any]:
+        step, output = layer.step, layer.output
+        kind = type(step).__name__
+        inputs = [self.program.tensors[name] for name in dict.fromkeys(step.inputs)]
+        computed = [t for t in inputs if t.constant is None]
+        parameters = [f"const {ctype(t)} *{layer.operand(step.inputs.index(t.name))}" for t in computed]
+        parameters.append(f"{ctype(output)} *y")
+        arguments = [self.pointer(t) for t in computed] + [self.pointer(output)]
+        for name, dtype, _ in layer.scratch:
+            parameters.append(f"{dtype}_t *patches")
+            arguments.append(self._in_arena(self.memory.spots[name], dtype))
+        rule = getattr(step, "requantization", None)
+        shift = "" if rule is None else " … ".join(map(str, sorted({int(rule.shift.min()), int(rule.shift.max())})))
+        return {
+            "index": layer.index,
+            "name": layer.name,
+            "node": comment(step.node),
+            "kind": kind,
+            "title": f"{layer.index}: {kind} {comment(step.node)}, "
+            f"{' and '.join(map(shape, inputs))} to {shape(output)}",
+            "shape": shape(output),
+            "ctype": ctype(output),
+            "sums": f"`{layer.sums}`" if layer.sums else "",
+            "shift": shift,
+            "work": step.work(self.program),
+            "flash": layer.flash,
+            "body": "\n".join(indented(layer.body.splitlines())),
+            "signature": ", ".join(parameters),
+            "arguments": arguments,
+            "result": self.pointer(output),
+            "count": output.size,
+        }
+
+
+def _ends(step: Step) -> list[int]:
+    rule = getattr(step, "requantization", None)
+    return [] if rule is None else [rule.zero, rule.low, rule.high]
+
+
+def _bits(kind: str) -> int:
+    return int(kind.removeprefix("u").removeprefix("int").removesuffix("_t"))
+
+
+def _identifier(role: str, name: str, taken: set[str]) -> str:
+    """A C identifier for an input or output that is not taken yet; none is a word of C's."""
+    text = plain(name)[:40]
+    stem = text if text.startswith(role) else f"{role}_{text}"
+    found = next(n for n in (stem, *(f"{stem}_{i}" for i in range(2, 10**6))) if n not in taken)
+    taken.add(found)
+    return found

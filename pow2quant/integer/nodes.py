@@ -1,0 +1,112 @@
+"""Reading ONNX nodes: attributes, names for errors, windows of convolutions and pools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from pow2quant.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+
+def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    """An attribute's value, or `default` when the node does not have it."""
+    return next((onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name), default)
+
+
+def title(node: onnx.NodeProto) -> str:
+    """How an error names a node."""
+    return f"{node.op_type} {node.name or node.output[0]}"
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a convolution or pool slides over a map: all pairs are (vertical, horizontal).
+
+    One-dimensional maps (C, L) are seen as (C, 1, L). before, after: padding in front of and behind the map; `after`
+    reaches as far as the last window, also beyond what ONNX pads (ceil_mode).
+    """
+
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    dilations: tuple[int, int]
+    before: tuple[int, int]
+    after: tuple[int, int]
+    result: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls, node: onnx.NodeProto, kernel: Sequence[int], size: Sequence[int], result: Sequence[int] | None = None
+    ) -> Window:
+        """A node's window over a map of `size`, with a result of that size. Raises UnsupportedModelError in 3-D.
+
+        result: by default what the padding leaves room for.
+        """
+        rank = len(size)
+        if rank not in (1, 2):
+            raise UnsupportedModelError(f"{title(node)}: windows in {rank} dimensions; 1 and 2 have integers")
+        strides = [int(s) for s in attribute(node, "strides", [1] * rank)]
+        dilations = [int(d) for d in attribute(node, "dilations", [1] * rank)]
+        reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+        pads = _pads(node, size, strides, reach)
+        if result is None:
+            padded = [n + a + b for n, a, b in zip(size, pads, pads[rank:], strict=False)]
+            result = [(n - r) // s + 1 for n, r, s in zip(padded, reach, strides, strict=True)]
+        # every window fits into the map with its padding, and the padding ends where the last window does
+        ends = [(n - 1) * s + r for n, s, r in zip(result, strides, reach, strict=True)]
+        after = [end - n - a for end, n, a in zip(ends, size, pads, strict=False)]
+
+        def pair(values: Sequence[int], fill: int) -> tuple[int, int]:
+            first, second = [*[fill] * (2 - rank), *map(int, values)]
+            return first, second
+
+        return cls(
+            size=pair(size, 1),
+            kernel=pair(kernel, 1),
+            strides=pair(strides, 1),
+            dilations=pair(dilations, 1),
+            before=pair(pads[:rank], 0),
+            after=pair(after, 0),
+            result=pair(result, 1),
+        )
+
+    def patches(self, maps: NDArray[Any], fill: int) -> NDArray[Any]:
+        """(N, C, height, width) -> a view (N, C, result height, result width, kernel height, kernel width).
+
+        fill: the value of what lies outside of the maps.
+        """
+        (top, left), (bottom, right) = self.before, self.after
+        if top > 0 or left > 0 or bottom > 0 or right > 0:
+            pads = ((0, 0), (0, 0), (top, max(bottom, 0)), (left, max(right, 0)))
+            maps = np.pad(maps, pads, constant_values=fill)
+        height, width = ((n - 1) * s + d * (k - 1) + 1 for n, s, d, k in self._columns())
+        n, c, h, w = maps.strides
+        (sh, sw), (dh, dw) = self.strides, self.dilations
+        assert height <= maps.shape[2]
+        assert width <= maps.shape[3]
+        shape = (*maps.shape[:2], *self.result, *self.kernel)
+        return np.lib.stride_tricks.as_strided(maps, shape, (n, c, h * sh, w * sw, h * dh, w * dw), writeable=False)
+
+    def _columns(self) -> list[tuple[int, int, int, int]]:
+        return list(zip(self.result, self.strides, self.dilations, self.kernel, strict=True))
+
+
+def _pads(node: onnx.NodeProto, size: Sequence[int], strides: Sequence[int], reach: Sequence[int]) -> list[int]:
+    """Padding in front of every dimension, then behind."""
+    rank = len(size)
+    auto = attribute(node, "auto_pad", b"NOTSET").decode()
+    if auto in ("", "NOTSET"):
+        return [int(p) for p in attribute(node, "pads", [0] * (2 * rank))]
+    if auto == "VALID":
+        return [0] * (2 * rank)
+    total = [max(0, (-(-n // s) - 1) * s + r - n) for n, s, r in zip(size, strides, reach, strict=True)]
+    small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+    return [*small, *large] if auto == "SAME_UPPER" else [*large, *small]

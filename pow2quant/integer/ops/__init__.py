@@ -1,0 +1,50 @@
+"""Every operation in integers: how it is lowered from ONNX, how the engine runs it, and how it is written as C.
+
+A new operation is one file with a `Step` and a `lower` function, and a row of `LOWER`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pow2quant.integer.ops import average, convolution, copy, dense, matmul, maximum, product, sum, view
+
+if TYPE_CHECKING:
+    import onnx
+
+    from pow2quant.integer.lower import Lowering
+
+Lower = Callable[["Lowering", "onnx.NodeProto", str, float, float], None]
+"""(graph, node, name of the encoded result, real ends of fused ReLUs and clips) -> None; adds steps to the graph.
+
+The name is the node's own result, or that of the ReLU or clip that is fused with it.
+"""
+
+LOWER: dict[str, Lower] = {
+    "Add": sum.lower,
+    "AveragePool": average.lower_pool,
+    "Concat": copy.lower_concat,
+    "Conv": convolution.lower,
+    "ConvTranspose": convolution.lower_transposed,
+    "DepthToSpace": copy.lower_depth_to_space,
+    "Dropout": view.lower,
+    "Flatten": view.lower,
+    "Gemm": dense.lower_gemm,
+    "GlobalAveragePool": average.lower_mean,
+    "GlobalMaxPool": maximum.lower,
+    "Identity": view.lower,
+    "MatMul": matmul.lower,
+    "MaxPool": maximum.lower,
+    "Mul": product.lower,
+    "Pad": copy.lower_pad,
+    "ReduceMean": average.lower_mean,
+    "Reshape": view.lower,
+    "Resize": copy.lower_resize,
+    "Slice": copy.lower_slice,
+    "Split": copy.lower_split,
+    "Squeeze": view.lower,
+    "Sub": sum.lower,
+    "Transpose": copy.lower_transpose,
+    "Unsqueeze": view.lower,
+}

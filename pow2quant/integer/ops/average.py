@@ -1,0 +1,127 @@
+"""AveragePool, GlobalAveragePool, ReduceMean: an exact sum, and one division that rounds half to even."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+
+from pow2quant.errors import UnsupportedModelError
+from pow2quant.integer.c_layer import ctype
+from pow2quant.integer.nodes import Window, attribute, title
+from pow2quant.integer.ops.copy import Copy, Part
+from pow2quant.pow2_constraints.arithmetic import divide_round, saturate
+
+if TYPE_CHECKING:
+    from pow2quant.integer.c_layer import Layer
+    from pow2quant.integer.lower import Lowering
+    from pow2quant.integer.program import Codes, Ints, Program, Requantization
+
+
+@dataclass(frozen=True, eq=False)
+class Average:
+    """y = round_half_even(sum over a window of (x - zero) / (count * 2^shift)) + zero, clipped.
+
+    counts: by how many values each result is divided, () or (result height, result width). The shift is that of the
+    requantization; a negative one multiplies the sum.
+    """
+
+    node: str
+    inputs: tuple[str]
+    output: str
+    window: Window
+    counts: Ints
+    requantization: Requantization
+
+    def run(self, program: Program, *inputs: Codes) -> Codes:
+        """See `Step.run`."""
+        (x,) = inputs
+        tensor, result = program.tensors[self.inputs[0]], program.tensors[self.output]
+        maps = x.reshape(len(x), -1, *self.window.size).astype(np.int64) - tensor.zero
+        sums = self.window.patches(maps, 0).sum((-2, -1))
+        numerator = np.left_shift(sums, self.up)
+        quotient = divide_round(numerator, np.left_shift(self.counts, self.down))
+        rule = self.requantization
+        codes = saturate(quotient + rule.zero, rule.low, rule.high)
+        return codes.astype(result.dtype).reshape(len(x), *result.shape)
+
+    @property
+    def up(self) -> int:
+        """The numerator's shift to the left."""
+        return max(0, -int(self.requantization.shift))
+
+    @property
+    def down(self) -> int:
+        """The divisor's shift to the left."""
+        return max(0, int(self.requantization.shift))
+
+    def emit_c(self, layer: Layer) -> str:
+        """See `Step.emit_c`."""
+        x, rule = layer.input(0), self.requantization
+        divided = replace(rule, shift=np.array(0))  # the counts' part
+        a = layer.accumulator(self.bound(layer.program), divided)
+        counts = np.left_shift(self.counts, self.down).reshape(-1).astype(a.removesuffix("_t"))
+        average = layer.kernel("average", x=ctype(x), a=a, y=ctype(layer.output))
+        places = f"{layer.typed_array('counts', counts).name}, {int(self.counts.ndim > 0)}"
+        numbers = f"{x.zero}, {places}, {1 << self.up}, {rule.zero}, {rule.low}, {rule.high}"
+        window = layer.window(self.window, x.size // math.prod(self.window.size))
+        return f"{window}\n{average}(x, y, &window, {numbers});"
+
+    def bound(self, program: Program) -> int:
+        """See `Step.bound`."""
+        numerator = math.prod(self.window.kernel) * program.tensors[self.inputs[0]].magnitude << self.up
+        return max(numerator, int(self.counts.max()) << self.down)
+
+    def work(self, program: Program) -> int:
+        """See `Step.work`."""
+        return program.tensors[self.output].size * math.prod(self.window.kernel)
+
+
+def lower_pool(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
+    """AveragePool. Raises UnsupportedModelError where executors disagree about the divisor."""
+    x, target = graph.read(node.input[0]), graph.declare(output)
+    kernel = attribute(node, "kernel_shape", [])
+    window = Window.of(node, kernel, x.shape[1:], target.shape[1:])
+    counts_padding = int(attribute(node, "count_include_pad", 0))
+    if counts_padding and attribute(node, "ceil_mode", 0):
+        raise UnsupportedModelError(f"{title(node)}: ceil_mode with count_include_pad has no agreed divisor")
+    counts = window.patches(np.ones((1, 1, *window.size), np.int64), counts_padding).sum((-2, -1))[0, 0]
+    if (counts == counts.flat[0]).all():
+        counts = counts[0, 0]
+    requantization = graph.requantization(np.array(x.exponent), target, low, high)
+    graph.steps.append(Average(node.name or output, (x.name,), output, window, np.asarray(counts), requantization))
+
+
+def lower_mean(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
+    """GlobalAveragePool or ReduceMean over any dimensions but the batch: a mean over the last ones, moved there."""
+    x, target = graph.read(node.input[0]), graph.declare(output)
+    rank = len(x.shape) + 1
+    axes = _axes(graph, node, rank)
+    if 0 in axes:
+        raise UnsupportedModelError(f"{title(node)}: averages over the batch")
+    name, source = node.name or output, x.name
+    kept = [a for a in range(1, rank) if a not in axes]
+    order = [*kept, *axes]
+    if order != sorted(order):
+        view = np.arange(x.size).reshape(x.shape).transpose([a - 1 for a in order])
+        source = f"{name}.transposed"
+        graph.declare(source, view.shape, x.encoding)
+        graph.steps.append(Copy(name, (x.name,), source, (Part.of(0, view, np.arange(x.size).reshape(view.shape)),)))
+    length = math.prod(x.shape[a - 1] for a in axes)
+    window = Window.of(onnx.helper.make_node("AveragePool", [], []), [length], [length])
+    requantization = graph.requantization(np.array(x.exponent), target, low, high)
+    graph.steps.append(Average(name, (source,), output, window, np.array(length), requantization))
+
+
+def _axes(graph: Lowering, node: onnx.NodeProto, rank: int) -> list[int]:
+    if node.op_type == "GlobalAveragePool":
+        return list(range(2, rank))
+    axes = attribute(node, "axes", None)
+    if axes is None and len(node.input) > 1 and node.input[1]:
+        axes = graph.floats.get(node.input[1])
+        if axes is None:
+            raise UnsupportedModelError(f"{title(node)}: its axes are computed, not constant")
+    return sorted(int(a) % rank for a in (range(rank) if axes is None else axes))

@@ -1,0 +1,191 @@
+"""Conv and ConvTranspose: sums of products over windows, in one or two dimensions, grouped, strided, dilated."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pow2quant.errors import UnsupportedModelError
+from pow2quant.integer.c_layer import LANES, ctype, folded
+from pow2quant.integer.nodes import Window, attribute, title
+from pow2quant.integer.ops.copy import Copy, Part
+from pow2quant.integer.program import exact_kind
+
+if TYPE_CHECKING:
+    import onnx
+
+    from pow2quant.integer.c_layer import Layer
+    from pow2quant.integer.lower import Lowering
+    from pow2quant.integer.program import Codes, Ints, Program, Requantization
+    from pow2quant.pow2_constraints import Encoding
+
+UNROLLED = 7
+"""Lines of windows so wide are copied as one, with a kernel for each width."""
+
+
+@dataclass(frozen=True, eq=False)
+class Convolution:
+    """y = requantize(sum of w * (x - zero) over a window + bias), zero beyond the map.
+
+    weight: (C_out, C_in / groups, kernel height, kernel width). bias: (C_out,), in units of s_in * s_w.
+    """
+
+    node: str
+    inputs: tuple[str]
+    output: str
+    weight: Ints
+    bias: Ints
+    groups: int
+    window: Window
+    requantization: Requantization
+
+    def run(self, program: Program, *inputs: Codes) -> Codes:
+        """See `Step.run`."""
+        (x,) = inputs
+        tensor, result = program.tensors[self.inputs[0]], program.tensors[self.output]
+        kind = exact_kind(self.bound(program))
+        maps = x.reshape(len(x), -1, *self.window.size).astype(kind) - kind.type(tensor.zero)
+        patches = self.window.patches(maps, 0)
+        weight, n, g = self.weight.astype(kind), len(x), self.groups
+        if weight.shape[1] == 1 and len(weight) == g:
+            sums = np.zeros(patches.shape[:4], kind)
+            for row, column in np.ndindex(*weight.shape[2:]):
+                sums += patches[..., row, column] * weight[:, 0, row, column, None, None]
+        else:
+            columns = patches.reshape(n, g, -1, *patches.shape[2:]).transpose(0, 1, 2, 5, 6, 3, 4)
+            rows = weight.reshape(g, len(weight) // g, -1)
+            sums = rows @ columns.reshape(n, g, rows.shape[2], -1)
+        accumulator = sums.reshape(n, len(weight), -1).astype(np.int64) + self.bias[:, None]
+        codes = self.requantization(accumulator, channel_axis=-2)
+        return codes.astype(result.dtype).reshape(n, *result.shape)
+
+    def emit_c(self, layer: Layer) -> str:
+        """See `Step.emit_c`. Where patches are gathered, the code of zero goes into the bias."""
+        x, result, window = layer.input(0), layer.output, self.window
+        outputs = len(self.weight) // self.groups
+        depthwise = self.weight.shape[1] == 1
+        bias, bound = (self.bias, self.bound(layer.program)) if depthwise else folded(self.weight, self.bias, x)
+        a, length = layer.accumulator(bound, self.requantization), self.weight[0].size
+        weight = layer.array("weight", self.weight, zeros=0 if depthwise else -length % LANES)
+        offset = layer.array("bias", bias, least="int32")
+        types = {"x": ctype(x), "w": weight.ctype, "b": offset.ctype, "a": a, "y": ctype(result)}
+        rule = layer.rule(self.requantization)
+        if depthwise:
+            kernel, declared = layer.kernel("depthwise", **types), layer.window(window, self.groups)
+            call = f"{kernel}(x, y, &window, {outputs}, {x.zero}, {weight.name}, {offset.name}, &rule);"
+            return f"{declared}\n{rule}\n{call}"
+        plain = (window.kernel, window.strides, *window.before) == ((1, 1), (1, 1), 0, 0)
+        if plain and window.size == window.result:  # one long row
+            row = (1, math.prod(window.size))
+            window = replace(window, size=row, result=row)
+        taps = str(window.kernel[1]) if window.dilations[1] == 1 and window.kernel[1] <= UNROLLED else "n"
+        kernel, declared = layer.kernel("convolution", taps=taps, **types), layer.window(window, self.weight.shape[1])
+        patches, block = layer.patches(x, length, most=math.prod(window.result))
+        arguments = f"{self.groups}, {outputs}, {x.zero}, {weight.name}, {offset.name}, &rule, {patches}, {block}"
+        return f"{declared}\n{rule}\n{kernel}(x, y, &window, {arguments});"
+
+    def bound(self, program: Program) -> int:
+        """See `Step.bound`."""
+        products = np.abs(self.weight).reshape(len(self.weight), -1).sum(1) * program.tensors[self.inputs[0]].magnitude
+        return int((products + np.abs(self.bias)).max())
+
+    def work(self, program: Program) -> int:
+        """See `Step.work`."""
+        return program.tensors[self.output].size * math.prod(self.weight.shape[1:])
+
+
+def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
+    """Conv."""
+    x = graph.read(node.input[0])
+    weight, encoding = graph.parameter(node.input[1])
+    target = graph.declare(output)
+    window = Window.of(node, weight.shape[2:], x.shape[1:], target.shape[1:])
+    _add(graph, node, x.name, output, weight, encoding, window, low, high)
+
+
+def lower_transposed(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
+    """ConvTranspose: a convolution with the mirrored kernel over a map whose values stand `stride` apart."""
+    x = graph.read(node.input[0])
+    weight, encoding = graph.parameter(node.input[1])
+    groups, rank = int(attribute(node, "group", 1)), weight.ndim - 2
+    if rank not in (1, 2):
+        raise UnsupportedModelError(f"{title(node)}: windows in {rank} dimensions; 1 and 2 have integers")
+    if attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"", b"VALID") or attribute(node, "output_shape", []):
+        raise UnsupportedModelError(f"{title(node)}: auto_pad or output_shape; only explicit pads have integers")
+    strides = [int(s) for s in attribute(node, "strides", [1] * rank)]
+    dilations = [int(d) for d in attribute(node, "dilations", [1] * rank)]
+    pads = [int(p) for p in attribute(node, "pads", [0] * (2 * rank))]
+    # (C_in, C_out / groups, …) -> (C_out, C_in / groups, …), mirrored
+    split = weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(1, 2)
+    mirrored = np.flip(split.reshape(-1, *split.shape[2:]), axis=tuple(range(2, 2 + rank)))
+    if encoding.axis == 1:
+        encoding = replace(
+            encoding,
+            scale=np.tile(encoding.scale, groups),
+            zero_point=np.tile(encoding.zero_point, groups),
+            grid=encoding.grid,
+            axis=0,
+        )
+    elif encoding.axis is not None:
+        raise UnsupportedModelError(f"{node.input[1]}: one scale per channel along axis {encoding.axis}, not 1")
+    target = graph.declare(output)
+    reach = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
+    before = [max(0, r - p) for r, p in zip(reach, pads, strict=False)]
+    cut = [max(0, p - r) for r, p in zip(reach, pads, strict=False)]
+    sizes = [n + r for n, r in zip(target.shape[1:], reach, strict=True)]
+    spread = np.zeros((x.shape[0], *sizes), np.int64)
+    y = np.arange(spread.size).reshape(spread.shape)
+    keep: list[slice] = [slice(None)]
+    place: list[slice] = [slice(None)]
+    for length, stride, start, skip, room in zip(x.shape[1:], strides, before, cut, sizes, strict=True):
+        first = -(-skip // stride)  # values that the padding cuts off in front
+        at = start + first * stride - skip
+        count = min(length - first, -(-(room - at) // stride))
+        keep.append(slice(first, first + count))
+        place.append(slice(at, at + (count - 1) * stride + 1, stride))
+    part = Part.of(0, np.arange(x.size).reshape(x.shape)[tuple(keep)], y[tuple(place)])
+    name = f"{node.name or output}.spread"
+    spaced = graph.declare(name, spread.shape, x.encoding)
+    graph.steps.append(Copy(node.name or output, (x.name,), name, (part,), fill=spaced.zero))
+    window = Window.of(_dilated(dilations), mirrored.shape[2:], sizes)
+    _add(graph, node, name, output, mirrored, encoding, window, low, high)
+
+
+def _dilated(dilations: list[int]) -> onnx.NodeProto:
+    import onnx
+
+    return onnx.helper.make_node("Conv", [], [], dilations=dilations)
+
+
+def _add(
+    graph: Lowering,
+    node: onnx.NodeProto,
+    source: str,
+    output: str,
+    weight: Ints,
+    encoding: Encoding,
+    window: Window,
+    low: float,
+    high: float,
+) -> None:
+    """Adds the step; weight (C_out, C_in / groups, …)."""
+    if encoding.axis not in (None, 0):
+        raise UnsupportedModelError(f"{node.input[1]}: one scale per channel along axis {encoding.axis}, not 0")
+    x = graph.tensors[source]
+    exponent = x.exponent + encoding.exponent
+    bias = graph.bias(node, exponent, len(weight))
+    graph.steps.append(
+        Convolution(
+            node=node.name or output,
+            inputs=(source,),
+            output=output,
+            weight=weight.reshape(*weight.shape[:2], *window.kernel),
+            bias=bias,
+            groups=int(attribute(node, "group", 1)),
+            window=window,
+            requantization=graph.requantization(exponent, graph.tensors[output], low, high),
+        )
+    )

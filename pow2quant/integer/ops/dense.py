@@ -1,0 +1,90 @@
+"""Gemm, and MatMul with a constant matrix: sums of products over the last dimension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pow2quant.errors import UnsupportedModelError
+from pow2quant.integer.c_layer import ctype, folded
+from pow2quant.integer.nodes import attribute, title
+from pow2quant.integer.program import exact_kind
+
+if TYPE_CHECKING:
+    import onnx
+
+    from pow2quant.integer.c_layer import Layer
+    from pow2quant.integer.lower import Lowering
+    from pow2quant.integer.program import Codes, Ints, Program, Requantization
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """y = requantize(w @ (x - zero) + bias) for every row of x.
+
+    weight: (M, K). bias: (M,), in units of s_in * s_w. x: (…, K) -> y: (…, M).
+    """
+
+    node: str
+    inputs: tuple[str]
+    output: str
+    weight: Ints
+    bias: Ints
+    requantization: Requantization
+
+    def run(self, program: Program, *inputs: Codes) -> Codes:
+        """See `Step.run`."""
+        (x,) = inputs
+        tensor, result = program.tensors[self.inputs[0]], program.tensors[self.output]
+        kind = exact_kind(self.bound(program))
+        rows = x.reshape(-1, self.weight.shape[1]).astype(kind) - kind.type(tensor.zero)
+        accumulator = (rows @ self.weight.T.astype(kind)).astype(np.int64) + self.bias
+        return self.requantization(accumulator, channel_axis=-1).astype(result.dtype).reshape(len(x), *result.shape)
+
+    def emit_c(self, layer: Layer) -> str:
+        """See `Step.emit_c`. The code of zero goes into the bias."""
+        x, result = layer.input(0), layer.output
+        bias, bound = folded(self.weight, self.bias, x)
+        a = layer.accumulator(bound, self.requantization)
+        weight, folded_bias = layer.array("weight", self.weight), layer.array("bias", bias, least="int32")
+        types = {"x": ctype(x), "w": weight.ctype, "b": folded_bias.ctype, "a": a, "y": ctype(result)}
+        outputs, length = self.weight.shape
+        dense, rule = layer.kernel("dense", **types), layer.rule(self.requantization)
+        sizes = f"{x.size // length}, {length}, {outputs}"
+        return f"{rule}\n{dense}(x, y, {sizes}, {weight.name}, {folded_bias.name}, &rule);"
+
+    def bound(self, program: Program) -> int:
+        """See `Step.bound`."""
+        products = np.abs(self.weight).sum(1) * program.tensors[self.inputs[0]].magnitude
+        return int((products + np.abs(self.bias)).max())
+
+    def work(self, program: Program) -> int:
+        """See `Step.work`."""
+        return program.tensors[self.output].size * int(self.weight.shape[1])
+
+
+def lower_gemm(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
+    """Gemm with alpha = beta = 1."""
+    for name, plain in (("alpha", 1.0), ("beta", 1.0), ("transA", 0)):
+        if (value := attribute(node, name, plain)) != plain:
+            raise UnsupportedModelError(f"{title(node)}: {name} = {value:g}; only {plain:g} has integers")
+    lower_matrix(graph, node, output, low, high, transposed=bool(attribute(node, "transB", 0)))
+
+
+def lower_matrix(
+    graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float, *, transposed: bool
+) -> None:
+    """x times a constant matrix (K, M), or (M, K) where it is `transposed`."""
+    x = graph.read(node.input[0])
+    weight, encoding = graph.parameter(node.input[1])
+    if weight.ndim != 2:
+        raise UnsupportedModelError(f"{title(node)}: a constant of {weight.ndim} dimensions; a matrix has integers")
+    if encoding.axis not in (None, 0 if transposed else 1):
+        raise UnsupportedModelError(f"{node.input[1]}: one scale per channel along the summed axis {encoding.axis}")
+    weight = weight if transposed else weight.T
+    exponent = x.exponent + encoding.exponent
+    bias = graph.bias(node, exponent, len(weight))
+    requantization = graph.requantization(exponent, graph.declare(output), low, high)
+    graph.steps.append(Dense(node.name or output, (x.name,), output, weight, bias, requantization))

@@ -1,0 +1,74 @@
+"""MatMul, of two activations or of an activation and a constant matrix."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pow2quant.errors import UnsupportedModelError
+from pow2quant.integer.c_layer import ctype
+from pow2quant.integer.nodes import title
+from pow2quant.integer.ops.dense import lower_matrix
+from pow2quant.integer.program import exact_kind
+
+if TYPE_CHECKING:
+    import onnx
+
+    from pow2quant.integer.c_layer import Layer
+    from pow2quant.integer.lower import Lowering
+    from pow2quant.integer.program import Codes, Program, Requantization
+
+
+@dataclass(frozen=True, eq=False)
+class MatMul:
+    """y = requantize((a - zero_a) @ (b - zero_b)): (…, T, K) @ (…, K, M) -> (…, T, M), equal in front."""
+
+    node: str
+    inputs: tuple[str, str]
+    output: str
+    requantization: Requantization
+
+    def run(self, program: Program, *inputs: Codes) -> Codes:
+        """See `Step.run`."""
+        kind = exact_kind(self.bound(program))
+        a, b = (
+            x.astype(kind) - kind.type(program.tensors[name].zero) for x, name in zip(inputs, self.inputs, strict=True)
+        )
+        codes = self.requantization((a @ b).astype(np.int64))
+        return codes.astype(program.tensors[self.output].dtype)
+
+    def emit_c(self, layer: Layer) -> str:
+        """See `Step.emit_c`."""
+        a, b = layer.input(0), layer.input(1)
+        kind = layer.accumulator(self.bound(layer.program), self.requantization)
+        matmul = layer.kernel("matmul", x=ctype(a), w=ctype(b), a=kind, y=ctype(layer.output))
+        rows, length = a.shape[-2:]
+        sizes = f"{math.prod(a.shape[:-2])}, {rows}, {length}, {b.shape[-1]}, {a.zero}, {b.zero}"
+        operands = f"{layer.operand(0)}, {layer.operand(1)}"
+        return f"{layer.rule(self.requantization)}\n{matmul}({operands}, y, {sizes}, &rule);"
+
+    def bound(self, program: Program) -> int:
+        """See `Step.bound`."""
+        a, b = (program.tensors[name] for name in self.inputs)
+        return a.shape[-1] * a.magnitude * b.magnitude
+
+    def work(self, program: Program) -> int:
+        """See `Step.work`."""
+        return program.tensors[self.output].size * program.tensors[self.inputs[0]].shape[-1]
+
+
+def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
+    """MatMul. Raises UnsupportedModelError where shapes broadcast or the constant stands in front."""
+    if node.input[1] in graph.floats:
+        lower_matrix(graph, node, output, low, high, transposed=False)
+        return
+    if node.input[0] in graph.floats:
+        raise UnsupportedModelError(f"{title(node)}: a constant in front; only behind it has integers")
+    a, b = (graph.read(name) for name in node.input)
+    if len(a.shape) < 2 or a.shape[:-2] != b.shape[:-2]:
+        raise UnsupportedModelError(f"{title(node)}: {a.shape} @ {b.shape} broadcasts; equal leading dimensions do not")
+    requantization = graph.requantization(np.array(a.exponent + b.exponent), graph.declare(output), low, high)
+    graph.steps.append(MatMul(node.name or output, (a.name, b.name), output, requantization))

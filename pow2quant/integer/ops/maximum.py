@@ -1,0 +1,71 @@
+"""MaxPool and GlobalMaxPool: the largest code of a window is the code of the largest value."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pow2quant.errors import UnsupportedModelError
+from pow2quant.integer.c_layer import ctype
+from pow2quant.integer.nodes import Window, attribute, title
+from pow2quant.integer.ops.copy import Copy, unless_idle
+
+if TYPE_CHECKING:
+    import onnx
+
+    from pow2quant.integer.c_layer import Layer
+    from pow2quant.integer.lower import Lowering
+    from pow2quant.integer.program import Codes, Program
+
+
+@dataclass(frozen=True, eq=False)
+class Maximum:
+    """The largest code of every window; what lies beyond the map does not count."""
+
+    node: str
+    inputs: tuple[str]
+    output: str
+    window: Window
+
+    def run(self, program: Program, *inputs: Codes) -> Codes:
+        """See `Step.run`."""
+        (x,) = inputs
+        lowest = program.tensors[self.inputs[0]].low
+        patches = self.window.patches(x.reshape(len(x), -1, *self.window.size), lowest)
+        codes: Codes = patches.max((-2, -1))
+        return codes.reshape(len(x), *program.tensors[self.output].shape)
+
+    def emit_c(self, layer: Layer) -> str:
+        """See `Step.emit_c`."""
+        x = layer.input(0)
+        channels = x.size // math.prod(self.window.size)
+        maximum = layer.kernel("maximum", x=ctype(x))
+        return f"{layer.window(self.window, channels)}\n{maximum}(x, y, &window, {x.low});"
+
+    def bound(self, program: Program) -> int:
+        """See `Step.bound`."""
+        return program.tensors[self.inputs[0]].magnitude
+
+    def work(self, program: Program) -> int:
+        """See `Step.work`."""
+        return program.tensors[self.output].size * math.prod(self.window.kernel)
+
+
+def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
+    """MaxPool or GlobalMaxPool; a requantization behind it where the encoding changes."""
+    if len(node.output) > 1 and node.output[1]:
+        raise UnsupportedModelError(f"{title(node)}: its indices have no integers")
+    x, target = graph.read(node.input[0]), graph.declare(output)
+    kernel = x.shape[1:] if node.op_type == "GlobalMaxPool" else attribute(node, "kernel_shape", [])
+    window = Window.of(node, kernel, x.shape[1:], target.shape[1:])
+    name = node.name or output
+    requantization = unless_idle(x, graph.requantization(np.array(x.exponent), target, low, high))
+    if requantization is None:
+        graph.steps.append(Maximum(name, (x.name,), output, window))
+        return
+    between = graph.declare(f"{name}.maximum", target.shape, x.encoding)
+    graph.steps.append(Maximum(name, (x.name,), between.name, window))
+    graph.steps.append(Copy.whole(name, between, target, requantization))

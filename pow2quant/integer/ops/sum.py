@@ -1,0 +1,74 @@
+"""Add and Sub: two tensors brought to the finer of their scales, and one rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pow2quant.errors import UnsupportedModelError
+from pow2quant.integer.nodes import title
+from pow2quant.integer.program import broadcast
+
+if TYPE_CHECKING:
+    import onnx
+
+    from pow2quant.integer.c_layer import Layer
+    from pow2quant.integer.lower import Lowering
+    from pow2quant.integer.program import Codes, Program, Requantization
+
+LARGEST_SHIFT = 40
+"""Codes of 16 bits, this far apart, still add up within 64 bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """y = requantize((a - zero_a) * 2^shift_a +- (b - zero_b) * 2^shift_b), one of the shifts zero."""
+
+    node: str
+    inputs: tuple[str, str]
+    output: str
+    shifts: tuple[int, int]
+    subtracts: bool
+    requantization: Requantization
+
+    def run(self, program: Program, *inputs: Codes) -> Codes:
+        """See `Step.run`."""
+        result = program.tensors[self.output]
+        a, b = (
+            np.left_shift(x.astype(np.int64) - program.tensors[name].zero, shift)
+            for x, name, shift in zip(broadcast(program, self.inputs, inputs), self.inputs, self.shifts, strict=True)
+        )
+        return self.requantization(a - b if self.subtracts else a + b).astype(result.dtype)
+
+    def emit_c(self, layer: Layer) -> str:
+        """See `Step.emit_c`."""
+        sign = "-" if self.subtracts else "+"
+
+        def term(kind: str, *places: str) -> str:
+            operands = [layer.value(n, kind, place) for n, place in enumerate(places)]
+            factors = [f" * {1 << shift}" if shift else "" for shift in self.shifts]
+            return f" {sign} ".join(value + factor for value, factor in zip(operands, factors, strict=True))
+
+        return layer.elementwise(layer.broadcast(), term, self.requantization, self.bound(layer.program))
+
+    def bound(self, program: Program) -> int:
+        """See `Step.bound`."""
+        return sum(program.tensors[n].magnitude << s for n, s in zip(self.inputs, self.shifts, strict=True))
+
+    def work(self, program: Program) -> int:
+        """See `Step.work`."""
+        return program.tensors[self.output].size
+
+
+def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
+    """Add or Sub. Raises UnsupportedModelError where the scales are further apart than 64 bits can hold."""
+    a, b = (graph.operand(name) for name in node.input)
+    exponent = min(a.exponent, b.exponent)
+    shifts = (a.exponent - exponent, b.exponent - exponent)
+    if max(shifts) > LARGEST_SHIFT:
+        raise UnsupportedModelError(f"{title(node)}: scales 2^{max(shifts)} apart; at most 2^{LARGEST_SHIFT}")
+    requantization = graph.requantization(np.array(exponent), graph.declare(output), low, high)
+    names = (a.name, b.name)
+    graph.steps.append(Sum(node.name or output, names, output, shifts, node.op_type == "Sub", requantization))

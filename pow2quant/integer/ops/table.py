@@ -1,0 +1,158 @@
+"""Functions of a single tensor, element by element: tables over every code.
+
+Several nodes may make one function, such as x * sigmoid(x); only the last result is rounded. The values are those of
+the standard's functions, in float64 where the standard leaves the last bits of float32 open, rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pow2quant.errors import UnsupportedModelError
+from pow2quant.integer.nodes import attribute, title
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+    from pow2quant.integer.c_layer import Layer
+    from pow2quant.integer.lower import Lowering
+    from pow2quant.integer.program import Codes, Ints, Program
+
+LARGEST = 16
+"""A table is made for at most so many bits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """y = table[x - low]; table: (codes,) or one row per channel (C, codes)."""
+
+    node: str
+    inputs: tuple[str]
+    output: str
+    table: Ints
+
+    def run(self, program: Program, *inputs: Codes) -> Codes:
+        """See `Step.run`."""
+        (x,) = inputs
+        index = x.astype(np.int64) - program.tensors[self.inputs[0]].low
+        result = program.tensors[self.output]
+        if self.table.ndim == 1:
+            return self.table[index].astype(result.dtype)
+        channel = np.arange(len(self.table)).reshape(-1, *[1] * (x.ndim - 2))
+        return self.table[channel, index].astype(result.dtype)
+
+    def emit_c(self, layer: Layer) -> str:
+        """See `Step.emit_c`."""
+        x, result = layer.input(0), layer.output
+        layer.overwrites = [x.name]
+        table = layer.typed_array("table", self.table.astype(result.dtype))
+        rows, codes = self.table.reshape(-1, self.table.shape[-1]).shape
+        count = result.size // rows
+        if rows == 1:
+            return f"for (int32_t i = 0; i < {count}; i++)\n    y[i] = {table.name}[x[i] - {x.low}];"
+        place = f"c * {count} + i"
+        return (
+            f"for (int32_t c = 0; c < {rows}; c++)\n    for (int32_t i = 0; i < {count}; i++)\n"
+            f"        y[{place}] = {table.name}[c * {codes} + x[{place}] - {x.low}];"
+        ).replace("- -", "+ ")
+
+    def bound(self, program: Program) -> int:
+        """See `Step.bound`."""
+        return int(np.abs(self.table).max())
+
+    def work(self, program: Program) -> int:
+        """See `Step.work`."""
+        return program.tensors[self.output].size
+
+
+def lower_function(graph: Lowering, node: onnx.NodeProto, core: onnx.NodeProto, low: float, high: float) -> None:
+    """The table of the function that ends at `node`; `core` is the node behind its ReLUs and clips."""
+    (source,) = graph.sources(core)
+    x, target = graph.read(source), graph.declare(node.output[0])
+    if x.encoding.grid.width > LARGEST:
+        raise UnsupportedModelError(f"{title(core)}: a table over {x.encoding.grid.width} bits; at most {LARGEST}")
+    real = x.encoding.dequantize(np.arange(x.low, x.high + 1))
+    values = np.asarray(_evaluate(graph, core, source, real))
+    values = np.clip(values, low, high).astype(np.float32)
+    table = target.encoding.quantize(values)
+    graph.steps.append(Table(node.name or target.name, (x.name,), target.name, table))
+
+
+def _evaluate(graph: Lowering, node: onnx.NodeProto, source: str, real: NDArray[np.float32]) -> Any:
+    """The node's value for every value of the source: (codes,), or (C, codes) behind one parameter per channel."""
+    values = []
+    for name in filter(None, node.input):
+        if name == source:
+            values.append(real)
+        elif name in graph.floats:
+            values.append(_parameter(graph, node, name))
+        else:
+            values.append(_evaluate(graph, graph.producers[name], source, real))
+    return SHAPED_LIKE_INPUT[node.op_type](node, *values)
+
+
+def _parameter(graph: Lowering, node: onnx.NodeProto, name: str) -> NDArray[np.float32]:
+    """A constant as a scalar, or as (C, 1) where there is one per channel, the first dimension behind the batch."""
+    value = graph.floats[name]
+    if value.size == 1:
+        return value.reshape(())
+    rank = len(graph.shape(node.output[0]))
+    shape = (1,) * (rank - value.ndim) + value.shape
+    if value.size != shape[1] or value.size != graph.shape(node.output[0])[1]:
+        raise UnsupportedModelError(f"{title(node)}: {name} is neither a scalar nor one value per channel")
+    return value.reshape(-1, 1)
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def _hard_sigmoid(node: onnx.NodeProto, x: Any) -> Any:
+    alpha, beta = (np.float32(attribute(node, name, default)) for name, default in (("alpha", 0.2), ("beta", 0.5)))
+    return np.clip(x * alpha + beta, 0, 1)
+
+
+def _elu(node: onnx.NodeProto, x: Any) -> Any:
+    x = x.astype(np.float64)
+    return np.where(x > 0, x, attribute(node, "alpha", 1.0) * (np.exp(x) - 1))
+
+
+def _gelu(node: onnx.NodeProto, x: Any) -> Any:
+    x = x.astype(np.float64)
+    if attribute(node, "approximate", b"none") == b"tanh":
+        return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return 0.5 * x * (1 + _erf(x / np.sqrt(2)))
+
+
+def _sigmoid(node: onnx.NodeProto, x: Any) -> Any:
+    return 1 / (1 + np.exp(-x.astype(np.float64)))
+
+
+def _clip(node: onnx.NodeProto, x: Any, *ends: Any) -> Any:
+    return np.clip(x, *ends) if len(ends) == 2 else np.maximum(x, *ends)
+
+
+SHAPED_LIKE_INPUT: dict[str, Callable[..., Any]] = {
+    "Add": lambda node, a, b: a + b,
+    "Clip": _clip,
+    "Div": lambda node, a, b: a / b,
+    "Elu": _elu,
+    "Erf": lambda node, x: _erf(x.astype(np.float64)),
+    "Exp": lambda node, x: np.exp(x.astype(np.float64)),
+    "Gelu": _gelu,
+    "HardSigmoid": _hard_sigmoid,
+    "HardSwish": lambda node, x: x * np.clip(x * np.float32(1 / 6) + np.float32(0.5), 0, 1),
+    "LeakyRelu": lambda node, x: np.where(x < 0, x * np.float32(attribute(node, "alpha", 0.01)), x),
+    "Mul": lambda node, a, b: a * b,
+    "PRelu": lambda node, x, slope: np.where(x < 0, x * slope, x),
+    "Relu": lambda node, x: np.maximum(x, 0),
+    "Sigmoid": _sigmoid,
+    "Sub": lambda node, a, b: a - b,
+    "Tanh": lambda node, x: np.tanh(x.astype(np.float64)),
+}
+"""The standard's functions by ONNX name; real values in float32, or float64 behind one that is computed so."""

@@ -1,0 +1,54 @@
+"""Operations that leave every code where it is: Flatten, Reshape, Squeeze, Unsqueeze, Identity, Dropout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pow2quant.integer.ops.copy import Copy, unless_idle
+
+if TYPE_CHECKING:
+    import onnx
+
+    from pow2quant.integer.c_layer import Layer
+    from pow2quant.integer.lower import Lowering
+    from pow2quant.integer.program import Codes, Program
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """The input's codes in another shape: the output may share its memory."""
+
+    node: str
+    inputs: tuple[str]
+    output: str
+
+    def run(self, program: Program, *inputs: Codes) -> Codes:
+        """See `Step.run`."""
+        (x,) = inputs
+        return x.reshape(len(x), *program.tensors[self.output].shape)
+
+    def emit_c(self, layer: Layer) -> str:
+        """See `Step.emit_c`."""
+        return ""
+
+    def bound(self, program: Program) -> int:
+        """See `Step.bound`."""
+        return program.tensors[self.inputs[0]].magnitude
+
+    def work(self, program: Program) -> int:
+        """See `Step.work`."""
+        return 0
+
+
+def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
+    """A view, or where the encoding changes a copy."""
+    source, target = graph.read(node.input[0]), graph.declare(output)
+    requantization = unless_idle(source, graph.requantization(np.array(source.exponent), target, low, high))
+    name = node.name or output
+    if requantization is None:
+        graph.steps.append(View(name, (source.name,), output))
+    else:
+        graph.steps.append(Copy.whole(name, source, target, requantization))

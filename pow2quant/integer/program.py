@@ -1,0 +1,176 @@
+"""A quantized network as integers: tensors of codes, and steps that compute codes from codes.
+
+Both consumers, the engine (`run.py`) and the C writer (`emit_c.py`), read the same program. It is made from an artifact
+by `lower.py`, and so from any QDQ file whose scales are powers of two. Shapes are those of one sample: the batch, the
+first dimension of every tensor of the network, is left to whoever runs the program.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from pow2quant.pow2_constraints.arithmetic import requantize
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    from pow2quant.integer.c_layer import Layer
+    from pow2quant.pow2_constraints import Encoding
+
+    Ints = NDArray[np.int64]
+    Codes = NDArray[np.integer]
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A tensor of codes: real = 2^exponent * (q - zero), low <= q <= high.
+
+    name: the ONNX tensor's, or one with a suffix for what lowering adds. shape: of one sample.
+    constant: the codes where the network does not compute them; `shape` is then theirs.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: Encoding
+    constant: Ints | None = None
+
+    @property
+    def exponent(self) -> int:
+        return int(self.encoding.exponent)
+
+    @property
+    def zero(self) -> int:
+        """The code of real zero."""
+        return int(self.encoding.zero_point)
+
+    @property
+    def low(self) -> int:
+        return int(self.encoding.grid.qmin)
+
+    @property
+    def high(self) -> int:
+        return int(self.encoding.grid.qmax)
+
+    @property
+    def size(self) -> int:
+        """The number of codes of one sample."""
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[np.integer]:
+        """The narrowest type of 8, 16 or 32 bits that holds the grid."""
+        return storage(self.low, self.high)
+
+    @property
+    def magnitude(self) -> int:
+        """The largest |q - zero|."""
+        return max(self.high - self.zero, self.zero - self.low)
+
+
+def storage(low: int, high: int) -> np.dtype[np.integer]:
+    """The narrowest integer type of 8, 16, 32 or 64 bits that holds [low, high]; unsigned where nothing is negative."""
+    for bits in (8, 16, 32, 64):
+        kind = np.dtype(f"{'u' if low >= 0 else ''}int{bits}")
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return kind
+    raise ValueError(f"no integer type holds [{low}, {high}]")
+
+
+@dataclass(frozen=True, eq=False)
+class Requantization:
+    """How a step's accumulator becomes codes: round_half_even(accumulator / 2^shift) + zero, clipped to [low, high].
+
+    shift: () or one per output channel (C,), k_out - k_accumulator; negative multiplies. low, high: the output's grid,
+    narrowed by the ReLU or clip that is fused.
+    """
+
+    shift: Ints
+    zero: int
+    low: int
+    high: int
+
+    def __call__(self, accumulator: ArrayLike, channel_axis: int | None = None) -> Ints:
+        """Codes (int64) of an accumulator of any shape; `channel_axis`: along which `shift` counts, from the end."""
+        shift = self.shift
+        if shift.ndim:
+            assert channel_axis is not None
+            assert channel_axis < 0
+            shift = shift.reshape(-1, *[1] * (-1 - channel_axis))
+        return requantize(accumulator, shift, self.zero, self.low, self.high)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether codes less their zero come out as they went in, but for clipping."""
+        return not self.shift.any()
+
+
+class Step(Protocol):
+    """One operation of a program: codes in, codes out.
+
+    node: the ONNX node it comes from. inputs, output: names of tensors.
+    """
+
+    @property
+    def node(self) -> str: ...
+
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+
+    @property
+    def output(self) -> str: ...
+
+    def run(self, program: Program, *inputs: Codes) -> Codes:
+        """The output's codes (N, *shape) from the inputs' codes (N, *shape), constants without N."""
+        ...
+
+    def bound(self, program: Program) -> int:
+        """The largest magnitude that any intermediate integer of the reference arithmetic can have."""
+        ...
+
+    def work(self, program: Program) -> int:
+        """Multiply-accumulates of one sample, or what else is done to every code."""
+        ...
+
+    def emit_c(self, layer: Layer) -> str:
+        """The body of the step's function in C; empty where the output shares the input's memory."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A network in integers.
+
+    tensors: every tensor by name, the constants among them. inputs, outputs: names, in the network's order.
+    steps: in an order in which every tensor is computed before it is read.
+    """
+
+    tensors: Mapping[str, Tensor]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def work(self) -> int:
+        """Multiply-accumulates of one sample."""
+        return sum(step.work(self) for step in self.steps)
+
+
+def exact_kind(bound: int) -> np.dtype[np.generic]:
+    """The fastest type in which sums of products of integers, none beyond `bound`, are exact in any order."""
+    return np.dtype(np.float32 if bound <= 2**24 else np.float64 if bound <= 2**53 else np.int64)
+
+
+def broadcast(program: Program, names: tuple[str, ...], inputs: tuple[Codes, ...]) -> list[Codes]:
+    """Operands (N, *shape) and constants, the latter with a batch of one where they have as many dimensions.
+
+    Constants of fewer dimensions broadcast from the right, as in ONNX.
+    """
+    rank = max(x.ndim for x, name in zip(inputs, names, strict=True) if program.tensors[name].constant is None)
+    return [x if x.ndim >= rank else x.reshape((1,) * (rank - x.ndim) + x.shape) for x in inputs]

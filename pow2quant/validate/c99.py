@@ -1,0 +1,153 @@
+"""The generated C as an executor: written, compiled and run sample by sample."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pow2quant.adapters import onnx_qdq
+from pow2quant.errors import DataError, MissingExtraError, UnsupportedModelError
+from pow2quant.integer.emit_c import files
+from pow2quant.integer.lower import lower
+from pow2quant.integer.run import dequantize, quantize
+from pow2quant.validate.agreement import Executor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from pow2quant.integer.program import Codes, Program
+    from pow2quant.validate.agreement import Arrays
+
+NAME = "generated C"
+FLAGS = ("-std=c99", "-O3", "-march=native")
+"""How the C is compiled; flags that the compiler does not know are left out."""
+
+TRACED = """\
+#include <stdint.h>
+static void (*watch)(int32_t, const void *);
+void model_watch(void (*hook)(int32_t, const void *)) { watch = hook; }
+#define MODEL_TRACE(layer, codes, count) watch(layer, codes)
+#include "model.c"
+"""
+
+
+def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Executor]:
+    """The QDQ file lowered to integers, written as C, compiled when the first batch runs.
+
+    Raises MissingExtraError where there is no C compiler; UnsupportedModelError or NotPowerOfTwoError, naming the
+    tensor or node, where the network has no integers.
+    """
+    if reason := unavailable():
+        raise MissingExtraError(reason)
+    return [executor(lower(onnx_qdq.from_qdq(onnx_qdq.load(model))))]
+
+
+def executor(program: Program, name: str = NAME, flags: Sequence[str] = FLAGS) -> Executor:
+    """A program as an executor: real values in and out, C between."""
+    library = Library(program, flags)
+
+    def run(batch: Arrays) -> list[NDArray[np.float32]]:
+        codes = library.run(quantize(program, batch))
+        return list(dequantize(program, dict(zip(program.outputs, codes, strict=True))).values())
+
+    def tensors(batch: Arrays) -> dict[str, NDArray[np.float32]]:
+        return dequantize(program, library.trace(quantize(program, batch)))
+
+    return Executor(name, run, tensors)
+
+
+def unavailable() -> str | None:
+    """Why there is no C compiler; None where there is one."""
+    return None if compiler() else "no C compiler: neither $CC nor cc, gcc or clang is on the PATH"
+
+
+def compiler() -> str | None:
+    """The command of the C compiler."""
+    return next(
+        (name for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if name and shutil.which(name)), None
+    )
+
+
+class Library:
+    """A program's C as shared libraries, compiled when they are first needed."""
+
+    def __init__(self, program: Program, flags: Sequence[str] = FLAGS) -> None:
+        self.program, self.flags = program, flags
+
+    def run(self, inputs: Sequence[Codes]) -> list[Codes]:
+        """Codes (N, *shape) of the network's inputs -> codes of its outputs."""
+        return self._call(self._plain, inputs)
+
+    def trace(self, inputs: Sequence[Codes]) -> dict[str, Codes]:
+        """The codes of the inputs and of every step's output, by name."""
+        program = self.program
+        found: dict[str, list[Codes]] = {step.output: [] for step in program.steps}
+
+        def watch(layer: int, codes: int) -> None:
+            tensor = program.tensors[program.steps[layer].output]
+            data = ctypes.string_at(codes, tensor.size * tensor.dtype.itemsize)
+            found[tensor.name].append(np.frombuffer(data, tensor.dtype).reshape(tensor.shape))
+
+        callback = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_void_p)(watch)
+        self._traced.model_watch(callback)
+        self._call(self._traced, inputs)
+        traced = {name: np.stack(samples) for name, samples in found.items()}
+        return dict(zip(program.inputs, inputs, strict=True)) | traced
+
+    def _call(self, library: ctypes.CDLL, inputs: Sequence[Codes]) -> list[Codes]:
+        tensors = [self.program.tensors[name] for name in self.program.inputs]
+        for tensor, x in zip(tensors, inputs, strict=True):
+            if x.shape[1:] != tensor.shape:
+                raise DataError(f"{tensor.name}: codes of shape {x.shape}, not (N, *{tensor.shape})")
+        read = [np.ascontiguousarray(x, t.dtype) for x, t in zip(inputs, tensors, strict=True)]
+        results = [self.program.tensors[name] for name in self.program.outputs]
+        written = [np.empty((len(inputs[0]), *t.shape), t.dtype) for t in results]
+        arrays = [*read, *written]
+        run: Any = library.model_run
+        run.argtypes, run.restype = [ctypes.c_void_p] * len(arrays), None
+        for i in range(len(inputs[0])):
+            run(*(array.ctypes.data + i * array.strides[0] for array in arrays))
+        return list(written)
+
+    @cached_property
+    def _plain(self) -> ctypes.CDLL:
+        return self._compiled("model.c", {})
+
+    @cached_property
+    def _traced(self) -> ctypes.CDLL:
+        return self._compiled("traced.c", {"traced.c": TRACED})
+
+    def _compiled(self, source: str, more: dict[str, str]) -> ctypes.CDLL:
+        with tempfile.TemporaryDirectory(prefix="pow2quant-c-") as folder:
+            for name, text in (files(self.program) | more).items():
+                Path(folder, name).write_text(text, encoding="utf-8")
+            library = Path(folder, "model.so")
+            build(Path(folder, source), library, (*self.flags, "-shared", "-fPIC"))
+            return ctypes.CDLL(str(library))
+
+
+def build(source: Path, target: Path, flags: Sequence[str]) -> None:
+    """Compiles one file. Raises MissingExtraError without a compiler, UnsupportedModelError where it fails."""
+    command = compiler()
+    if command is None:
+        raise MissingExtraError(unavailable() or "")
+    done = None
+    for tried in (flags, [flag for flag in flags if flag != "-march=native"]):
+        line = [command, *tried, "-o", str(target), str(source)]
+        done = subprocess.run(line, capture_output=True, encoding="utf-8", errors="replace", check=False)
+        if done.returncode == 0:
+            return
+    assert done is not None
+    raise UnsupportedModelError(
+        f"{command} cannot compile the generated C: {done.stderr.strip().partition(chr(10))[0]}"
+    )
