@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pow2quant.errors import Pow2QuantError
     from pow2quant.pipeline import export, ptq, simulate, validate
     from pow2quant.pow2_constraints import Encoding, IntGrid
+    from pow2quant.qat import qat
     from pow2quant.quantsim import QuantizationSimModel, QuantScheme
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "export",
     "prepare",
     "ptq",
+    "qat",
     "simulate",
     "validate",
 ]
@@ -50,6 +52,7 @@ _HOMES = {
     "Pow2QuantError": "errors",
     "export": "pipeline",
     "ptq": "pipeline",
+    "qat": "qat",
     "simulate": "pipeline",
     "validate": "pipeline",
     "QuantScheme": "quantsim",

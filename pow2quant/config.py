@@ -34,6 +34,9 @@ T = TypeVar("T")
 ROLES = ("weight", "input", "output", "bias")
 WIDTHS = {"weight": range(2, 17), "input": range(2, 17), "output": range(2, 17), "bias": range(8, 33)}
 ENCODINGS_VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
+MODES = ("weights", "full")
+EXPONENTS = ("tqt", "lsq", "fixed")
+PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 class Choice(NamedTuple):
@@ -41,6 +44,10 @@ class Choice(NamedTuple):
 
     name: str
     parameters: Mapping[str, Any] = {}
+
+
+DEFAULT_METHODS = (Choice("output_mse"), Choice("bias_correction"))
+"""What `ptq` does for weights below 8 bits, unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +64,19 @@ class Legal:
     write: Callable[[Any], Any] = lambda value: _plain(value)
 
 
-def _integer(low: int, high: float = math.inf) -> Legal:
+def integer(low: int, high: float = math.inf) -> Legal:
+    """Integers from `low` to `high`, both included."""
     words = f"an integer from {low} {'up' if high == math.inf else f'to {high}'}"
     return Legal(lambda: words, lambda v: low <= v <= high)
 
 
-def _finite(words: str, accepts: Callable[[float], bool] = lambda v: True) -> Legal:
+def finite(words: str, accepts: Callable[[float], bool] = lambda v: True) -> Legal:
+    """Finite numbers that `accepts` takes; `words` say so."""
     return Legal(lambda: words, lambda v: math.isfinite(v) and accepts(v))
 
 
-def _one_of(options: Callable[[], Any]) -> Legal:
+def one_of(options: Callable[[], Any]) -> Legal:
+    """What `options()` holds."""
     return Legal(lambda: f"one of {', '.join(sorted(options()))}", lambda v: v in options())
 
 
@@ -98,7 +108,7 @@ def _write_methods(methods: tuple[Choice, ...]) -> Any:
     return [{name: _plain(parameters)} if parameters else name for name, parameters in methods]
 
 
-_COUNT = _integer(1)
+_COUNT = integer(1)
 _TEXT = Legal(lambda: "text", lambda v: bool(v))
 _CHOICE = Legal(
     lambda: "a name, or {type: NAME, parameter: value, ...}", lambda v: bool(v.name), _read_choice, _write_choice
@@ -109,19 +119,23 @@ _METHODS = Legal(
     _read_methods,
     _write_methods,
 )
-_RATE = _finite("a number above 0", lambda v: v > 0)
-_DECAY = _finite("a number from 0 up", lambda v: v >= 0)
+_RATE = finite("a number above 0", lambda v: v > 0)
+_DECAY = finite("a number from 0 up", lambda v: v >= 0)
+_SHARE = finite("a number from 0 to 1", lambda v: 0 <= v <= 1)
+_MODE = one_of(lambda: MODES)
+_EXPONENTS = one_of(lambda: EXPONENTS)
+_PRECISION = one_of(lambda: PRECISIONS)
 _MEAN = Legal(lambda: "a list of finite numbers, one per channel", lambda v: len(v) > 0 and all(map(math.isfinite, v)))
 _STD = Legal(
     lambda: "a list of finite numbers above 0, one per channel",
     lambda v: len(v) > 0 and all(math.isfinite(s) and s > 0 for s in v),
 )
-_RANGE = _one_of(lambda: CHOOSERS)
-_BACKEND = _one_of(lambda: names("backends"))
-_VERSION = _one_of(lambda: ENCODINGS_VERSIONS)
+_RANGE = one_of(lambda: CHOOSERS)
+_BACKEND = one_of(lambda: names("backends"))
+_VERSION = one_of(lambda: ENCODINGS_VERSIONS)
 _DEVICE = Legal(lambda: "cpu, cuda or cuda:N", lambda v: re.fullmatch(r"cpu|cuda(:\d+)?", v) is not None)
-_SEED = _integer(0, 2**32 - 1)
-_WORKERS = _integer(0)
+_SEED = integer(0, 2**32 - 1)
+_WORKERS = integer(0)
 _OVERRIDES = Legal(lambda: "{PATTERN: {ROLE: {key: value}}}, with null for a role or a pattern that stays float")
 _BITWIDTH = Legal(lambda: "an integer from 2 to 16 (bias: 8 to 32); null in place of the role's mapping keeps it float")
 _SYMMETRIC = Legal(lambda: "true or false for input and output; true for weight and bias")
@@ -236,16 +250,29 @@ class QuantizationConfig:
 
 @dataclass(frozen=True)
 class PtqConfig:
-    """Post-training quantization: at most so many batches (None: all), and the methods in order."""
+    """Post-training quantization: at most so many batches (None: all), and the methods in order.
+
+    methods: rewrites of the float network first. None: `default_methods`; an empty list: none.
+    """
 
     calibration_batches: Annotated[int | None, _COUNT] = 50
     max_eval_batches: Annotated[int | None, _COUNT] = None
-    methods: Annotated[tuple[Choice, ...], _METHODS] = ()
+    methods: Annotated[tuple[Choice, ...] | None, _METHODS] = None
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Quantization-aware training. criterion, optimizer, scheduler: a name that torch knows or `file.py:thing`."""
+    """Quantization-aware training. criterion, optimizer, scheduler: a name that torch knows or `file.py:thing`.
+
+    mode: `weights` leaves activations float until the final PTQ, `full` trains with everything quantized. batch_size:
+    of all processes together. exponents: how they are learned, `tqt` or `lsq`, or `fixed` at those of calibration;
+    exponent_learning_rate: of Adam, for them; freeze_exponents: the share of all steps after which they no longer move.
+    warmup_epochs: without quantization; gradual_epochs: after these, over which the share of quantized tensors grows.
+    gradient_clip: the largest norm of the gradient. distillation: share of the loss that compares with the float
+    network's logits, at `temperature`. precision: `bfloat16` and `float16` are mixed, for devices that are faster so.
+    patience: epochs without a better accuracy until training stops. checkpoint_minutes: between checkpoints, beside
+    that of every epoch.
+    """
 
     epochs: Annotated[int, _COUNT] = 20
     learning_rate: Annotated[float, _RATE] = 1e-4
@@ -255,6 +282,19 @@ class TrainingConfig:
     optimizer: Annotated[Choice, _CHOICE] = field(default=Choice("AdamW"))
     scheduler: Annotated[Choice | None, _CHOICE] = field(default=Choice("CosineAnnealingLR"))
     final_ptq: bool = True
+    mode: Annotated[str, _MODE] = "weights"
+    exponents: Annotated[str, _EXPONENTS] = "tqt"
+    exponent_learning_rate: Annotated[float, _RATE] = 0.01
+    freeze_exponents: Annotated[float, _SHARE] = 0.5
+    warmup_epochs: Annotated[int, _WORKERS] = 0
+    gradual_epochs: Annotated[int, _WORKERS] = 0
+    gradient_clip: Annotated[float | None, _RATE] = None
+    distillation: Annotated[float, _SHARE] = 0.0
+    temperature: Annotated[float, _RATE] = 1.0
+    precision: Annotated[str, _PRECISION] = "float32"
+    patience: Annotated[int | None, _COUNT] = None
+    checkpoint_minutes: Annotated[float, _RATE] = 15.0
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True)
@@ -323,6 +363,12 @@ def plan_of(config: RunConfig) -> QuantPlan:
     return QuantPlan(**roles, overrides=overrides)
 
 
+def default_methods(config: RunConfig) -> tuple[Choice, ...]:
+    """The methods of a run that names none: where weights have less than 8 bits, those that are cheap and win much."""
+    weight = config.quantization.weight
+    return DEFAULT_METHODS if weight is not None and weight.bits < 8 else ()
+
+
 def parameters(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Makes a dataclass, such as a method, from its YAML.
 
@@ -330,6 +376,12 @@ def parameters(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """
     made: T = _build(cls, values, where)
     return made
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """A dataclass's YAML keys and what they are when they are not given; None for those that must be."""
+    found = {key: _default(cls, name) for key, (name, _) in _keys(cls).items()}
+    return {key: None if value is MISSING else _plain(value) for key, value in found.items()}
 
 
 def is_in_file(name: str) -> bool:

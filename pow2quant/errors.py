@@ -8,6 +8,7 @@ Pow2QuantError                     one clear line; the command line prints it an
 │   └── WeightsError               a state dict that does not fit, NaN in a layer's weights
 ├── EncodingError                  an encoding that is impossible or belongs to another model
 │   └── NotPowerOfTwoError         a scale that is not exactly 2^k
+├── TrainingError                  a training that has diverged
 ├── FileFormatError                a corrupt or foreign file
 ├── OutputError                    an existing run, a read-only folder, a full disk
 └── MissingExtraError              an optional dependency that is not installed
@@ -44,6 +45,10 @@ class EncodingError(Pow2QuantError, ValueError):
 
 class NotPowerOfTwoError(EncodingError):
     """A scale is not exactly a power of two."""
+
+
+class TrainingError(Pow2QuantError):
+    """Training has diverged; the text says where, and which checkpoint is still good."""
 
 
 class FileFormatError(Pow2QuantError):

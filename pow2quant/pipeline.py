@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from onnx import ModelProto
 from torch import Tensor, fx, nn
 
 from pow2quant import config as configuration
 from pow2quant import datasets, models, run_folder
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.artifact import Agreement, Artifact, Site, Table
-from pow2quant.backends.base import Batch, Simulation
+from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.prepare import is_prepared, prepare
 from pow2quant.config import QuantPlan, RunConfig
-from pow2quant.errors import ConfigError, DataError, FileFormatError, OutputError
+from pow2quant.errors import (
+    ConfigError,
+    DataError,
+    FileFormatError,
+    MissingExtraError,
+    NotPowerOfTwoError,
+    OutputError,
+    UnsupportedModelError,
+)
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import names, resolve
 from pow2quant.report import document
@@ -38,28 +49,8 @@ Arrays = Sequence[NDArray[np.float32]]
 RANDOM_SAMPLES = 64
 """How many random inputs a bare ONNX file is validated on."""
 
-
-class Progress(Protocol):
-    """Where a long run says how far it is."""
-
-    def track(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
-        """Passes items on while showing a bar."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Shows one line."""
-        ...
-
-
-class _Silent:
-    def track(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
-        yield from items
-
-    def note(self, text: str) -> None:
-        pass
-
-
-SILENT: Progress = _Silent()
+PATIENCE = 200_000_000_000
+"""Multiply-accumulates that `ptq` gives to each of the slow executors, about a minute; `validate` gives them all."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +72,13 @@ class Validation:
     """What validating a run's folder or a file found.
 
     free_scales: (tensor, scale) of the tensors whose scales are no powers of two. certificate: what is proved.
+    left_out: why an executor could not take part, by its name.
     """
 
     agreements: tuple[Agreement, ...]
     free_scales: list[tuple[str, float]]
     certificate: Certificate
+    left_out: dict[str, str]
 
     @property
     def agrees(self) -> bool:
@@ -117,18 +110,25 @@ def ptq(config: RunConfig, output: Path, *, overwrite: bool = False, progress: P
     """
     started = time.monotonic()
     with run_folder.staged(output, overwrite) as folder:
-        job = _Job.start(config, progress)
-        sim = job.simulate()
-        sim.calibrate(progress.track(job.calibration(), "calibrating", job.calibration_batches))
-        for name, values in config.ptq.methods:
-            progress.note(f"method {name}")
-            method = configuration.parameters(resolve("methods", name), values, f"ptq.methods.{name}")
-            method.apply(sim, job.calibration())
-        report, agreements = _finish(job, sim, folder, ["calibrate", *(m.name for m in config.ptq.methods), "export"])
+        job, sim, steps = quantized(config, progress)
+        report, agreements = finish(job, sim, folder, [*steps, "export"])
         report["ptq_accuracy"] = report["final_accuracy"]
         report["duration_seconds"] = round(time.monotonic() - started, 2)
-        _write_report(folder, report)
+        write_report(folder, report)
     return Result(output, report, tuple(agreements))
+
+
+def quantized(config: RunConfig, progress: Progress) -> tuple[Job, Simulation, list[str]]:
+    """The first part of every run: what a configuration stands for, its calibrated simulation, and the steps taken."""
+    if config.ptq.methods is None:
+        config = replace(config, ptq=replace(config.ptq, methods=configuration.default_methods(config)))
+    rewrites, methods = _methods(config)
+    job = Job.start(config, progress)
+    sim = job.simulate()
+    sim.calibrate(progress.track(job.calibration(), "calibrating", len(job.calibration())))
+    for _, method in methods:
+        _call(method.apply, sim, job.calibration(), progress)
+    return job, sim, [*(name for name, _ in rewrites), "calibrate", *(name for name, _ in methods)]
 
 
 def validate(
@@ -163,18 +163,34 @@ def validate(
     if encodings is not None:
         table = aimet_encodings.load(encodings, aimet_encodings.channel_axes(model))
         model = onnx_qdq.to_qdq(aimet_encodings.apply(model, table))
+    with tempfile.TemporaryDirectory() as folder:
+        file = source
+        if encodings is not None:
+            file = Path(folder) / run_folder.QDQ
+            onnx_qdq.save(model, file)
+        return _validate_file(file, model, max_batches, seed, progress)
+
+
+def _validate_file(file: Path, model: ModelProto, max_batches: int | None, seed: int, progress: Progress) -> Validation:
     artifact = onnx_qdq.from_qdq(model)
     certificate = certify(artifact)
     samples = max_batches * ort.BATCH if max_batches else RANDOM_SAMPLES
     batches = list(ort.random_batches(model, samples, seed))
-    found = compare(
-        ort.plain(model),
-        [ort.optimized(model)],
-        progress.track(batches, "comparing", len(batches)),
-        artifact,
-        proof=certificate,
-    )
-    return Validation(tuple(found), ort.inspect(model), certificate)
+    left_out: dict[str, str] = {}
+    reference, *others = executors(file, None, left_out)
+    found = compare(reference, others, progress.track(batches, "comparing", len(batches)), artifact, proof=certificate)
+    return Validation(tuple(found), ort.inspect(model), certificate, left_out)
+
+
+def executors(file: Path, pair: tuple[Path, Path] | None, left_out: dict[str, str]) -> list[Executor]:
+    """Every validator's executors of a QDQ file and of a pair; into `left_out` go the reasons of those that cannot."""
+    found: list[Executor] = []
+    for name in names("validators"):
+        try:
+            found += resolve("validators", name)(file, pair)
+        except (MissingExtraError, NotPowerOfTwoError, UnsupportedModelError) as error:
+            left_out[name] = str(error)
+    return found
 
 
 def export(source: Path, form: str, output: Path | None = None, *, overwrite: bool = False) -> list[Path]:
@@ -203,8 +219,59 @@ def _free(folder: Path, overwrite: bool) -> Path:
     return folder
 
 
+Named = list[tuple[str, Any]]
+
+
+def _methods(config: RunConfig) -> tuple[Named, Named]:
+    """The rewrites and the methods that a configuration names, in order.
+
+    Raises ConfigError for a parameter that one does not have, and for a rewrite behind a method.
+    """
+    rewrites: Named = []
+    methods: Named = []
+    for name, values in config.ptq.methods or ():
+        made = configuration.parameters(resolve("methods", name), values, f"ptq.methods.{name}")
+        if not hasattr(made, "rewrite"):
+            methods.append((name, made))
+        elif methods:
+            raise ConfigError(f"ptq.methods: {name} rewrites the float network; put it before {methods[0][0]}")
+        else:
+            rewrites.append((name, made))
+    return rewrites, methods
+
+
+def _call(step: Callable[..., T], subject: Any, batches: Iterable[Batch], progress: Progress) -> T:
+    """`apply` or `rewrite`, with `progress` where it takes that."""
+    more = {"progress": progress} if "progress" in inspect.signature(step).parameters else {}
+    return step(subject, batches, **more)
+
+
+def _float_network(
+    model: nn.Module, example: Batch, config: RunConfig, batches: Iterable[Batch], progress: Progress = SILENT
+) -> fx.GraphModule:
+    """The network that is simulated: prepared, batch norm folded, rewritten."""
+    network = fold_batch_norm(prepare(model, example))
+    for _, rewrite in _methods(config)[0]:
+        network = _call(rewrite.rewrite, network, batches, progress)
+    return network
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images of the first `limit` batches (None: all), again and again."""
+
+    batches: datasets.Batches
+    limit: int | None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (images for images, _ in islice(self.batches, self.limit))
+
+    def __len__(self) -> int:
+        return min(len(self.batches), self.limit or len(self.batches))
+
+
 @dataclass
-class _Job:
+class Job:
     """What a configuration stands for: a float network, its preparation, and data."""
 
     config: RunConfig
@@ -216,13 +283,13 @@ class _Job:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
-    def start(cls, config: RunConfig, progress: Progress) -> _Job:
+    def start(cls, config: RunConfig, progress: Progress) -> Job:
         """Loads data and network, trains the embedded default, prepares. The configuration is resolved on the way."""
         _be_exact()
         device = _device(config.device)
         torch.manual_seed(config.seed)
         config = _absolute(replace(config, data=datasets.resolved(config.data)))
-        data = datasets.load(config.data)
+        data = datasets.load(config.data, config.training.batch_size)
         model = models.build(config.model.name, num_classes=config.model.num_classes, weights=config.model.weights)
         if config.model.name == "digits-cnn" and config.model.weights is None:
             progress.note("training the embedded digits network (a few seconds)")
@@ -230,7 +297,8 @@ class _Job:
         example = next((images[:1] for images, _ in data.calibration), None)
         if example is None:
             raise DataError("the calibration data are empty")
-        network = fold_batch_norm(prepare(model, example))
+        calibration = _Images(data.calibration, config.ptq.calibration_batches)
+        network = _float_network(model, example, config, calibration, progress)
         return cls(config, data, model.float().eval(), network, example, progress, device)
 
     def simulate(self) -> Simulation:
@@ -248,14 +316,9 @@ class _Job:
         )
         return {name: tensor for name, tensor in found if name in own}
 
-    @property
-    def calibration_batches(self) -> int:
-        """How many batches calibration takes."""
-        return min(len(self.data.calibration), self.config.ptq.calibration_batches or len(self.data.calibration))
-
-    def calibration(self) -> Iterator[Tensor]:
+    def calibration(self) -> _Images:
         """The calibration images, batch by batch."""
-        return (images for images, _ in islice(self.data.calibration, self.config.ptq.calibration_batches))
+        return _Images(self.data.calibration, self.config.ptq.calibration_batches)
 
     def test(self, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Test images and labels, batch by batch."""
@@ -272,10 +335,16 @@ def _absolute(config: RunConfig) -> RunConfig:
     def own(name: str) -> str:
         return str(absolute(name)) if configuration.is_in_file(name) else name
 
+    def chosen(choice: configuration.Choice | None) -> Any:
+        return choice and choice._replace(name=own(choice.name))
+
     model = replace(config.model, name=own(config.model.name), weights=absolute(config.model.weights))
+    t = config.training
+    parts = {"criterion": chosen(t.criterion), "optimizer": chosen(t.optimizer), "scheduler": chosen(t.scheduler)}
     return replace(
         config,
         model=model,
+        training=replace(t, **parts),
         data=replace(config.data, dataset=own(config.data.dataset), path=absolute(config.data.path)),
     )
 
@@ -300,7 +369,7 @@ def _be_exact() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _finish(job: _Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[dict[str, Any], list[Agreement]]:
+def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[dict[str, Any], list[Agreement]]:
     """Checks the constraint, writes the files, reads them back and runs every executor on the test data."""
     table = sim.encodings()
     _check_constraint(job.config, sim, table)
@@ -310,11 +379,18 @@ def _finish(job: _Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple
     _write_models(artifact, folder, job.config.encodings_version)
     (folder / run_folder.CONFIG).write_text(configuration.dump(job.config), encoding="utf-8")
     certificate = certify(artifact)
+    proofs = json.dumps(certificate.to_json(per_channel=True), indent=1) + "\n"
+    (folder / run_folder.CERTIFICATE).write_text(proofs, encoding="utf-8")
     pair = (folder / run_folder.FLOAT, folder / run_folder.ENCODINGS)
     limit = job.config.ptq.max_eval_batches
-    scores = _Scores()
-    agreements = _compare(job, sim, artifact, certificate, folder / run_folder.QDQ, pair, limit, scores)
-    return _report(job, artifact, certificate, scores, agreements, folder, steps), agreements
+    scores, left_out = _Scores(), dict[str, str]()
+    others = [
+        replace(e, most=max(1, PATIENCE // e.work)) if e.work else e
+        for e in executors(folder / run_folder.QDQ, pair, left_out)
+    ]
+    agreements = _compare(job, sim, artifact, certificate, others, limit, scores)
+    report = _report(job, artifact, certificate, scores, agreements, folder, steps)
+    return report | {"validation_left_out": left_out}, agreements
 
 
 def _check_constraint(config: RunConfig, sim: Simulation, table: Table) -> None:
@@ -376,7 +452,8 @@ class _Scores:
     def _count(self, name: str, logits: NDArray[np.float32]) -> None:
         if logits.ndim != 2:
             return
-        best = np.argsort(-logits, axis=1, kind="stable")[:, :5] == self.labels[:, None]
+        labels = self.labels[: len(logits), None]  # a slow executor may have been given fewer
+        best = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels
         hits = self.hits.setdefault(name, [0, 0])
         hits[0] += int(best[:, 0].sum())
         hits[1] += int(best.any(1).sum())
@@ -396,28 +473,26 @@ SIMULATION = "simulation"
 
 
 def _compare(
-    job: _Job,
+    job: Job,
     sim: Simulation,
     artifact: Artifact,
     proof: Certificate,
-    file: Path,
-    pair: tuple[Path, Path],
+    others: list[Executor],
     limit: int | None,
     scores: _Scores | None = None,
 ) -> list[Agreement]:
-    """The simulation against every validator's executors of the QDQ file and of the pair, on the test data.
+    """The simulation against other executors, on the test data.
 
     scores: counts hits on the way, where they are wanted.
     """
-    executors = [e for name in names("validators") for e in resolve("validators", name)(file, pair)]
     simulation = simulation_executor(sim, job.config.backend, job.device)
     batches: Iterable[Arrays] = ([images.numpy()] for images, _ in job.test(limit))
     if scores is not None:
-        executors = [scores.watch(e) for e in executors]
+        others = [scores.watch(e) for e in others]
         simulation = scores.watch(simulation, noise=True)
         batches = scores.stream(job.test(limit), _runner(job.model, job.device))
     # The proof is about sums of products; on a GPU, libraries may choose kernels that compute other sums.
-    return compare(simulation, executors, batches, artifact, proof=job.device.type == "cpu" and proof)
+    return compare(simulation, others, batches, artifact, proof=job.device.type == "cpu" and proof)
 
 
 def _runner(model: nn.Module, device: torch.device) -> Callable[[Arrays], list[NDArray[np.float32]]]:
@@ -458,17 +533,30 @@ def _validate_run(
     data = datasets.load(plain.data)
     model = models.build(plain.model.name, num_classes=plain.model.num_classes).float().eval()
     example = next(images[:1] for images, _ in data.test)
-    network = fold_batch_norm(prepare(model, example))
-    job = _Job(plain, data, model, network, example, progress, _device(plain.device))
+    network = _float_network(model, example, config, [example])  # its weights are overwritten
+    job = Job(plain, data, model, network, example, progress, _device(plain.device))
     sim = job.simulate()
     _load_parameters(job.parameters(sim), parameters, folder / run_folder.STATE)
     sim.load(table)
     artifact = sim.export(example)
     certificate = certify(artifact)
     pair = (folder / run_folder.FLOAT, encodings or folder / run_folder.ENCODINGS)
-    limit = limit or config.ptq.max_eval_batches
-    agreements = _compare(job, sim, artifact, certificate, folder / run_folder.QDQ, pair, limit)
-    return Validation(tuple(agreements), ort.inspect(onnx_qdq.load(folder / run_folder.QDQ)), certificate)
+    left_out: dict[str, str] = {}
+    others = executors(folder / run_folder.QDQ, pair, left_out)
+    for backend in names("backends"):
+        if backend != config.backend:
+            try:
+                other = simulate(network, example, configuration.plan_of(plain), backend)
+            except MissingExtraError as error:
+                left_out[f"{backend} {SIMULATION}"] = str(error)
+                continue
+            other.model.to(job.device)
+            _load_parameters(job.parameters(other), parameters, folder / run_folder.STATE)
+            other.load(table)
+            others.append(simulation_executor(other, backend, job.device))
+    agreements = _compare(job, sim, artifact, certificate, others, limit or config.ptq.max_eval_batches)
+    free_scales = ort.inspect(onnx_qdq.load(folder / run_folder.QDQ))
+    return Validation(tuple(agreements), free_scales, certificate, left_out)
 
 
 def _load_parameters(own: dict[str, Tensor], parameters: dict[str, NDArray[Any]], path: Path) -> None:
@@ -482,7 +570,7 @@ def _load_parameters(own: dict[str, Tensor], parameters: dict[str, NDArray[Any]]
 
 
 def _report(
-    job: _Job,
+    job: Job,
     artifact: Artifact,
     certificate: Certificate,
     scores: _Scores,
@@ -528,6 +616,7 @@ def _report(
     }
 
 
-def _write_report(folder: Path, report: dict[str, Any]) -> None:
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Writes report.json and report.html."""
     (folder / run_folder.REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(render(report), encoding="utf-8")

@@ -17,15 +17,27 @@ TABLES: dict[str, dict[str, str]] = {
         "custom": "pow2quant.backends.custom:CustomSimulation",
         "aimet": "pow2quant.backends.aimet:AimetSimulation",
     },
-    "methods": {},
+    "methods": {
+        "equalize": "pow2quant.methods.equalization:Equalize",
+        "output_mse": "pow2quant.methods.output_mse:OutputMse",
+        "bias_correction": "pow2quant.methods.bias_correction:BiasCorrection",
+        "aciq": "pow2quant.methods.aciq:Aciq",
+        "lapq": "pow2quant.methods.lapq:Lapq",
+        "gpfq": "pow2quant.methods.gpfq:Gpfq",
+        "adaround": "pow2quant.methods.adaround:AdaRound",
+        "qdrop": "pow2quant.methods.qdrop:QDrop",
+    },
     "exporters": {
         "aimet-0.6.1": "pow2quant.adapters.aimet_encodings:export_0_6_1",
         "aimet-1.0.0": "pow2quant.adapters.aimet_encodings:export_1_0_0",
         "aimet-2.0.0": "pow2quant.adapters.aimet_encodings:export_2_0_0",
+        "c": "pow2quant.integer.emit_c:export_c",
+        "integers": "pow2quant.integer.pack:export_integers",
         "qdq": "pow2quant.adapters.onnx_qdq:export_qdq",
     },
     "validators": {
         "onnxruntime": "pow2quant.validate.ort:executors",
+        "engine": "pow2quant.validate.engine:executors",
     },
     "models": {
         "digits-cnn": "pow2quant.models:digits_cnn",

@@ -74,7 +74,8 @@ def test_json_is_the_only_thing_on_stdout(weights: Path, tmp_path: Path, capsys:
     assert main(arguments) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["folder"] == str(tmp_path / "run")
-    assert [a["differing"] for a in document["validation"]] == [0, 0, 0, 0]
+    assert len(document["validation"]) >= 5
+    assert not any(a["differing"] for a in document["validation"])
 
 
 def test_underscores_in_flags_are_hyphens_and_values_stay(weights: Path, tmp_path: Path) -> None:

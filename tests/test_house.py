@@ -25,6 +25,7 @@ FLOORS = {
     "pow2quant.__main__": 6,
     "pow2quant.cli": 6,
     "pow2quant.quantsim": 6,
+    "pow2quant.qat": 5,
     "pow2quant.pipeline": 5,
     "pow2quant.study": 5,
     "pow2quant.training": 4,
@@ -47,11 +48,12 @@ DOORS = {  # the only imports between two rooms of one floor
     ("pow2quant", "pow2quant.quantsim"),
     ("pow2quant.__main__", "pow2quant.cli"),
     ("pow2quant.plugins", "pow2quant.errors"),
+    ("pow2quant.qat", "pow2quant.pipeline"),
     ("pow2quant.pow2_constraints", "pow2quant.errors"),
 }
 LEFT = {"pow2quant.backends", "pow2quant.methods", "pow2quant.training"}
 RIGHT = {"pow2quant.integer", "pow2quant.adapters", "pow2quant.validate"}
-TORCH_ROOMS = LEFT | {"pow2quant.pipeline", "pow2quant.models", "pow2quant.datasets"}
+TORCH_ROOMS = LEFT | {"pow2quant.qat", "pow2quant.pipeline", "pow2quant.models", "pow2quant.datasets"}
 TORCH = {"torch", "torchvision", "safetensors.torch"}
 AIMET = {"aimet_torch", "aimet_common"}
 AIMET_ROOM = "pow2quant.backends.aimet"

@@ -42,7 +42,7 @@ def test_resnet20_keeps_its_accuracy_and_agrees(
         "ptq.max_eval_batches": 32,
     }
     result = ptq(with_values(RunConfig(), values), tmp_path / "run")
-    assert [a.differing for a in result.agreements] == [0, 0, 0, 0]
+    assert not any(a.differing for a in result.agreements)
     assert {a.claim for a in result.agreements} == {"proved"}
     assert result.report["initial_accuracy"] > 92
     assert result.report["final_accuracy"] > floor

@@ -75,7 +75,7 @@ class AimetSimulation:
             bits = self.placement.specs[site.name].bits
             if bits > WIDEST and site.role != "bias":
                 raise ConfigError(f"{site.name}: the aimet backend simulates 2 to {WIDEST} bits, not {bits}")
-        self._network = network
+        self.network = network
         model = copy.deepcopy(network)
         readers = _readers_of_inputs(model)
         self.quantsim: Any = _wrapped(model, example)
@@ -95,7 +95,7 @@ class AimetSimulation:
         holder, key = readers.get(site.name, (site.module, 0))
         module: Any = self.model.get_submodule(holder)
         cls = constrained if spec.power_of_2 and site.role != "bias" else free
-        quantizer = self._quantizers[site.name] = cls(site, spec, shape, axis).to(_device(self._network))
+        quantizer = self._quantizers[site.name] = cls(site, spec, shape, axis).to(_device(self.network))
         parameter = site.role in ("weight", "bias")
         kind = "param" if parameter else site.role
         self._slots[site.name] = (module, f"{kind}_quantizers", site.role if parameter else key)
@@ -191,7 +191,7 @@ class AimetSimulation:
         for name, (_, _, key) in self._slots.items():
             if self._slot(name)[key] is None:
                 raise EncodingError(f"{name}: AIMET has removed its quantizer; only simulated encodings are exported")
-        return to_artifact(self._network, self.placement, self.encodings(), self.parameter)
+        return to_artifact(self.network, self.placement, self.encodings(), self.parameter)
 
 
 def constrain(quantsim: Any) -> None:

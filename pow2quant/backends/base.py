@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pow2quant.artifact import Artifact, Site, Table
+from pow2quant.backends.placement import Placement
 from pow2quant.config import QuantPlan
+
+T = TypeVar("T")
 
 Batch = Tensor | tuple[Tensor, ...]
 """The inputs of one call of the network: a tensor (N, …), or one per argument."""
@@ -22,7 +25,11 @@ Tap = Callable[[Site, Tensor, Tensor], Tensor]
 """(site, x, fake-quantized x) -> what flows on."""
 
 Rewrite = Callable[[GraphModule, Iterable[Batch]], GraphModule]
-"""A function-preserving change of the prepared float network, before a backend wraps it."""
+"""A function-preserving change of the prepared float network, before a backend wraps it.
+
+Which nodes and parameters there are afterwards follows from the graph alone, not from weights or data: a finished run
+is rebuilt from its configuration, around the weights that it saved.
+"""
 
 ALL: frozenset[str] = frozenset({"weight", "input", "output", "bias"})
 
@@ -32,10 +39,18 @@ class Simulation(Protocol):
 
     model: fake-quantizing; the user's submodule names; `.weight` and `.bias` are float and trainable.
     sites: every tensor that is quantized, in order of computation.
+    network: the prepared float network that is simulated, as it was handed over: what a method aims at.
+    placement: which node of `network` is quantized by which site, and how: what `placement.place` says.
     """
 
     model: nn.Module
     sites: Sequence[Site]
+    network: GraphModule
+    placement: Placement
+
+    def parameter(self, name: str) -> Tensor:
+        """The float parameter of the model with this name in the prepared network, such as a weight's site name."""
+        ...
 
     def calibrate(self, batches: Iterable[Batch], roles: Collection[str] = ALL) -> Table:
         """Chooses the encodings of the sites with these roles; the other roles stay bit-identical.
@@ -67,6 +82,29 @@ class Simulation(Protocol):
 
 
 Backend = Callable[[GraphModule, Batch, QuantPlan], Simulation]
+
+
+class Progress(Protocol):
+    """Where long work says how far it is."""
+
+    def track(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+        """Passes items on while showing a bar."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Shows one line."""
+        ...
+
+
+class _Silent:
+    def track(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+        yield from items
+
+    def note(self, text: str) -> None:
+        pass
+
+
+SILENT: Progress = _Silent()
 
 
 class Tapped(Protocol):

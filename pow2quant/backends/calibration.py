@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,17 +22,7 @@ BIAS_BITS = range(22, 31)
 """A bias has at most this many bits in units of s_in * s_w, whatever the widths."""
 
 
-class Placed(Simulation, Protocol):
-    """A simulation whose quantizers stand where `placement` says."""
-
-    placement: Placement
-
-    def parameter(self, name: str) -> Tensor:
-        """The float tensor of a weight or bias, by site name."""
-        ...
-
-
-def calibrate(sim: Placed, batches: Iterable[Batch], roles: Collection[str]) -> Table:
+def calibrate(sim: Simulation, batches: Iterable[Batch], roles: Collection[str]) -> Table:
     """Chooses the encodings of the sites with these roles and loads them; see `Simulation.calibrate`.
 
     Weights take theirs from themselves. Activations are observed unquantized: in the float network when weights are
@@ -56,7 +45,7 @@ def calibrate(sim: Placed, batches: Iterable[Batch], roles: Collection[str]) -> 
     return sim.encodings()
 
 
-def _chosen(sim: Placed, batches: Iterable[Batch], roles: Collection[str]) -> Table:
+def _chosen(sim: Simulation, batches: Iterable[Batch], roles: Collection[str]) -> Table:
     """The table after calibration."""
     placement = sim.placement
     table = {k: v for k, v in sim.encodings().items() if _role(placement, k) not in roles}
@@ -72,7 +61,7 @@ def _chosen(sim: Placed, batches: Iterable[Batch], roles: Collection[str]) -> Ta
         table |= {y.weight.name: _weight_encoding(sim, y) for y in placement.layers if y.weight is not None}
     for layer in placement.layers:
         if "weight" in roles and layer.weight is not None:
-            table[layer.weight.name] = _with_room_for_bias(sim, layer, table)
+            table[layer.weight.name] = with_room_for_bias(sim, layer, table)
         if "bias" in roles and layer.bias is not None:
             table[layer.bias.name] = bias_encoding(layer, table, sim.parameter(layer.bias.name), placement.specs)
     return table
@@ -150,7 +139,7 @@ def _role(placement: Placement, name: str) -> str:
     return next(s.role for s in placement.sites if s.name == name)
 
 
-def _weight_encoding(sim: Placed, layer: Layer) -> Encoding:
+def _weight_encoding(sim: Simulation, layer: Layer) -> Encoding:
     assert layer.weight is not None
     name = layer.weight.name
     spec = sim.placement.specs[name]
@@ -166,7 +155,7 @@ def _activation_encoding(name: str, seen: Observed, placement: Placement) -> Enc
     return choose(spec.range, seen, Format(spec.bits, spec.symmetric, spec.power_of_2))
 
 
-def _with_room_for_bias(sim: Placed, layer: Layer, table: Mapping[str, Encoding]) -> Encoding:
+def with_room_for_bias(sim: Simulation, layer: Layer, table: Mapping[str, Encoding]) -> Encoding:
     """The weight's encoding, its exponents raised where the bias would otherwise dwarf every product.
 
     That happens in near-dead channels: weights of 1e-8 beside a bias of 0.5. There a coarser weight loses nothing that

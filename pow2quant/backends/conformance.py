@@ -191,6 +191,16 @@ def the_network_is_left_as_it_is(backend: Backend) -> None:
     assert all(torch.equal(v, state[k]) for k, v in network.state_dict().items())
 
 
+def methods_find_what_they_look_for(backend: Backend) -> None:
+    """The float network, the placement, and the parameters by name, shared ones too."""
+    network = _prepared()
+    sim = backend(network, _batch(), LOW_BITS)
+    assert sim.network is network
+    assert sim.placement == place(network, LOW_BITS)
+    for name, _ in network.named_parameters(remove_duplicate=False):
+        assert sim.parameter(name) is sim.model.get_parameter(name), name
+
+
 def onnx_names_are_the_users(backend: Backend) -> None:
     """Nodes are called as modules, initializers as parameters; parameters lie on their grids; no site gets lost."""
     sim = _simulation(backend)
@@ -601,6 +611,7 @@ CHECKS: tuple[Check, ...] = (
     sites_are_those_of_the_placement,
     submodules_keep_their_names_and_float_parameters,
     the_network_is_left_as_it_is,
+    methods_find_what_they_look_for,
     onnx_names_are_the_users,
     equal_data_give_equal_encodings,
     scales_are_powers_of_two,

@@ -58,7 +58,7 @@ class CustomSimulation:
     def __init__(self, network: fx.GraphModule, example: Batch, plan: QuantPlan) -> None:
         self.placement: Placement = place(network, plan)
         self.sites: Sequence[Site] = self.placement.sites
-        self._network = network
+        self.network = network
         self._quantizers: dict[str, FakeQuantize] = {}
         model = copy.deepcopy(network)
         self._wrap_layers(model)
@@ -124,4 +124,4 @@ class CustomSimulation:
 
     def export(self, example: Batch) -> Artifact:
         """See `Simulation.export`."""
-        return to_artifact(self._network, self.placement, self.encodings(), self.parameter)
+        return to_artifact(self.network, self.placement, self.encodings(), self.parameter)

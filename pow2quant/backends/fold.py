@@ -23,7 +23,8 @@ def fold_batch_norm(network: fx.GraphModule, batches: Iterable[Batch] = ()) -> f
     """Folds each batch norm into the convolution or linear layer in front of it, in place, and returns the network.
 
     One that stands alone, or whose layer has other readers, becomes a per-channel affine operation (a 1x1 depthwise
-    convolution) under its own name. `batches` is not used: the signature is that of every rewrite.
+    convolution) under its own name. Mean and deviation that a batch norm gives its result stay known, as
+    `node.meta["normal"]`, two (C,). `batches` is not used: the signature is that of every rewrite.
     """
     with torch.no_grad():
         for node in list(network.graph.nodes):
@@ -41,18 +42,20 @@ def _fold(network: fx.GraphModule, node: fx.Node) -> None:
     assert isinstance(before, fx.Node)
     if norm.running_mean is None or norm.running_var is None:
         raise UnsupportedModelError(f"{node.target}: batch norm without running statistics cannot be folded")
+    gamma = norm.weight.double() if norm.affine else torch.ones_like(norm.running_var, dtype=torch.float64)
+    beta = norm.bias.double() if norm.affine else torch.zeros_like(gamma)
     layer = network.get_submodule(str(before.target)) if before.op == "call_module" else None
     fused = _fused(layer, norm) if layer is not None and len(before.users) == 1 else None
     if fused is not None:
         network.set_submodule(str(before.target), fused.requires_grad_())  # PyTorch freezes a bias that it adds
+        before.meta["normal"] = (beta, gamma.abs())
         node.replace_all_uses_with(before)
         network.graph.erase_node(node)
         network.delete_submodule(str(node.target))
         return
     deviation = torch.sqrt(norm.running_var.double() + norm.eps)
-    gamma = norm.weight.double() if norm.affine else torch.ones_like(deviation)
-    beta = norm.bias.double() if norm.affine else torch.zeros_like(deviation)
     weight = gamma / deviation
+    node.meta["normal"] = (beta, gamma.abs())
     bias = beta - norm.running_mean.double() * weight
     rank = len(node.meta["shape"])
     network.set_submodule(str(node.target), depthwise(weight.float(), bias.float(), max(rank, 3)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 import warnings
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pow2quant.cli.console import Console, show_agreements
+from pow2quant.cli.console import Console, show_agreements, show_left_out
 
 if TYPE_CHECKING:
     from pow2quant.config import RunConfig
@@ -41,6 +42,26 @@ Quiet = Annotated[bool, Option("--quiet", help="No progress, no notes.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
 ConfigFile = Annotated[Path | None, Option(help="YAML with everything below; flags override it.")]
 Output = Annotated[Path | None, Option(help="Folder to write; default: runs/<command>-<time>.")]
+Backend = Annotated[str | None, Option("--backend", help="custom (pure PyTorch) or aimet (Qualcomm's QuantSim).")]
+Model = Annotated[str | None, Option(help="digits-cnn, torchvision:NAME, or path/to/file.py:factory.")]
+Weights = Annotated[str | None, Option(help="State dict: .pt, .pth or .safetensors.")]
+Classes = Annotated[int | None, Option(help="Passed to the network's factory.")]
+DataSet = Annotated[str | None, Option(help="digits, cifar10, mnist, imagefolder, or path/to/file.py:function.")]
+DataPath = Annotated[str | None, Option(help="Folder of the data set.")]
+WeightBits = Annotated[int | None, Option(help="Width of weights, 2 to 16.")]
+ActivationBits = Annotated[
+    int | None,
+    Option(help="Width of activations, 2 to 16; the network's input keeps at least 8 bits, as an image has."),
+]
+PerTensor = Annotated[bool, Option("--per-tensor", help="One weight scale per tensor, not per output channel.")]
+CalibrationBatches = Annotated[int | None, Option(help="Calibrate on at most so many batches.")]
+EvalBatches = Annotated[int | None, Option(help="Evaluate on at most so many batches.")]
+Methods = Annotated[
+    list[str] | None,
+    Option(help="A method's name (see `pow2quant list`), or none; repeatable, applied in order."),
+]
+EncodingsVersion = Annotated[str | None, Option(help="AIMET encodings: 0.6.1, 1.0.0 or 2.0.0.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing run.")]
 # Every command takes the flags of every command, so that a script can pass the same ones to all.
 IdleSeed = Annotated[int | None, Option("--seed", min=0, help="Without effect: nothing is random here.")]
 IdleDevice = Annotated[str | None, Option("--device", help="Without effect: nothing is computed here.")]
@@ -67,30 +88,23 @@ def _common(
     epilog="Example: pow2quant ptq --model torchvision:resnet18 --weights r18.pth --data imagefolder --data-path imgs/"
 )
 def ptq(
-    backend: Annotated[str | None, Option(help="custom (pure PyTorch) or aimet (Qualcomm's QuantSim).")] = None,
-    model: Annotated[str | None, Option(help="digits-cnn, torchvision:NAME, or path/to/file.py:factory.")] = None,
-    weights: Annotated[str | None, Option(help="State dict: .pt, .pth or .safetensors.")] = None,
-    num_classes: Annotated[int | None, Option(help="Passed to the network's factory.")] = None,
-    data: Annotated[
-        str | None, Option(help="digits, cifar10, mnist, imagefolder, or path/to/file.py:function.")
-    ] = None,
-    data_path: Annotated[str | None, Option(help="Folder of the data set.")] = None,
+    backend: Backend = None,
+    model: Model = None,
+    weights: Weights = None,
+    num_classes: Classes = None,
+    data: DataSet = None,
+    data_path: DataPath = None,
     batch_size: Annotated[int | None, Option(help="Images per batch.")] = None,
-    weight_bits: Annotated[int | None, Option(help="Width of weights, 2 to 16.")] = None,
-    activation_bits: Annotated[
-        int | None,
-        Option(help="Width of activations, 2 to 16; the network's input keeps at least 8 bits, as an image has."),
-    ] = None,
-    per_tensor: Annotated[
-        bool, Option("--per-tensor", help="One weight scale per tensor, not per output channel.")
-    ] = False,
-    max_calibration_batches: Annotated[int | None, Option(help="Calibrate on at most so many batches.")] = None,
-    max_eval_batches: Annotated[int | None, Option(help="Evaluate on at most so many batches.")] = None,
-    method: Annotated[list[str] | None, Option(help="A method's name; repeatable, applied in order.")] = None,
-    encodings_version: Annotated[str | None, Option(help="AIMET encodings: 0.6.1, 1.0.0 or 2.0.0.")] = None,
+    weight_bits: WeightBits = None,
+    activation_bits: ActivationBits = None,
+    per_tensor: PerTensor = False,
+    max_calibration_batches: CalibrationBatches = None,
+    max_eval_batches: EvalBatches = None,
+    method: Methods = None,
+    encodings_version: EncodingsVersion = None,
     config: ConfigFile = None,
     output: Output = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing run.")] = False,
+    overwrite: Overwrite = False,
     seed: Seed = None,
     device: Device = None,
     verbose: Verbose = False,
@@ -102,20 +116,13 @@ def ptq(
     Without flags: the embedded network on scikit-learn's digits.
     """
     values = {
-        "backend": backend,
-        "model.name": model,
-        "model.weights": weights,
-        "model.num_classes": num_classes,
-        "data.dataset": data,
-        "data.path": data_path,
         "data.batch_size": batch_size,
-        "quantization.weight.bitwidth": weight_bits,
-        "quantization.output.bitwidth": activation_bits,
-        "quantization.input.bitwidth": None if activation_bits is None else max(8, activation_bits),
-        "quantization.weight.per_channel": False if per_tensor else None,
+        **_quantization(
+            backend, model, weights, num_classes, data, data_path, weight_bits, activation_bits, per_tensor
+        ),
         "ptq.calibration_batches": max_calibration_batches,
         "ptq.max_eval_batches": max_eval_batches,
-        "ptq.methods": method or None,
+        "ptq.methods": [] if method == ["none"] else method or None,
         "encodings_version": encodings_version,
         "seed": seed,
         "device": device,
@@ -125,6 +132,84 @@ def ptq(
     from pow2quant import pipeline
 
     result = pipeline.ptq(configured, output or _fresh("ptq"), overwrite=overwrite, progress=console)
+    _show_run(console, result)
+    return 0 if result.agrees else 1
+
+
+@app.command(epilog="Example: pow2quant qat --weight-bits 4 --epochs 10 --output runs/mine; after a crash add --resume")
+def qat(
+    backend: Backend = None,
+    model: Model = None,
+    weights: Weights = None,
+    num_classes: Classes = None,
+    data: DataSet = None,
+    data_path: DataPath = None,
+    weight_bits: WeightBits = None,
+    activation_bits: ActivationBits = None,
+    per_tensor: PerTensor = False,
+    mode: Annotated[
+        str | None, Option(help="weights: activations stay float in training; full: for less than 8 bits.")
+    ] = None,
+    epochs: Annotated[int | None, Option(help="How often all training images are seen.")] = None,
+    learning_rate: Annotated[float | None, Option(help="Of the optimizer, at the start of its schedule.")] = None,
+    batch_size: Annotated[int | None, Option(help="Images per training step, of all processes together.")] = None,
+    distillation: Annotated[
+        float | None, Option(help="Share of the loss, 0 to 1, that compares with the float network's logits.")
+    ] = None,
+    no_final_ptq: Annotated[
+        bool, Option("--no-final-ptq", help="Keep the activations' encodings of before training.")
+    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue the interrupted run of this --output.")] = False,
+    max_calibration_batches: CalibrationBatches = None,
+    max_eval_batches: EvalBatches = None,
+    method: Methods = None,
+    encodings_version: EncodingsVersion = None,
+    config: ConfigFile = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    seed: Seed = None,
+    device: Device = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> int:
+    """Quantization-aware training: PTQ, training with quantized weights, PTQ of the activations; then as `ptq`.
+
+    Checkpoints stand beside the run's folder until it is finished. Several processes: torchrun --nproc-per-node N -m
+    pow2quant qat ... Everything else that can be chosen is under `training:` in --config.
+    """
+    if resume and output is None:
+        raise typer.BadParameter("needs the --output of the run that was interrupted", param_hint="'--resume'")
+    values = {
+        **_quantization(
+            backend, model, weights, num_classes, data, data_path, weight_bits, activation_bits, per_tensor
+        ),
+        "training.mode": mode,
+        "training.epochs": epochs,
+        "training.learning_rate": learning_rate,
+        "training.batch_size": batch_size,
+        "training.distillation": distillation,
+        "training.final_ptq": False if no_final_ptq else None,
+        "ptq.calibration_batches": max_calibration_batches,
+        "ptq.max_eval_batches": max_eval_batches,
+        "ptq.methods": [] if method == ["none"] else method or None,
+        "encodings_version": encodings_version,
+        "seed": seed,
+        "device": device,
+    }
+    configured = _configured(config, values)
+    leads = os.environ.get("RANK", "0") == "0"
+    console = _console(verbose, quiet or not leads, as_json)
+    from pow2quant.qat import qat
+
+    folder = output or _fresh("qat")
+    try:
+        result = qat(configured, folder, resume=resume, overwrite=overwrite, progress=console)
+    except KeyboardInterrupt:
+        console.note(f"the same command with --output {folder} --resume continues")
+        raise
+    if result is None:  # another process of torchrun's leads, and shows it
+        return 0
     _show_run(console, result)
     return 0 if result.agrees else 1
 
@@ -173,9 +258,11 @@ def validate(
     result = {
         "verdict": verdict,
         "validation": [a.to_json() for a in found.agreements],
+        "validation_left_out": found.left_out,
         "free_scales": dict(found.free_scales),
         "certificate": found.certificate.to_json(),
     }
+    show_left_out(console, found.left_out)
     console.result(result, [*lines, verdict, found.certificate_sentence])
     _keep(result, output, "validation.json")
     return 0 if found.agrees else 1
@@ -271,7 +358,41 @@ def _about(kind: str, name: str) -> str:
         thing = resolve(kind, name)
     except Exception as error:  # a plug-in of another package may raise anything
         return f"not usable: {error}"
-    return (thing.__doc__ or "").strip().partition("\n")[0]
+    return (thing.__doc__ or "").strip().partition("\n")[0] + (_parameters(thing) if kind == "methods" else "")
+
+
+def _parameters(method: Any) -> str:
+    """The keys of a method and their defaults, as a sentence."""
+    from pow2quant.config import defaults
+
+    keys = ", ".join(f"{key}: {json.dumps(value)}" for key, value in defaults(method).items())
+    return f" Parameters: {keys}." if keys else ""
+
+
+def _quantization(
+    backend: str | None,
+    model: str | None,
+    weights: str | None,
+    num_classes: int | None,
+    data: str | None,
+    data_path: str | None,
+    weight_bits: int | None,
+    activation_bits: int | None,
+    per_tensor: bool,
+) -> dict[str, Any]:
+    """What flags say about the network, its data and its widths, by key of the configuration."""
+    return {
+        "backend": backend,
+        "model.name": model,
+        "model.weights": weights,
+        "model.num_classes": num_classes,
+        "data.dataset": data,
+        "data.path": data_path,
+        "quantization.weight.bitwidth": weight_bits,
+        "quantization.output.bitwidth": activation_bits,
+        "quantization.input.bitwidth": None if activation_bits is None else max(8, activation_bits),
+        "quantization.weight.per_channel": False if per_tensor else None,
+    }
 
 
 def _configured(file: Path | None, values: dict[str, Any]) -> RunConfig:
@@ -314,13 +435,15 @@ def _show_run(console: Console, result: Result) -> None:
         return "-" if value is None else f"{value:.2f} %"
 
     top5 = any(key.endswith("_top5") for key in r)
+    steps = [("after PTQ", "ptq"), ("best of training", "qat_best")] if "qat_best_accuracy" in r else []
     rows = [
         [label, percent(r.get(f"{key}_accuracy")), *([percent(r.get(f"{key}_accuracy_top5"))] if top5 else [])]
-        for label, key in (("float", "initial"), ("simulation", "final"), ("onnxruntime", "onnxruntime"))
+        for label, key in (("float", "initial"), *steps, ("simulation", "final"), ("onnxruntime", "onnxruntime"))
     ]
     console.table(["accuracy", "top-1", *(["top-5"] if top5 else [])], rows)
     console.say()
     show_agreements(console, result.agreements)
+    show_left_out(console, r["validation_left_out"])
     sizes = r["model_size_bytes"]
     lines = [
         "",

@@ -127,3 +127,9 @@ def show_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
             )
         for note in a.notes:
             console.say(f"{a.executor}: {note}")
+
+
+def show_left_out(console: Console, reasons: Mapping[str, str]) -> None:
+    """Which executors could not take part, and why."""
+    for name, reason in reasons.items():
+        console.say(f"left out: {name}: {reason}")

@@ -20,10 +20,14 @@ def verdict(agreements: Sequence[Agreement]) -> str:
     """One sentence over all agreements."""
     wrong = [a for a in agreements if not a.agrees]
     if not wrong:
-        claim = agreements[0].claim
-        elements = f"{agreements[0].elements:,} output elements"
-        others = f"{len(agreements)} runs of onnxruntime" if len(agreements) > 1 else agreements[0].executor
-        return f"0 of {elements} differ between {agreements[0].against} and {others}: {claim}"
+        most = max(agreements, key=lambda a: a.elements)
+        claim = next((a.claim for a in agreements if a.claim != "proved"), "proved")
+        names = [a.executor for a in agreements]
+        runs = [name for name in names if name.startswith("onnxruntime")]
+        if len(runs) > 1:
+            names = [f"{len(runs)} runs of onnxruntime", *(name for name in names if name not in runs)]
+        others = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+        return f"0 of {most.elements:,} output elements differ between {most.against} and {others}: {claim}"
     worst = max(wrong, key=lambda a: a.differing)
     at = f", first at {worst.first_diverging.tensor}" if worst.first_diverging else ""
     why = f" ({worst.first_diverging.cause})" if worst.first_diverging and worst.first_diverging.cause else ""

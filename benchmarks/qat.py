@@ -1,0 +1,85 @@
+"""CIFAR-10, the whole test set: what training wins back at several widths, and whether every executor agrees.
+
+    python benchmarks/qat.py --data-path DIR --network models.py:cifar10_resnet20 --weights resnet20.safetensors
+        [--runs 8:8:weights:1 4:8:weights:4 4:4:full:5 …] [--learning-rate 1e-3] [--output runs/qat-cifar10]
+
+DIR holds `cifar-10-batches-py/` or `cifar10.npz`; networks and weights are your own. A run is
+WEIGHT BITS:ACTIVATION BITS:MODE:EPOCHS. 512 calibration images, batches of 128, distillation from the float network.
+Prints a markdown row per run. A run that was interrupted continues when the same command is given again. Exit status 1
+when any output element differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from pow2quant import qat
+from pow2quant.config import RunConfig, with_values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", required=True)
+    parser.add_argument("--network", required=True)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        default=["8:8:weights:1", "4:8:weights:4", "4:4:full:5", "3:3:full:5", "2:4:full:5"],
+        metavar="W:A:MODE:EPOCHS",
+    )
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--backend", default="custom")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/qat-cifar10"))
+    options = parser.parse_args()
+    print("| widths | mode | epochs | minutes | float | PTQ | best of QAT | final | onnxruntime | differing |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    agrees = True
+    for run in options.runs:
+        weight, activation, mode, epochs = run.split(":")
+        values = {
+            "backend": options.backend,
+            "device": options.device,
+            "seed": options.seed,
+            "model.name": options.network,
+            "model.weights": options.weights,
+            "data.dataset": "cifar10",
+            "data.path": options.data_path,
+            "quantization.weight.bitwidth": int(weight),
+            "quantization.output.bitwidth": int(activation),
+            "ptq.calibration_batches": 8,
+            "ptq.methods": [],
+            "training.mode": mode,
+            "training.epochs": int(epochs),
+            "training.learning_rate": options.learning_rate if mode == "full" else options.learning_rate / 2,
+            "training.weight_decay": 1e-4,
+            "training.batch_size": 128,
+            "training.distillation": 0.8,
+            "training.temperature": 2.0,
+            "training.precision": options.precision,
+        }
+        folder = options.output / f"w{weight}a{activation}-{mode}"
+        if not folder.exists():
+            qat(with_values(RunConfig(), values), folder, resume=True)
+        r = json.loads((folder / "report.json").read_text())
+        differing = sum(a["differing"] for a in r["validation"])
+        accuracies = " | ".join(
+            f"{r[f'{k}_accuracy']:.2f}" for k in ("initial", "ptq", "qat_best", "final", "onnxruntime")
+        )
+        minutes = r["training"]["seconds"] / 60
+        print(
+            f"| W{weight}A{activation} | {mode} | {r['training']['best_epoch']} of {epochs} | {minutes:.1f} | "
+            f"{accuracies} | {differing} of {r['validation'][0]['elements']:,} |",
+            flush=True,
+        )
+        agrees &= differing == 0
+    raise SystemExit(0 if agrees else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""QDrop: blocks learn to round their weights while activation quantizers come and go at random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pow2quant.artifact import Site
+from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
+from pow2quant.backends.calibration import observe
+from pow2quant.methods.reconstruction import (
+    Quantize,
+    Step,
+    blocks,
+    encode_activations,
+    encode_weight,
+    is_rounded,
+    quantizing,
+    walk,
+)
+from pow2quant.methods.rounding import (
+    FROM_ZERO,
+    SHARE,
+    LearnedRounding,
+    mixed,
+    output_sqnr,
+    soft_weights,
+    write_weights,
+)
+from pow2quant.pow2_constraints import Encoding, Format, Observed, choose, power_of_two
+
+HEAD_STEM_BITS = 8
+
+
+class _Learned(torch.autograd.Function):
+    """s * clip(round(x / s), low, high); for s = 2^theta or 2^round(theta), see `LearnedScale`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, theta: Tensor, scale: float, low: float, high: float) -> Tensor:
+        quantized = (x * (1 / scale)).round_().clamp_(low, high).mul_(scale)
+        ctx.save_for_backward(x, quantized)
+        ctx.ends = (low - 0.5) * scale, (high + 0.5) * scale
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, quantized = ctx.saved_tensors
+        passed = torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.ends)  # the gradient where nothing saturates
+        by_scale = (grads[0] * quantized).sum() - (passed * x).sum()
+        return passed, math.log(2) * by_scale, None, None, None
+
+
+class LearnedScale:
+    """The scale of an activation as 2^theta, theta a parameter; under the constraint 2^round(theta).
+
+    Straight through both roundings: dL/dtheta = ln 2 * s * dL/ds (TQT, Jain et al. 2020, eq. 7), where dx_q/ds is
+    round(x/s) - x/s, or the end of the grid where x saturates (LSQ, Esser et al. 2020, eq. 3).
+    """
+
+    def __init__(self, encoding: Encoding, device: torch.device) -> None:
+        self._before = encoding
+        self.theta = nn.Parameter(torch.tensor(math.log2(encoding.scale), device=device))
+        self._low, self._high = (float(q - encoding.zero_point) for q in (encoding.grid.qmin, encoding.grid.qmax))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """x on the grid, differentiable in x and theta."""
+        quantized: Tensor = _Learned.apply(x, self.theta, 2.0 ** self._exponent(), self._low, self._high)
+        return quantized
+
+    def encoding(self) -> Encoding:
+        """The encoding as it is now."""
+        k = self._exponent()
+        scale = power_of_two(k) if isinstance(k, int) else np.array(2.0**k, np.float32)
+        return Encoding(scale, self._before.zero_point, self._before.grid)
+
+    def _exponent(self) -> float:
+        theta = float(self.theta.detach())
+        return round(theta) if self._before.is_power_of_two else theta
+
+
+@dataclass(frozen=True)
+class QDrop(LearnedRounding):
+    """QDrop: blocks reconstructed while their activation quantizers are dropped at random (Wei et al. 2022).
+
+    AdaRound's equations, block by block. drop_prob: the share of values that every activation quantizer in the block
+    lets pass as they are, drawn anew in every step. lr_activation: Adam's, of log2 of the activations' scales, which
+    learn during the first half; 0: calibration's stay. disable_8bit_head_stem: otherwise the weights of the first and
+    the last layer, and what enters the last one, get 8 bits, whatever the plan says. Biases stay as they are.
+    """
+
+    input_prob: Annotated[float, SHARE] = 0.5
+    drop_prob: Annotated[float, SHARE] = 0.5
+    lr_activation: Annotated[float, FROM_ZERO] = 0.003
+    disable_8bit_head_stem: bool = True
+
+    def apply(self, sim: Simulation, batches: Iterable[Batch], progress: Progress = SILENT) -> None:
+        """Writes weights on their grids, and loads the activations' encodings and what follows from them."""
+        if not self.disable_8bit_head_stem:
+            widen_head_and_stem(sim, batches)
+        parts = blocks(sim)
+        for step in progress.track(walk(sim, batches, parts), "qdrop", len(parts)):
+            weights, scales = soft_weights(sim, step), learned_scales(sim, step) if self.lr_activation else {}
+            if not (weights or scales):
+                continue
+            before = output_sqnr(step, quantizing(sim.encodings()))
+            thetas = [scale.theta for scale in scales.values()]
+            self.learn(step, weights, self._dropping(sim, scales), thetas, self.lr_activation)
+            encode_activations(sim, {name: scale.encoding() for name, scale in scales.items()})
+            write_weights(sim, step, weights)
+            after = output_sqnr(step, quantizing(sim.encodings()))
+            progress.note(f"{', '.join(y.module for y in step.layers)}: output {before} -> {after}")
+
+    def _dropping(self, sim: Simulation, scales: dict[str, LearnedScale]) -> Quantize:
+        fixed = quantizing(sim.encodings())
+
+        def quantize(site: Site, x: Tensor) -> Tensor:
+            if site.role in ("weight", "bias"):
+                return fixed(site, x)
+            leader = sim.placement.leader(site.name)
+            quantized = scales[leader].quantize(x) if leader in scales else fixed(site, x)
+            return mixed(quantized, x, 1 - self.drop_prob)
+
+        return quantize
+
+
+def learned_scales(sim: Simulation, step: Step) -> dict[str, LearnedScale]:
+    """For the part's activations, by site name (of those that share an encoding, the one that leads).
+
+    Those that share an encoding with one outside of the part are left out.
+    """
+    leader, table = sim.placement.leader, sim.encodings()
+    own = {site.name for node in step.nodes if (site := sim.placement.quantized.get(node.name))}
+    outside = {leader(site.name) for site in sim.sites if site.name not in own}
+    device = step.targets[0].device
+    return {n: LearnedScale(table[n], device) for n in dict.fromkeys(map(leader, sorted(own))) if n not in outside}
+
+
+def widen_head_and_stem(sim: Simulation, batches: Iterable[Batch]) -> None:
+    """Gives 8 bits to the first and the last layer's weights and to what enters the last one, where they have fewer.
+
+    Float tensors and weights that are rounded already stay as they are.
+    """
+    layers, specs = sim.placement.layers, sim.placement.specs
+
+    def widened(name: str, seen: Observed, axis: int | None) -> Encoding:
+        spec = specs[name]
+        return choose(spec.range, seen, Format(HEAD_STEM_BITS, spec.symmetric, spec.power_of_2, axis))
+
+    def is_narrow(name: str) -> bool:
+        return sim.encodings()[name].grid.width < HEAD_STEM_BITS
+
+    source = layers[-1].input
+    if source is not None and is_narrow(source.name):
+        leader = sim.placement.leader(source.name)
+        (seen,) = observe(sim, batches, [leader]).values()
+        encode_activations(sim, {leader: widened(leader, seen, None)})
+    for layer in dict.fromkeys((layers[0], layers[-1])):
+        if layer.weight is not None and is_narrow(layer.weight.name) and not is_rounded(sim, layer):
+            weight = sim.parameter(layer.weight.name).detach().cpu().numpy()
+            encode_weight(sim, layer, widened(layer.weight.name, Observed.of(weight, layer.axis), layer.axis))

@@ -1,0 +1,140 @@
+"""Quantization-aware training in three steps: PTQ, training, and PTQ of the activations behind the trained weights.
+
+Batch norm is folded before the first step, so that its statistics are those of the float network throughout: what is
+trained is what is exported. Without it, large steps are not renormalized; learning rates are those of fine-tuning.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pow2quant import config as configuration
+from pow2quant import run_folder
+from pow2quant.backends.base import SILENT, Progress, Simulation
+from pow2quant.backends.calibration import with_room_for_bias
+from pow2quant.config import RunConfig
+from pow2quant.errors import OutputError
+from pow2quant.pipeline import Job, Result, finish, quantized, write_report
+from pow2quant.training import curves
+from pow2quant.training.processes import joined
+from pow2quant.training.trainer import Trainer
+
+
+def qat(
+    config: RunConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Result | None:
+    """The three steps from a configuration to a run's folder; checkpoints stand in `<output>.training` meanwhile.
+
+    resume: continues a run that was interrupted, to the bits of one that was not; without a checkpoint it starts.
+    Started by `torchrun` it trains in all processes, and returns None in those that do not lead.
+    Raises Pow2QuantError for everything that a user can mend, TrainingError when training diverges; then `output` is as
+    it was before, and the checkpoints are kept.
+    """
+    started = time.monotonic()
+    checkpoints = output.resolve().with_name(f"{output.resolve().name}.training")
+    with joined(config.device) as processes:
+        if processes.leads:
+            _check_checkpoints(checkpoints, resume, overwrite)
+        staged = run_folder.staged(output, overwrite) if processes.leads else nullcontext()
+        with staged as folder:
+            job, sim, steps = quantized(config, progress)
+            ptq_accuracy = _accuracy(job, sim)
+            trainer = Trainer(
+                sim=sim,
+                parameters=job.parameters(sim),
+                data=job.data,
+                teacher=job.model,
+                config=job.config.training,
+                seed=job.config.seed,
+                device=job.device,
+                processes=processes,
+                folder=checkpoints,
+                limit=job.config.ptq.max_eval_batches,
+                identity=configuration.dump(job.config),
+                progress=progress,
+            )
+            trainer.run(resume)
+            if folder is None:
+                return None
+            steps += [f"qat ({job.config.training.mode})", *_settle(job, sim), "export"]
+            report, agreements = finish(job, sim, folder, steps)
+            report |= {"ptq_accuracy": ptq_accuracy, **_trained(trainer)}
+            report["duration_seconds"] = round(time.monotonic() - started, 2)
+            lines = {"float": report["initial_accuracy"], "after PTQ": ptq_accuracy, "final": report["final_accuracy"]}
+            curves.save(folder, trainer.history, report["training"], lines)
+            if (checkpoints / curves.BOARD).is_dir():
+                shutil.copytree(checkpoints / curves.BOARD, folder / curves.BOARD)
+            write_report(folder, report)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return Result(output, report, tuple(agreements))
+
+
+def _check_checkpoints(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raises OutputError for an unfinished run that is neither to be resumed nor to be replaced."""
+    if resume or not folder.exists():
+        return
+    if not overwrite:
+        raise OutputError(f"{folder}: holds an unfinished run; continue with --resume, or start anew with --overwrite")
+    shutil.rmtree(folder)
+
+
+@torch.no_grad()
+def _accuracy(job: Job, sim: Simulation) -> float:
+    """Top-1 of the whole simulation on the test data, in per cent."""
+    right = total = 0
+    size = min(len(job.data.test), job.config.ptq.max_eval_batches or len(job.data.test))
+    for images, labels in job.progress.track(islice(job.data.test, size), "evaluating", size):
+        right += int((sim.model(images.to(job.device)).argmax(1).cpu() == labels).sum())
+        total += len(labels)
+    return round(100 * right / total, 4)
+
+
+def _settle(job: Job, sim: Simulation) -> list[str]:
+    """The third step: encodings for what follows from the trained weights. Returns the names of what was done.
+
+    Weights keep theirs, but for near-dead channels whose trained bias would not fit.
+    """
+    training = job.config.training
+    again = training.mode == "weights" and training.final_ptq
+    table = {**sim.encodings()}
+    if again:
+        sim.calibrate(job.calibration(), roles={"input", "output"})
+        table = sim.encodings()
+    for layer in sim.placement.layers:
+        if layer.weight is not None:
+            table[layer.weight.name] = with_room_for_bias(sim, layer, table)
+    sim.load(table)
+    sim.calibrate((), roles={"bias"})
+    return ["final ptq"] if again else []
+
+
+def _trained(trainer: Trainer) -> dict[str, Any]:
+    """What training adds to report.json."""
+    config, history = trainer.config, trainer.history
+    return {
+        "qat_best_accuracy": trainer.best["accuracy"],
+        "training": {
+            "mode": config.mode,
+            "epochs_trained": len(history) - 1,
+            "best_epoch": trainer.best["epoch"],
+            "last_accuracy": history[-1].accuracy,
+            "processes": trainer.processes.size,
+            "seed": trainer.seed,
+            "seconds": round(sum(epoch.seconds for epoch in history), 2),
+            "exponents": history[-1].exponents,
+            "exponents_moved": history[-1].moved,
+            "exponents_frozen": history[-1].frozen,
+        },
+    }

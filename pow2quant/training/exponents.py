@@ -1,0 +1,250 @@
+"""Exponents that are learned by gradient: TQT's thresholds and LSQ's steps, every scale 2^k at every moment.
+
+The equations are pure functions. `Exponents` holds the parameters of all sites and acts where a tap calls it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pow2quant.artifact import Table
+from pow2quant.backends.base import Simulation
+from pow2quant.pow2_constraints import Encoding, exact_exponent, power_of_two
+
+REACH = 4
+"""A learned exponent stays within so many of where calibration put it: a guard against runaway."""
+
+RATE = 0.02
+"""Of the running means of exponents and of their changes, which look back about 50 steps."""
+
+OSCILLATES = 0.1
+"""An exponent that changed in more than this share of the recent steps is frozen at its mean."""
+
+Scale = float | Tensor
+"""2^k: a number, or one per channel, shaped for broadcasting."""
+
+
+class Rule(NamedTuple):
+    """How exponents follow from parameters that are trained, elementwise.
+
+    offset: parameter -> k less calibration's, whole numbers. middle: offset -> the parameter amid those that give it.
+    slope: (scale over calibration's, values that share the scale, largest code) -> the factor from
+    scale * dL/dscale to the parameter's gradient.
+    """
+
+    offset: Callable[[Tensor], Tensor]
+    middle: Callable[[Tensor], Tensor]
+    slope: Callable[[Any, float, float], Any]
+
+
+RULES = {
+    "tqt": Rule(torch.ceil, lambda offset: offset - 0.5, lambda ratio, values, top: math.log(2)),
+    "lsq": Rule(
+        lambda step: step.log2().round(), torch.exp2, lambda ratio, values, top: 1 / (ratio * math.sqrt(values * top))
+    ),
+}
+"""How exponents are learned, by name.
+
+tqt: trained quantization thresholds (Jain et al., 2020, section 3). The parameter is log2 of the threshold, relative to
+calibration's; the scale is the power of two above it. Its gradient is ln 2 times the scale's, times the scale.
+lsq: learned step size (Esser et al., 2020, section 2). The parameter is the step in units of calibration's, the scale
+the power of two nearest to it, with the gradient of the step itself, divided by sqrt(values * top) (section 2.2).
+"""
+
+
+def fake_quantize(x: Tensor, scale: Scale, low: float, high: float) -> Tensor:
+    """scale * clip(round(x / scale), low, high), half to even. x: any shape; low, high: grid less zero point."""
+    return (x * (1 / scale)).round_().clamp_(low, high).mul_(scale)
+
+
+def input_gradient(grad: Tensor, x: Tensor, scale: Scale, low: float, high: float) -> Tensor:
+    """dL/dx: the incoming gradient where nothing saturates, elsewhere 0 (Esser et al., eq. 5)."""
+    ends: tuple[Any, Any] = ((low - 0.5) * scale, (high + 0.5) * scale)
+    if isinstance(scale, float):
+        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, *ends)
+        return passed
+    passed = grad * ((x > ends[0]) & (x < ends[1]))
+    return passed
+
+
+def scale_gradient(grad: Tensor, x: Tensor, quantized: Tensor, passed: Tensor, axis: int | None) -> Tensor:
+    """scale * dL/dscale, summed over what shares the scale: () or, along a channel axis, (C,).
+
+    Where nothing saturates, the derivative of the quantized value is round(x/s) - x/s, elsewhere the saturated code
+    (Esser et al., eq. 3). Times s and the incoming gradient that is grad * quantized - passed * x, where `passed` is
+    `input_gradient`: two sums of products, without a further tensor.
+    """
+    if axis is None:
+        return _dot(grad, quantized) - _dot(passed, x)
+    return (grad * quantized - passed * x).sum([d for d in range(x.ndim) if d != axis])
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of products, without a copy where both are contiguous or both hold channels last."""
+    if a.dtype is torch.bfloat16:
+        return (a * b).sum(dtype=torch.float32)
+    if a.ndim == 4 and not a.is_contiguous():
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.dot(a.flatten(), b.flatten())
+
+
+class _Learned(torch.autograd.Function):
+    """`fake_quantize` with these gradients. slope: a number, or one per channel (C,)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, parameter: Tensor, scale: Scale, ends: tuple[float, float], axis: int | None, slope: Any
+    ) -> Tensor:
+        quantized = fake_quantize(x, scale, *ends)
+        ctx.save_for_backward(x, quantized)
+        ctx.options = scale, ends, axis, slope
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, quantized = ctx.saved_tensors
+        scale, ends, axis, slope = ctx.options
+        passed = input_gradient(grads[0], x, scale, *ends)
+        own = slope * scale_gradient(grads[0], x, quantized, passed, axis) if ctx.needs_input_grad[1] else None
+        return passed, own, None, None, None, None
+
+
+class _Part(NamedTuple):
+    """One site's share: its place among all exponents, and what training does not change."""
+
+    place: slice
+    encoding: Encoding
+    low: float
+    high: float
+    parameter: nn.Parameter
+
+
+class Exponents:
+    """The exponents of a simulation's sites as parameters; zero points stay those of calibration.
+
+    Sites that share an encoding share its exponents. Elementwise over all exponents, in one vector: `values` (the
+    parameters), `k`, `frozen`, and the running means of k and of its changes, from which oscillation is seen.
+    """
+
+    def __init__(self, sim: Simulation, names: Collection[str], rule: str) -> None:
+        """names: of the sites; each must have an encoding with power-of-two scales."""
+        self.rule = RULES[rule]
+        table = sim.encodings()
+        leaders = {name: sim.placement.leader(name) for name in names}
+        device = next(sim.model.parameters()).device
+        sizes = {name: table[name].scale.size for name in dict.fromkeys(leaders.values())}
+        exponents = [table[name].exponent.ravel() for name in sizes]
+        self.calibrated = torch.from_numpy(np.concatenate(exponents or [np.empty(0, np.int64)]).astype(np.float32)).to(
+            device
+        )
+        self.values = self.rule.middle(torch.zeros_like(self.calibrated))
+        self._ends = [float(self.rule.middle(torch.tensor(float(end)))) for end in (-REACH, REACH)]
+        self.frozen = torch.zeros_like(self.values, dtype=torch.bool)
+        self.average, self.frequency = self.calibrated.clone(), torch.zeros_like(self.values)
+        self._parts: dict[str, _Part] = {}
+        start = 0
+        for name, size in sizes.items():
+            place = slice(start, start + size)
+            start += size
+            encoding = table[name]
+            low, high = (float(q - encoding.zero_point.flat[0]) for q in (encoding.grid.qmin, encoding.grid.qmax))
+            parameter = nn.Parameter(self.values[place].view(encoding.scale.shape))
+            self._parts[name] = _Part(place, encoding, low, high, parameter)
+        self._leaders = leaders
+        self.refresh()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._leaders
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leaders)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """One parameter, () or (C,), for each encoding: views of `values`."""
+        return [part.parameter for part in self._parts.values()]
+
+    def refresh(self) -> None:
+        """Computes exponents and scales from `values`. Raises AssertionError unless every scale is exactly 2^k."""
+        self.k = self.calibrated + self.rule.offset(self.values)
+        self._scales = ((self.k.int() + 127) << 23).view(torch.float32)
+        self._numbers: list[float] = self._scales.tolist()
+        if not np.array_equal(exact_exponent(np.array(self._numbers)), self.k.cpu().numpy()):
+            raise AssertionError("a learned scale is not the power of two that it should be")
+
+    def quantize(self, name: str, x: Tensor, shares_batch: bool) -> Tensor:
+        """x on the site's grid as it is now. shares_batch: the first dimension of x counts samples."""
+        part = self._parts[self._leaders[name]]
+        axis, place = part.encoding.axis, part.place
+        values = x[0].numel() if shares_batch and len(x) else x.numel()
+        if x.dtype is torch.float16 or part.encoding.grid.width > 8:  # bfloat16 holds codes of up to 8 bits
+            x = x.float()
+        if axis is None:
+            scale: Scale = self._numbers[place.start]
+            ratio: Scale = scale / float(part.encoding.scale)
+        else:
+            shape = [-1 if d == axis else 1 for d in range(x.ndim)]
+            scale = self._scales[place].view(shape)
+            ratio = (self.k - self.calibrated)[place].exp2()
+            values //= max(1, len(self._scales[place]))
+        slope = self.rule.slope(ratio, values, part.high)
+        quantized: Tensor = _Learned.apply(x, part.parameter, scale, (part.low, part.high), axis, slope)
+        return quantized
+
+    @torch.no_grad()
+    def advance(self) -> int:
+        """To be called when an optimizer has changed the parameters: how many exponents changed.
+
+        What oscillates is frozen at its mean.
+        """
+        before = self.k
+        self.values.clamp_(*self._ends)
+        moved = self.calibrated + self.rule.offset(self.values)
+        flips = (moved != before) & ~self.frozen
+        self.frequency.lerp_(flips.float(), RATE)
+        self.average.lerp_(torch.where(self.frozen, before, moved), RATE)
+        self.freeze(self.frequency > OSCILLATES)
+        return int(flips.sum())
+
+    @torch.no_grad()
+    def freeze(self, chosen: Tensor | None = None) -> None:
+        """Fixes exponents at the nearest whole number to their running mean. chosen: which (a mask), or None: all."""
+        newly = ~self.frozen if chosen is None else chosen & ~self.frozen
+        self.average.copy_(torch.where(newly, self.average.round(), self.average))
+        self.frozen |= newly
+        held = self.rule.middle(self.average - self.calibrated)
+        self.values.copy_(torch.where(self.frozen, held, self.values))
+        if bool(self.frozen.all()):
+            for parameter in self.parameters():
+                parameter.requires_grad_(False)
+        self.refresh()
+
+    def table(self, k: Tensor | None = None) -> Table:
+        """The encodings of all sites, with the exponents of now or `k`."""
+        exponents = (self.k if k is None else k).cpu().numpy().astype(np.int64)
+        made = {
+            name: Encoding(
+                power_of_two(exponents[part.place]).reshape(part.encoding.scale.shape),
+                part.encoding.zero_point,
+                part.encoding.grid,
+                part.encoding.axis,
+            )
+            for name, part in self._parts.items()
+        }
+        return {name: made[leader] for name, leader in self._leaders.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint needs."""
+        return {key: getattr(self, key) for key in ("values", "frozen", "average", "frequency")}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for key, value in state.items():
+            getattr(self, key).copy_(value)
+        self.freeze(torch.zeros_like(self.frozen))

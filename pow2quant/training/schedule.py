@@ -1,0 +1,141 @@
+"""What a configuration says about training, as objects: criterion, optimizer, scheduler, what is quantized when."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pow2quant.artifact import Site
+from pow2quant.config import Choice, TrainingConfig, from_file, is_in_file, users_code
+from pow2quant.errors import ConfigError
+
+LENGTHS = ("T_max", "total_steps", "total_iters")
+"""Parameters by which torch's schedulers are told how long they last."""
+
+
+def criterion_of(config: TrainingConfig) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of (logits, labels). Raises ConfigError for a name that torch does not know, or wrong parameters."""
+    made: Callable[[Tensor, Tensor], Tensor] = _made("criterion", config.criterion, nn, ())
+    return made
+
+
+def optimizer_of(config: TrainingConfig, parameters: Iterable[Tensor]) -> Optimizer:
+    """The optimizer of the float weights and biases; biases do not decay. Raises ConfigError as above."""
+    trained = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1]},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    values = {"lr": config.learning_rate, "weight_decay": config.weight_decay, **config.optimizer.parameters}
+    made = _made(
+        "optimizer", config.optimizer._replace(parameters=values), torch.optim, ([g for g in groups if g["params"]],)
+    )
+    if not isinstance(made, Optimizer):
+        raise ConfigError(f"training.optimizer: {config.optimizer.name} made no torch.optim.Optimizer")
+    return made
+
+
+class Schedule:
+    """A scheduler of torch and when it steps: with every batch where its length was left to us, else per epoch."""
+
+    def __init__(self, config: TrainingConfig, optimizer: Optimizer, steps: int) -> None:
+        """steps: of the whole training."""
+        self.scheduler: LRScheduler | None = None
+        self.every_step = False
+        if config.scheduler is None:
+            return
+        choice = config.scheduler
+        known = _parameters("scheduler", choice, torch.optim.lr_scheduler)
+        length = next((name for name in LENGTHS if name in known), None)
+        if length is not None and length not in choice.parameters and "epochs" not in choice.parameters:
+            self.every_step = True
+            choice = choice._replace(parameters={**choice.parameters, length: steps})
+        if "max_lr" in known:
+            choice = choice._replace(parameters={"max_lr": config.learning_rate, **choice.parameters})
+        self.scheduler = _made("scheduler", choice, torch.optim.lr_scheduler, (optimizer,))
+
+    def after_step(self) -> None:
+        """To be called behind every optimizer step."""
+        if self.scheduler is not None and self.every_step:
+            self.scheduler.step()
+
+    def after_epoch(self, loss: float) -> None:
+        """To be called behind every epoch, with its mean loss."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(loss)
+        elif self.scheduler is not None and not self.every_step:
+            self.scheduler.step()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs: no functions, which the configuration gives again."""
+        state = {} if self.scheduler is None else self.scheduler.state_dict()
+        return {key: value for key, value in state.items() if not callable(value)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict({**self.scheduler.state_dict(), **state})
+
+
+def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Knowledge distillation, Hinton et al. 2015, section 2: T^2 * KL(teacher / T || logits / T), the mean of a batch.
+
+    logits, teacher: (N, classes).
+    """
+    student, target = (F.log_softmax(x.float() / temperature, dim=1) for x in (logits, teacher))
+    return temperature**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
+
+
+def quantized_share(config: TrainingConfig, epoch: int) -> float:
+    """The share of sites that are quantized in an epoch (0, 1, ...): none, then growing linearly, then all."""
+    behind = epoch - config.warmup_epochs
+    if behind < 0:
+        return 0.0
+    return 1.0 if behind >= config.gradual_epochs else (behind + 1) / (config.gradual_epochs + 1)
+
+
+def quantized_sites(sites: Sequence[Site], config: TrainingConfig) -> list[Site]:
+    """The sites that training quantizes. Biases are not among them: their scale follows from two others'."""
+    return [s for s in sites if s.role == "weight" or (config.mode == "full" and s.role != "bias")]
+
+
+def active(sites: Sequence[Site], config: TrainingConfig, epoch: int) -> frozenset[str]:
+    """The names of those of `quantized_sites` that are quantized in an epoch, in order of computation."""
+    return frozenset(s.name for s in sites[: math.ceil(quantized_share(config, epoch) * len(sites))])
+
+
+def _thing(role: str, choice: Choice, home: Any) -> Any:
+    if is_in_file(choice.name):
+        return from_file(choice.name)
+    thing = getattr(home, choice.name, None)
+    if not callable(thing):
+        raise ConfigError(
+            f"training.{role}: {choice.name!r} is unknown; legal: a name in {home.__name__}, or path/to/file.py:NAME"
+        )
+    return thing
+
+
+def _parameters(role: str, choice: Choice, home: Any) -> list[str]:
+    return list(inspect.signature(_thing(role, choice, home)).parameters)
+
+
+def _made(role: str, choice: Choice, home: Any, arguments: tuple[Any, ...]) -> Any:
+    """What is called `choice.name`, made with its parameters; a function that is a loss already stays itself."""
+    thing = _thing(role, choice, home)
+    if role == "criterion" and not isinstance(thing, type) and not choice.parameters:
+        return thing
+    try:
+        if is_in_file(choice.name):
+            with users_code(choice.name, ConfigError):
+                return thing(*arguments, **choice.parameters)
+        return thing(*arguments, **choice.parameters)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"training.{role}: {choice.name}: {error}") from error

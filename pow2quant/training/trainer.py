@@ -1,0 +1,366 @@
+"""The loop: trains a simulation's float weights and its exponents, and can be killed at any moment.
+
+A checkpoint holds everything that the rest of the training depends on, so that a resumed run gives the bits of an
+uninterrupted one: weights, exponents, both optimizers, the schedule, what was measured, torch's generator, and how many
+batches of the epoch are done. Every epoch seeds the generators anew, and a resumed epoch draws its batches again from
+the start, without computing those that are done: so data come in the same order, with the same augmentation.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pow2quant.artifact import Site, Table
+from pow2quant.backends.base import SILENT, Progress, Simulation
+from pow2quant.config import TrainingConfig
+from pow2quant.datasets import Data
+from pow2quant.errors import ConfigError, TrainingError
+from pow2quant.training import checkpoint, curves, schedule
+from pow2quant.training.curves import Epoch
+from pow2quant.training.exponents import Exponents
+from pow2quant.training.processes import Processes
+
+EXPLODED = 4.0
+"""Training has diverged when its smoothed loss is so many times what it was at first, and what guessing gives."""
+
+GUESSING = 1.5
+"""Or when an epoch ends with at most so many times the accuracy of guessing, and training began with twice as much."""
+
+SMOOTHING = 0.05
+"""Share of the newest loss in the smoothed one."""
+
+
+@dataclass
+class Trainer:
+    """One training of one simulation, which must be calibrated.
+
+    parameters: the float parameters that are trained, by name. teacher: the float network, for distillation. folder:
+    where checkpoints go; None: there are none. limit: at most so many test batches. identity: what a checkpoint must
+    have been made with.
+    """
+
+    sim: Simulation
+    parameters: Mapping[str, Tensor]
+    data: Data
+    teacher: nn.Module
+    config: TrainingConfig
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    processes: Processes = field(default_factory=Processes)
+    folder: Path | None = None
+    limit: int | None = None
+    identity: str = ""
+    progress: Progress = SILENT
+
+    def __post_init__(self) -> None:
+        if self.config.batch_size % self.processes.size:
+            raise ConfigError(
+                f"training.batch_size: {self.config.batch_size} cannot be shared by {self.processes.size} processes"
+            )
+        self.table = self.sim.encodings()
+        self.sites = schedule.quantized_sites(self.sim.sites, self.config)
+        self.whole = frozenset(s.name for s in self.sites)
+        if not self.sites:
+            raise ConfigError(f"training.mode: {self.config.mode!r} trains nothing, as the plan quantizes no weight")
+        learned = [
+            s.name
+            for s in self.sites
+            if s.role != "input" and self.config.exponents != "fixed" and self.table[s.name].is_power_of_two
+        ]
+        self.exponents = Exponents(
+            self.sim, learned, "tqt" if self.config.exponents == "fixed" else self.config.exponents
+        )
+        trained = [p for p in self.parameters.values() if isinstance(p, nn.Parameter) and p.is_floating_point()]
+        self.tensors = list({id(p): p.requires_grad_() for p in trained}.values())
+        self.processes.take_from_leader([*self.tensors, self.exponents.values])
+        self.steps = len(self.data.train) * self.config.epochs
+        self.criterion = schedule.criterion_of(self.config)
+        if isinstance(self.criterion, nn.Module):
+            self.criterion.to(self.device)
+        self.optimizer = schedule.optimizer_of(self.config, self.tensors)
+        self.schedule = schedule.Schedule(self.config, self.optimizer, self.steps)
+        self.exponent_optimizer = (
+            torch.optim.Adam(self.exponents.parameters(), self.config.exponent_learning_rate) if learned else None
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "float16")
+        self.history: list[Epoch] = []
+        self.best: dict[str, Any] = {}
+        self.epoch, self.batch = 0, 0
+        self.total, self.samples, self.flips, self.seconds = 0.0, 0, 0, 0.0
+        self.smoothed: float | None = None
+        self.first: float | None = None
+        self.active = self.whole
+
+    @property
+    def path(self) -> Path | None:
+        """The checkpoint's file."""
+        return None if self.folder is None else self.folder / "checkpoint.safetensors"
+
+    def run(self, resume: bool = False) -> list[Epoch]:
+        """Trains, keeps the best epoch's weights, and loads its encodings into the simulation.
+
+        resume: continues from the checkpoint, if there is one. Returns what was measured, epoch by epoch.
+        Raises TrainingError when training diverges, FileFormatError for a checkpoint that cannot be used.
+        """
+        with self.training():
+            if resume and self.path is not None and self.path.is_file():
+                self._restore(checkpoint.load(self.path))
+                self.progress.note(f"resumed at epoch {self.epoch + 1}, batch {self.batch}")
+            else:
+                self._measure(None, 0.0)
+                self._save()
+            while self.epoch < self.config.epochs and not self._is_over():
+                self._train_epoch()
+        self._keep_best()
+        return self.history
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Within it the simulation computes with what is learned; sites that learn have no encoding of their own."""
+        fixed = self.whole - set(self.exponents)
+        self.sim.load({name: encoding for name, encoding in self.table.items() if name in fixed})
+        for module in (self.sim.model, self.teacher):
+            module.to(memory_format=self._layout)
+        try:
+            with self.sim.intercept(self._tap):
+                yield
+        finally:
+            for module in (self.sim.model, self.teacher):
+                module.to(memory_format=torch.contiguous_format)
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        """Of images and weights: convolutions in half precision are fastest with channels last."""
+        return torch.contiguous_format if self.config.precision == "float32" else torch.channels_last
+
+    def _placed(self, images: Tensor) -> Tensor:
+        return images.to(self.device, memory_format=self._layout if images.ndim == 4 else torch.preserve_format)
+
+    def _tap(self, site: Site, x: Tensor, quantized: Tensor) -> Tensor:
+        if site.name not in self.active:
+            return x
+        return (
+            self.exponents.quantize(site.name, x, site.role != "weight") if site.name in self.exponents else quantized
+        )
+
+    def _train_epoch(self) -> None:
+        started = time.monotonic()
+        self.active = schedule.active(self.sites, self.config, self.epoch)
+        saved = time.monotonic()
+        before = self.seconds
+        title = f"epoch {self.epoch + 1} of {self.config.epochs}"
+        for images, labels in self.progress.track(self.batches(), title, len(self.data.train) - self.batch):
+            self.step(images, labels)
+            self.batch += 1
+            self.seconds = before + time.monotonic() - started
+            if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
+                self._save()
+                saved = time.monotonic()
+        loss = self.total / self.samples if self.samples else math.nan
+        self.schedule.after_epoch(loss)
+        self.processes.check_equal([*self.tensors, self.exponents.k])
+        self._measure(loss, before + time.monotonic() - started)
+        self._check_accuracy()
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.total, self.samples, self.flips, self.seconds = 0.0, 0, 0, 0.0
+        self._save()
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rest of the epoch's batches: those of `data.train`, always in the order that seed and epoch give."""
+        generator = torch.get_rng_state() if self.batch else None
+        _seed(self.seed, self.epoch)
+        for index, batch in enumerate(self.data.train):
+            if index == self.batch and generator is not None:
+                torch.set_rng_state(generator)
+                generator = None
+            if index >= self.batch:
+                yield batch
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """One step on a batch (N, …) and its classes (N,), of which this process takes its share."""
+        count, share = len(labels), self.processes.share
+        if count < self.processes.size:  # a user's own loader may end an epoch so
+            return
+        images, labels = self._placed(share(images)), share(labels).to(self.device)
+        self.optimizer.zero_grad()
+        if self.exponent_optimizer is not None:
+            self.exponent_optimizer.zero_grad()
+        with self._precision():
+            logits = self.sim.model(images)
+            loss = self._loss(logits, images, labels) * (len(labels) / count)
+        self.scaler.scale(loss).backward()
+        self.processes.sum_gradients([*self.tensors, *self.exponents.parameters()])
+        value = float(self.processes.summed(loss.detach().clone()))
+        self._check_loss(value)
+        if self.config.gradient_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.tensors, self.config.gradient_clip)
+        self.scaler.step(self.optimizer)
+        if self.exponent_optimizer is not None and any(p.grad is not None for p in self.exponents.parameters()):
+            self.scaler.step(self.exponent_optimizer)
+        self.scaler.update()
+        self.schedule.after_step()
+        if not bool(torch.isfinite(self.exponents.values).all()):
+            raise self._diverged("a gradient is not finite")
+        self.flips += self.exponents.advance()
+        done = self.epoch * len(self.data.train) + self.batch + 1
+        if done >= self.config.freeze_exponents * self.steps and not bool(self.exponents.frozen.all()):
+            self.exponents.freeze()
+        self.total, self.samples = self.total + value * count, self.samples + count
+
+    def _loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        share = self.config.distillation
+        loss = self.criterion(logits, labels) if share < 1 else logits.new_zeros(())
+        if not share:
+            return loss
+        with torch.no_grad(), self._precision():
+            teacher = self.teacher(images)
+        return (1 - share) * loss + share * schedule.distillation(logits, teacher, self.config.temperature)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.config.precision))
+
+    def _check_loss(self, loss: float) -> None:
+        """Raises TrainingError when the loss is not finite, or far above what it was."""
+        if math.isfinite(loss):
+            self.smoothed = loss if self.smoothed is None else self.smoothed + SMOOTHING * (loss - self.smoothed)
+            self.first = self.smoothed if self.first is None else self.first
+            if self.smoothed <= EXPLODED * max(self.first, math.log(self.data.num_classes)):
+                return
+            raise self._diverged(f"the loss has grown from {self.first:.3g} to {self.smoothed:.3g}")
+        raise self._diverged(f"the loss is {loss}")
+
+    def _check_accuracy(self) -> None:
+        """Raises TrainingError when the network that could tell the classes apart only guesses any more."""
+        before, now = self.history[0].accuracy, self.history[-1].accuracy
+        limit = GUESSING * 100 / self.data.num_classes
+        if now <= limit < before / 2:
+            raise self._diverged(f"the accuracy has fallen from {before:.2f} % to {now:.2f} %")
+
+    def _diverged(self, what: str) -> TrainingError:
+        kept = f"; the last good checkpoint is {self.path}" if self.path is not None else ""
+        return TrainingError(
+            f"training has diverged in epoch {self.epoch + 1}, after {self.batch} batches: {what}{kept}; "
+            f"lower training.learning_rate ({self.config.learning_rate:g}) or set training.gradient_clip"
+        )
+
+    @torch.no_grad()
+    def accuracy(self) -> float:
+        """Top-1 on the test data, in per cent, each process on its share of the batches."""
+        hits = torch.zeros(2, dtype=torch.float64, device=self.device)
+        size = min(len(self.data.test), self.limit or len(self.data.test))
+        for index, (images, labels) in zip(range(size), self.data.test, strict=False):
+            if index % self.processes.size == self.processes.rank:
+                found = self.sim.model(images.to(self.device)).argmax(1).cpu() == labels
+                hits += torch.tensor([int(found.sum()), len(labels)], dtype=torch.float64, device=self.device)
+        right, total = self.processes.summed(hits)
+        return round(float(100 * right / total), 4)
+
+    def _measure(self, loss: float | None, seconds: float) -> None:
+        """Adds an epoch to the history; remembers it if it is the best of those in which everything was quantized."""
+        epoch = 0 if loss is None else self.epoch + 1
+        accuracy = self.accuracy()
+        moved = int((self.exponents.k != self.exponents.calibrated).sum())
+        self.history.append(
+            Epoch(
+                epoch=epoch,
+                loss=loss,
+                accuracy=accuracy,
+                learning_rate=self.optimizer.param_groups[0]["lr"],
+                quantized=len(self.active) / len(self.whole),
+                flips=self.flips,
+                moved=moved,
+                frozen=int(self.exponents.frozen.sum()),
+                exponents=self.exponents.k.numel(),
+                seconds=round(seconds, 2),
+            )
+        )
+        if self.config.tensorboard and self.folder is not None and self.processes.leads:
+            curves.log(self.folder, self.history[-1])
+        if loss is not None:
+            self.progress.note(f"epoch {epoch}: loss {loss:.4f}, accuracy {accuracy:.2f} %, {moved} exponents moved")
+        if self.active == self.whole and accuracy > self.best.get("accuracy", -1.0):
+            parameters = [p.detach().clone() for p in self.tensors]
+            self.best = {"accuracy": accuracy, "epoch": epoch, "parameters": parameters, "k": self.exponents.k.clone()}
+
+    def _is_over(self) -> bool:
+        """Whether training is to stop early."""
+        patience = self.config.patience
+        return patience is not None and self.epoch - max(self.best["epoch"], self._first_whole) >= patience
+
+    @property
+    def _first_whole(self) -> int:
+        """The epochs before everything is quantized, which say nothing."""
+        return self.config.warmup_epochs + self.config.gradual_epochs
+
+    @torch.no_grad()
+    def _keep_best(self) -> None:
+        for tensor, value in zip(self.tensors, self.best["parameters"], strict=True):
+            tensor.copy_(value)
+        learned: Table = self.exponents.table(self.best["k"])
+        self.sim.load({**self.table, **learned})
+
+    def _save(self) -> None:
+        """Writes the checkpoint; the leading process does, as all are the same."""
+        if self.path is None or not self.processes.leads:
+            return
+        state = {
+            "identity": self.identity,
+            "parameters": self.tensors,
+            "exponents": self.exponents.state(),
+            "optimizers": [o.state_dict() for o in (self.optimizer, self.exponent_optimizer) if o is not None],
+            "schedule": self.schedule.state(),
+            "scaler": self.scaler.state_dict(),
+            "history": [asdict(epoch) for epoch in self.history],
+            "best": self.best,
+            "place": [self.epoch, self.batch],
+            "sums": [self.total, self.samples, self.flips, self.seconds, self.smoothed, self.first],
+            "generator": torch.get_rng_state(),
+        }
+        checkpoint.dump(self.path, state)
+
+    @torch.no_grad()
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["identity"] != self.identity:
+            raise ConfigError(f"{self.path}: {_difference(state['identity'], self.identity)}")
+        for tensor, value in zip(self.tensors, state["parameters"], strict=True):
+            tensor.copy_(value)
+        self.exponents.restore(state["exponents"])
+        optimizers = [o for o in (self.optimizer, self.exponent_optimizer) if o is not None]
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.schedule.restore(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        self.best = {**state["best"], "k": state["best"]["k"].to(self.device)}
+        self.epoch, self.batch = state["place"]
+        self.total, self.samples, self.flips, self.seconds, self.smoothed, self.first = state["sums"]
+        torch.set_rng_state(state["generator"])
+
+
+def _seed(seed: int, epoch: int) -> None:
+    """Seeds every generator that data may use, for one epoch."""
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)  # noqa: NPY002 (what data sets of users draw from)
+    torch.manual_seed(mixed)
+
+
+def _difference(before: str, now: str) -> str:
+    """The first line in which two configurations differ."""
+    pairs = zip(before.splitlines(), now.splitlines(), strict=False)
+    was, has = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
+    return f"was made with another configuration ({was!r}, now {has!r}); start anew with --overwrite"

@@ -1,0 +1,206 @@
+"""Every method on every backend, free scales too; and the seam between methods, rewrites and the pipeline."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, fx
+
+from pow2quant import config, datasets, models, pipeline, plugins
+from pow2quant.backends import conformance
+from pow2quant.backends.base import Simulation
+from pow2quant.cli import main
+from pow2quant.config import DataConfig, QuantPlan, RunConfig
+from pow2quant.errors import ConfigError
+
+PLANS = {
+    "w4a8": conformance.PLAN,
+    "w4a8_per_tensor": conformance.PER_TENSOR,
+    "free": conformance.FREE,
+}
+METHODS = [name for name in plugins.TABLES["methods"] if hasattr(plugins.resolve("methods", name), "apply")]
+QUICK: dict[str, dict[str, object]] = {
+    "adaround": {"iterations": 100},
+    "qdrop": {"iterations": 100},
+}
+"""Parameters with which a method is done in a second, for those that take longer."""
+
+
+class Method(Protocol):
+    def apply(self, sim: Simulation, batches: list[Tensor]) -> None: ...
+
+
+def narrow(plan: QuantPlan) -> QuantPlan:
+    assert plan.weight is not None
+    return replace(plan, weight=replace(plan.weight, bits=4))
+
+
+def simulation(backend: str, plan: QuantPlan) -> tuple[Simulation, list[Tensor]]:
+    """The conformance suite's network: transposed, depthwise, shared and tied layers, two results; 4-bit weights."""
+    if backend == "aimet":
+        pytest.importorskip("aimet_torch", reason="the extra 'aimet' is not installed")
+    batches = [conformance._batch(), conformance._batch(4, 2)]
+    sim: Simulation = plugins.resolve("backends", backend)(conformance._prepared(), batches[0], narrow(plan))
+    sim.calibrate(batches)
+    return sim, batches
+
+
+def made(name: str) -> Method:
+    torch.manual_seed(0)
+    method: Method = config.parameters(plugins.resolve("methods", name), QUICK.get(name, {}), name)
+    return method
+
+
+def applied(name: str, backend: str, plan: QuantPlan) -> tuple[Simulation, list[Tensor]]:
+    sim, batches = simulation(backend, plan)
+    made(name).apply(sim, batches)
+    return sim, batches
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    model = models.train_digits(models.digits_cnn(), datasets.load(DataConfig()), seed=0)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def digits() -> list[Tensor]:
+    """Eight batches of images."""
+    return [x for x, _ in islice(datasets.load(DataConfig()).calibration, 8)]
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_leaves_a_complete_table_that_loads_and_exports(name: str, plan: QuantPlan) -> None:
+    sim, batches = applied(name, "custom", plan)
+    table = sim.encodings()
+    assert set(table) == {s.name for s in sim.sites}
+    if plan is not conformance.FREE:
+        assert all(encoding.is_power_of_two for encoding in table.values())
+    sim.load(table)
+    assert sim.encodings() == table
+    assert set(sim.export(batches[0]).encodings) >= {s.name for s in sim.sites if s.role in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("plan", [PLANS["w4a8"], PLANS["free"]], ids=["w4a8", "free"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_brings_a_trained_network_nearer_to_float(
+    name: str, plan: QuantPlan, weights: str, digits: list[Tensor]
+) -> None:
+    sim = pipeline.simulate(models.build("digits-cnn", weights=weights), digits[0], narrow(plan))
+    sim.calibrate(digits[:4])
+    errors = [float_error(sim, digits[4:])]
+    made(name).apply(sim, digits[:4])
+    errors.append(float_error(sim, digits[4:]))
+    assert errors[1] < errors[0]
+
+
+def float_error(sim: Simulation, batches: list[Tensor]) -> float:
+    with torch.no_grad():
+        return sum(float((sim.model(x) - sim.network(x)).square().sum()) for x in batches)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_backends_give_equal_tables_and_parameters(name: str) -> None:
+    ours, aimets = (applied(name, backend, conformance.PLAN)[0] for backend in ("custom", "aimet"))
+    assert ours.encodings() == aimets.encodings()
+    for layer in ours.placement.layers:
+        for kind in ("weight", "bias"):
+            assert torch.equal(ours.parameter(f"{layer.module}.{kind}"), aimets.parameter(f"{layer.module}.{kind}"))
+
+
+# -- the pipeline ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """A rewrite: doubles the last layer.
+
+    factor: by which it is multiplied.
+    """
+
+    factor: float = 2.0
+
+    def rewrite(self, network: fx.GraphModule, batches: object) -> fx.GraphModule:
+        with torch.no_grad():
+            for parameter in network.get_submodule("fc").parameters():
+                parameter *= self.factor
+        return network
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A method that reads the data twice and speaks."""
+
+    def apply(self, sim: Simulation, batches: object, progress: pipeline.Progress) -> None:
+        first, second = (sum(len(x) for x in batches) for _ in range(2))  # type: ignore[attr-defined]
+        progress.note(f"{first} and {second} images")
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (Doubling, Counting):
+        monkeypatch.setitem(plugins.TABLES["methods"], kind.__name__.lower(), f"{__name__}:{kind.__name__}")
+
+
+def configured(weights: str, methods: object, bits: int = 4) -> RunConfig:
+    values = {"ptq.calibration_batches": 4, "quantization.weight.bitwidth": bits, "ptq.methods": methods}
+    return config.with_values(RunConfig(), {"model.weights": weights} | values)
+
+
+def test_below_eight_bits_the_default_is_output_mse_and_bias_correction(weights: str, tmp_path: Path) -> None:
+    runs = {
+        label: pipeline.ptq(configured(weights, methods, bits), tmp_path / label)
+        for label, methods, bits in (("default", None, 4), ("none", [], 4), ("eight", None, 8))
+    }
+    steps = {label: run.report["pipeline_steps"][1:-1] for label, run in runs.items()}
+    assert steps == {"default": ["output_mse", "bias_correction"], "none": [], "eight": []}
+    assert runs["default"].report["final_sqnr_db"] > runs["none"].report["final_sqnr_db"] + 3
+    assert all(run.agrees for run in runs.values())
+    names = [m.name for m in config.load(tmp_path / "default" / "config.yaml").ptq.methods or ()]
+    assert names == ["output_mse", "bias_correction"], "the run can be repeated from its configuration"
+
+
+def test_rewrites_come_before_the_backend_and_validate_repeats_them(
+    weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain = ["--method", "doubling", "--method", "counting", "--method", "bias_correction"]
+    short = ["--weights", weights, "--max-calibration-batches", "2", "--max-eval-batches", "2"]
+    assert main(["ptq", *short, *chain, "--output", str(tmp_path / "run")]) == 0
+    assert "128 and 128 images" in capsys.readouterr().err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["pipeline_steps"] == ["doubling", "calibrate", "counting", "bias_correction", "export"]
+    assert report["final_sqnr_db"] == pytest.approx(0, abs=0.5), "the logits are twice the float network's"
+    assert main(["validate", str(tmp_path / "run"), "--max-eval-batches", "2"]) == 0
+
+
+def test_a_rewrite_behind_a_method_is_an_error(weights: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="doubling rewrites the float network; put it before counting"):
+        pipeline.ptq(configured(weights, ["counting", "doubling"]), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"ptq.methods.output_mse.candidates: 1 is not legal; legal: an integer from"):
+        pipeline.ptq(configured(weights, [{"output_mse": {"candidates": 1}}]), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_method_from_the_command_line(weights: str, tmp_path: Path) -> None:
+    short = ["--weights", weights, "--max-calibration-batches", "2", "--max-eval-batches", "2", "--weight-bits", "4"]
+    assert main(["ptq", *short, "--method", "none", "--output", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["pipeline_steps"] == ["calibrate", "export"]
+
+
+def test_list_shows_paper_and_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--json"]) == 0
+    methods = json.loads(capsys.readouterr().out)["methods"]
+    assert methods["doubling"] == "A rewrite: doubles the last layer. Parameters: factor: 2.0."
+    assert "Nagel et al. 2020" in methods["output_mse"]
+    assert methods["output_mse"].endswith("Parameters: candidates: 5, centered: true.")

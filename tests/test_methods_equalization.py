@@ -1,0 +1,138 @@
+"""Equalization: the equation by hand, what is tied together, and that a float network does not notice."""
+
+from __future__ import annotations
+
+import copy
+from itertools import islice
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from pow2quant import QuantPlan, datasets, models, prepare, simulate
+from pow2quant.backends import conformance
+from pow2quant.backends.fold import fold_batch_norm
+from pow2quant.config import DataConfig
+from pow2quant.errors import DataError
+from pow2quant.methods.equalization import Equalize, bounds, factors, groups, rows, scale
+
+
+def images(n: int = 8, seed: int = 0) -> Tensor:
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+class Uneven(nn.Module):
+    """(N, 3, 8, 8) -> (N, 5): ReLU6 around a depthwise layer, a residual stream; ranges that differ a thousandfold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.a, self.b = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, padding=1)
+        self.grouped, self.up = nn.Conv2d(16, 8, 1, groups=2), nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.head = nn.Linear(8, 5)
+        with torch.no_grad():
+            wild = 10 ** torch.linspace(-1.5, 1.5, 16)[torch.randperm(16)]
+            self.depthwise.weight *= wild.view(-1, 1, 1, 1)
+            self.depthwise.bias *= wild
+            self.a.weight /= wild.view(-1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.depthwise(F.relu(self.stem(x))))
+        x = F.relu(self.b(F.relu(self.a(x))))
+        return self.head(F.relu(self.up(F.max_pool2d(F.relu(self.grouped(x)), 2))).mean((2, 3)))
+
+
+@pytest.fixture
+def network() -> fx.GraphModule:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return prepare(Uneven(), images())
+
+
+def test_the_factor_by_hand() -> None:
+    """Ranges 4 and 1 meet at 2 with s = 2; two writers of 2 and 8 count as 4; a dead channel keeps its scale."""
+    assert factors([torch.tensor([4.0, 1.0, 0.0])], [torch.tensor([1.0, 4.0, 1.0])]).tolist() == [2, 0.5, 1]
+    assert factors([torch.tensor([2.0]), torch.tensor([8.0])], [torch.tensor([1.0])]).tolist() == pytest.approx([2])
+
+
+def test_the_bounds_by_hand() -> None:
+    """A ReLU6 is reached by 3 after division by 1/2, by 8 at once, and never by what is dead; biases bound it too."""
+    low, high = bounds(torch.tensor([3.0, 8.0, 0.0]), [torch.tensor([0.5, 1.0, 0.25])], clipped=True)
+    assert low.tolist() == [0.5, 1, 0.25]
+    assert high.tolist() == [torch.inf, 1, torch.inf]
+    low, high = bounds(torch.tensor([3.0, 8.0, 0.0]), [], clipped=False)
+    assert low.tolist() == [0.375, 1, 0]
+    assert high.tolist() == [torch.inf] * 3
+
+
+def test_two_layers_meet_in_the_middle() -> None:
+    """After eq. 11 the rows of the first layer have the ranges of the second one's columns."""
+    network = prepare(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(2, 4))
+    (group,) = groups(network)
+    first, second = (network.get_parameter(f"{i}.weight") for i in (0, 2))
+    s = factors([first.detach().abs().amax(1)], [second.detach().abs().amax(0)])
+    scale(network, group, s)
+    torch.testing.assert_close(first.abs().amax(1), second.abs().amax(0))
+
+
+def test_groups_are_chains_and_residual_streams() -> None:
+    model = models.build("torchvision:resnet18").eval()
+    network = fold_batch_norm(prepare(model, torch.randn(1, 3, 64, 64)))
+    found = [({str(n.target) for n in g.writers}, {str(n.target) for n in g.readers}) for g in groups(network)]
+    stream = {"layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.downsample.0"}
+    assert ({"conv1", "layer1.0.conv2", "layer1.1.conv2"}, stream) in found
+    assert ({"layer1.0.conv1"}, {"layer1.0.conv2"}) in found
+    assert len(found) == 12
+
+
+def test_what_is_not_homogeneous_shared_or_concatenated_is_left_alone() -> None:
+    """The conformance suite's network has Hardswish, Sigmoid, products, a tie and a module that is called twice."""
+    network = copy.deepcopy(conformance._prepared())
+    found = [({str(n.target) for n in g.writers}, {str(n.target) for n in g.readers}) for g in groups(network)]
+    assert found == [({"stem.0", "side"}, {"depthwise", "tied"}), ({"up"}, {"fc"})]
+
+
+def test_the_float_network_does_not_notice(network: fx.GraphModule) -> None:
+    before = network(images(32))
+    weights = {n: p.detach().clone() for n, p in network.named_parameters()}
+    after = Equalize().rewrite(network, [images(32)])(images(32))
+    assert (after - before).abs().max() <= 1e-4 * before.abs().max()
+    depthwise = rows(network, next(n for n in network.graph.nodes if n.target == "depthwise")).abs().flatten(1).amax(1)
+    old = weights["depthwise.weight"].abs().flatten(1).amax(1)
+    assert depthwise.max() / depthwise.min() < 0.2 * old.max() / old.min()
+
+
+def test_per_tensor_weights_gain_by_it() -> None:
+    """The embedded network, its channels scaled apart a thousandfold where it does not notice, at 8 bits per tensor."""
+    data = datasets.load(DataConfig())
+    network = fold_batch_norm(prepare(models.train_digits(models.digits_cnn(), data, seed=0), torch.rand(2, 1, 8, 8)))
+    for group in groups(network):
+        if not group.clips:
+            channels = network.get_parameter(f"{group.writers[0].target}.bias").shape[0]
+            scale(network, group, 10 ** torch.linspace(-1.5, 1.5, channels))
+    batches, test = [x for x, _ in islice(data.calibration, 4)], torch.cat([x for x, _ in data.test])
+    expected, errors = network(test), []
+    for chosen in (network, Equalize().rewrite(copy.deepcopy(network), batches)):
+        sim = simulate(chosen, batches[0], QuantPlan.default(8, 8, per_tensor=True))
+        sim.calibrate(batches)
+        with torch.no_grad():
+            errors.append(float((sim.model(test) - expected).square().mean()))
+    assert errors[1] < 0.1 * errors[0]
+
+
+def test_a_nearly_dead_channel_does_not_blow_up() -> None:
+    """Weights of 1e-9 beside a bias of 0.5: eq. 11 alone would make an activation of thousands of it."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    with torch.no_grad():
+        model[0].weight[2] = 1e-9
+        model[0].bias[2] = 0.5
+    network = prepare(model, images())
+    largest = network.get_submodule("1")(network.get_submodule("0")(images())).max()
+    Equalize().rewrite(network, [images()])
+    assert network.get_submodule("1")(network.get_submodule("0")(images())).max() < 2 * largest
+
+
+def test_no_data_is_an_error(network: fx.GraphModule) -> None:
+    with pytest.raises(DataError, match="calibration data are empty"):
+        Equalize().rewrite(network, [])

@@ -1,0 +1,241 @@
+"""The three steps end to end: files, agreement, the command line, being killed, and several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+from pow2quant import cli, config, datasets, models, run_folder
+from pow2quant.config import DataConfig, RunConfig
+from pow2quant.errors import ConfigError, OutputError
+from pow2quant.pipeline import Result, validate
+from pow2quant.qat import qat
+from pow2quant.training import checkpoint
+
+KEYS = {"initial_accuracy", "ptq_accuracy", "qat_best_accuracy", "final_accuracy", "total_improvement", "training"}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The embedded network's weights, trained once."""
+    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    model = models.train_digits(models.digits_cnn(), datasets.load(DataConfig()), seed=0)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    return str(path)
+
+
+def configured(weights: str, **values: object) -> RunConfig:
+    short = {
+        "model.weights": weights,
+        "ptq.calibration_batches": 4,
+        "ptq.methods": [],
+        "quantization.weight.bitwidth": 3,
+        "quantization.output.bitwidth": 4,
+        "training.epochs": 2,
+        "training.learning_rate": 1e-3,
+    }
+    return config.with_values(RunConfig(), short | {k.replace("__", "."): v for k, v in values.items()})
+
+
+def run_of(configuration: RunConfig, folder: Path, **options: bool) -> Result:
+    result = qat(configuration, folder, **options)
+    assert result is not None
+    return result
+
+
+@pytest.mark.parametrize("backend", ["custom", "aimet"])
+@pytest.mark.parametrize("mode", ["weights", "full"])
+def test_every_executor_agrees_after_training_and_the_accuracy_has_grown(weights, backend, mode, tmp_path):
+    if backend == "aimet":
+        pytest.importorskip("aimet_torch")
+    result = run_of(configured(weights, training__mode=mode, backend=backend), tmp_path / "run")
+    assert result.agrees
+    assert [a.differing for a in result.agreements] == [0] * len(result.agreements)
+    report = json.loads((result.folder / "report.json").read_text())
+    assert report.keys() >= KEYS
+    assert report["ptq_accuracy"] + 1 < report["final_accuracy"] <= report["qat_best_accuracy"] + 1
+    assert report["total_improvement"] == pytest.approx(report["final_accuracy"] - report["initial_accuracy"])
+    assert report["pipeline_steps"] == [
+        *("calibrate", f"qat ({mode})"),
+        *(["final ptq"] if mode == "weights" else []),
+        "export",
+    ]
+    for name, detail in report["final_quantization_details"].items():
+        scales = np.ravel(detail["scale"])
+        assert (np.frexp(scales)[0] == 0.5).all(), name
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert validate(result.folder, max_batches=1).agrees
+
+
+def test_the_folder_holds_metrics_and_curves(weights, tmp_path):
+    result = run_of(configured(weights, ptq__max_eval_batches=1), tmp_path / "run")
+    metrics = json.loads((result.folder / "training_metrics.json").read_text())
+    assert [e["epoch"] for e in metrics["epochs"]] == [0, 1, 2]
+    assert metrics["best_epoch"] in (0, 1, 2)
+    assert max(e["accuracy"] for e in metrics["epochs"]) == result.report["qat_best_accuracy"]
+    assert (result.folder / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
+    page = (result.folder / "report.html").read_text()
+    assert "simulation, best of QAT" in page
+    assert "Weights quantized, 2 epochs in" in page
+
+
+def test_tensorboard_shows_every_epoch(weights, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values = {"training__tensorboard": True, "training__epochs": 2, "ptq__max_eval_batches": 1}
+    result = run_of(configured(weights, **values), tmp_path / "run")
+    board = EventAccumulator(str(result.folder / "tensorboard")).Reload()
+    epochs = json.loads((result.folder / "training_metrics.json").read_text())["epochs"]
+    shown = {event.step: event.value for event in board.Scalars("accuracy")}
+    assert shown == pytest.approx({e["epoch"]: e["accuracy"] for e in epochs})
+
+
+def test_what_cannot_be_trained_is_said(weights, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"training\.mode: 'weights' trains nothing"):
+        qat(configured(weights, quantization__weight=None), tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"device: 'cuda:1' cannot be used by torchrun"):
+        qat(configured(weights, device="cuda:1"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_keep_their_encodings_in_the_final_step(weights, tmp_path):
+    """The final PTQ chooses activations and biases; without it, activations keep those of before training."""
+    tables = {}
+    for final in (True, False):
+        result = run_of(configured(weights, training__final_ptq=final, ptq__max_eval_batches=1), tmp_path / str(final))
+        assert result.agrees
+        tables[final] = run_folder.load_state(result.folder / "model.safetensors")[1]
+    for name, encoding in tables[True].items():
+        if name.endswith(".weight"):
+            assert encoding == tables[False][name]
+    outputs = [name for name in tables[True] if name.endswith(".output")]
+    assert any(tables[True][name] != tables[False][name] for name in outputs)
+
+
+def test_two_runs_are_equal_to_the_bit(weights, tmp_path):
+    states = []
+    for turn in ("a", "b"):
+        result = run_of(configured(weights, ptq__max_eval_batches=1), tmp_path / turn)
+        states.append((result.folder / "model.safetensors").read_bytes())
+    assert states[0] == states[1]
+
+
+def test_an_unfinished_run_is_resumed_or_replaced_but_never_lost(weights, tmp_path):
+    folder = tmp_path / "run"
+    checkpoints = tmp_path / "run.training"
+    checkpoints.mkdir()
+    (checkpoints / "checkpoint.safetensors").write_bytes(b"something")
+    with pytest.raises(OutputError, match=r"run\.training: holds an unfinished run; continue with --resume"):
+        qat(configured(weights), folder)
+    assert (checkpoints / "checkpoint.safetensors").read_bytes() == b"something"
+    run_of(configured(weights, ptq__max_eval_batches=1, training__epochs=1), folder, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_users_own_parts_and_a_wrong_one(weights, tmp_path):
+    file = tmp_path / "parts.py"
+    file.write_text(
+        "import torch\nfrom torch.nn import functional as F\n"
+        "def focal(logits, labels):\n    loss = F.cross_entropy(logits, labels, reduction='none')\n"
+        "    return ((1 - (-loss).exp()) ** 2 * loss).mean()\n"
+        "class Mine(torch.optim.SGD):\n    pass\n"
+    )
+    parts = {"training__criterion": f"{file}:focal", "training__optimizer": {"type": f"{file}:Mine", "momentum": 0.9}}
+    result = run_of(configured(weights, **parts, ptq__max_eval_batches=1), tmp_path / "run")
+    assert result.agrees
+    with pytest.raises(ConfigError, match=r"parts\.py: has no 'Adam'; it has Mine, focal|focal, Mine"):
+        qat(configured(weights, training__optimizer=f"{file}:Adam"), tmp_path / "other")
+
+
+def test_the_command_line(weights, tmp_path, capsys):
+    flags = f"--weights {weights} --weight_bits 3 --activation-bits=4 --mode full --epochs 1 --learning-rate 0.001"
+    flags += " --max-eval-batches 2 --max-calibration-batches 2 --method none --batch_size 32 --quiet"
+    status = cli.main(["qat", *flags.split(), "--output", str(tmp_path / "run"), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert status == 0
+    assert report["training"]["mode"] == "full"
+    assert report["config"]["weight"]["bitwidth"] == 3
+    assert cli.main(["qat", *flags.split(), "--output", str(tmp_path / "run")]) == 2
+    assert cli.main(["qat", "--resume"]) == 2
+    assert "--output" in capsys.readouterr().err
+    assert cli.main(["qat", *flags.split(), "--learning-rate", "1e9", "--output", str(tmp_path / "high")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert "training has diverged" in errors[0]
+    assert (tmp_path / "high.training" / "checkpoint.safetensors").is_file()
+    assert not (tmp_path / "high").exists()
+
+
+# -- being killed ------------------------------------------------------------------------------------------------------
+
+
+KILLS = int(os.environ.get("POW2QUANT_KILLS", "3"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_at_random_moments_it_ends_with_the_bits_of_an_uninterrupted_run(weights, tmp_path):
+    """Killed a while after a new checkpoint, or at any moment from the start of the process on; then resumed."""
+    chance, file = random.Random(1), tmp_path / "config.yaml"
+    settings = {"training__epochs": 4 * KILLS, "training__checkpoint_minutes": 0.0005, "ptq__max_eval_batches": 1}
+    file.write_text(config.dump(configured(weights, **settings)))
+    start = [sys.executable, "-m", "pow2quant", "qat", "--config", str(file), "--quiet", "--output"]
+    subprocess.run([*start, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    run, kept = tmp_path / "run", tmp_path / "run.training"
+    killed = 0
+    while not run.exists():
+        process = subprocess.Popen([*start, str(run), "--resume"], stdout=subprocess.DEVNULL)
+        before = time.time()
+        if killed < KILLS:
+            anywhere = chance.random() < 0.3
+            while not anywhere and process.poll() is None and not _is_newer(kept / "checkpoint.safetensors", before):
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 3 if anywhere else 0.25))
+            process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        if (kept / "checkpoint.safetensors").exists():
+            checkpoint.load(kept / "checkpoint.safetensors")
+    assert killed >= KILLS - 1
+    assert (run / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} - {kept.name} == {"whole", "run", "config.yaml"}
+
+
+def _is_newer(path: Path, moment: float) -> bool:
+    return path.exists() and path.stat().st_mtime > moment
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(weights, tmp_path):
+    flags = ["--weights", weights, "--weight-bits", "3", "--activation-bits", "4", "--mode", "full", "--epochs", "2"]
+    flags += ["--learning-rate", "0.001", "--method", "none", "--max-calibration-batches", "4", "--quiet", "--json"]
+    reports = []
+    for processes in (1, 2):
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "pow2quant"]
+        done = subprocess.run(
+            [sys.executable, *start, "qat", *flags, "--output", str(tmp_path / str(processes))],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        reports.append(json.loads(done.stdout))
+    assert [r["training"]["processes"] for r in reports] == [1, 2]
+    assert abs(reports[0]["final_accuracy"] - reports[1]["final_accuracy"]) <= 1.5
+    assert abs(reports[0]["training"]["exponents_moved"] - reports[1]["training"]["exponents_moved"]) <= 5
+    assert all(a["differing"] == 0 for r in reports for a in r["validation"])

@@ -1,0 +1,415 @@
+"""Learned exponents, the training loop, and its checkpoints: equations against references, bits against bits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from pow2quant import datasets, models
+from pow2quant.artifact import Site
+from pow2quant.backends.base import Simulation
+from pow2quant.config import Choice, DataConfig, QuantPlan, TrainingConfig
+from pow2quant.errors import ConfigError, FileFormatError, TrainingError
+from pow2quant.pipeline import simulate
+from pow2quant.pow2_constraints import Encoding, IntGrid, Observed, choose, power_of_two
+from pow2quant.pow2_constraints.snap import Format
+from pow2quant.training import checkpoint, schedule
+from pow2quant.training.exponents import (
+    OSCILLATES,
+    REACH,
+    RULES,
+    Exponents,
+    fake_quantize,
+    input_gradient,
+    scale_gradient,
+)
+from pow2quant.training.trainer import Trainer
+
+BACKENDS = ["custom", "aimet"]
+SHORT = TrainingConfig(epochs=2, learning_rate=1e-3, batch_size=64, mode="full")
+
+
+@pytest.fixture(scope="module")
+def data() -> datasets.Data:
+    return datasets.load(DataConfig(), 64)
+
+
+@pytest.fixture(scope="module")
+def network(data: datasets.Data) -> nn.Module:
+    return models.train_digits(models.digits_cnn(), data, seed=0)
+
+
+def simulated(network: nn.Module, data: datasets.Data, bits: int = 4, backend: str = "custom") -> Simulation:
+    images = [x for x, _ in data.calibration][:4]
+    sim = simulate(network, images[0][:1], QuantPlan.default(bits, bits), backend)
+    sim.calibrate(images)
+    return sim
+
+
+def trainer_of(
+    sim: Simulation, data: datasets.Data, network: nn.Module, config: TrainingConfig, **more: object
+) -> Trainer:
+    parameters = {name: sim.parameter(name) for name in dict(sim.network.named_parameters())}
+    return Trainer(sim=sim, parameters=parameters, data=data, teacher=network, config=config, **more)  # type: ignore[arg-type]
+
+
+# -- equations ---------------------------------------------------------------------------------------------------------
+
+
+def on_a_grid(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """The straight-through quantizer in differentiable operations: what the gradients are checked against."""
+    v = x / scale
+    code = v.round()
+    inside = (code >= low) & (code <= high)
+    return scale * torch.where(inside, v + (code - v).detach(), code.clamp(low, high))
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((4, 3, 5, 5), None), ((6, 2, 3, 3), 0), ((3, 6, 2), 1)])
+@pytest.mark.parametrize(("low", "high"), [(-8.0, 7.0), (0.0, 15.0), (-6.0, 9.0)])
+def test_gradients_are_those_of_the_straight_through_quantizer(shape, axis, low, high):
+    generator = torch.Generator().manual_seed(3)
+    x = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    broad = [1 if d != axis else -1 for d in range(len(shape))]
+    k = torch.tensor(-2.0) if axis is None else torch.randint(-4, 0, (shape[axis],), generator=generator).float()
+    scale = k.double().exp2().view(broad if axis is not None else ()).requires_grad_()
+    x.requires_grad_()
+    on_a_grid(x, scale, low, high).backward(grad)
+    plain = float(scale.detach()) if axis is None else scale.detach()
+    quantized = fake_quantize(x.detach(), plain, low, high)
+    passed = input_gradient(grad, x.detach(), plain, low, high)
+    assert torch.equal(quantized, on_a_grid(x, scale, low, high).detach())
+    assert torch.equal(passed, x.grad)
+    own = scale_gradient(grad, x.detach(), quantized, passed, axis)
+    torch.testing.assert_close(own, (scale * scale.grad).detach().reshape(own.shape))
+
+
+@given(st.integers(2, 8), st.booleans(), st.integers(-10, 3), st.integers(0, 2**32 - 1))
+def test_the_quantizer_is_the_encodings_to_the_bit(bits, signed, k, seed):
+    encoding = Encoding(power_of_two(k), np.int64(0), IntGrid(bits, signed))
+    x = np.random.default_rng(seed).normal(0, 2.0 ** (k + bits - 2), 500).astype(np.float32)
+    x = np.concatenate([x, (np.arange(-40, 40) * np.float32(0.5) * encoding.scale).astype(np.float32)])
+    ends = float(encoding.grid.qmin), float(encoding.grid.qmax)
+    np.testing.assert_array_equal(fake_quantize(torch.from_numpy(x), 2.0**k, *ends).numpy(), encoding.fake_quantize(x))
+
+
+def test_slopes_are_the_papers():
+    assert RULES["tqt"].slope(2.0, 100.0, 7.0) == math.log(2)
+    assert RULES["lsq"].slope(2.0, 100.0, 7.0) == pytest.approx(1 / 2 / math.sqrt(700))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_offset_lies_amid_the_parameters_that_give_it(rule):
+    offsets = torch.arange(-REACH, REACH + 1.0)
+    middles = RULES[rule].middle(offsets)
+    assert torch.equal(RULES[rule].offset(middles), offsets)
+    near = middles * 1.3 if rule == "lsq" else middles + 0.4
+    assert torch.equal(RULES[rule].offset(near), offsets)
+
+
+# -- exponents on a simulation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_gradient_descent_finds_the_exponents_of_the_smallest_error(rule, network, data):
+    """From two exponents too low, per channel, to those that the exact search by squared error chooses."""
+    sim = simulated(network, data)
+    names = ["conv4.weight", "fc.weight"]
+    best = {
+        name: choose("mse", Observed.of(sim.parameter(name).detach().numpy(), 0), Format(4, True, axis=0))
+        for name in names
+    }
+    away = {n: Encoding(power_of_two(e.exponent - 2), e.zero_point, e.grid, e.axis) for n, e in best.items()}
+    sim.load({**sim.encodings(), **away})
+    exponents = Exponents(sim, names, rule)
+    optimizer = torch.optim.Adam(exponents.parameters(), 0.05)
+    for _ in range(120):
+        optimizer.zero_grad()
+        for name in names:
+            weight = sim.parameter(name).detach()
+            (exponents.quantize(name, weight, False) - weight).square().sum().backward()
+        optimizer.step()
+        exponents.advance()
+    for name, encoding in exponents.table().items():
+        weight = sim.parameter(name).detach().numpy()
+        start, end, least = (
+            np.square(e.fake_quantize(weight) - weight).sum() for e in (away[name], encoding, best[name])
+        )
+        assert least <= end < 1.3 * least < start / 3
+        assert np.abs(encoding.exponent - best[name].exponent).max() <= 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_exponent_that_oscillates_is_frozen_at_its_mean_and_others_are_not(rule, network, data):
+    exponents = Exponents(simulated(network, data), ["fc.weight"], rule)
+    start = exponents.k.clone()
+    for turn in range(40):
+        with torch.no_grad():
+            exponents.values[0] = exponents.rule.middle(torch.tensor(float(turn % 4 != 0)))
+        exponents.advance()
+    assert exponents.frozen.tolist() == [True] + [False] * (len(start) - 1)
+    assert exponents.frequency[1:].max() == 0 < OSCILLATES
+    assert exponents.k[0] - start[0] in (0, 1)
+    held = exponents.k.clone()
+    with torch.no_grad():
+        exponents.values[0] = exponents.rule.middle(torch.tensor(3.0))
+    assert exponents.advance() == 0
+    assert torch.equal(exponents.k, held)
+
+
+def test_exponents_do_not_run_away(network, data):
+    exponents = Exponents(simulated(network, data), ["fc.weight"], "tqt")
+    with torch.no_grad():
+        exponents.values += torch.linspace(-40, 40, len(exponents.values))
+    exponents.advance()
+    assert (exponents.k - exponents.calibrated).abs().max() == REACH
+
+
+def test_a_scale_that_is_no_power_of_two_is_noticed(network, data):
+    exponents = Exponents(simulated(network, data), ["fc.weight"], "tqt")
+    exponents.calibrated += 0.25
+    with pytest.raises(AssertionError, match="not the power of two"):
+        exponents.refresh()
+
+
+# -- the loop ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", ["weights", "full"])
+def test_scales_are_powers_of_two_after_every_step_and_the_network_learns(backend, mode, network, data):
+    if backend == "aimet":
+        pytest.importorskip("aimet_torch")
+    sim = simulated(network, data, 2, backend)
+    trainer = trainer_of(sim, data, network, replace(SHORT, mode=mode))
+    seen: list[int] = []
+    advance = trainer.exponents.advance
+
+    def checked() -> int:
+        flips = advance()
+        for encoding in trainer.exponents.table().values():
+            seen.append(int(encoding.exponent.size))
+        return flips
+
+    trainer.exponents.advance = checked  # type: ignore[method-assign]
+    history = trainer.run()
+    assert len(seen) == 2 * len(data.train) * len(list(trainer.exponents))
+    assert trainer.best["accuracy"] > history[0].accuracy + 2
+    table = sim.encodings()
+    assert all(e.is_power_of_two for e in table.values())
+    assert {s.name for s in sim.sites if s.role in ("weight", "output", "input")} <= table.keys()
+
+
+def test_the_first_twenty_steps_are_the_same_on_both_backends(network, data):
+    pytest.importorskip("aimet_torch")
+    states = []
+    for backend in BACKENDS:
+        trainer = trainer_of(simulated(network, data, 4, backend), data, network, SHORT)
+        with trainer.training():
+            for _, (images, labels) in zip(range(20), trainer.batches(), strict=False):
+                trainer.step(images, labels)
+        states.append([*trainer.tensors, trainer.exponents.values, trainer.exponents.k])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+def finished(trainer: Trainer, resume: bool = False) -> list[Tensor]:
+    trainer.run(resume)
+    return [*(p.detach() for p in trainer.tensors), trainer.exponents.values, torch.tensor(trainer.best["accuracy"])]
+
+
+@pytest.mark.parametrize("stop", [1, 13, 21, 30])
+def test_a_resumed_training_gives_the_bits_of_an_uninterrupted_one(stop, network, data, tmp_path):
+    config = replace(SHORT, checkpoint_minutes=1e-9, distillation=0.5, gradual_epochs=1)
+    whole = finished(trainer_of(simulated(network, data), data, network, config))
+    interrupted = trainer_of(simulated(network, data), data, network, config, folder=tmp_path)
+    step, steps = interrupted.step, iter(range(1000))
+
+    def killed(images: Tensor, labels: Tensor) -> None:
+        if next(steps) == stop:
+            raise KeyboardInterrupt
+        step(images, labels)
+
+    interrupted.step = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run()
+    resumed = finished(trainer_of(simulated(network, data), data, network, config, folder=tmp_path), resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_and_the_difference_named(network, data, tmp_path):
+    sim = simulated(network, data)
+    trainer_of(sim, data, network, replace(SHORT, epochs=1), folder=tmp_path, identity="a: 1\nb: 2").run()
+    with pytest.raises(ConfigError, match=r"'b: 2', now 'b: 3'"):
+        trainer_of(sim, data, network, SHORT, folder=tmp_path, identity="a: 1\nb: 3").run(resume=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"learning_rate": 1e3}, {"criterion": Choice("{file}:nan")}],
+    ids=["learning rate far too high", "NaN"],
+)
+def test_divergence_stops_training_and_keeps_the_last_good_checkpoint(changes, network, data, tmp_path):
+    file = tmp_path / "loss.py"
+    file.write_text("def nan(logits, labels):\n    return logits.sum() * float('nan')\n")
+    if "criterion" in changes:
+        changes = {"criterion": Choice(changes["criterion"].name.format(file=file))}
+    folder = tmp_path / "kept"
+    trainer = trainer_of(simulated(network, data), data, network, replace(SHORT, **changes), folder=folder)
+    with pytest.raises(TrainingError, match=r"diverged in epoch 1.*checkpoint\.safetensors.*learning_rate"):
+        trainer.run()
+    kept = checkpoint.load(folder / "checkpoint.safetensors")
+    assert all(bool(torch.isfinite(p).all()) for p in kept["parameters"])
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_training(network, data):
+    sim = simulated(network, data, 8)
+    config = replace(SHORT, epochs=9, patience=2, learning_rate=0.02, scheduler=None, mode="weights")
+    trainer = trainer_of(sim, data, network, config)
+    history = trainer.run()
+    accuracies = [e.accuracy for e in history]
+    assert len(history) == trainer.best["epoch"] + 3 < 10
+    assert trainer.best["accuracy"] == max(accuracies) > accuracies[-1]
+    with trainer.training():
+        trainer.exponents.values.copy_(trainer.exponents.rule.middle(trainer.best["k"] - trainer.exponents.calibrated))
+        trainer.exponents.refresh()
+        assert trainer.accuracy() == max(accuracies)
+
+
+def test_warm_up_is_float_and_then_the_share_of_quantized_sites_grows(network, data):
+    config = replace(SHORT, epochs=5, warmup_epochs=1, gradual_epochs=2)
+    trainer = trainer_of(simulated(network, data), data, network, config)
+    seen: dict[int, set[str]] = {epoch: set() for epoch in range(5)}
+    quantize = trainer.exponents.quantize
+
+    def recorded(name: str, x: Tensor, shares_batch: bool) -> Tensor:
+        seen[trainer.epoch].add(name)
+        return quantize(name, x, shares_batch)
+
+    trainer.exponents.quantize = recorded  # type: ignore[method-assign]
+    history = trainer.run()
+    shares = [epoch.quantized for epoch in history[1:]]
+    assert shares == sorted(shares)
+    assert shares[0] == 0 < shares[1] < shares[2] < 1 == shares[3] == shares[4]
+    assert seen[1] < seen[2] < seen[3] == seen[4] == set(trainer.exponents)
+    assert trainer.best["epoch"] in (0, 4, 5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": Choice("SGD", {"momentum": 0.9}), "learning_rate": 0.01, "gradient_clip": 1.0},
+        {"scheduler": Choice("StepLR", {"step_size": 1, "gamma": 0.1}), "exponents": "fixed"},
+        {"scheduler": Choice("OneCycleLR"), "exponents": "lsq"},
+        {"scheduler": Choice("ReduceLROnPlateau"), "distillation": 1.0, "temperature": 3.0},
+        {"criterion": Choice("CrossEntropyLoss", {"label_smoothing": 0.1}), "precision": "bfloat16"},
+        {"scheduler": None, "freeze_exponents": 0.1},
+    ],
+    ids=str,
+)
+def test_every_option_trains_and_resumes(changes, network, data, tmp_path):
+    config = replace(SHORT, **changes)
+    whole = trainer_of(simulated(network, data, 3), data, network, config)
+    expected = finished(whole)
+    assert whole.best["accuracy"] > whole.history[0].accuracy
+    half = trainer_of(simulated(network, data, 3), data, network, config, folder=tmp_path)
+    with half.training():
+        half._measure(None, 0.0)
+        half._train_epoch()
+    resumed = finished(trainer_of(simulated(network, data, 3), data, network, config, folder=tmp_path), resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
+
+
+def test_rates_follow_the_schedule(network, data):
+    trainer = trainer_of(simulated(network, data), data, network, SHORT)
+    rates = [epoch.learning_rate for epoch in trainer.run()]
+    assert rates == pytest.approx([1e-3, 5e-4, 0.0], abs=1e-9)
+    steps = replace(SHORT, scheduler=Choice("StepLR", {"step_size": 1, "gamma": 0.1}))
+    assert [e.learning_rate for e in trainer_of(simulated(network, data), data, network, steps).run()] == pytest.approx(
+        [1e-3, 1e-4, 1e-5]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optimizer": Choice("Adamm")}, "training.optimizer: 'Adamm' is unknown"),
+        ({"optimizer": Choice("AdamW", {"beta": 1})}, "training.optimizer: AdamW: .*'beta'"),
+        ({"scheduler": Choice("Cosine")}, "training.scheduler: 'Cosine' is unknown"),
+        ({"scheduler": Choice("StepLR")}, "training.scheduler: StepLR: .*step_size"),
+        ({"criterion": Choice("CrossEntropy")}, "training.criterion: 'CrossEntropy' is unknown"),
+    ],
+)
+def test_wrong_names_and_parameters_are_said(changes, expected, network, data):
+    with pytest.raises(ConfigError, match=expected):
+        trainer_of(simulated(network, data), data, network, replace(SHORT, **changes))
+
+
+def test_distillation_is_the_divergence_of_softened_distributions():
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = torch.randn(2, 5, 7, generator=generator)
+    p, q = ((x / 3).softmax(1).double() for x in (teacher, logits))
+    expected = 9 * (p * (p / q).log()).sum(1).mean()
+    assert float(schedule.distillation(logits, teacher, 3.0)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(schedule.distillation(logits, logits, 2.0)) == 0
+
+
+def test_the_share_of_quantized_sites():
+    config = TrainingConfig(warmup_epochs=2, gradual_epochs=3)
+    assert [schedule.quantized_share(config, e) for e in range(7)] == [0, 0, 0.25, 0.5, 0.75, 1, 1]
+    sites = [Site(f"{i}.weight", "weight") for i in range(10)]
+    assert schedule.active(sites, config, 3) == {f"{i}.weight" for i in range(5)}
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+numbers = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
+tensors = st.integers(0, 3).map(lambda n: torch.arange(12.0).view(3, 4)[:, :n])
+states = st.recursive(
+    numbers | tensors,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=2).map(tuple)
+        | st.dictionaries(st.integers() | st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=10,
+)
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))  # type: ignore[arg-type]
+    return a == b and type(a) is type(b)
+
+
+@settings(max_examples=60)
+@given(states)
+def test_a_checkpoint_gives_back_what_went_in(tmp_path_factory, state):
+    path = tmp_path_factory.getbasetemp() / "state.safetensors"
+    checkpoint.dump(path, state)
+    assert same(checkpoint.load(path), state)
+
+
+def test_a_checkpoint_replaces_the_old_one_whole_and_damage_is_said(tmp_path):
+    path = tmp_path / "deep" / "state.safetensors"
+    checkpoint.dump(path, {"a": torch.ones(3)})
+    with pytest.raises(TypeError, match="object cannot be saved"):
+        checkpoint.dump(path, {"a": object()})
+    assert torch.equal(checkpoint.load(path)["a"], torch.ones(3))
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    path.write_bytes(path.read_bytes()[:-5])
+    for wrong in (path, tmp_path / "none", Path(__file__)):
+        with pytest.raises(FileFormatError, match="not a checkpoint"):
+            checkpoint.load(wrong)
