@@ -23,8 +23,8 @@ from pow2quant import datasets, models, simulate
 from pow2quant.adapters import onnx_qdq
 from pow2quant.config import DataConfig, QuantPlan
 from pow2quant.pipeline import simulation_executor
-from pow2quant.validate import ort
-from pow2quant.validate.agreement import compare
+from pow2quant.validation import ort
+from pow2quant.validation.agreement import compare
 
 
 def plan(name: str) -> QuantPlan:

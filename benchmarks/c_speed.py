@@ -26,7 +26,7 @@ from pow2quant.integer.emit_c import export_c
 from pow2quant.integer.lower import lower
 from pow2quant.integer.pack import sample_codes
 from pow2quant.integer.run import dequantize
-from pow2quant.validate.c99 import Library
+from pow2quant.validation.c99 import Library
 
 IMAGES = 20
 

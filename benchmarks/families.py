@@ -26,7 +26,7 @@ from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.certificate import certify
 from pow2quant.pipeline import executors, simulation_executor
 from pow2quant.plugins import resolve
-from pow2quant.validate.agreement import compare
+from pow2quant.validation.agreement import compare
 
 FAMILIES = [
     "alexnet",

@@ -37,7 +37,7 @@ sim.compute_encodings(calibrate)
 sim.onnx.export(dummy_input, f"{folder}/model.onnx", input_names=["input"], encoding_version="2.0.0")
 
 # What AIMET cannot say: every scale is a power of two, and onnxruntime computes this file the same in every way.
-from pow2quant.pipeline import validate  # noqa: E402
+from pow2quant import validate  # noqa: E402
 
 found = validate(folder / "model.onnx", encodings=folder / "model.encodings")
 print(f"{len(found.free_scales)} free scales; {found.agreements[0].differing} of {found.agreements[0].elements} differ")

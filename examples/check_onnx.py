@@ -12,7 +12,7 @@ import numpy as np
 from onnx import TensorProto, helper, numpy_helper, save
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-from pow2quant.pipeline import validate
+from pow2quant import validate
 
 
 class Noise(CalibrationDataReader):

@@ -14,8 +14,8 @@ from pow2quant import QuantPlan, prepare, simulate
 from pow2quant.adapters import onnx_qdq
 from pow2quant.integer.certificate import certify
 from pow2quant.pipeline import simulation_executor
-from pow2quant.validate import ort
-from pow2quant.validate.agreement import compare
+from pow2quant.validation import ort
+from pow2quant.validation.agreement import compare
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/own_network")
 

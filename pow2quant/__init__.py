@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from pow2quant.errors import Pow2QuantError
     from pow2quant.pipeline import export, ptq, simulate, validate
     from pow2quant.pow2_constraints import Encoding, IntGrid
-    from pow2quant.qat import qat
     from pow2quant.quantsim import QuantizationSimModel, QuantScheme
+    from pow2quant.three_steps import qat
 
 __version__ = "0.1.0"
 
@@ -52,7 +52,7 @@ _HOMES = {
     "Pow2QuantError": "errors",
     "export": "pipeline",
     "ptq": "pipeline",
-    "qat": "qat",
+    "qat": "three_steps",
     "simulate": "pipeline",
     "validate": "pipeline",
     "QuantScheme": "quantsim",

@@ -40,8 +40,8 @@ from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import names, resolve
 from pow2quant.report import document
 from pow2quant.report.html import render
-from pow2quant.validate import ort
-from pow2quant.validate.agreement import Executor, compare
+from pow2quant.validation import ort
+from pow2quant.validation.agreement import Executor, compare
 
 T = TypeVar("T")
 Arrays = Sequence[NDArray[np.float32]]

@@ -36,8 +36,9 @@ TABLES: dict[str, dict[str, str]] = {
         "qdq": "pow2quant.adapters.onnx_qdq:export_qdq",
     },
     "validators": {
-        "onnxruntime": "pow2quant.validate.ort:executors",
-        "engine": "pow2quant.validate.engine:executors",
+        "onnxruntime": "pow2quant.validation.ort:executors",
+        "engine": "pow2quant.validation.engine:executors",
+        "c": "pow2quant.validation.c99:executors",
     },
     "models": {
         "digits-cnn": "pow2quant.models:digits_cnn",

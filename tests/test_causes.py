@@ -13,8 +13,8 @@ from pow2quant.adapters.onnx_qdq import export_qdq, save, to_qdq
 from pow2quant.integer.lower import lower
 from pow2quant.integer.program import Requantization
 from pow2quant.pow2_constraints import Encoding
-from pow2quant.validate import engine, ort
-from pow2quant.validate.agreement import Executor, compare
+from pow2quant.validation import engine, ort
+from pow2quant.validation.agreement import Executor, compare
 from tests.quantized_graphs import Graph, encoding, residual_network
 
 plain, optimized = ort.plain, ort.optimized

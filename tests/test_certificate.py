@@ -13,7 +13,7 @@ from pow2quant.adapters.onnx_qdq import to_qdq
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.lattice import Lattice, NotProvedError
 from pow2quant.pow2_constraints import Encoding, divide_round, requantize, saturate, shift_round
-from pow2quant.validate.ort import optimized, plain
+from pow2quant.validation.ort import optimized, plain
 from tests.quantized_graphs import Graph, encoding, residual_network
 
 EXACT = 2**24

@@ -15,8 +15,8 @@ from pow2quant.integer import run as engine
 from pow2quant.integer.lower import lower
 from pow2quant.integer.program import storage
 from pow2quant.pow2_constraints import Encoding, IntGrid
-from pow2quant.validate import ort
-from pow2quant.validate.engine import executor
+from pow2quant.validation import ort
+from pow2quant.validation.engine import executor
 from tests.quantized_graphs import Graph, encoding, networks, residual_network
 
 U8, S8 = encoding(-4), encoding(-4, signed=True)

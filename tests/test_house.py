@@ -25,12 +25,12 @@ FLOORS = {
     "pow2quant.__main__": 6,
     "pow2quant.cli": 6,
     "pow2quant.quantsim": 6,
-    "pow2quant.qat": 5,
+    "pow2quant.three_steps": 5,
     "pow2quant.pipeline": 5,
     "pow2quant.study": 5,
     "pow2quant.training": 4,
     "pow2quant.methods": 4,
-    "pow2quant.validate": 4,
+    "pow2quant.validation": 4,
     "pow2quant.report": 4,
     "pow2quant.backends": 3,
     "pow2quant.integer": 3,
@@ -48,12 +48,12 @@ DOORS = {  # the only imports between two rooms of one floor
     ("pow2quant", "pow2quant.quantsim"),
     ("pow2quant.__main__", "pow2quant.cli"),
     ("pow2quant.plugins", "pow2quant.errors"),
-    ("pow2quant.qat", "pow2quant.pipeline"),
+    ("pow2quant.three_steps", "pow2quant.pipeline"),
     ("pow2quant.pow2_constraints", "pow2quant.errors"),
 }
 LEFT = {"pow2quant.backends", "pow2quant.methods", "pow2quant.training"}
-RIGHT = {"pow2quant.integer", "pow2quant.adapters", "pow2quant.validate"}
-TORCH_ROOMS = LEFT | {"pow2quant.qat", "pow2quant.pipeline", "pow2quant.models", "pow2quant.datasets"}
+RIGHT = {"pow2quant.integer", "pow2quant.adapters", "pow2quant.validation"}
+TORCH_ROOMS = LEFT | {"pow2quant.three_steps", "pow2quant.pipeline", "pow2quant.models", "pow2quant.datasets"}
 TORCH = {"torch", "torchvision", "safetensors.torch"}
 AIMET = {"aimet_torch", "aimet_common"}
 AIMET_ROOM = "pow2quant.backends.aimet"
@@ -284,9 +284,9 @@ def test_a_house_in_order_has_no_breach(house):
         "__main__/__init__.py": "from pow2quant.cli import main",
         "cli/__init__.py": "from pow2quant import __version__, config\nlambda: __import__('pow2quant.pipeline')",
         "quantsim/__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch",
-        "pipeline/__init__.py": "import torch\nfrom pow2quant import backends, integer, methods, validate",
+        "pipeline/__init__.py": "import torch\nfrom pow2quant import backends, integer, methods, validation",
         "methods/adaround.py": "import torch.nn.functional as F\nfrom pow2quant.backends import base, prepare",
-        "validate/__init__.py": "import numpy\nfrom pow2quant import __version__, adapters, integer",
+        "validation/__init__.py": "import numpy\nfrom pow2quant import __version__, adapters, integer",
         "backends/aimet.py": "from pow2quant.backends import custom\n" + lazily + "import aimet_torch.nn",
         "artifact/__init__.py": "from pow2quant.pow2_constraints import Encoding",
         "plugins/__init__.py": "from pow2quant.errors import ConfigError",
@@ -306,12 +306,12 @@ def test_a_house_in_order_has_no_breach(house):
         ("config", "if TYPE_CHECKING:\n    from pow2quant.pipeline import run", "floor 2 to floor 5"),
         ("config", "from pow2quant import artifact", "floor 2 to floor 2"),
         ("errors", "import pow2quant.plugins", "floor 1 to floor 1"),
-        ("report", "from pow2quant.validate import ort", "floor 4 to floor 4"),
+        ("report", "from pow2quant.validation import ort", "floor 4 to floor 4"),
         ("adapters", "from pow2quant.integer import program", "floor 3 to floor 3"),
         ("backends/base", "from pow2quant import adapters", "left and right"),
         ("methods/adaround", "from pow2quant.integer import run", "left and right"),
-        ("training", "from pow2quant import validate", "left and right"),
-        ("validate", "from pow2quant.backends import base", "left and right"),
+        ("training", "from pow2quant import validation", "left and right"),
+        ("validation", "from pow2quant.backends import base", "left and right"),
         ("integer", "import torch.nn.functional", "torch stays left"),
         ("adapters", "def f():\n    from torchvision import models", "torch stays left"),
         ("report", "from safetensors import torch", "torch stays left"),

@@ -52,6 +52,13 @@ def digits(plan: QuantPlan, backend: str = "custom") -> tuple[Simulation, list[T
     return sim, batches
 
 
+@torch.no_grad()
+def widen(sim: Simulation, batches: list[Tensor]) -> None:
+    """Makes channels of the first layer unequal."""
+    sim.parameter("conv1.weight")[:4] *= 8
+    sim.calibrate(batches)
+
+
 # -- clipping ----------------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +278,7 @@ def test_correction_is_written_into_the_float_weights() -> None:
 
 def test_rounded_weights_keep_their_grid() -> None:
     sim, batches = digits(QuantPlan.default(3, 8))
+    widen(sim, batches)
     table = sim.encodings()
     with torch.no_grad():
         weight = sim.parameter("conv4.weight")
@@ -288,18 +296,22 @@ def test_mixed_widths_agree_in_every_executor(tmp_path: Path) -> None:
         "quantization.weight.bitwidth": 3,
         "ptq.calibration_batches": 4,
         "ptq.max_eval_batches": 2,
-        "ptq.methods": [{"aciq": {"mix_ratio": 1.0}}],
+        "ptq.methods": [{"aciq": {"mix_ratio": 1.5}}],
     }
     run = pipeline.ptq(config.with_values(RunConfig(), values), tmp_path / "run")
     assert run.agrees
-    widths = run.report["final_quantization_details"]["conv4.weight"]["bitwidth"]
-    assert len(set(widths)) > 1
-    assert sum(widths) == 3 * len(widths)
+    details = run.report["final_quantization_details"]
+    widths = [d["bitwidth"] for name, d in details.items() if name.endswith(".weight")]
+    mixed = [w for w in widths if isinstance(w, tuple)]
+    assert mixed
+    assert all(len(set(w)) > 1 and sum(w) == 3 * len(w) for w in mixed)
+    assert all(w == 3 for w in widths if w not in mixed)
 
 
 def test_aimet_has_one_width_per_tensor() -> None:
     pytest.importorskip("aimet_torch", reason="the extra 'aimet' is not installed")
     sim, batches = digits(QuantPlan.default(4, 8), "aimet")
+    widen(sim, batches)
     with pytest.raises(EncodingError, match=r"conv1\.weight: the aimet backend simulates one width"):
         Aciq(mix_ratio=1).apply(sim, batches)
 

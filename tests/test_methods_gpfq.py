@@ -283,3 +283,15 @@ def test_parameters_from_yaml() -> None:
     )
     with pytest.raises(ConfigError, match=r"gpfq\.regularizer: .* legal: one of"):
         config.parameters(Gpfq, {"regularizer": "L2"}, "gpfq")
+
+
+def test_what_is_followed_is_the_float_network() -> None:
+    """Not what another method has made of the weights, as ACIQ does."""
+    found = []
+    for factor in (1.0, 1.3):
+        sim, batches = digits(QuantPlan.default(3, 8))
+        with torch.no_grad():
+            sim.parameter("conv1.weight").mul_(factor)
+        Gpfq(retain_rate=1).apply(sim, batches)
+        found.append(sim.parameter("conv1.weight").detach())
+    assert torch.equal(*found)

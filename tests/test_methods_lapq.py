@@ -16,6 +16,7 @@ from pow2quant.artifact import Table
 from pow2quant.backends import conformance
 from pow2quant.backends.base import Simulation
 from pow2quant.errors import ConfigError, DataError
+from pow2quant.methods.aciq import with_moments
 from pow2quant.methods.lapq import (
     Lapq,
     completed,
@@ -139,19 +140,17 @@ def test_what_finishes_a_walk_is_what_the_backend_computes(backend: str) -> None
 def test_no_single_step_of_an_exponent_would_help() -> None:
     sim, batches = digits(3, 3)
     losses = [mean_divergence(sim, batches)]
-    Lapq(passes=0).apply(sim, batches)
-    losses.append(mean_divergence(sim, batches))
-    Lapq(passes=20).apply(sim, batches)
-    losses.append(mean_divergence(sim, batches))
+    for passes in (0, 20):
+        Lapq(passes=passes, bias_correction=False).apply(sim, batches)
+        losses.append(mean_divergence(sim, batches))
     assert losses[2] < losses[1]
     assert losses[2] < losses[0]
     table = sim.encodings()
     assert all(e.is_power_of_two for e in table.values())
     for site in sim.sites:
         if site.role in ("weight", "output"):
-            for factor in (0.5, 2.0):
-                moved = mean_divergence(sim, batches, scaled(table, [site.name], factor))
-                assert moved >= losses[2] - 1e-7, f"{site.name} times {factor}"
+            near = [scaled(table, [site.name], factor) for factor in (0.5, 2.0)]
+            assert all(mean_divergence(sim, batches, moved) >= losses[2] - 1e-7 for moved in near), site.name
 
 
 def test_the_chosen_p_is_the_best_of_those_that_were_looked_at() -> None:
@@ -182,14 +181,23 @@ def test_constraint_by_tensor() -> None:
     sim = simulate(sim.network, batches[0], replace(plan, output=replace(plan.output, power_of_2=False)))
     sim.calibrate(batches)
     losses = []
-    for method in (Lapq(passes=0, evaluations=0), Lapq(passes=1, evaluations=0), Lapq(passes=1, evaluations=60)):
-        method.apply(sim, batches)
+    for passes, evaluations in ((0, 0), (1, 0), (1, 60)):
+        Lapq(passes=passes, evaluations=evaluations, bias_correction=False).apply(sim, batches)
         losses.append(mean_divergence(sim, batches))
     assert losses[2] < losses[1] < losses[0]
     table = sim.encodings()
     free = {s.role for s in sim.sites if not table[s.name].is_power_of_two}
     assert free <= {"output", "bias"}
     assert "output" in free
+
+
+def test_correction_belongs_to_the_chosen_encodings() -> None:
+    sim, batches = digits(3, 3)
+    weights = {y.weight.name: sim.parameter(y.weight.name).detach().clone() for y in sim.placement.layers if y.weight}
+    Lapq().apply(sim, batches)
+    for name, weight in weights.items():
+        assert (sim.parameter(name).detach().numpy() == with_moments(weight.numpy(), sim.encodings()[name])).all()
+        assert not torch.equal(sim.parameter(name), weight)
 
 
 def test_tensors_that_share_an_encoding_still_do() -> None:

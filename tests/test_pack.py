@@ -16,7 +16,7 @@ from pow2quant.integer.lower import lower
 from pow2quant.integer.pack import Word, export_integers
 from pow2quant.integer.pack_readme import KINDS
 from pow2quant.plugins import resolve
-from pow2quant.validate.ort import optimized, plain
+from pow2quant.validation.ort import optimized, plain
 from tests.quantized_graphs import Graph, encoding, residual_network
 
 # A reader of the pack. It knows what README.md says and nothing of pow2quant.

@@ -21,8 +21,8 @@ from pow2quant.errors import ConfigError, OutputError, Pow2QuantError, Unsupport
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.lower import lower
 from pow2quant.pow2_constraints import Encoding
-from pow2quant.validate import engine, ort
-from pow2quant.validate.agreement import compare
+from pow2quant.validation import c99, engine, ort
+from pow2quant.validation.agreement import compare
 from tests.strategies import tables
 
 KEYS = {
@@ -50,7 +50,7 @@ EXECUTORS = {
     f"onnxruntime, {how}{origin}"
     for how in ("no optimization", "all optimizations")
     for origin in ("", ", from model_float.onnx + model.encodings")
-} | {engine.NAME}
+} | {engine.NAME, c99.NAME}
 """Those that every run has."""
 
 

@@ -15,9 +15,9 @@ from pow2quant.adapters.onnx_qdq import export_qdq, from_qdq, save, to_qdq
 from pow2quant.errors import DataError, FileFormatError
 from pow2quant.integer.certificate import certify
 from pow2quant.pow2_constraints import Encoding
-from pow2quant.validate import agreement
-from pow2quant.validate.agreement import SUSPECTS, Executor, compare, lacks_vnni
-from pow2quant.validate.ort import BATCH, executors, inspect, optimized, options, plain, random_batches
+from pow2quant.validation import agreement
+from pow2quant.validation.agreement import SUSPECTS, Executor, compare, lacks_vnni
+from pow2quant.validation.ort import BATCH, executors, inspect, optimized, options, plain, random_batches
 from tests.quantized_graphs import Graph, encoding, residual_network
 
 
@@ -455,8 +455,8 @@ def test_what_onnxruntime_cannot_load_or_run_is_one_line_and_nothing_is_printed(
 
 def test_without_vnni_onnxruntime_is_asked_for_precision(monkeypatch):
     entry = "session.x64quantprecision"
-    monkeypatch.setattr("pow2quant.validate.ort.lacks_vnni", lambda: True)
+    monkeypatch.setattr("pow2quant.validation.ort.lacks_vnni", lambda: True)
     assert options(optimized=True).get_session_config_entry(entry) == "1"
-    monkeypatch.setattr("pow2quant.validate.ort.lacks_vnni", lambda: False)
+    monkeypatch.setattr("pow2quant.validation.ort.lacks_vnni", lambda: False)
     with pytest.raises(RuntimeError):
         options(optimized=True).get_session_config_entry(entry)

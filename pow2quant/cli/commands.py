@@ -200,7 +200,7 @@ def qat(
     configured = _configured(config, values)
     leads = os.environ.get("RANK", "0") == "0"
     console = _console(verbose, quiet or not leads, as_json)
-    from pow2quant.qat import qat
+    from pow2quant.three_steps import qat
 
     folder = output or _fresh("qat")
     try:

@@ -29,6 +29,9 @@ LANES = 64
 WIDTH = 120
 """Characters of a line."""
 
+NBSP = "\N{NO-BREAK SPACE}"
+"""Where a line is not broken."""
+
 
 class Surroundings(Protocol):
     """What a layer needs of the file it stands in. used: the structs that it declares."""
@@ -65,6 +68,7 @@ class Array:
 class Layer:
     """One step of a program, and what its function needs.
 
+    spare: bytes that the memory has left over while the step runs.
     body: of the function, whose parameters are the inputs ("x", or "x0", "x1", …), "y" and where asked for "patches";
     empty for a view. sums: the type of its sums. overwrites: inputs whose memory the result may take, because every
     code is read before the one at its place is written. scratch: memory it needs besides, (name, type, count). flash:
@@ -75,6 +79,7 @@ class Layer:
     step: Step
     index: int
     name: str
+    spare: int = 0
     body: str = ""
     sums: str = ""
     overwrites: list[str] = field(default_factory=list)
@@ -126,15 +131,26 @@ class Layer:
         self.source.arrays.append(array)
         return array
 
-    def patches(self, tensor: Tensor, length: int, most: int) -> tuple[str, int]:
-        """Scratch memory for patches of `length` of a tensor's codes, and how many it holds, at most `most`.
+    def patches(self, window: Window, channels: int) -> tuple[str, int]:
+        """Scratch memory for the patches under a window, and how many it holds; and for the columns under as many.
 
-        They take up to half of what the layer reads and writes, unless eight patches take more.
+        They take a quarter of what the layer reads and writes, and what else is there (`spare`); at least eight.
         """
-        row = -(-length // LANES) * LANES
-        room = (self.input(0).size + self.output.size) // 2 // row
-        count = min(most, BLOCK, max(8, room // 8 * 8))
-        self.scratch.append((f"{self.name} patches", tensor.dtype, count * row))
+        x = self.input(0)
+        column = channels * window.kernel[0]
+        row = -(-window.kernel[1] * column // LANES) * LANES
+        room = (x.size + self.output.size) // 4 + self.spare // x.dtype.itemsize
+
+        def columns(patches: int) -> int:
+            across = min(patches, window.result[1]) - 1
+            return across * window.strides[1] + (window.kernel[1] - 1) * window.dilations[1] + 1
+
+        count = BLOCK
+        while count > 8 and count * row + columns(count) * column > room:
+            count -= 8
+        count = min(count, math.prod(window.result))
+        size = count * row + columns(count) * column
+        self.scratch.append((f"{self.name} patches", x.dtype, size))
         return "patches", count
 
     def accumulator(self, bound: int, rule: Requantization) -> str:
@@ -179,7 +195,7 @@ class Layer:
         """A body that copies codes of one operand. loops: through it and the output."""
         *outer, (count, read, write) = loops.nest
         x = self.operand(index)
-        if (read, write) == (1, 1):
+        if (read, write) == (1, 1) and self.input(index).dtype == self.output.dtype:
             source, target = loops.starts_behind(len(outer))
             copied = f"memcpy({total('y', target)}, {total(x, source)}, {count} * sizeof *y);"
             return "\n".join(loops.around(len(outer), [copied]))
@@ -325,6 +341,16 @@ def _shifts(rule: Requantization) -> Ints:
 
 
 def _declared(kind: str, name: str, values: dict[str, Any]) -> str:
-    """A constant struct with the names of its members, in lines that fit."""
-    text = f"static const {kind} {name} = {{" + ", ".join(f".{key} = {value}" for key, value in values.items()) + "};"
-    return "\n".join(textwrap.wrap(text, WIDTH - 4, subsequent_indent="    ", break_on_hyphens=False))
+    """A constant struct with the names of its members."""
+    return f"static const {kind} {name} = {{" + ", ".join(f".{key}{NBSP}={NBSP}{v}" for key, v in values.items()) + "};"
+
+
+def fitted(text: str) -> list[str]:
+    """Lines of C, one level further in, broken where they are too long."""
+    lines = []
+    for line in text.splitlines():
+        inner = line.lstrip()
+        indent = "    " + line[: len(line) - len(inner)]
+        broken = textwrap.wrap(inner, WIDTH - len(indent), subsequent_indent="    ", break_on_hyphens=False)
+        lines += [indent + part.replace(NBSP, " ") for part in broken]
+    return lines

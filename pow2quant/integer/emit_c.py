@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pow2quant.integer.c_layer import BLOCK, Array, Layer, comment, ctype, indented, numbers, plain, shape
+from pow2quant.integer.c_layer import BLOCK, Array, Layer, comment, ctype, fitted, numbers, plain, shape
 from pow2quant.integer.folder import staged
 from pow2quant.integer.lower import lower
 from pow2quant.integer.memory import NARROW, WIDE, Needs, Spot, place
@@ -20,6 +20,8 @@ from pow2quant.integer.pack import sample_codes
 from pow2quant.integer.run import run
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from jinja2 import Environment
 
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
     from pow2quant.integer.program import Program, Step, Tensor
 
 PLAN = "plan.json"
-FILES = ("model.h", "model.c", "kernels.h", "weights.h", "test_vectors.h", "main.c", "Makefile", "README.md")
+CODE = ("model.h", "model.c", "kernels.h", "weights.h")
+FILES = (*CODE, "test_vectors.h", "main.c", "Makefile", "README.md")
 """The templates of files; `model` becomes the prefix."""
 
 VECTORS = 16
@@ -39,7 +42,7 @@ ARENAS = {NARROW: "arena", WIDE: "wide"}
 
 
 def export_c(artifact: Artifact, folder: Path, *, prefix: str = "model") -> Path:
-    """Writes the artifact as C into `folder`, which an older export may take up. Returns the folder.
+    """C99 that stands alone, in `folder`, which an older export may take up. Returns it.
 
     prefix: of the files and of the function, `<prefix>_run`.
     Raises what `lower` raises; OutputError where the folder holds something else, or cannot be written.
@@ -53,13 +56,24 @@ def export_c(artifact: Artifact, folder: Path, *, prefix: str = "model") -> Path
 
 def files(program: Program, prefix: str = "model") -> dict[str, str]:
     """The text of every file by name."""
-    source = Source(program, prefix)
-    values = source.document()
-    texts = {PLAN: source.plan_json()}
-    for template in FILES:
-        name = template.replace("model", prefix)
-        texts[name] = _environment().get_template(f"{template}.j2").render(values).rstrip("\n") + "\n"
-    return texts
+    source = _source(program, prefix)
+    return _filled(FILES, prefix, source.document() | source.tests()) | {PLAN: source.plan_json()}
+
+
+def code(program: Program, prefix: str = "model") -> dict[str, str]:
+    """The text of the files that compute the network, by name."""
+    return _filled(CODE, prefix, _source(program, prefix).document())
+
+
+def _source(program: Program, prefix: str) -> Source:
+    """Written twice: what memory the first plan leaves over, the second uses."""
+    least = Source(program, prefix)
+    return Source(program, prefix, least.memory.spare(len(program.steps)))
+
+
+def _filled(templates: Sequence[str], prefix: str, values: dict[str, Any]) -> dict[str, str]:
+    texts = ((name, _environment().get_template(f"{name}.j2").render(values)) for name in templates)
+    return {name.replace("model", prefix): text.rstrip("\n") + "\n" for name, text in texts}
 
 
 @cache
@@ -99,9 +113,9 @@ class Place:
 
 
 class Source:
-    """A program's C under construction."""
+    """A program's C under construction. spare: bytes that the memory has left over at every step."""
 
-    def __init__(self, program: Program, prefix: str) -> None:
+    def __init__(self, program: Program, prefix: str, spare: Sequence[int] = ()) -> None:
         self.program, self.prefix = program, prefix
         self.arrays: list[Array] = []
         self.kernels: dict[str, str] = {}
@@ -114,7 +128,7 @@ class Source:
         digits = len(str(max(0, len(program.steps) - 1)))
         self.layers = []
         for i, step in enumerate(program.steps):
-            layer = Layer(self, step, i, f"layer{i:0{digits}d}_{plain(step.node)[:40]}")
+            layer = Layer(self, step, i, f"layer{i:0{digits}d}_{plain(step.node)[:40]}", spare[i] if spare else 0)
             layer.body = step.emit_c(layer)
             self.layers.append(layer)
         needs = [Needs(not layer.body, tuple(layer.overwrites), layer.scratch) for layer in self.layers]
@@ -142,11 +156,6 @@ class Source:
 
     def document(self) -> dict[str, Any]:
         """What the templates are filled with."""
-        samples = max(1, min(VECTORS, LARGEST_VECTORS // max(1, sum(p.tensor.size for p in self.inputs))))
-        codes = sample_codes(self.program, samples)
-        expected = run(self.program, codes)
-        tests = [(p, p.name, c) for p, c in zip(self.inputs, codes, strict=True)]
-        tests += [(p, f"expected_{p.name}", c) for p, c in zip(self.outputs, expected, strict=True)]
         places = [*self.inputs, *self.outputs]
         calls = [f"{p.name}[v]" for p in self.inputs] + [p.name for p in self.outputs]
         stack = [BLOCK * _bits(layer.sums) // 8 for layer in self.layers if layer.sums]
@@ -173,6 +182,16 @@ class Source:
             "layers": [self._layer(layer) for layer in self.layers],
             "copies": [self._copy(name) for name in self.memory.copies],
             "work": self.program.work,
+        }
+
+    def tests(self) -> dict[str, Any]:
+        """What the test vectors' template is filled with besides."""
+        samples = max(1, min(VECTORS, LARGEST_VECTORS // max(1, sum(p.tensor.size for p in self.inputs))))
+        codes = sample_codes(self.program, samples)
+        expected = run(self.program, codes)
+        tests = [(p, p.name, c) for p, c in zip(self.inputs, codes, strict=True)]
+        tests += [(p, f"expected_{p.name}", c) for p, c in zip(self.outputs, expected, strict=True)]
+        return {
             "vectors": samples,
             "tests": [
                 {
@@ -254,7 +273,7 @@ class Source:
             "shift": shift,
             "work": step.work(self.program),
             "flash": layer.flash,
-            "body": "\n".join(indented(layer.body.splitlines())),
+            "body": "\n".join(fitted(layer.body)),
             "signature": ", ".join(parameters),
             "arguments": arguments,
             "result": self.pointer(output),
@@ -274,7 +293,8 @@ def _bits(kind: str) -> int:
 def _identifier(role: str, name: str, taken: set[str]) -> str:
     """A C identifier for an input or output that is not taken yet; none is a word of C's."""
     text = plain(name)[:40]
-    stem = text if text.startswith(role) else f"{role}_{text}"
-    found = next(n for n in (stem, *(f"{stem}_{i}" for i in range(2, 10**6))) if n not in taken)
+    stem = found = text if text.startswith(role) else f"{role}_{text}"
+    while found in taken:
+        found = f"{stem}_{len(taken)}"
     taken.add(found)
     return found

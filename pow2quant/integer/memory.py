@@ -117,6 +117,11 @@ class Placement:
         """Bytes of all arenas."""
         return sum(-(-plan.peak // self.types[w].itemsize) * self.types[w].itemsize for w, plan in self.arenas.items())
 
+    def spare(self, steps: int) -> list[int]:
+        """For every step the bytes of the narrow arena that nobody needs then."""
+        live = [sum(b.size for b in self.buffers[NARROW] if b.first <= t <= b.last) for t in range(steps)]
+        return [self.arenas[NARROW].lower_bound - size for size in live]
+
     @property
     def lower_bound(self) -> int:
         """Bytes that no plan of the same buffers can do without."""

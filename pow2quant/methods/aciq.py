@@ -15,7 +15,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import erfc
-from torch import Tensor
 
 from pow2quant.artifact import Table
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
@@ -122,7 +121,7 @@ def allocate(alpha: ArrayLike, bits: int, ratio: float = 1.0) -> tuple[int, ...]
 
 
 def moments_correction(weight: Floats, rounded: Floats) -> tuple[Floats, Floats]:
-    """mu = E[w] - E[w_q] and xi = |w - E[w]| / |w_q - E[w_q]| per channel (eq. 12, 13); w_q becomes xi (w_q + mu).
+    """mu = E[w] - E[w_q] and xi = |w - E[w]| / |w_q - E[w_q]| per channel (eq. 12); w_q becomes xi (w_q + mu).
 
     weight, rounded: (C, n). mu, xi: (C, 1); xi is 1 where all rounded weights are equal.
     """
@@ -134,7 +133,7 @@ def moments_correction(weight: Floats, rounded: Floats) -> tuple[Floats, Floats]
 def fold_correction(weight: Floats, quantize: Callable[[Floats], Floats]) -> Floats:
     """Weights (C, n) whose *rounded* values have the moments of `weight` as nearly as the grid allows.
 
-    xi (w_q + mu) lies on no grid, so the correction goes to the weights before they are rounded (eq. 14), again and
+    xi (w_q + mu) lies on no grid, so the correction goes to the weights before they are rounded (eq. 13), again and
     again; of all rounds, every channel keeps that of least n mu^2 + (1 - 1 / xi)^2 |w - E[w]|^2, the squared errors
     of mean and norm. The first is that without correction.
     """
@@ -146,6 +145,16 @@ def fold_correction(weight: Floats, quantize: Callable[[Floats], Floats]) -> Flo
         best, least = np.where(error < least, now, best), np.minimum(error, least)
         now = xi * (now + mu)
     return best
+
+
+def with_moments(values: NDArray[np.float32], encoding: Encoding) -> NDArray[np.float32]:
+    """`fold_correction` of a weight of any shape, per channel of its encoding (per tensor: of all of it)."""
+    axis = encoding.axis or 0
+    moved = np.moveaxis(values, axis, 0)
+    rows = moved.reshape(1 if encoding.axis is None else len(moved), -1).astype(np.float64)
+    by_row = replace(encoding, axis=None if encoding.axis is None else 0)
+    found = fold_correction(rows, lambda x: by_row.fake_quantize(x).astype(np.float64))
+    return np.moveaxis(found.reshape(moved.shape), 0, axis).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -217,7 +226,7 @@ def analytic(observed: Observed, form: Format, fit: Fit) -> Encoding:
 
 @dataclass(frozen=True)
 class Aciq:
-    """ACIQ: analytic clipping, bits per channel, moments of weights (Banner et al. 2019, eq. 5, 6, 10 to 14).
+    """ACIQ: analytic clipping, bits per channel, moments of weights (Banner et al. 2019, eq. 5, 6, 10 to 13).
 
     Activations and weights are clipped where a fitted density says that the squared error is least. aciq_method: the
     density; `auto` takes, per tensor and channel, the likelier of the two. mix_ratio: 0 leaves every channel of a
@@ -227,7 +236,7 @@ class Aciq:
     whose weights lie on their grid already.
     """
 
-    aciq_method: Annotated[str, METHOD] = "laplace"
+    aciq_method: Annotated[str, METHOD] = "auto"
     mix_ratio: Annotated[float, RATIO] = 0.0
     bias_correction: bool = True
 
@@ -267,18 +276,8 @@ class Aciq:
         fit = Fit.of(observed, self.aciq_method, spec.bits, spec.symmetric)
         form = Format(spec.bits, spec.symmetric, spec.power_of_2, layer.axis)
         if layer.axis is not None and self.mix_ratio > 0:
-            form = replace(form, bits=allocate(fit.alpha, spec.bits, self.mix_ratio))
+            widths = allocate(fit.alpha, spec.bits, self.mix_ratio)
+            form = replace(form, bits=widths if len(set(widths)) > 1 else spec.bits)
         encode_weight(sim, layer, analytic(observed, form, fit))
         if self.bias_correction:
-            weight.copy_(_corrected(values, sim.encodings()[layer.weight.name]))
-
-
-def _corrected(values: NDArray[np.float32], encoding: Encoding) -> Tensor:
-    """`fold_correction` of a weight of any shape, per channel of its encoding."""
-    moved = np.moveaxis(values, encoding.axis or 0, 0)
-    shape = moved.shape if encoding.axis is not None else (1, moved.size)
-    rows = Encoding(encoding.scale, encoding.zero_point, encoding.grid, None if encoding.axis is None else 0)
-    found = fold_correction(
-        moved.reshape(shape[0], -1).astype(np.float64), lambda x: rows.fake_quantize(x).astype(np.float64)
-    )
-    return torch.from_numpy(np.moveaxis(found.reshape(moved.shape), 0, encoding.axis or 0).astype(np.float32))
+            weight.copy_(torch.from_numpy(with_moments(values, sim.encodings()[layer.weight.name])))

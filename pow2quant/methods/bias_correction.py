@@ -28,6 +28,7 @@ SAMPLE = 1 << 13
 """Values per channel and batch that a mean is taken over, evenly spaced by an odd step."""
 
 STATISTICS = ("data", "batch_norm")
+STATISTIC = one_of(lambda: STATISTICS)
 
 LEAST_ACTIVE = 0.01
 """A channel's share of values that count as unclipped at least, so that a nearly dead one moves in small steps."""
@@ -107,7 +108,7 @@ class BiasCorrection:
     """
 
     behind_activation: bool = True
-    statistics: Annotated[str, one_of(lambda: STATISTICS)] = "data"
+    statistics: Annotated[str, STATISTIC] = "data"
 
     @torch.no_grad()
     def apply(self, sim: Simulation, batches: Iterable[Batch], progress: Progress = SILENT) -> None:

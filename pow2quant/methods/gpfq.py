@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
-from pow2quant.backends.placement import Layer
 from pow2quant.config import finite, integer, one_of
 from pow2quant.methods.reconstruction import Step, encode_weight, is_rounded, output_sqnr, walk
 from pow2quant.pow2_constraints import Encoding, power_of_two
@@ -27,7 +26,7 @@ Codes = Callable[[Tensor], Tensor]
 
 
 def follow_path(weight: Tensor, exact: Tensor, quantized: Tensor, codes: Codes, grid: Grid) -> Tensor:
-    """The algorithm as it is written (Zhang, Zhou & Saab 2023, eq. 2), on all neurons at once.
+    """The algorithm as it is written (Zhang, Zhou & Saab 2023; with X~ = X: Lybrand & Saab 2021), all neurons at once.
 
     q_t = Q(<X~_t, u_(t-1) + w_t X_t> / |X~_t|^2), u_t = u_(t-1) + w_t X_t - q_t X~_t: every weight takes what the
     neuron's output still lacks. weight: (…, n, K) of n neurons; exact, quantized: X and X~, (…, m, K), what enters the
@@ -79,18 +78,18 @@ def nearest(z: Tensor) -> Tensor:
 
 
 def stochastic(z: Tensor) -> Tensor:
-    """Up with a probability of what is above the integer below, so that the mean is z (section 2, SGPFQ)."""
+    """Up with a probability of what is above the integer below, so that the mean is z (SGPFQ)."""
     below = z.floor()
     return below + (torch.rand_like(z) < z - below)
 
 
 def soft_threshold(z: Tensor, threshold: float) -> Tensor:
-    """sign(z) max(|z| - threshold, 0): what the regularizer lambda |q| makes of it (section 5, L1)."""
+    """sign(z) max(|z| - threshold, 0): what the regularizer lambda |q| makes of it (L1)."""
     return z.sign() * (z.abs() - threshold).clamp_min(0)
 
 
 def hard_threshold(z: Tensor, threshold: float) -> Tensor:
-    """z where |z| > threshold, otherwise 0: what a price on every weight that is not 0 makes of it (section 5, L0)."""
+    """z where |z| > threshold, otherwise 0: what a price on every weight that is not 0 makes of it (L0)."""
     return torch.where(z.abs() > threshold, z, 0)
 
 
@@ -109,6 +108,7 @@ RATE = finite("a number above 0, at most 1", lambda v: 0 < v <= 1)
 class Gpfq:
     """GPFQ: greedy path following, layer by layer (Lybrand & Saab 2021; Zhang, Zhou & Saab 2023).
 
+    What is followed is the float network's, weights and inputs, whatever methods before have made of the weights.
     conv_scalar, linear_scalar: C of the alphabet's radius, per channel C max |w|, per tensor C times its median over
     the channels; steps are the power of two nearest to radius / 2^(bits - 1). Without them, the encodings stay.
     stochastic: the code above or below by chance, with the real value as the mean. regularizer: sparse weights; `L0`
@@ -133,12 +133,13 @@ class Gpfq:
             layer, module = step.layer, sim.network.get_submodule(step.layer.module)
             if layer.weight is None or not isinstance(module, KINDS) or is_rounded(sim, layer):
                 continue
+            weight = sim.parameter(layer.weight.name)
+            aim = module.weight.to(weight.device)
             scalar = self.linear_scalar if isinstance(module, nn.Linear) else self.conv_scalar
             if scalar is not None:
-                _encode(sim, layer, scalar)
+                encode_weight(sim, layer, alphabet(aim, scalar, sim.encodings()[layer.weight.name]))
             before = output_sqnr(sim, step)
-            weight = sim.parameter(layer.weight.name)
-            weight.copy_(self._rounded(step, module, weight, sim.encodings()[layer.weight.name]))
+            weight.copy_(self._rounded(step, module, aim, sim.encodings()[layer.weight.name]))
             zeros = float((weight == 0).float().mean())
             progress.note(f"{layer.module}: output {before} -> {output_sqnr(sim, step)}, {zeros:.0%} zeros")
 
@@ -212,12 +213,10 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
     return found
 
 
-def _encode(sim: Simulation, layer: Layer, scalar: float) -> None:
-    """The alphabet's radius from a scalar; a channel of zeros keeps its scale."""
-    assert layer.weight is not None
-    now = sim.encodings()[layer.weight.name]
-    largest = sim.parameter(layer.weight.name).flatten(1).abs().amax(1).double().cpu().numpy()
+def alphabet(weight: Tensor, scalar: float, now: Encoding) -> Encoding:
+    """An encoding like `now`, its radius from a scalar; a channel of zeros keeps its scale."""
+    largest = weight.flatten(1).abs().amax(1).double().cpu().numpy()
     radius = scalar * (largest if now.axis is not None else np.median(largest))
     step = np.where(radius > 0, radius / (now.grid.qmax + 1.0), now.scale)
     scale = power_of_two(np.rint(np.log2(step)).astype(np.int64)) if now.is_power_of_two else step
-    encode_weight(sim, layer, Encoding(scale, now.zero_point, now.grid, now.axis))
+    return Encoding(scale, now.zero_point, now.grid, now.axis)

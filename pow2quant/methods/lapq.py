@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Annotated
@@ -20,17 +20,18 @@ from scipy.optimize import minimize
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from pow2quant.artifact import Table
+from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
 from pow2quant.backends.calibration import bias_encoding, observe, with_room_for_bias
 from pow2quant.config import TensorSpec, integer, one_of
 from pow2quant.errors import ConfigError, EncodingError
+from pow2quant.methods.aciq import with_moments
 from pow2quant.methods.output_mse import least_error
 from pow2quant.methods.reconstruction import Part, Step, is_rounded, quantizing, walk
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose
 
 NORMS = (2.0, 2.5, 3.0, 3.5, 4.0)
-"""The p whose loss is sampled (section 4.2: 2 to 4)."""
+"""The p whose loss is sampled (section 4)."""
 
 HALVINGS = 2.0 ** -np.arange(12)
 FRACTIONS = np.linspace(1, 0.1, 46)
@@ -48,13 +49,13 @@ XTOL, FTOL = 0.02, 1e-4
 
 
 def lp_errors(x: NDArray[np.float32], encodings: Sequence[Encoding], p: float) -> NDArray[np.float64]:
-    """sum of |x - Q(x)|^p per candidate and channel, (candidates, C), of rows x (C, n); section 4.1."""
+    """sum of |x - Q(x)|^p per candidate and channel, (candidates, C), of rows x (C, n); section 4."""
     errors = (np.power(np.abs(x - encoding.fake_quantize(x)), p) for encoding in encodings)
     return np.stack([error.sum(1, dtype=np.float64) for error in errors])
 
 
 def interpolated(norms: Sequence[float], losses: Sequence[float]) -> float:
-    """The p within the sampled ones where the parabola through the losses (least squares) is least; section 4.2."""
+    """The p within the sampled ones where the parabola through the losses (least squares) is least; section 4."""
     a, b, _ = np.polyfit(norms, losses, 2)
     if a > 0:
         return float(np.clip(-b / (2 * a), min(norms), max(norms)))
@@ -72,30 +73,29 @@ def squared_error(result: Tensor, target: Tensor) -> float:
     return float((result - target).square().sum(dtype=torch.float64))
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], float]] = {"divergence": divergence, "mse": squared_error}
+Comparison = Callable[[Tensor, Tensor], float]
+LOSSES: dict[str, Comparison] = {"divergence": divergence, "mse": squared_error}
 LOSS = one_of(lambda: LOSSES)
 
 
 def descend(start: Table, names: Sequence[str], loss: Callable[[Table], float], now: float) -> tuple[Table, float]:
-    """The table with the exponents of `names` moved together, step by step as long as the loss falls, up or down.
+    """The table with the exponents of `names` moved together, one by one as long as the loss falls, up or else down.
 
-    now: the loss of `start`. Of equal losses, where it started.
+    now: the loss of `start`; of equal losses, where it started.
     """
     best, least = start, now
     for factor in (2.0, 0.5):
         while (found := loss(moved := scaled(best, names, factor))) < least:
             best, least = moved, found
-        if best is not start:
+        if least < now:
             break
     return best, least
 
 
-def scaled(table: Mapping[str, Encoding], names: Iterable[str], factor: float) -> Table:
+def scaled(table: Table, names: Iterable[str], factor: float) -> Table:
     """The table with the scales of the named sites times a factor, in float32; their codes stay where they are."""
     changed = {n: table[n] for n in names}
-    return {**table} | {
-        n: Encoding(e.scale * np.float32(factor), e.zero_point, e.grid, e.axis) for n, e in changed.items()
-    }
+    return table | {n: replace(e, scale=e.scale * np.float32(factor)) for n, e in changed.items()}
 
 
 @dataclass(frozen=True)
@@ -105,28 +105,29 @@ class Lapq:
     The loss compares with the float network's results on the calibration data, which have no labels. loss:
     `divergence` (cross-entropy with the float network's probabilities as labels) or `mse`. What moves together: a
     weight's scales, and an activation's. Powers of two: coordinate descent over the exponents, front to back, at most
-    `passes` times. Free scales: Powell's method with at most `evaluations` losses. The network's inputs keep their
-    encodings; layers whose weights lie on their grid already keep that.
+    `passes` times. Free scales: Powell's method with at most `evaluations` losses. bias_correction: rounded weights get
+    the mean and the variance of the float ones, as in `aciq`. The network's inputs keep their encodings; layers whose
+    weights lie on their grid already keep that.
     """
 
     loss: Annotated[str, LOSS] = "divergence"
     passes: Annotated[int, integer(0)] = 2
     evaluations: Annotated[int, integer(0)] = 500
+    bias_correction: bool = True
 
     @torch.no_grad()
     def apply(self, sim: Simulation, batches: Iterable[Batch], progress: Progress = SILENT) -> None:
-        """Loads the chosen encodings, and the lattices of the biases that follow from them."""
+        """Loads the chosen encodings, and writes the corrected weights, float."""
         data = list(batches)
-        loss = _Loss(sim, data, LOSSES[self.loss])
+        loss = _Loss(sim, data, LOSSES[self.loss], corrects=self.bias_correction)
         table = _interpolated(sim, data, loss, progress)
-        sim.load(completed(sim, table))
+        loss.load(table)
         table = self._descend(sim, data, loss, table, progress)
-        table = self._powell(sim, data, loss, table, progress)
-        sim.load(completed(sim, table))
+        loss.load(self._powell(sim, data, loss, table, progress))
 
     def _descend(self, sim: Simulation, data: Sequence[Batch], loss: _Loss, table: Table, progress: Progress) -> Table:
         """Every loss is computed from the first part on that a change touches."""
-        coordinates = _coordinates(sim, power_of_2=True)
+        coordinates = _coordinates(sim, loss.moving, power_of_2=True)
         for turn in range(self.passes if any(coordinates.values()) else 0):
             start = table
             for step in progress.track(walk(sim, data, list(coordinates)), f"lapq, pass {turn + 1}", len(coordinates)):
@@ -134,14 +135,14 @@ class Lapq:
                 before = now = behind(table)
                 for names in coordinates[step.nodes]:
                     table, now = descend(table, names, behind, now)
-                sim.load(completed(sim, table))
+                loss.load(table)
                 progress.note(f"{step.nodes[0].target}: loss {before:.5f} -> {now:.5f}")
             if table is start:
                 break
         return table
 
     def _powell(self, sim: Simulation, data: Sequence[Batch], loss: _Loss, table: Table, progress: Progress) -> Table:
-        coordinates = [names for found in _coordinates(sim, power_of_2=False).values() for names in found]
+        coordinates = [names for found in _coordinates(sim, loss.moving, power_of_2=False).values() for names in found]
         if not (coordinates and self.evaluations):
             return table
         first = next(walk(sim, data))
@@ -181,11 +182,10 @@ def _interpolated(sim: Simulation, data: Sequence[Batch], loss: _Loss, progress:
     placement, before = sim.placement, sim.encodings()
     candidates: dict[str, tuple[NDArray[np.float32], list[Encoding]]] = {}
     axes: dict[str, int | None] = {}
-    for layer in placement.layers:
-        if layer.weight is not None and not is_rounded(sim, layer):
-            seen = Observed.of(sim.parameter(layer.weight.name).cpu().numpy(), layer.axis)
-            name, axes[layer.weight.name] = layer.weight.name, layer.axis
-            candidates[name] = (seen.sample, _candidates(seen, placement.specs[name], layer.axis))
+    for name, weight in loss.moving.items():
+        axes[name] = before[name].axis
+        seen = Observed.of(weight, axes[name])
+        candidates[name] = (seen.sample, _candidates(seen, placement.specs[name], axes[name]))
     sim.load({})
     outputs = [s.name for s in placement.sites if s.role == "output"]
     leaders = dict.fromkeys(placement.leader(n) for n in outputs)
@@ -196,7 +196,7 @@ def _interpolated(sim: Simulation, data: Sequence[Batch], loss: _Loss, progress:
 
     def at(p: float) -> Table:
         best = {name: least_error(encodings, lp_errors(x, encodings, p)) for name, (x, encodings) in candidates.items()}
-        own = {n: Encoding(best[n].scale, best[n].zero_point, best[n].grid, axis) for n, axis in axes.items()}
+        own = {n: replace(best[n], axis=axis) for n, axis in axes.items()}
         return before | own | {n: best[placement.leader(n)] for n in outputs}
 
     first = next(walk(sim, data))
@@ -220,26 +220,24 @@ def _candidates(seen: Observed, spec: TensorSpec, axis: int | None) -> list[Enco
     return list(dict.fromkeys(choose("minmax", r, form) for r in ranges))
 
 
-def _coordinates(sim: Simulation, *, power_of_2: bool) -> dict[Part, list[tuple[str, ...]]]:
+def _coordinates(sim: Simulation, weights: Collection[str], *, power_of_2: bool) -> dict[Part, list[tuple[str, ...]]]:
     """The network cut in front of every weighted layer, and of each part the sites whose scales move together.
 
-    power_of_2: those with that constraint, or those without. Tensors that share an encoding belong to the part of the
-    first of them. What lies before the first layer does not move.
+    weights: those that may move. power_of_2: only sites with that constraint, or only those without. Tensors that share
+    an encoding belong to the part of the first of them. What lies before the first layer does not move.
     """
-    placement, weights = sim.placement, {y.module: y for y in sim.placement.layers}
+    placement, modules = sim.placement, {y.module for y in sim.placement.layers}
     parts: list[list[fx.Node]] = [[]]
     for node in sim.network.graph.nodes:
         if node.op == "call_module":
-            if node.target in weights:
+            if node.target in modules:
                 parts.append([])
             parts[-1].append(node)
     outputs = [[placement.quantized[n.name].name for n in p if n.name in placement.quantized] for p in parts]
     fixed = {placement.leader(name) for name in outputs[0]}
     found: dict[Part, list[tuple[str, ...]]] = {}
     for part, names in zip(parts[1:], outputs[1:], strict=True):
-        layer, moving = weights[str(part[0].target)], []
-        if layer.weight is not None and not is_rounded(sim, layer):
-            moving.append([layer.weight.name])
+        moving = [[name] for name in (f"{part[0].target}.weight",) if name in weights]
         for leader in dict.fromkeys(map(placement.leader, names)):
             if leader not in fixed:
                 fixed.add(leader)
@@ -249,16 +247,23 @@ def _coordinates(sim: Simulation, *, power_of_2: bool) -> dict[Part, list[tuple[
 
 
 class _Loss:
-    """The mean loss over all images against the float network's results; infinite where a bias has no encoding."""
+    """The mean loss over all images against the float network's results; infinite where a bias has no encoding.
 
-    def __init__(self, sim: Simulation, data: Sequence[Batch], compare: Callable[[Tensor, Tensor], float]) -> None:
-        self.sim, self.compare = sim, compare
-        device = next((p.device for p in sim.model.parameters()), torch.device("cpu"))
-        network = copy.deepcopy(sim.network).to(device)
+    moving: the float weights (those that are on no grid yet) by site name. corrects: whether they get the moments that
+    they lose by rounding, which is done for every encoding anew.
+    """
+
+    def __init__(self, sim: Simulation, data: Sequence[Batch], compare: Comparison, *, corrects: bool) -> None:
+        self.sim, self.compare, self.corrects = sim, compare, corrects
+        weights = [y.weight for y in sim.placement.layers if y.weight is not None and not is_rounded(sim, y)]
+        self.moving = {site.name: sim.parameter(site.name).cpu().numpy().copy() for site in weights}
+        self._made: dict[str, tuple[Encoding, Tensor]] = {}
+        self.device = next((p.device for p in sim.model.parameters()), torch.device("cpu"))
+        network = copy.deepcopy(sim.network).to(self.device)
         (end,) = (node for node in network.graph.nodes if node.op == "output")
         end.args = (tuple(end.all_input_nodes),)  # the order in which `Step.finish` gives the results
         network.recompile()
-        self.targets: list[tuple[Tensor, ...]] = [network(*(x.to(device) for x in inputs(batch))) for batch in data]
+        self.targets: list[tuple[Tensor, ...]] = [network(*(x.to(self.device) for x in inputs(b))) for b in data]
         shapes = [tuple(t.shape) for t in self.targets[0]] if data else []
         if compare is divergence and any(len(shape) < 2 or shape[1] < 2 for shape in shapes):
             raise ConfigError(f"lapq.loss: divergence compares results (N, classes, …), not {shapes}; legal here: mse")
@@ -267,8 +272,29 @@ class _Loss:
     def __call__(self, table: Table, step: Step) -> float:
         """What the table gives from `step` on."""
         try:
-            quantize = quantizing(completed(self.sim, table))
+            full = completed(self.sim, table)
         except EncodingError:
             return math.inf
+        by_table = quantizing(full)
+
+        def quantize(site: Site, x: Tensor) -> Tensor:
+            return by_table(site, self._weight(site.name, full[site.name]) if site.name in self.moving else x)
+
         pairs = zip(step.finish(quantize), self.targets, strict=True)
         return sum(self.compare(r, t) for rs, ts in pairs for r, t in zip(rs, ts, strict=True)) / self.images
+
+    def load(self, table: Table) -> None:
+        """Loads a table and the lattices of biases into the simulation, and writes the weights that belong to it."""
+        full = completed(self.sim, table)
+        self.sim.load(full)
+        for name in self.moving:
+            self.sim.parameter(name).copy_(self._weight(name, full[name]))
+
+    def _weight(self, name: str, encoding: Encoding) -> Tensor:
+        """The float weight for an encoding; that of the last one is kept."""
+        kept, weight = self._made.get(name, (None, torch.empty(0)))
+        if kept != encoding:
+            values = self.moving[name]
+            weight = torch.from_numpy(with_moments(values, encoding) if self.corrects else values).to(self.device)
+            self._made[name] = encoding, weight
+        return weight

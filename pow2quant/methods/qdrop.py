@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pow2quant.artifact import Site
+from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
 from pow2quant.backends.calibration import observe
 from pow2quant.methods.reconstruction import (
@@ -20,6 +21,7 @@ from pow2quant.methods.reconstruction import (
     blocks,
     encode_activations,
     encode_weight,
+    error_moments,
     is_rounded,
     quantizing,
     walk,
@@ -28,8 +30,10 @@ from pow2quant.methods.rounding import (
     FROM_ZERO,
     SHARE,
     LearnedRounding,
+    SoftWeight,
     mixed,
     output_sqnr,
+    rectified_sigmoid,
     soft_weights,
     write_weights,
 )
@@ -79,6 +83,11 @@ class LearnedScale:
         scale = power_of_two(k) if isinstance(k, int) else np.array(2.0**k, np.float32)
         return Encoding(scale, self._before.zero_point, self._before.grid)
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Takes the scale back to where it was."""
+        self.theta.fill_(math.log2(self._before.scale))
+
     def _exponent(self) -> float:
         theta = float(self.theta.detach())
         return round(theta) if self._before.is_power_of_two else theta
@@ -90,7 +99,8 @@ class QDrop(LearnedRounding):
 
     AdaRound's equations, block by block. drop_prob: the share of values that every activation quantizer in the block
     lets pass as they are, drawn anew in every step. lr_activation: Adam's, of log2 of the activations' scales, which
-    learn during the first half; 0: calibration's stay. disable_8bit_head_stem: otherwise the weights of the first and
+    learn during the first half, after which those that make the block no better return to calibration's; 0: all stay
+    there. disable_8bit_head_stem: otherwise the weights of the first and
     the last layer, and what enters the last one, get 8 bits, whatever the plan says. Biases stay as they are.
     """
 
@@ -110,7 +120,8 @@ class QDrop(LearnedRounding):
                 continue
             before = output_sqnr(step, quantizing(sim.encodings()))
             thetas = [scale.theta for scale in scales.values()]
-            self.learn(step, weights, self._dropping(sim, scales), thetas, self.lr_activation)
+            settle = partial(keep_better, sim, step, weights, scales)
+            self.learn(step, weights, self._dropping(sim, scales), thetas, self.lr_activation, settle)
             encode_activations(sim, {name: scale.encoding() for name, scale in scales.items()})
             write_weights(sim, step, weights)
             after = output_sqnr(step, quantizing(sim.encodings()))
@@ -139,6 +150,31 @@ def learned_scales(sim: Simulation, step: Step) -> dict[str, LearnedScale]:
     outside = {leader(site.name) for site in sim.sites if site.name not in own}
     device = step.targets[0].device
     return {n: LearnedScale(table[n], device) for n in dict.fromkeys(map(leader, sorted(own))) if n not in outside}
+
+
+@torch.no_grad()
+def keep_better(
+    sim: Simulation, step: Step, weights: Mapping[str, SoftWeight], scales: Mapping[str, LearnedScale]
+) -> None:
+    """Resets, one after the other, the learned scales without which the part's error is not larger.
+
+    A learned exponent moves to and fro between two whole numbers; here the loss decides, with nothing dropped.
+    """
+    soft = {name: weight.at(rectified_sigmoid(weight.v)) for name, weight in weights.items()}
+    leader, before = sim.placement.leader, sim.encodings()
+
+    def error(table: Table) -> float:
+        fixed = quantizing(before | {s.name: table[leader(s.name)] for s in sim.sites if leader(s.name) in table})
+        results = (step.run(x, lambda site, y: soft.get(site.name, fixed(site, y))) for x in step.inputs)
+        return float(error_moments(results, step.targets)[1].sum())
+
+    now = {name: scale.encoding() for name, scale in scales.items()}
+    least = error(now)
+    for name in [n for n, encoding in now.items() if encoding != before[n]]:
+        without = now | {name: before[name]}
+        if (found := error(without)) <= least:
+            now, least = without, found
+            scales[name].reset()
 
 
 def widen_head_and_stem(sim: Simulation, batches: Iterable[Batch]) -> None:

@@ -6,7 +6,7 @@ The equations of AdaRound (Nagel et al. 2020, "Up or Down?"), and the loop that 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -106,11 +106,12 @@ class LearnedRounding:
         quantize: Quantize,
         others: Sequence[nn.Parameter] = (),
         lr_others: float = 0.0,
+        half_way: Callable[[], None] = lambda: None,
     ) -> None:
         """Trains V of the weights, by site name, and other parameters at a learning rate of their own.
 
         quantize: what stands at the other sites. The other parameters hold still in the second half, when the weights
-        settle. Raises UnsupportedModelError where the first dimension does not count images.
+        settle; `half_way` is called in between. Raises UnsupportedModelError where a first dimension counts no images.
         """
         entering, exact = ([torch.cat(x) for x in zip(*batches, strict=True)] for batches in (step.inputs, step.exact))
         targets = torch.cat(list(step.targets))
@@ -119,7 +120,10 @@ class LearnedRounding:
         groups = [{"params": [w.v for w in weights.values()], "lr": self.lr}, {"params": [*others], "lr": lr_others}]
         optimizer = torch.optim.Adam([group for group in groups if group["params"]])
         warm = self.warmup * self.iterations
+        half = self.iterations // 2
         for i in range(self.iterations):
+            if i == half:
+                half_way()
             h = {name: rectified_sigmoid(w.v) for name, w in weights.items()}
             soft = {name: w.at(h[name]) for name, w in weights.items()}
 
@@ -133,7 +137,7 @@ class LearnedRounding:
             if i >= warm:
                 beta = annealed((i - warm) / (self.iterations - warm), self.b_start, self.b_end)
                 loss = loss + self.weight * sum(regularizer(x, beta) for x in h.values())
-            learning = [*(w.v for w in weights.values()), *(others if 2 * i < self.iterations else ())]
+            learning = [*(w.v for w in weights.values()), *(others if i < half else ())]
             if not learning:
                 return
             optimizer.zero_grad()

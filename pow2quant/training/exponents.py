@@ -196,6 +196,11 @@ class Exponents:
         quantized: Tensor = _Learned.apply(x, part.parameter, scale, (part.low, part.high), axis, slope)
         return quantized
 
+    def scale(self, name: str) -> Tensor:
+        """The site's scales as they are now, () or (C,)."""
+        part = self._parts[self._leaders[name]]
+        return self._scales[part.place].view(part.encoding.scale.shape)
+
     @torch.no_grad()
     def advance(self) -> int:
         """To be called when an optimizer has changed the parameters: how many exponents changed.

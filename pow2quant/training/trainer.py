@@ -81,6 +81,11 @@ class Trainer:
         self.exponents = Exponents(
             self.sim, learned, "tqt" if self.config.exponents == "fixed" else self.config.exponents
         )
+        self.lattices = {
+            y.bias.name: (y.input.name, y.weight.name)
+            for y in self.sim.placement.layers
+            if y.bias is not None and y.input is not None and y.weight is not None
+        }
         trained = [p for p in self.parameters.values() if isinstance(p, nn.Parameter) and p.is_floating_point()]
         self.tensors = list({id(p): p.requires_grad_() for p in trained}.values())
         self.processes.take_from_leader([*self.tensors, self.exponents.values])
@@ -148,11 +153,27 @@ class Trainer:
         return images.to(self.device, memory_format=self._layout if images.ndim == 4 else torch.preserve_format)
 
     def _tap(self, site: Site, x: Tensor, quantized: Tensor) -> Tensor:
+        if site.role == "bias":
+            return self._on_lattice(site.name, x)
         if site.name not in self.active:
             return x
         return (
             self.exponents.quantize(site.name, x, site.role != "weight") if site.name in self.exponents else quantized
         )
+
+    def _on_lattice(self, name: str, bias: Tensor) -> Tensor:
+        """A bias in units of s_in * s_w as they are now, where both are quantized; the gradient passes unchanged."""
+        sources = self.lattices.get(name, ())
+        if not sources or not self.active.issuperset(sources):
+            return bias
+        unit = torch.ones((), device=bias.device)
+        for source in sources:
+            learned = source in self.exponents
+            scale = self.exponents.scale(source) if learned else torch.from_numpy(self.table[source].scale.copy())
+            unit = unit * scale.to(bias.device)
+        with torch.no_grad():
+            rounding = (bias / unit).round_().mul_(unit).sub_(bias)
+        return bias + rounding
 
     def _train_epoch(self) -> None:
         started = time.monotonic()

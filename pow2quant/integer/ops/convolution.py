@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.integer.c_layer import LANES, ctype, folded
+from pow2quant.integer.c_layer import BLOCK, LANES, ctype, folded
 from pow2quant.integer.nodes import Window, attribute, title
 from pow2quant.integer.ops.copy import Copy, Part
 from pow2quant.integer.program import exact_kind
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from pow2quant.integer.lower import Lowering
     from pow2quant.integer.program import Codes, Ints, Program, Requantization
     from pow2quant.pow2_constraints import Encoding
-
-UNROLLED = 7
-"""Lines of windows so wide are copied as one, with a kernel for each width."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,21 +66,22 @@ class Convolution:
         depthwise = self.weight.shape[1] == 1
         bias, bound = (self.bias, self.bound(layer.program)) if depthwise else folded(self.weight, self.bias, x)
         a, length = layer.accumulator(bound, self.requantization), self.weight[0].size
-        weight = layer.array("weight", self.weight, zeros=0 if depthwise else -length % LANES)
+        rows = self.weight if depthwise else self.weight.transpose(0, 3, 1, 2)  # (C_out, width, C_in, height)
+        weight = layer.array("weight", rows, zeros=0 if depthwise else -length % LANES)
         offset = layer.array("bias", bias, least="int32")
         types = {"x": ctype(x), "w": weight.ctype, "b": offset.ctype, "a": a, "y": ctype(result)}
         rule = layer.rule(self.requantization)
         if depthwise:
             kernel, declared = layer.kernel("depthwise", **types), layer.window(window, self.groups)
-            call = f"{kernel}(x, y, &window, {outputs}, {x.zero}, {weight.name}, {offset.name}, &rule);"
+            numbers = f"{outputs}, {x.zero}, {weight.name}, {offset.name}, &rule, {max(1, BLOCK // window.result[1])}"
+            call = f"{kernel}(x, y, &window, {numbers});"
             return f"{declared}\n{rule}\n{call}"
         plain = (window.kernel, window.strides, *window.before) == ((1, 1), (1, 1), 0, 0)
         if plain and window.size == window.result:  # one long row
             row = (1, math.prod(window.size))
             window = replace(window, size=row, result=row)
-        taps = str(window.kernel[1]) if window.dilations[1] == 1 and window.kernel[1] <= UNROLLED else "n"
-        kernel, declared = layer.kernel("convolution", taps=taps, **types), layer.window(window, self.weight.shape[1])
-        patches, block = layer.patches(x, length, most=math.prod(window.result))
+        kernel, declared = layer.kernel("convolution", **types), layer.window(window, self.weight.shape[1])
+        patches, block = layer.patches(window, self.weight.shape[1])
         arguments = f"{self.groups}, {outputs}, {x.zero}, {weight.name}, {offset.name}, &rule, {patches}, {block}"
         return f"{declared}\n{rule}\n{kernel}(x, y, &window, {arguments});"
 

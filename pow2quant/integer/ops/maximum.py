@@ -42,7 +42,7 @@ class Maximum:
         """See `Step.emit_c`."""
         x = layer.input(0)
         channels = x.size // math.prod(self.window.size)
-        maximum = layer.kernel("maximum", x=ctype(x))
+        maximum = layer.kernel("maximum", x=ctype(x), y=ctype(layer.output))
         return f"{layer.window(self.window, channels)}\n{maximum}(x, y, &window, {x.low});"
 
     def bound(self, program: Program) -> int:

@@ -31,8 +31,10 @@ class View:
         return x.reshape(len(x), *program.tensors[self.output].shape)
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`."""
-        return ""
+        """See `Step.emit_c`. A wider type takes memory of its own."""
+        if layer.input(0).dtype == layer.output.dtype:
+            return ""
+        return f"for (int32_t i = 0; i < {layer.output.size}; i++)\n    y[i] = x[i];"
 
     def bound(self, program: Program) -> int:
         """See `Step.bound`."""

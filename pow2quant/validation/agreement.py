@@ -17,10 +17,10 @@ import numpy as np
 from pow2quant.artifact import Agreement, Divergence
 from pow2quant.errors import DataError
 from pow2quant.integer.certificate import certify
-from pow2quant.validate import networks
-from pow2quant.validate.causes import explain
-from pow2quant.validate.exact import Witness
-from pow2quant.validate.networks import Named
+from pow2quant.validation import networks
+from pow2quant.validation.causes import explain
+from pow2quant.validation.exact import Witness
+from pow2quant.validation.networks import Named
 
 if TYPE_CHECKING:
     import onnx

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from pow2quant.adapters import onnx_qdq
 from pow2quant.integer import run as engine
 from pow2quant.integer.lower import lower
-from pow2quant.validate.agreement import Executor
+from pow2quant.validation.agreement import Executor
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from pow2quant.integer.program import Program
-    from pow2quant.validate.agreement import Arrays
+    from pow2quant.validation.agreement import Arrays
 
 NAME = "integer engine"
 

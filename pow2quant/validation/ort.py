@@ -14,7 +14,7 @@ from onnx import helper
 
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.errors import DataError, FileFormatError
-from pow2quant.validate.agreement import Executor, lacks_vnni
+from pow2quant.validation.agreement import Executor, lacks_vnni
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pow2quant.artifact import Artifact, Table
     from pow2quant.pow2_constraints import Encoding
-    from pow2quant.validate.agreement import Arrays
+    from pow2quant.validation.agreement import Arrays
 
 Source = Path | bytes | onnx.ModelProto | Callable[[], onnx.ModelProto]
 """Where a QDQ model comes from; a callable is asked when the first batch runs."""

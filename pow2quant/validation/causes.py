@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pow2quant.validate.exact import Side, Witness
-from pow2quant.validate.hypotheses import HYPOTHESES
-from pow2quant.validate.networks import Named, differences
+from pow2quant.validation.exact import Side, Witness
+from pow2quant.validation.hypotheses import HYPOTHESES
+from pow2quant.validation.networks import Named, differences
 
 if TYPE_CHECKING:
-    from pow2quant.validate.exact import Values
-    from pow2quant.validate.hypotheses import Mask
+    from pow2quant.validation.exact import Values
+    from pow2quant.validation.hypotheses import Mask
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import numpy as np
 
 from pow2quant.adapters import onnx_qdq
 from pow2quant.errors import DataError, MissingExtraError, UnsupportedModelError
-from pow2quant.integer.emit_c import files
+from pow2quant.integer.emit_c import code
 from pow2quant.integer.lower import lower
 from pow2quant.integer.run import dequantize, quantize
-from pow2quant.validate.agreement import Executor
+from pow2quant.validation.agreement import Executor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pow2quant.integer.program import Codes, Program
-    from pow2quant.validate.agreement import Arrays
+    from pow2quant.validation.agreement import Arrays
 
 NAME = "generated C"
 FLAGS = ("-std=c99", "-O3", "-march=native")
 """How the C is compiled; flags that the compiler does not know are left out."""
+
+LARGEST = 2**25
+"""Networks with more weights are not compiled: a compiler takes about 70 bytes and a microsecond for each."""
 
 TRACED = """\
 #include <stdint.h>
@@ -49,7 +52,11 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
     """
     if reason := unavailable():
         raise MissingExtraError(reason)
-    return [executor(lower(onnx_qdq.from_qdq(onnx_qdq.load(model))))]
+    program = lower(onnx_qdq.from_qdq(onnx_qdq.load(model)))
+    weights = sum(getattr(step, "weight", np.empty(0)).size for step in program.steps)
+    if weights > LARGEST:
+        raise UnsupportedModelError(f"{weights:,} weights: as C, more than {LARGEST:,} take a compiler gigabytes")
+    return [executor(program)]
 
 
 def executor(program: Program, name: str = NAME, flags: Sequence[str] = FLAGS) -> Executor:
@@ -108,7 +115,7 @@ class Library:
         tensors = [self.program.tensors[name] for name in self.program.inputs]
         for tensor, x in zip(tensors, inputs, strict=True):
             if x.shape[1:] != tensor.shape:
-                raise DataError(f"{tensor.name}: codes of shape {x.shape}, not (N, *{tensor.shape})")
+                raise DataError(f"{tensor.name}: codes of shape {x.shape[1:]} per sample, not {tensor.shape}")
         read = [np.ascontiguousarray(x, t.dtype) for x, t in zip(inputs, tensors, strict=True)]
         results = [self.program.tensors[name] for name in self.program.outputs]
         written = [np.empty((len(inputs[0]), *t.shape), t.dtype) for t in results]
@@ -129,7 +136,7 @@ class Library:
 
     def _compiled(self, source: str, more: dict[str, str]) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(prefix="pow2quant-c-") as folder:
-            for name, text in (files(self.program) | more).items():
+            for name, text in (code(self.program) | more).items():
                 Path(folder, name).write_text(text, encoding="utf-8")
             library = Path(folder, "model.so")
             build(Path(folder, source), library, (*self.flags, "-shared", "-fPIC"))
@@ -148,6 +155,5 @@ def build(source: Path, target: Path, flags: Sequence[str]) -> None:
         if done.returncode == 0:
             return
     assert done is not None
-    raise UnsupportedModelError(
-        f"{command} cannot compile the generated C: {done.stderr.strip().partition(chr(10))[0]}"
-    )
+    first = done.stderr.strip().partition("\n")[0]
+    raise UnsupportedModelError(f"{command} cannot compile the generated C: {first}")

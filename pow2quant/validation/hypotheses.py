@@ -14,13 +14,13 @@ import numpy as np
 
 from pow2quant.integer.nodes import Window, attribute
 from pow2quant.integer.proof import MERGES, MOVES
-from pow2quant.validate.exact import LINEAR, Side, grid_ends
+from pow2quant.validation.exact import LINEAR, Side, grid_ends
 
 if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from pow2quant.validate.exact import Floats, Ints
+    from pow2quant.validation.exact import Floats, Ints
 
     Mask = NDArray[np.bool_]
     Hypothesis = Callable[[Side, Mask], str | None]
