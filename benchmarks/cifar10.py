@@ -1,11 +1,11 @@
 """CIFAR-10, the whole test set: accuracy, SQNR and agreement of trained networks at several widths.
 
     python benchmarks/cifar10.py --data-path DIR --network models.py:cifar10_resnet20 --weights resnet20.safetensors
-        [--widths 8:8 4:8 4:4] [--mean … --std …] [--backend custom] [--per-tensor]
+        [--widths 8:8 4:8 4:4] [--method output_mse …] [--mean … --std …] [--backend custom] [--per-tensor]
 
-DIR holds `cifar-10-batches-py/` or `cifar10.npz`; networks and weights are your own. 512 calibration images, no method.
-Prints a markdown row per width: accuracies in per cent, the logits' SQNR in dB, differing output elements in each of
-onnxruntime's executions, and what is proved. Exit status 1 when anything differs.
+DIR holds `cifar-10-batches-py/` or `cifar10.npz`; networks and weights are your own. 512 calibration images. Prints a
+markdown row per width: accuracies in per cent, the logits' SQNR in dB, differing output elements in each executor
+(onnxruntime four times, the engine, the generated C), and what is proved. Exit status 1 when anything differs.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--mean", type=float, nargs=3)
     parser.add_argument("--std", type=float, nargs=3)
     parser.add_argument("--backend", default="custom")
+    parser.add_argument("--method", nargs="*", default=[], help="methods, in order; default: none")
     parser.add_argument("--per-tensor", action="store_true")
     parser.add_argument("--max-eval-batches", type=int)
     options = parser.parse_args()
@@ -46,6 +47,7 @@ def main() -> None:
             "quantization.input.bitwidth": max(8, activation),
             "quantization.output.bitwidth": activation,
             "ptq.calibration_batches": 8,
+            "ptq.methods": options.method,
             "ptq.max_eval_batches": options.max_eval_batches,
         }
         if options.mean:
