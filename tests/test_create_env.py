@@ -113,7 +113,9 @@ def test_make_takes_a_complete_environment_for_its_own(tmp_path, complete):
     venv.create(tmp_path / ".venv")
     if not complete:
         (tmp_path / ".venv" / "bin" / "activate").unlink()
-    result = subprocess.run(["make", "--dry-run", "demo"], cwd=tmp_path, capture_output=True, text=True)
+    line = ["make", "--no-print-directory", "--dry-run", "demo"]
+    outside = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    result = subprocess.run(line, cwd=tmp_path, env=outside, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert ("-m venv" in result.stdout) is not complete
     assert "install" in result.stdout
