@@ -23,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import typer
     from typer.main import get_command
 
-    from pow2quant.cli.commands import app
+    from pow2quant.cli import commands  # noqa: F401 (each of these modules adds its commands to the application)
+    from pow2quant.cli.options import app
 
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, wherever typer keeps click
 

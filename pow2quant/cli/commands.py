@@ -3,69 +3,53 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import sys
-import time
-import warnings
-from collections.abc import Mapping
 from importlib.util import find_spec
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pow2quant.cli.console import Console, show_agreements, show_left_out
+from pow2quant.cli.options import (
+    ActivationBits,
+    AsJson,
+    Backend,
+    CalibrationBatches,
+    Classes,
+    ConfigFile,
+    DataPath,
+    DataSet,
+    Device,
+    EncodingsVersion,
+    EvalBatches,
+    IdleConfig,
+    IdleDevice,
+    IdleSeed,
+    Methods,
+    Model,
+    Option,
+    Output,
+    Overwrite,
+    PerTensor,
+    Quiet,
+    Seed,
+    Verbose,
+    WeightBits,
+    Weights,
+    app,
+    configured,
+    console_of,
+    fresh,
+    keep,
+    quantization,
+)
 
 if TYPE_CHECKING:
-    from pow2quant.config import RunConfig
     from pow2quant.pipeline import Result
-
-app = typer.Typer(
-    name="pow2quant",
-    help="Quantizes PyTorch networks so that every scale is exactly 2^k, and checks every bit in onnxruntime.",
-    add_completion=False,
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    pretty_exceptions_enable=False,
-)
 
 POOR_DB = 5.0
 """Logits with less SQNR than this are pointed out."""
-
-Option = typer.Option
-Seed = Annotated[int | None, Option(min=0, help="Seed of everything random.")]
-Device = Annotated[str | None, Option(help="cpu, cuda or cuda:N.")]
-Verbose = Annotated[bool, Option("--verbose", help="Show libraries' warnings, and tracebacks.")]
-Quiet = Annotated[bool, Option("--quiet", help="No progress, no notes.")]
-AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
-ConfigFile = Annotated[Path | None, Option(help="YAML with everything below; flags override it.")]
-Output = Annotated[Path | None, Option(help="Folder to write; default: runs/<command>-<time>.")]
-Backend = Annotated[str | None, Option("--backend", help="custom (pure PyTorch) or aimet (Qualcomm's QuantSim).")]
-Model = Annotated[str | None, Option(help="digits-cnn, torchvision:NAME, or path/to/file.py:factory.")]
-Weights = Annotated[str | None, Option(help="State dict: .pt, .pth or .safetensors.")]
-Classes = Annotated[int | None, Option(help="Passed to the network's factory.")]
-DataSet = Annotated[str | None, Option(help="digits, cifar10, mnist, imagefolder, or path/to/file.py:function.")]
-DataPath = Annotated[str | None, Option(help="Folder of the data set.")]
-WeightBits = Annotated[int | None, Option(help="Width of weights, 2 to 16.")]
-ActivationBits = Annotated[
-    int | None,
-    Option(help="Width of activations, 2 to 16; the network's input keeps at least 8 bits, as an image has."),
-]
-PerTensor = Annotated[bool, Option("--per-tensor", help="One weight scale per tensor, not per output channel.")]
-CalibrationBatches = Annotated[int | None, Option(help="Calibrate on at most so many batches.")]
-EvalBatches = Annotated[int | None, Option(help="Evaluate on at most so many batches.")]
-Methods = Annotated[
-    list[str] | None,
-    Option(help="A method's name (see `pow2quant list`), or none; repeatable, applied in order."),
-]
-EncodingsVersion = Annotated[str | None, Option(help="AIMET encodings: 0.6.1, 1.0.0 or 2.0.0.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing run.")]
-# Every command takes the flags of every command, so that a script can pass the same ones to all.
-IdleSeed = Annotated[int | None, Option("--seed", min=0, help="Without effect: nothing is random here.")]
-IdleDevice = Annotated[str | None, Option("--device", help="Without effect: nothing is computed here.")]
-IdleConfig = Annotated[Path | None, Option("--config", help="Without effect, but it is checked.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -117,9 +101,7 @@ def ptq(
     """
     values = {
         "data.batch_size": batch_size,
-        **_quantization(
-            backend, model, weights, num_classes, data, data_path, weight_bits, activation_bits, per_tensor
-        ),
+        **quantization(backend, model, weights, num_classes, data, data_path, weight_bits, activation_bits, per_tensor),
         "ptq.calibration_batches": max_calibration_batches,
         "ptq.max_eval_batches": max_eval_batches,
         "ptq.methods": [] if method == ["none"] else method or None,
@@ -127,11 +109,11 @@ def ptq(
         "seed": seed,
         "device": device,
     }
-    configured = _configured(config, values)
-    console = _console(verbose, quiet, as_json)
+    chosen = configured(config, values)
+    console = console_of(verbose, quiet, as_json)
     from pow2quant import pipeline
 
-    result = pipeline.ptq(configured, output or _fresh("ptq"), overwrite=overwrite, progress=console)
+    result = pipeline.ptq(chosen, output or fresh("ptq"), overwrite=overwrite, progress=console)
     _show_run(console, result)
     return 0 if result.agrees else 1
 
@@ -181,9 +163,7 @@ def qat(
     if resume and output is None:
         raise typer.BadParameter("needs the --output of the run that was interrupted", param_hint="'--resume'")
     values = {
-        **_quantization(
-            backend, model, weights, num_classes, data, data_path, weight_bits, activation_bits, per_tensor
-        ),
+        **quantization(backend, model, weights, num_classes, data, data_path, weight_bits, activation_bits, per_tensor),
         "training.mode": mode,
         "training.epochs": epochs,
         "training.learning_rate": learning_rate,
@@ -197,14 +177,14 @@ def qat(
         "seed": seed,
         "device": device,
     }
-    configured = _configured(config, values)
+    chosen = configured(config, values)
     leads = os.environ.get("RANK", "0") == "0"
-    console = _console(verbose, quiet or not leads, as_json)
+    console = console_of(verbose, quiet or not leads, as_json)
     from pow2quant.three_steps import qat
 
-    folder = output or _fresh("qat")
+    folder = output or fresh("qat")
     try:
-        result = qat(configured, folder, resume=resume, overwrite=overwrite, progress=console)
+        result = qat(chosen, folder, resume=resume, overwrite=overwrite, progress=console)
     except KeyboardInterrupt:
         console.note(f"the same command with --output {folder} --resume continues")
         raise
@@ -232,18 +212,18 @@ def validate(
     A run's folder is validated on its own test data, from the files on disk; an ONNX file on random inputs, onnxruntime
     without optimizations against onnxruntime with all of them.
     """
-    console = _console(verbose, quiet, as_json)
+    console = console_of(verbose, quiet, as_json)
     from pow2quant import pipeline
     from pow2quant.report import document
 
-    configured = None
+    chosen = None
     if config is not None or device is not None:
         own = source / "config.yaml" if source.is_dir() else None
-        configured = _configured(config or own, {"device": device})
+        chosen = configured(config or own, {"device": device})
     found = pipeline.validate(
         source,
         encodings=encodings,
-        config=configured,
+        config=chosen,
         max_batches=max_eval_batches,
         seed=seed or 0,
         progress=console,
@@ -264,7 +244,7 @@ def validate(
     }
     show_left_out(console, found.left_out)
     console.result(result, [*lines, verdict, found.certificate_sentence])
-    _keep(result, output, "validation.json")
+    keep(result, output, "validation.json")
     return 0 if found.agrees else 1
 
 
@@ -282,8 +262,8 @@ def export(
     as_json: AsJson = False,
 ) -> int:
     """Writes a finished run in a further format."""
-    console = _console(verbose, quiet, as_json)
-    _configured(config, {"seed": seed, "device": device})
+    console = console_of(verbose, quiet, as_json)
+    configured(config, {"seed": seed, "device": device})
     from pow2quant import pipeline
 
     written = [str(path) for path in pipeline.export(source, to, output, overwrite=overwrite)]
@@ -303,8 +283,8 @@ def report(
     as_json: AsJson = False,
 ) -> int:
     """Rebuilds report.html from report.json."""
-    console = _console(verbose, quiet, as_json)
-    _configured(config, {"seed": seed, "device": device})
+    console = console_of(verbose, quiet, as_json)
+    configured(config, {"seed": seed, "device": device})
     if output is not None and len(sources) > 1:
         raise typer.BadParameter("takes one DIR, or the reports would replace each other", param_hint="'--output'")
     from pow2quant.report.html import rebuild
@@ -325,15 +305,15 @@ def list_(
     as_json: AsJson = False,
 ) -> int:
     """Backends, methods, models, data sets and exporters that are installed, with a line each."""
-    console = _console(verbose, quiet, as_json)
-    _configured(config, {"seed": seed, "device": device})
+    console = console_of(verbose, quiet, as_json)
+    configured(config, {"seed": seed, "device": device})
     from pow2quant import plugins
 
     found = {kind: {name: _about(kind, name) for name in plugins.names(kind)} for kind in plugins.TABLES}
     rows = [(kind, name, text) for kind, entries in found.items() for name, text in entries.items()]
     console.table(["kind", "name", "what it is"], rows)
     console.result(found, ["", *ALSO])
-    _keep(found, output, "list.json")
+    keep(found, output, "list.json")
     return 0
 
 
@@ -367,65 +347,6 @@ def _parameters(method: Any) -> str:
 
     keys = ", ".join(f"{key}: {json.dumps(value)}" for key, value in defaults(method).items())
     return f" Parameters: {keys}." if keys else ""
-
-
-def _quantization(
-    backend: str | None,
-    model: str | None,
-    weights: str | None,
-    num_classes: int | None,
-    data: str | None,
-    data_path: str | None,
-    weight_bits: int | None,
-    activation_bits: int | None,
-    per_tensor: bool,
-) -> dict[str, Any]:
-    """What flags say about the network, its data and its widths, by key of the configuration."""
-    return {
-        "backend": backend,
-        "model.name": model,
-        "model.weights": weights,
-        "model.num_classes": num_classes,
-        "data.dataset": data,
-        "data.path": data_path,
-        "quantization.weight.bitwidth": weight_bits,
-        "quantization.output.bitwidth": activation_bits,
-        "quantization.input.bitwidth": None if activation_bits is None else max(8, activation_bits),
-        "quantization.weight.per_channel": False if per_tensor else None,
-    }
-
-
-def _configured(file: Path | None, values: dict[str, Any]) -> RunConfig:
-    """The file's configuration, or the default, with the flags that were given laid over it."""
-    from pow2quant import config
-
-    base = config.load(file) if file is not None else config.RunConfig()
-    return config.with_values(base, {key: value for key, value in values.items() if value is not None})
-
-
-def _console(verbose: bool, quiet: bool, as_json: bool) -> Console:
-    """The console of this command; what others print goes to stderr, and their warnings nowhere unless wanted."""
-    console = Console(quiet=quiet, as_json=as_json)
-    sys.stdout = sys.stderr
-    if not verbose:
-        warnings.filterwarnings("ignore")
-        logging.disable(logging.WARNING)
-    return console
-
-
-def _fresh(command: str) -> Path:
-    """A folder that does not exist yet."""
-    stem = f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
-    names = (stem if i == 1 else f"{stem}-{i}" for i in count(1))
-    return next(path for name in names if not (path := Path("runs") / name).exists())
-
-
-def _keep(document: Mapping[str, Any], output: Path | None, name: str) -> None:
-    """Writes the result as a file too, where a folder was given."""
-    if output is not None:
-        from pow2quant.adapters.files import write
-
-        write(output / name, json.dumps(document, indent=2).encode())
 
 
 def _show_run(console: Console, result: Result) -> None:

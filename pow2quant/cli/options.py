@@ -1,0 +1,121 @@
+"""The application, and what its commands share: flags, and what is done with them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pow2quant.cli.console import Console
+
+if TYPE_CHECKING:
+    from pow2quant.config import RunConfig
+
+app = typer.Typer(
+    name="pow2quant",
+    help="Quantizes PyTorch networks so that every scale is exactly 2^k, and checks every bit in onnxruntime.",
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    pretty_exceptions_enable=False,
+)
+
+Option = typer.Option
+Seed = Annotated[int | None, Option(min=0, help="Seed of everything random.")]
+Device = Annotated[str | None, Option(help="cpu, cuda or cuda:N.")]
+Verbose = Annotated[bool, Option("--verbose", help="Show libraries' warnings, and tracebacks.")]
+Quiet = Annotated[bool, Option("--quiet", help="No progress, no notes.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
+ConfigFile = Annotated[Path | None, Option(help="YAML with everything below; flags override it.")]
+Output = Annotated[Path | None, Option(help="Folder to write; default: runs/<command>-<time>.")]
+Backend = Annotated[str | None, Option("--backend", help="custom (pure PyTorch) or aimet (Qualcomm's QuantSim).")]
+Model = Annotated[str | None, Option(help="digits-cnn, torchvision:NAME, or path/to/file.py:factory.")]
+Weights = Annotated[str | None, Option(help="State dict: .pt, .pth or .safetensors.")]
+Classes = Annotated[int | None, Option(help="Passed to the network's factory.")]
+DataSet = Annotated[str | None, Option(help="digits, cifar10, mnist, imagefolder, or path/to/file.py:function.")]
+DataPath = Annotated[str | None, Option(help="Folder of the data set.")]
+WeightBits = Annotated[int | None, Option(help="Width of weights, 2 to 16.")]
+ActivationBits = Annotated[
+    int | None,
+    Option(help="Width of activations, 2 to 16; the network's input keeps at least 8 bits, as an image has."),
+]
+PerTensor = Annotated[bool, Option("--per-tensor", help="One weight scale per tensor, not per output channel.")]
+CalibrationBatches = Annotated[int | None, Option(help="Calibrate on at most so many batches.")]
+EvalBatches = Annotated[int | None, Option(help="Evaluate on at most so many batches.")]
+Methods = Annotated[
+    list[str] | None,
+    Option(help="A method's name (see `pow2quant list`), or none; repeatable, applied in order."),
+]
+EncodingsVersion = Annotated[str | None, Option(help="AIMET encodings: 0.6.1, 1.0.0 or 2.0.0.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing run.")]
+# Every command takes the flags of every command, so that a script can pass the same ones to all.
+IdleSeed = Annotated[int | None, Option("--seed", min=0, help="Without effect: nothing is random here.")]
+IdleDevice = Annotated[str | None, Option("--device", help="Without effect: nothing is computed here.")]
+IdleConfig = Annotated[Path | None, Option("--config", help="Without effect, but it is checked.")]
+
+
+def quantization(
+    backend: str | None,
+    model: str | None,
+    weights: str | None,
+    num_classes: int | None,
+    data: str | None,
+    data_path: str | None,
+    weight_bits: int | None,
+    activation_bits: int | None,
+    per_tensor: bool,
+) -> dict[str, Any]:
+    """What flags say about the network, its data and its widths, by key of the configuration."""
+    return {
+        "backend": backend,
+        "model.name": model,
+        "model.weights": weights,
+        "model.num_classes": num_classes,
+        "data.dataset": data,
+        "data.path": data_path,
+        "quantization.weight.bitwidth": weight_bits,
+        "quantization.output.bitwidth": activation_bits,
+        "quantization.input.bitwidth": None if activation_bits is None else max(8, activation_bits),
+        "quantization.weight.per_channel": False if per_tensor else None,
+    }
+
+
+def configured(file: Path | None, values: dict[str, Any]) -> RunConfig:
+    """The file's configuration, or the default, with the flags that were given laid over it."""
+    from pow2quant import config
+
+    base = config.load(file) if file is not None else config.RunConfig()
+    return config.with_values(base, {key: value for key, value in values.items() if value is not None})
+
+
+def console_of(verbose: bool, quiet: bool, as_json: bool) -> Console:
+    """The console of this command; what others print goes to stderr, and their warnings nowhere unless wanted."""
+    console = Console(quiet=quiet, as_json=as_json)
+    sys.stdout = sys.stderr
+    if not verbose:
+        warnings.filterwarnings("ignore")
+        logging.disable(logging.WARNING)
+    return console
+
+
+def fresh(command: str) -> Path:
+    """A folder that does not exist yet."""
+    stem = f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (stem if i == 1 else f"{stem}-{i}" for i in count(1))
+    return next(path for name in names if not (path := Path("runs") / name).exists())
+
+
+def keep(document: Mapping[str, Any], output: Path | None, name: str) -> None:
+    """Writes the result as a file too, where a folder was given."""
+    if output is not None:
+        from pow2quant.adapters.files import write
+
+        write(output / name, json.dumps(document, indent=2).encode())
