@@ -12,7 +12,7 @@ import yaml
 from typer.models import ArgumentInfo, CommandInfo, ParameterInfo
 
 from pow2quant import config
-from pow2quant.cli.commands import app
+from pow2quant.cli import application
 
 MARKERS = {"<!-- generated: command line -->": "command_line", "<!-- generated: configuration -->": "configuration"}
 
@@ -29,7 +29,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def command_line() -> str:
     """A section for every command: what its `--help` says."""
-    return "\n\n".join(_command(command) for command in app.registered_commands)
+    return "\n\n".join(_command(command) for command in application().registered_commands)
 
 
 def _command(command: CommandInfo) -> str:

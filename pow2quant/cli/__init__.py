@@ -14,8 +14,20 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
 
 SUCCESS, CHECK_FAILED, BAD_INPUT, DEFECT, INTERRUPTED, UNREAD = 0, 1, 2, 70, 130, 141
+
+
+def application() -> typer.Typer:
+    """The application with all its commands."""
+    from pow2quant.cli import commands  # noqa: F401 (each of these modules adds its own)
+    from pow2quant.cli.options import app
+
+    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,14 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import typer
     from typer.main import get_command
 
-    from pow2quant.cli import commands  # noqa: F401 (each of these modules adds its commands to the application)
-    from pow2quant.cli.options import app
-
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # click's UsageError, wherever typer keeps click
 
     given = [_with_hyphens(a) for a in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        with _as_it_was(), get_command(app).make_context("pow2quant", given or ["--help"]) as context:
+        with _as_it_was(), get_command(application()).make_context("pow2quant", given or ["--help"]) as context:
             status = context.command.invoke(context)
         sys.stdout.flush()
         return status if isinstance(status, int) else SUCCESS
