@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from pow2quant.cli.commands import app
+from pow2quant.cli import application
 from pow2quant.errors import ConfigError
 from tests import documents
 
@@ -29,7 +29,7 @@ SNIPPETS_RUN_BY = {
     "examples/plugin_backend/test_it.py": "tests/conformance/test_example.py",
 }
 MOST_NOT_EXECUTED = 3
-COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+COMMANDS = [command.name or command.callback.__name__ for command in application().registered_commands if command.callback]
 
 
 def name(path: Path) -> str:
