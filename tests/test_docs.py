@@ -29,7 +29,7 @@ SNIPPETS_RUN_BY = {
     "examples/plugin_backend/test_it.py": "tests/conformance/test_example.py",
 }
 MOST_NOT_EXECUTED = 3
-COMMANDS = [command.name or command.callback.__name__ for command in application().registered_commands if command.callback]
+COMMANDS = [c.name or c.callback.__name__ for c in application().registered_commands if c.callback]
 
 
 def name(path: Path) -> str:
