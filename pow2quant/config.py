@@ -36,6 +36,8 @@ WIDTHS = {"weight": range(2, 17), "input": range(2, 17), "output": range(2, 17),
 ENCODINGS_VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
 MODES = ("weights", "full")
 EXPONENTS = ("tqt", "lsq", "fixed")
+BATCH_NORMS = ("live", "folded")
+KEEPS = ("last", "best")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -125,6 +127,8 @@ _SHARE = finite("a number from 0 to 1", lambda v: 0 <= v <= 1)
 _MODE = one_of(lambda: MODES)
 _EXPONENTS = one_of(lambda: EXPONENTS)
 _PRECISION = one_of(lambda: PRECISIONS)
+_BATCH_NORM = one_of(lambda: BATCH_NORMS)
+_KEEP = one_of(lambda: KEEPS)
 _MEAN = Legal(lambda: "a list of finite numbers, one per channel", lambda v: len(v) > 0 and all(map(math.isfinite, v)))
 _STD = Legal(
     lambda: "a list of finite numbers above 0, one per channel",
@@ -267,11 +271,14 @@ class TrainingConfig:
     mode: `weights` leaves activations float until the final PTQ, `full` trains with everything quantized. batch_size:
     of all processes together. exponents: how they are learned, `tqt` or `lsq`, or `fixed` at those of calibration;
     exponent_learning_rate: of Adam, for them; freeze_exponents: the share of all steps after which they no longer move.
+    batch_norm: `live` normalizes with the statistics of each batch, up to the share `freeze_batch_norm` of all steps,
+    and then with the running ones; `folded` trains the weights into which it was folded.
     warmup_epochs: without quantization; gradual_epochs: after these, over which the share of quantized tensors grows.
     gradient_clip: the largest norm of the gradient. distillation: share of the loss that compares with the float
     network's logits, at `temperature`. precision: `bfloat16` and `float16` are mixed, for devices that are faster so.
-    patience: epochs without a better accuracy until training stops. checkpoint_minutes: between checkpoints, beside
-    that of every epoch.
+    keep: the `last` epoch, or the one that was `best` on the test data (which makes its accuracy there a little too
+    good). patience: epochs without a better accuracy until training stops. checkpoint_minutes: between checkpoints,
+    beside that of every epoch.
     """
 
     epochs: Annotated[int, _COUNT] = 20
@@ -286,12 +293,15 @@ class TrainingConfig:
     exponents: Annotated[str, _EXPONENTS] = "tqt"
     exponent_learning_rate: Annotated[float, _RATE] = 0.01
     freeze_exponents: Annotated[float, _SHARE] = 0.5
+    batch_norm: Annotated[str, _BATCH_NORM] = "live"
+    freeze_batch_norm: Annotated[float, _SHARE] = 0.5
     warmup_epochs: Annotated[int, _WORKERS] = 0
     gradual_epochs: Annotated[int, _WORKERS] = 0
     gradient_clip: Annotated[float | None, _RATE] = None
     distillation: Annotated[float, _SHARE] = 0.0
     temperature: Annotated[float, _RATE] = 1.0
     precision: Annotated[str, _PRECISION] = "float32"
+    keep: Annotated[str, _KEEP] = "last"
     patience: Annotated[int | None, _COUNT] = None
     checkpoint_minutes: Annotated[float, _RATE] = 15.0
     tensorboard: bool = False

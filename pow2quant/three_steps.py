@@ -1,7 +1,7 @@
 """Quantization-aware training in three steps: PTQ, training, and PTQ of the activations behind the trained weights.
 
-Batch norm is folded before the first step, so that its statistics are those of the float network throughout: what is
-trained is what is exported. Without it, large steps are not renormalized; learning rates are those of fine-tuning.
+Batch norm is folded before the first step. Training takes it out of the weights again and keeps it live until it is
+frozen (see `training.batch_norm`); what is measured and exported is always the folded network.
 """
 
 from __future__ import annotations
@@ -127,6 +127,8 @@ def _trained(trainer: Trainer) -> dict[str, Any]:
         "qat_best_accuracy": trainer.best["accuracy"],
         "training": {
             "mode": config.mode,
+            "batch_norm": config.batch_norm if trainer.norms.parameters() else "none",
+            "kept": config.keep,
             "epochs_trained": len(history) - 1,
             "best_epoch": trainer.best["epoch"],
             "last_accuracy": history[-1].accuracy,

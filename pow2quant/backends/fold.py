@@ -24,7 +24,8 @@ def fold_batch_norm(network: fx.GraphModule, batches: Iterable[Batch] = ()) -> f
 
     One that stands alone, or whose layer has other readers, becomes a per-channel affine operation (a 1x1 depthwise
     convolution) under its own name. Mean and deviation that a batch norm gives its result stay known, as
-    `node.meta["normal"]`, two (C,). `batches` is not used: the signature is that of every rewrite.
+    `node.meta["normal"]`, two (C,); and of one that was folded, what it divided by, as `node.meta["batch_norm"]`: the
+    deviation, (C,), and epsilon. `batches` is not used: the signature is that of every rewrite.
     """
     with torch.no_grad():
         for node in list(network.graph.nodes):
@@ -49,6 +50,7 @@ def _fold(network: fx.GraphModule, node: fx.Node) -> None:
     if fused is not None:
         network.set_submodule(str(before.target), fused.requires_grad_())  # PyTorch freezes a bias that it adds
         before.meta["normal"] = (beta, gamma.abs())
+        before.meta["batch_norm"] = (torch.sqrt(norm.running_var.double() + norm.eps), float(norm.eps))
         node.replace_all_uses_with(before)
         network.graph.erase_node(node)
         network.delete_submodule(str(node.target))

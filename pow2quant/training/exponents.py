@@ -177,8 +177,11 @@ class Exponents:
         if not np.array_equal(exact_exponent(np.array(self._numbers)), self.k.cpu().numpy()):
             raise AssertionError("a learned scale is not the power of two that it should be")
 
-    def quantize(self, name: str, x: Tensor, shares_batch: bool) -> Tensor:
-        """x on the site's grid as it is now. shares_batch: the first dimension of x counts samples."""
+    def quantize(self, name: str, x: Tensor, shares_batch: bool, factor: Tensor | None = None) -> Tensor:
+        """x on the site's grid as it is now. shares_batch: the first dimension of x counts samples.
+
+        factor: shaped for broadcasting; x times it is quantized, and divided by it again.
+        """
         part = self._parts[self._leaders[name]]
         axis, place = part.encoding.axis, part.place
         values = x[0].numel() if shares_batch and len(x) else x.numel()
@@ -193,6 +196,7 @@ class Exponents:
             ratio = (self.k - self.calibrated)[place].exp2()
             values //= max(1, len(self._scales[place]))
         slope = self.rule.slope(ratio, values, part.high)
+        scale = scale if factor is None else scale / factor
         quantized: Tensor = _Learned.apply(x, part.parameter, scale, (part.low, part.high), axis, slope)
         return quantized
 

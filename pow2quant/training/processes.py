@@ -51,6 +51,12 @@ class Processes:
             distributed.all_reduce(values)
         return values
 
+    def average(self, values: Tensor) -> None:
+        """Replaces a tensor of statistics by its mean over all processes."""
+        if self.size > 1:
+            distributed.all_reduce(values)
+            values /= self.size
+
     def take_from_leader(self, tensors: Iterable[Tensor]) -> None:
         """Overwrites tensors by those of rank 0."""
         if self.size > 1:

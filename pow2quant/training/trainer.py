@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pow2quant.config import TrainingConfig
 from pow2quant.datasets import Data
 from pow2quant.errors import ConfigError, TrainingError
 from pow2quant.training import checkpoint, curves, schedule
+from pow2quant.training.batch_norm import BatchNorms, Normalized
 from pow2quant.training.curves import Epoch
 from pow2quant.training.exponents import Exponents
 from pow2quant.training.processes import Processes
@@ -36,6 +38,9 @@ EXPLODED = 4.0
 
 GUESSING = 1.5
 """Or when an epoch ends with at most so many times the accuracy of guessing, and training began with twice as much."""
+
+MEASURED = 8
+"""Calibration batches that give the first running statistics of batch norm."""
 
 SMOOTHING = 0.05
 """Share of the newest loss in the smoothed one."""
@@ -73,22 +78,21 @@ class Trainer:
         self.whole = frozenset(s.name for s in self.sites)
         if not self.sites:
             raise ConfigError(f"training.mode: {self.config.mode!r} trains nothing, as the plan quantizes no weight")
-        learned = [
-            s.name
-            for s in self.sites
-            if s.role != "input" and self.config.exponents != "fixed" and self.table[s.name].is_power_of_two
-        ]
-        self.exponents = Exponents(
-            self.sim, learned, "tqt" if self.config.exponents == "fixed" else self.config.exponents
-        )
+        fixed = self.config.exponents == "fixed"
+        constrained = [s.name for s in self.sites if s.role != "input" and self.table[s.name].is_power_of_two]
+        self.exponents = Exponents(self.sim, constrained, "tqt" if fixed else self.config.exponents)
+        if fixed:
+            self.exponents.freeze()
+        self.norms = BatchNorms(self.sim, constrained if self.config.batch_norm == "live" else ())
         self.lattices = {
             y.bias.name: (y.input.name, y.weight.name)
             for y in self.sim.placement.layers
             if y.bias is not None and y.input is not None and y.weight is not None
         }
+        replaced = self.norms.replaced()
         trained = [p for p in self.parameters.values() if isinstance(p, nn.Parameter) and p.is_floating_point()]
-        self.tensors = list({id(p): p.requires_grad_() for p in trained}.values())
-        self.processes.take_from_leader([*self.tensors, self.exponents.values])
+        own = {id(p): p.requires_grad_() for p in trained if id(p) not in replaced}
+        self.tensors = [*own.values(), *self.norms.parameters()]
         self.steps = len(self.data.train) * self.config.epochs
         self.criterion = schedule.criterion_of(self.config)
         if isinstance(self.criterion, nn.Module):
@@ -96,7 +100,9 @@ class Trainer:
         self.optimizer = schedule.optimizer_of(self.config, self.tensors)
         self.schedule = schedule.Schedule(self.config, self.optimizer, self.steps)
         self.exponent_optimizer = (
-            torch.optim.Adam(self.exponents.parameters(), self.config.exponent_learning_rate) if learned else None
+            torch.optim.Adam(self.exponents.parameters(), self.config.exponent_learning_rate)
+            if constrained and not fixed
+            else None
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "float16")
         self.history: list[Epoch] = []
@@ -106,6 +112,18 @@ class Trainer:
         self.smoothed: float | None = None
         self.first: float | None = None
         self.active = self.whole
+        self._measure_statistics()
+        self.processes.take_from_leader([*self.tensors, self.exponents.values, self.norms.statistics])
+
+    @torch.no_grad()
+    def _measure_statistics(self) -> None:
+        """Running statistics are at first those of the network as PTQ left it, on calibration data."""
+        if not self.norms.parameters():
+            return
+        with self.training(), self.norms.measuring():
+            for images, _ in islice(self.data.calibration, MEASURED):
+                self.sim.model(self._placed(images))
+        self.sim.load(self.table)
 
     @property
     def path(self) -> Path | None:
@@ -113,7 +131,7 @@ class Trainer:
         return None if self.folder is None else self.folder / "checkpoint.safetensors"
 
     def run(self, resume: bool = False) -> list[Epoch]:
-        """Trains, keeps the best epoch's weights, and loads its encodings into the simulation.
+        """Trains, and puts the weights and encodings of the last epoch, or of the best, into the simulation.
 
         resume: continues from the checkpoint, if there is one. Returns what was measured, epoch by epoch.
         Raises TrainingError when training diverges, FileFormatError for a checkpoint that cannot be used.
@@ -127,7 +145,7 @@ class Trainer:
                 self._save()
             while self.epoch < self.config.epochs and not self._is_over():
                 self._train_epoch()
-        self._keep_best()
+        self._keep()
         return self.history
 
     @contextmanager
@@ -137,8 +155,9 @@ class Trainer:
         self.sim.load({name: encoding for name, encoding in self.table.items() if name in fixed})
         for module in (self.sim.model, self.teacher):
             module.to(memory_format=self._layout)
+        self.norms.arrange(self._layout)
         try:
-            with self.sim.intercept(self._tap):
+            with self.sim.intercept(self._tap), self.norms.attached():
                 yield
         finally:
             for module in (self.sim.model, self.teacher):
@@ -153,6 +172,13 @@ class Trainer:
         return images.to(self.device, memory_format=self._layout if images.ndim == 4 else torch.preserve_format)
 
     def _tap(self, site: Site, x: Tensor, quantized: Tensor) -> Tensor:
+        norm = self.norms.get(site.module)
+        if norm is not None and site.role == "output":
+            x = self.norms.output(norm, x)
+        elif norm is not None:
+            if self.norms.live:
+                return self._unfolded(site, norm)
+            x = norm.folded_weight() if site.role == "weight" else norm.folded_bias()
         if site.role == "bias":
             return self._on_lattice(site.name, x)
         if site.name not in self.active:
@@ -160,6 +186,14 @@ class Trainer:
         return (
             self.exponents.quantize(site.name, x, site.role != "weight") if site.name in self.exponents else quantized
         )
+
+    def _unfolded(self, site: Site, norm: Normalized) -> Tensor:
+        """What a layer computes with in front of a live batch norm: Q(w * s) / s, and no bias."""
+        if site.role == "bias":
+            return torch.zeros_like(norm.shift)
+        if site.name not in self.active:
+            return norm.weight
+        return self.exponents.quantize(site.name, norm.weight, False, norm.factor().detach().view(norm.shape))
 
     def _on_lattice(self, name: str, bias: Tensor) -> Tensor:
         """A bias in units of s_in * s_w as they are now, where both are quantized; the gradient passes unchanged."""
@@ -190,7 +224,7 @@ class Trainer:
                 saved = time.monotonic()
         loss = self.total / self.samples if self.samples else math.nan
         self.schedule.after_epoch(loss)
-        self.processes.check_equal([*self.tensors, self.exponents.k])
+        self.processes.check_equal([*self.tensors, self.exponents.k, self.norms.statistics])
         self._measure(loss, before + time.monotonic() - started)
         self._check_accuracy()
         self.epoch, self.batch = self.epoch + 1, 0
@@ -217,11 +251,16 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.exponent_optimizer is not None:
             self.exponent_optimizer.zero_grad()
+        done = self.epoch * len(self.data.train) + self.batch
+        live = done < self.config.freeze_batch_norm * self.steps
         with self._precision():
-            logits = self.sim.model(images)
+            with self.norms.on_batches(live):
+                logits = self.sim.model(images)
             loss = self._loss(logits, images, labels) * (len(labels) / count)
         self.scaler.scale(loss).backward()
         self.processes.sum_gradients([*self.tensors, *self.exponents.parameters()])
+        if live:
+            self.processes.average(self.norms.statistics)
         value = float(self.processes.summed(loss.detach().clone()))
         self._check_loss(value)
         if self.config.gradient_clip is not None:
@@ -231,12 +270,12 @@ class Trainer:
         if self.exponent_optimizer is not None and any(p.grad is not None for p in self.exponents.parameters()):
             self.scaler.step(self.exponent_optimizer)
         self.scaler.update()
+        self.norms.advance()
         self.schedule.after_step()
         if not bool(torch.isfinite(self.exponents.values).all()):
             raise self._diverged("a gradient is not finite")
         self.flips += self.exponents.advance()
-        done = self.epoch * len(self.data.train) + self.batch + 1
-        if done >= self.config.freeze_exponents * self.steps and not bool(self.exponents.frozen.all()):
+        if done + 1 >= self.config.freeze_exponents * self.steps and not bool(self.exponents.frozen.all()):
             self.exponents.freeze()
         self.total, self.samples = self.total + value * count, self.samples + count
 
@@ -314,8 +353,9 @@ class Trainer:
         if loss is not None:
             self.progress.note(f"epoch {epoch}: loss {loss:.4f}, accuracy {accuracy:.2f} %, {moved} exponents moved")
         if self.active == self.whole and accuracy > self.best.get("accuracy", -1.0):
-            parameters = [p.detach().clone() for p in self.tensors]
-            self.best = {"accuracy": accuracy, "epoch": epoch, "parameters": parameters, "k": self.exponents.k.clone()}
+            self.best = {"accuracy": accuracy, "epoch": epoch}
+            if self.config.keep == "best":
+                self.best["learned"] = [t.detach().clone() for t in self.learned]
 
     def _is_over(self) -> bool:
         """Whether training is to stop early."""
@@ -327,11 +367,19 @@ class Trainer:
         """The epochs before everything is quantized, which say nothing."""
         return self.config.warmup_epochs + self.config.gradual_epochs
 
+    @property
+    def learned(self) -> list[Tensor]:
+        """Everything that the trained network follows from."""
+        return [*self.tensors, self.norms.statistics, self.exponents.values]
+
     @torch.no_grad()
-    def _keep_best(self) -> None:
-        for tensor, value in zip(self.tensors, self.best["parameters"], strict=True):
+    def _keep(self) -> None:
+        """Puts what is to be kept into the simulation: the last epoch's, or the best one's."""
+        for tensor, value in zip(self.learned, self.best.get("learned", self.learned), strict=True):
             tensor.copy_(value)
-        learned: Table = self.exponents.table(self.best["k"])
+        self.exponents.refresh()
+        self.norms.fold()
+        learned: Table = self.exponents.table()
         self.sim.load({**self.table, **learned})
 
     def _save(self) -> None:
@@ -341,6 +389,7 @@ class Trainer:
         state = {
             "identity": self.identity,
             "parameters": self.tensors,
+            "statistics": self.norms.statistics,
             "exponents": self.exponents.state(),
             "optimizers": [o.state_dict() for o in (self.optimizer, self.exponent_optimizer) if o is not None],
             "schedule": self.schedule.state(),
@@ -359,6 +408,7 @@ class Trainer:
             raise ConfigError(f"{self.path}: {_difference(state['identity'], self.identity)}")
         for tensor, value in zip(self.tensors, state["parameters"], strict=True):
             tensor.copy_(value)
+        self.norms.statistics.copy_(state["statistics"])
         self.exponents.restore(state["exponents"])
         optimizers = [o for o in (self.optimizer, self.exponent_optimizer) if o is not None]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -366,7 +416,7 @@ class Trainer:
         self.schedule.restore(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.history = [Epoch(**epoch) for epoch in state["history"]]
-        self.best = {**state["best"], "k": state["best"]["k"].to(self.device)}
+        self.best = state["best"]
         self.epoch, self.batch = state["place"]
         self.total, self.samples, self.flips, self.seconds, self.smoothed, self.first = state["sums"]
         torch.set_rng_state(state["generator"])
