@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pow2quant import datasets, models
 from pow2quant.artifact import Site
 from pow2quant.backends.base import Simulation
+from pow2quant.backends.fake_quant import fake_quantize, input_gradient, scale_gradient
 from pow2quant.config import BATCH_NORMS, Choice, DataConfig, QuantPlan, TrainingConfig
 from pow2quant.errors import ConfigError, FileFormatError, TrainingError
 from pow2quant.pipeline import simulate
@@ -25,15 +26,7 @@ from pow2quant.pow2_constraints import Encoding, IntGrid, Observed, choose, powe
 from pow2quant.pow2_constraints.snap import Format
 from pow2quant.training import checkpoint, schedule
 from pow2quant.training.batch_norm import MOMENTUM
-from pow2quant.training.exponents import (
-    OSCILLATES,
-    REACH,
-    RULES,
-    Exponents,
-    fake_quantize,
-    input_gradient,
-    scale_gradient,
-)
+from pow2quant.training.exponents import OSCILLATES, REACH, RULES, Exponents
 from pow2quant.training.trainer import Trainer
 
 BACKENDS = ["custom", "aimet"]

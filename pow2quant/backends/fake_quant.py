@@ -14,6 +14,9 @@ from pow2quant.pow2_constraints import Encoding
 
 Bound = float | Tensor
 
+Scale = float | Tensor
+"""A number, or one per channel, shaped for broadcasting."""
+
 
 class _StraightThrough(torch.autograd.Function):
     """Rounds and saturates; the gradient passes where nothing was saturated (Bengio et al., 2013)."""
@@ -113,3 +116,74 @@ class FakeQuantize(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.site.name}: {self._encoding}"
+
+
+# -- scales that are learned -------------------------------------------------------------------------------------------
+
+
+def fake_quantize(x: Tensor, scale: Scale, low: float, high: float) -> Tensor:
+    """scale * clip(round(x / scale), low, high), half to even. x: any shape; low, high: grid less zero point."""
+    return (x * (1 / scale)).round_().clamp_(low, high).mul_(scale)
+
+
+def input_gradient(grad: Tensor, x: Tensor, scale: Scale, low: float, high: float) -> Tensor:
+    """dL/dx: the incoming gradient where nothing saturates, elsewhere 0 (LSQ, Esser et al. 2020, eq. 5)."""
+    ends: tuple[Any, Any] = ((low - 0.5) * scale, (high + 0.5) * scale)
+    if isinstance(scale, float):
+        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, *ends)
+        return passed
+    passed = grad * ((x > ends[0]) & (x < ends[1]))
+    return passed
+
+
+def scale_gradient(grad: Tensor, x: Tensor, quantized: Tensor, passed: Tensor, axis: int | None) -> Tensor:
+    """scale * dL/dscale, summed over what shares the scale: () or, along a channel axis, (C,).
+
+    Where nothing saturates, the derivative of the quantized value is round(x/s) - x/s, elsewhere the saturated code
+    (LSQ, eq. 3). Times s and the incoming gradient that is grad * quantized - passed * x, where `passed` is
+    `input_gradient`: two sums of products, without a further tensor.
+    """
+    if axis is None:
+        return _dot(grad, quantized) - _dot(passed, x)
+    return (grad * quantized - passed * x).sum([d for d in range(x.ndim) if d != axis])
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of products, without a copy where both are contiguous or both hold channels last."""
+    if a.dtype is torch.bfloat16:
+        return (a * b).sum(dtype=torch.float32)
+    if a.ndim == 4 and not a.is_contiguous():
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.dot(a.flatten(), b.flatten())
+
+
+class _Learned(torch.autograd.Function):
+    """`learned`, as PyTorch wants it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, parameter: Tensor, scale: Scale, ends: tuple[float, float], axis: int | None, slope: Any
+    ) -> Tensor:
+        quantized = fake_quantize(x, scale, *ends)
+        ctx.save_for_backward(x, quantized)
+        ctx.options = scale, ends, axis, slope
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, quantized = ctx.saved_tensors
+        scale, ends, axis, slope = ctx.options
+        passed = input_gradient(grads[0], x, scale, *ends)
+        own = slope * scale_gradient(grads[0], x, quantized, passed, axis) if ctx.needs_input_grad[1] else None
+        return passed, own, None, None, None, None
+
+
+def learned(
+    x: Tensor, parameter: Tensor, scale: Scale, ends: tuple[float, float], axis: int | None, slope: Any
+) -> Tensor:
+    """`fake_quantize` with these gradients; the parameter's is slope * scale * dL/dscale.
+
+    parameter: what the scale follows from, () or along a channel axis (C,). slope: a number, or (C,).
+    """
+    quantized: Tensor = _Learned.apply(x, parameter, scale, ends, axis, slope)
+    return quantized

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pow2quant.artifact import Table
 from pow2quant.backends.base import Simulation
+from pow2quant.backends.fake_quant import Scale, learned
 from pow2quant.pow2_constraints import Encoding, exact_exponent, power_of_two
 
 REACH = 4
@@ -25,9 +26,6 @@ RATE = 0.02
 
 OSCILLATES = 0.1
 """An exponent that changed in more than this share of the recent steps is frozen at its mean."""
-
-Scale = float | Tensor
-"""2^k: a number, or one per channel, shaped for broadcasting."""
 
 
 class Rule(NamedTuple):
@@ -56,63 +54,6 @@ calibration's; the scale is the power of two above it. Its gradient is ln 2 time
 lsq: learned step size (Esser et al., 2020, section 2). The parameter is the step in units of calibration's, the scale
 the power of two nearest to it, with the gradient of the step itself, divided by sqrt(values * top) (section 2.2).
 """
-
-
-def fake_quantize(x: Tensor, scale: Scale, low: float, high: float) -> Tensor:
-    """scale * clip(round(x / scale), low, high), half to even. x: any shape; low, high: grid less zero point."""
-    return (x * (1 / scale)).round_().clamp_(low, high).mul_(scale)
-
-
-def input_gradient(grad: Tensor, x: Tensor, scale: Scale, low: float, high: float) -> Tensor:
-    """dL/dx: the incoming gradient where nothing saturates, elsewhere 0 (Esser et al., eq. 5)."""
-    ends: tuple[Any, Any] = ((low - 0.5) * scale, (high + 0.5) * scale)
-    if isinstance(scale, float):
-        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, *ends)
-        return passed
-    passed = grad * ((x > ends[0]) & (x < ends[1]))
-    return passed
-
-
-def scale_gradient(grad: Tensor, x: Tensor, quantized: Tensor, passed: Tensor, axis: int | None) -> Tensor:
-    """scale * dL/dscale, summed over what shares the scale: () or, along a channel axis, (C,).
-
-    Where nothing saturates, the derivative of the quantized value is round(x/s) - x/s, elsewhere the saturated code
-    (Esser et al., eq. 3). Times s and the incoming gradient that is grad * quantized - passed * x, where `passed` is
-    `input_gradient`: two sums of products, without a further tensor.
-    """
-    if axis is None:
-        return _dot(grad, quantized) - _dot(passed, x)
-    return (grad * quantized - passed * x).sum([d for d in range(x.ndim) if d != axis])
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of products, without a copy where both are contiguous or both hold channels last."""
-    if a.dtype is torch.bfloat16:
-        return (a * b).sum(dtype=torch.float32)
-    if a.ndim == 4 and not a.is_contiguous():
-        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    return torch.dot(a.flatten(), b.flatten())
-
-
-class _Learned(torch.autograd.Function):
-    """`fake_quantize` with these gradients. slope: a number, or one per channel (C,)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, parameter: Tensor, scale: Scale, ends: tuple[float, float], axis: int | None, slope: Any
-    ) -> Tensor:
-        quantized = fake_quantize(x, scale, *ends)
-        ctx.save_for_backward(x, quantized)
-        ctx.options = scale, ends, axis, slope
-        return quantized
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, quantized = ctx.saved_tensors
-        scale, ends, axis, slope = ctx.options
-        passed = input_gradient(grads[0], x, scale, *ends)
-        own = slope * scale_gradient(grads[0], x, quantized, passed, axis) if ctx.needs_input_grad[1] else None
-        return passed, own, None, None, None, None
 
 
 class _Part(NamedTuple):
@@ -197,8 +138,7 @@ class Exponents:
             values //= max(1, len(self._scales[place]))
         slope = self.rule.slope(ratio, values, part.high)
         scale = scale if factor is None else scale / factor
-        quantized: Tensor = _Learned.apply(x, part.parameter, scale, (part.low, part.high), axis, slope)
-        return quantized
+        return learned(x, part.parameter, scale, (part.low, part.high), axis, slope)
 
     def scale(self, name: str) -> Tensor:
         """The site's scales as they are now, () or (C,)."""
