@@ -1,5 +1,7 @@
 """Runs what a Markdown document shows: its Python, its commands, its configurations; one namespace and folder a page.
 
+A `pyproject.toml` is installed: its entry points are found from then on, until the page ends.
+
 A block whose last line before the fence is `<!-- not executed: REASON -->` is not run, but the flags of its commands
 are checked. `<!-- output of: COMMAND -->` before a block says what printed it; only the numbers in it may be others.
 A command may say `# exit status 1` behind it, or `# exit status 0 or 1`. `# name.py` as the first line of a block makes
@@ -34,7 +36,7 @@ FENCE = re.compile(
 )
 SNIPPET = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
 NUMBER = re.compile(r"[\d.,]+")
-RUN = ("python", "bash", "yaml")
+RUN = ("python", "bash", "yaml", "toml")
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,25 @@ def _execute(block: Block, place: str, namespace: dict[str, Any], printed: dict[
         config.plan_of(config.from_mapping(yaml.safe_load(block.text), source=place))
         if named := re.match(r"# (\S+\.yaml)\n", block.text):
             Path(named[1]).write_text(block.text, encoding="utf-8")
+    elif block.language == "toml":
+        install(block.text, Path.cwd())
     return block.language in RUN or block.output_of is not None
+
+
+def install(pyproject: str, folder: Path) -> None:
+    """Writes what `pip install` would, for the entry points to be found: nothing where it declares no project."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 cannot read pyproject.toml")
+    project = tomllib.loads(pyproject).get("project", {})
+    if "name" not in project:
+        return
+    installed = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    installed.mkdir()
+    about = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    (installed / "METADATA").write_text(about, encoding="utf-8")
+    lines = [
+        f"[{group}]\n{name} = {value}" for group, p in project["entry-points"].items() for name, value in p.items()
+    ]
+    (installed / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _call(words: list[str], statuses: set[int], place: str) -> str:
