@@ -21,6 +21,7 @@ TABLES: dict[str, dict[str, str]] = {
         "equalize": "pow2quant.methods.equalization:Equalize",
         "output_mse": "pow2quant.methods.output_mse:OutputMse",
         "bias_correction": "pow2quant.methods.bias_correction:BiasCorrection",
+        "bn_reestimation": "pow2quant.methods.bn_reestimation:BnReestimation",
         "aciq": "pow2quant.methods.aciq:Aciq",
         "lapq": "pow2quant.methods.lapq:Lapq",
         "gpfq": "pow2quant.methods.gpfq:Gpfq",

@@ -16,6 +16,7 @@ from pow2quant.backends.base import Simulation
 from pow2quant.backends.custom import CustomSimulation
 from pow2quant.errors import DataError
 from pow2quant.methods.bias_correction import BiasCorrection, clipped_normal_mean, expected_shift, shift
+from pow2quant.methods.bn_reestimation import BnReestimation, gain, norm_statistics
 from pow2quant.methods.output_mse import OutputMse, least_error
 from pow2quant.methods.reconstruction import blocks, encode_weight, error_moments, layers, quantizing, walk
 from pow2quant.models import digits_cnn
@@ -262,3 +263,42 @@ def test_the_analytic_variant_needs_no_data() -> None:
     assert {k for k, v in analytic.items() if v.any()} == {"depthwise", "pointwise"}
     for module in ("depthwise", "pointwise"):
         assert torch.corrcoef(torch.stack([analytic[module], corrected["data"][module]]))[0, 1] > 0.5
+
+
+# -- batch norm re-estimation ------------------------------------------------------------------------------------------
+
+
+def test_statistics_and_gain_by_hand() -> None:
+    """Channel 0 has 1, 3, 5, 7: mean 4, deviation sqrt(5); channel 1 is constant, and a gain of 1 leaves it so."""
+    y = torch.tensor([[[1.0, 3.0], [2.0, 2.0]], [[5.0, 7.0], [2.0, 2.0]]])
+    mean, deviation = norm_statistics([y[:1], y[1:]], 2)
+    assert mean.tolist() == [4, 2]
+    assert deviation.tolist() == pytest.approx([5**0.5, 0])
+    assert gain(2 * deviation, deviation).tolist() == [2, 1]
+    assert gain(torch.tensor([3.0, 0.0]), torch.tensor([2.0, 5.0])).tolist() == [1.5, 1]
+
+
+@pytest.mark.parametrize("rounds", [0, 3])
+def test_bn_reestimation_gives_mean_and_deviation_back(rounds: int) -> None:
+    """The inputs are nearly float. The means are exact but for the lattice of biases."""
+    sim, batches = digits(QuantPlan.default(3, 16))
+    plain = deviations(sim, batches)
+    BnReestimation(rounds).apply(sim, batches)
+    found = deviations(sim, batches)
+    for name, (mean, ratio) in found.items():
+        assert mean < 2e-3 < plain[name][0], name
+        if rounds:
+            assert ratio < plain[name][1], name
+
+
+def deviations(sim: Simulation, batches: list[Tensor]) -> dict[str, tuple[float, float]]:
+    """Of every layer, the mean over its channels of |mu~ - mu| / sigma and |log(sigma~ / sigma)|."""
+    found = {}
+    with torch.no_grad():
+        for step in walk(sim, batches):
+            mean, deviation = norm_statistics(step.targets, len(step.targets))
+            table = {n: e for n, e in sim.encodings().items() if n in step.parameters}
+            own, spread = norm_statistics((step.run(x, quantizing(table)) for x in step.inputs), len(step.inputs))
+            off = float(((own - mean).abs() / deviation).mean()), float((spread / deviation).log().abs().mean())
+            found[step.layer.module] = off
+    return found
