@@ -327,13 +327,21 @@ def load(path: str | os.PathLike[str]) -> RunConfig:
 
     Raises ConfigError: one line with the file, the key's path and what is legal there.
     """
+    return from_mapping(read(path), source=str(path))
+
+
+def read(path: str | os.PathLike[str]) -> Any:
+    """The plain values of a YAML file; those of an empty one are an empty mapping.
+
+    Raises ConfigError: one line with the file and what is wrong in it.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    return from_mapping(_parse(text, str(path)), source=str(path))
+    return _parse(text, str(path))
 
 
 def from_mapping(mapping: Mapping[str, Any], source: str = "configuration") -> RunConfig:

@@ -122,13 +122,9 @@ def quantized(config: RunConfig, progress: Progress) -> tuple[Job, Simulation, l
     """The first part of every run: what a configuration stands for, its calibrated simulation, and the steps taken."""
     if config.ptq.methods is None:
         config = replace(config, ptq=replace(config.ptq, methods=configuration.default_methods(config)))
-    rewrites, methods = _methods(config)
+    _methods(config)
     job = Job.start(config, progress)
-    sim = job.simulate()
-    sim.calibrate(progress.track(job.calibration(), "calibrating", len(job.calibration())))
-    for _, method in methods:
-        _call(method.apply, sim, job.calibration(), progress)
-    return job, sim, [*(name for name, _ in rewrites), "calibrate", *(name for name, _ in methods)]
+    return job, job.quantized(), job.steps
 
 
 def validate(
@@ -307,6 +303,30 @@ class Job:
         sim.model.to(self.device)
         self.model.to(self.device)
         return sim
+
+    def quantized(self) -> Simulation:
+        """The simulation, calibrated and behind its methods."""
+        sim = self.simulate()
+        sim.calibrate(self.progress.track(self.calibration(), "calibrating", len(self.calibration())))
+        for _, method in _methods(self.config)[1]:
+            _call(method.apply, sim, self.calibration(), self.progress)
+        return sim
+
+    @property
+    def steps(self) -> list[str]:
+        """What leads to `quantized`, by name."""
+        rewrites, methods = _methods(self.config)
+        return [*(name for name, _ in rewrites), "calibrate", *(name for name, _ in methods)]
+
+    @torch.no_grad()
+    def accuracy(self, model: nn.Module) -> float:
+        """Top-1 of the network or of a simulation's model on the test data, in per cent."""
+        right = total = 0
+        size = min(len(self.data.test), self.config.ptq.max_eval_batches or len(self.data.test))
+        for images, labels in self.progress.track(islice(self.data.test, size), "evaluating", size):
+            right += int((model(images.to(self.device)).argmax(1).cpu() == labels).sum())
+            total += len(labels)
+        return round(100 * right / total, 4)
 
     def parameters(self, sim: Simulation) -> dict[str, Tensor]:
         """The network's own parameters and buffers in the simulation, by name (a backend may have further ones)."""

@@ -9,11 +9,8 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pow2quant import config as configuration
 from pow2quant import run_folder
@@ -50,7 +47,7 @@ def qat(
         staged = run_folder.staged(output, overwrite) if processes.leads else nullcontext()
         with staged as folder:
             job, sim, steps = quantized(config, progress)
-            ptq_accuracy = _accuracy(job, sim)
+            ptq_accuracy = job.accuracy(sim.model)
             trainer = Trainer(
                 sim=sim,
                 parameters=job.parameters(sim),
@@ -88,17 +85,6 @@ def _check_checkpoints(folder: Path, resume: bool, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{folder}: holds an unfinished run; continue with --resume, or start anew with --overwrite")
     shutil.rmtree(folder)
-
-
-@torch.no_grad()
-def _accuracy(job: Job, sim: Simulation) -> float:
-    """Top-1 of the whole simulation on the test data, in per cent."""
-    right = total = 0
-    size = min(len(job.data.test), job.config.ptq.max_eval_batches or len(job.data.test))
-    for images, labels in job.progress.track(islice(job.data.test, size), "evaluating", size):
-        right += int((sim.model(images.to(job.device)).argmax(1).cpu() == labels).sum())
-        total += len(labels)
-    return round(100 * right / total, 4)
 
 
 def _settle(job: Job, sim: Simulation) -> list[str]:

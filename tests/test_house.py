@@ -53,7 +53,13 @@ DOORS = {  # the only imports between two rooms of one floor
 }
 LEFT = {"pow2quant.backends", "pow2quant.methods", "pow2quant.training"}
 RIGHT = {"pow2quant.integer", "pow2quant.adapters", "pow2quant.validation"}
-TORCH_ROOMS = LEFT | {"pow2quant.three_steps", "pow2quant.pipeline", "pow2quant.models", "pow2quant.datasets"}
+TORCH_ROOMS = LEFT | {
+    "pow2quant.study",
+    "pow2quant.three_steps",
+    "pow2quant.pipeline",
+    "pow2quant.models",
+    "pow2quant.datasets",
+}
 TORCH = {"torch", "torchvision", "safetensors.torch"}
 AIMET = {"aimet_torch", "aimet_common"}
 AIMET_ROOM = "pow2quant.backends.aimet"

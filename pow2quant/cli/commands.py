@@ -114,7 +114,7 @@ def ptq(
     from pow2quant import pipeline
 
     result = pipeline.ptq(chosen, output or fresh("ptq"), overwrite=overwrite, progress=console)
-    _show_run(console, result)
+    show_run(console, result)
     return 0 if result.agrees else 1
 
 
@@ -190,7 +190,7 @@ def qat(
         raise
     if result is None:  # another process of torchrun's leads, and shows it
         return 0
-    _show_run(console, result)
+    show_run(console, result)
     return 0 if result.agrees else 1
 
 
@@ -349,7 +349,8 @@ def _parameters(method: Any) -> str:
     return f" Parameters: {keys}." if keys else ""
 
 
-def _show_run(console: Console, result: Result) -> None:
+def show_run(console: Console, result: Result) -> None:
+    """Accuracies, agreements, verdict and sizes of a finished run; with --json its report."""
     r = result.report
 
     def percent(value: float | None) -> str:

@@ -34,6 +34,7 @@ def render(report: Mapping[str, Any]) -> str:
         agrees=_agrees(report),
         accuracies=list(_accuracies(report)),
         tensors=[_tensor(name, detail) for name, detail in report.get("final_quantization_details", {}).items()],
+        front=_picture(report.get("search")),
         layers=[{**y, "shift": _shift(y.get("shift"))} for y in report.get("certificate", {}).get("layers", [])],
     )
 
@@ -90,6 +91,31 @@ def _accuracies(report: Mapping[str, Any]) -> Iterator[tuple[str, float, float |
         repeats = key == "ptq" and "qat_best_accuracy" not in report and "final_accuracy" in report
         if top1 is not None and not repeats:
             yield label, top1, top5, None if first is None or key == "initial" else top1 - first
+
+
+UNITS = {"size": (1e3, "kB"), "average_bits": (1.0, "bits"), "bops": (1e9, "G"), "latency": (1e3, "ms")}
+"""Of a search's costs: what they are divided by, and the unit that makes."""
+
+
+def _picture(search: Any) -> dict[str, Any] | None:
+    """The points of a search as places in a picture of 600 x 260, and the texts at the ends of its axis."""
+    if not search:
+        return None
+    axis, points = search["axis"], search["points"]
+    unit, word = UNITS[axis]
+    xs, ys = [p[axis] for p in points], [*(p["accuracy"] for p in points), search["float_accuracy"]]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        wide, high = max(xs) - min(xs) or 1, max(ys) - min(ys) or 1
+        return round(30 + 540 * (x - min(xs)) / wide, 1), round(240 - 220 * (y - min(ys)) / high, 1)
+
+    places = [p | {"at": place(p[axis], p["accuracy"])} for p in points]
+    return {
+        "points": places,
+        "line": " ".join("{},{}".format(*p["at"]) for p in places if p["on_front"]),
+        "float": place(min(xs), search["float_accuracy"])[1],
+        "ends": [f"{v / unit:.4g} {word}" for v in (min(xs), max(xs))],
+    }
 
 
 def _tensor(name: str, detail: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,155 @@
+"""`pow2quant search`: which tensor takes how many bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pow2quant.cli.commands import show_run
+from pow2quant.cli.console import Console
+from pow2quant.cli.options import (
+    ActivationBits,
+    AsJson,
+    Backend,
+    CalibrationBatches,
+    Classes,
+    ConfigFile,
+    DataPath,
+    DataSet,
+    Device,
+    EncodingsVersion,
+    EvalBatches,
+    Methods,
+    Model,
+    Option,
+    Output,
+    Overwrite,
+    PerTensor,
+    Quiet,
+    Seed,
+    Verbose,
+    Weights,
+    app,
+    configured,
+    console_of,
+    fresh,
+    quantization,
+)
+
+if TYPE_CHECKING:
+    from pow2quant.study.search import Found
+
+
+@app.command(epilog="Example: pow2quant search --objective size --constraint accuracy_drop=1% --candidates 2,4,8")
+def search(
+    objective: Annotated[
+        str, Option(help="What to make small: size, bops (bit operations) or latency; or accuracy, to make it large.")
+    ] = "size",
+    constraint: Annotated[
+        list[str] | None,
+        Option(
+            help="accuracy=0.88, accuracy_drop=0.5%, size=0.5MB, average_bits=5.2, bops=1.2G, latency=1ms; repeatable."
+        ),
+    ] = None,
+    candidates: Annotated[
+        str, Option(help="For weights: widths from 2 to 16, float16, float32; with commas between.")
+    ] = "2,3,4,6,8",
+    activation_candidates: Annotated[
+        str | None, Option(help="For activations, 2 to 16; without it they keep the configuration's width.")
+    ] = None,
+    sensitivity: Annotated[
+        str, Option(help="kl (of the logits), loss, sqnr (of the logits), or hessian (HAWQ-V2).")
+    ] = "kl",
+    max_sensitivity_batches: Annotated[
+        int, Option(min=1, help="Calibration batches on which sensitivities are measured.")
+    ] = 4,
+    points: Annotated[int, Option(min=1, help="Plans along the front that are verified.")] = 6,
+    latency_table: Annotated[
+        Path | None, Option(help="YAML of a chip; without it, a latency is measured in onnxruntime, on one thread.")
+    ] = None,
+    backend: Backend = None,
+    model: Model = None,
+    weights: Weights = None,
+    num_classes: Classes = None,
+    data: DataSet = None,
+    data_path: DataPath = None,
+    activation_bits: ActivationBits = None,
+    per_tensor: PerTensor = False,
+    max_calibration_batches: CalibrationBatches = None,
+    max_eval_batches: EvalBatches = None,
+    method: Methods = None,
+    encodings_version: EncodingsVersion = None,
+    config: ConfigFile = None,
+    output: Output = None,
+    overwrite: Overwrite = False,
+    seed: Seed = None,
+    device: Device = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> int:
+    """Mixed precision: chooses every weight's width, and every activation's on request; then as `ptq`.
+
+    Sensitivities of single tensors go into an integer program; its plans are verified by quantizing and evaluating
+    them. The plan that is chosen stands in plan.yaml, which `ptq --config` and `qat --config` take.
+    """
+    values = {
+        **quantization(backend, model, weights, num_classes, data, data_path, None, activation_bits, per_tensor),
+        "ptq.calibration_batches": max_calibration_batches,
+        "ptq.max_eval_batches": max_eval_batches,
+        "ptq.methods": [] if method == ["none"] else method or None,
+        "encodings_version": encodings_version,
+        "seed": seed,
+        "device": device,
+    }
+    chosen = configured(config, values)
+    console = console_of(verbose, quiet, as_json)
+    from pow2quant.study.limits import parse
+    from pow2quant.study.search import Request
+    from pow2quant.study.search import search as run
+
+    request = Request(
+        objective=objective,
+        constraints=tuple(parse(text) for text in constraint or ()),
+        weights=_listed(candidates),
+        outputs=_listed(activation_candidates or ""),
+        metric=sensitivity,
+        batches=max_sensitivity_batches,
+        points=points,
+        chip=latency_table,
+    )
+    found = run(chosen, request, output or fresh("search"), overwrite=overwrite, progress=console)
+    _show(console, found)
+    show_run(console, found.result)
+    return 0 if found.result.agrees else 1
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _show(console: Console, found: Found) -> None:
+    from pow2quant.study.front import front, shown
+
+    axis = found.result.report["search"]["axis"]
+    undominated = front(found.points, axis)
+    points = sorted(found.points, key=lambda p: p.costs[axis])
+    costs = list(found.chosen.costs)
+    console.table(
+        ["plan", *(name.replace("_", " ") for name in costs), "top-1", "on the front"],
+        [
+            [
+                "chosen" if p == found.chosen else p.kind,
+                *shown(p).values(),
+                f"{p.accuracy:.2f} %",
+                "yes" if p in undominated else "",
+            ]
+            for p in points
+        ],
+    )
+    console.say()
+    console.table(
+        ["layer", "weight", "input", "weights", "multiply-accumulates"],
+        [[y["layer"], y["weight"], y["input"], f"{y['weights']:,}", f"{y['macs']:,}"] for y in found.layers],
+    )
+    console.say()

@@ -1,0 +1,87 @@
+"""Constraints as a user writes them: `accuracy=0.88`, `size=0.5MB`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pow2quant.errors import ConfigError
+
+_DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_BYTES = {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 1024.0, "MiB": 1024.0**2, "GiB": 1024.0**3}
+_SHARE = {"": 100.0, "%": 1.0}
+
+UNITS: dict[str, Mapping[str, float]] = {
+    "accuracy": _SHARE,
+    "accuracy_drop": _SHARE,
+    "size": _BYTES,
+    "average_bits": {"": 1.0},
+    "bops": _DECIMAL,
+    "latency": {"us": 1.0, "ms": 1e3, "s": 1e6},
+}
+"""What may stand behind a number, and what it multiplies: to per cent, bytes, bits, bit operations, microseconds."""
+
+EXAMPLES = {
+    "accuracy": "accuracy=0.88 or accuracy=88%",
+    "accuracy_drop": "accuracy_drop=0.5% (points)",
+    "size": "size=0.5MB",
+    "average_bits": "average_bits=5.2",
+    "bops": "bops=1.2G",
+    "latency": "latency=1.5ms",
+}
+
+OBJECTIVES = ("size", "bops", "latency", "accuracy")
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A bound: from below on accuracy, from above on all else. value: in the units of the costs. text: as written."""
+
+    quantity: str
+    value: float
+    text: str
+
+
+def parse(text: str) -> Constraint:
+    """Reads one constraint. Raises ConfigError with an example of what is legal."""
+    name, equals, value = (part.strip() for part in text.partition("="))
+    quantity = name.replace("-", "_")
+    if not equals or quantity not in UNITS:
+        raise ConfigError(f"constraint: {text!r} is not legal; legal: {', '.join(EXAMPLES.values())}")
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*([A-Za-z%]*)", value)
+    units = UNITS[quantity]
+    if match is None or match[3] not in units:
+        words = ", ".join(unit or "none" for unit in units)
+        raise ConfigError(
+            f"constraint: {text!r}: a number with a unit of {words} is legal, such as {EXAMPLES[quantity]}"
+        )
+    amount = float(match[1] + (match[2] or "")) * units[match[3]]
+    if quantity in ("accuracy", "accuracy_drop") and amount > 100:
+        raise ConfigError(f"constraint: {text!r} is more than all; write {EXAMPLES[quantity]}")
+    return Constraint(quantity, amount, f"{quantity}={value}")
+
+
+def ceilings(constraints: Sequence[Constraint]) -> dict[str, float]:
+    """The least bound on every cost."""
+    found: dict[str, float] = {}
+    for c in constraints:
+        if not c.quantity.startswith("accuracy"):
+            found[c.quantity] = min(c.value, found.get(c.quantity, c.value))
+    return found
+
+
+def accuracy_floor(constraints: Sequence[Constraint], initial: float) -> float | None:
+    """The accuracy in per cent that is asked for, None where none is. initial: the float network's."""
+    floors = [c.value for c in constraints if c.quantity == "accuracy"]
+    floors += [initial - c.value for c in constraints if c.quantity == "accuracy_drop"]
+    return max(floors, default=None)
+
+
+SHOWN: dict[str, Callable[[float], str]] = {
+    "size": lambda v: f"{v / 1e6:.4g}MB" if v >= 1e5 else f"{v / 1e3:.4g}kB",
+    "average_bits": lambda v: f"{v:.4g}",
+    "bops": lambda v: f"{v / 1e9:.4g}G",
+    "latency": lambda v: f"{v / 1e3:.4g}ms",
+}
+"""Costs as a constraint would write them."""

@@ -1,0 +1,429 @@
+"""Mixed precision: sensitivities, an integer program, and plans that are verified by quantizing and evaluating them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from io import StringIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pow2quant import config as configuration
+from pow2quant import run_folder
+from pow2quant.adapters.files import write
+from pow2quant.artifact import Artifact
+from pow2quant.backends.base import SILENT, Progress, Simulation
+from pow2quant.config import RunConfig
+from pow2quant.errors import ConfigError
+from pow2quant.pipeline import Job, Result, finish, write_report
+from pow2quant.study import costs, latency, limits
+from pow2quant.study.candidates import CANDIDATES, Group, Plan, configured, groups_of, sorted_names, uniform
+from pow2quant.study.costs import Chip, LayerShape
+from pow2quant.study.front import Point, draw, front, table
+from pow2quant.study.limits import Constraint
+from pow2quant.study.program import Problem, Quantity
+from pow2quant.study.sensitivity import METRICS, Measurement, Table
+from pow2quant.training.schedule import criterion_of
+
+PLAN, SEARCH, CHIP = "plan.yaml", "search.json", "latency.yaml"
+
+REFINEMENTS = 3
+"""Plans between the cheapest that is accurate enough and the dearest that is not."""
+
+REPAIRS = 4
+"""Plans that are reached from one that is not accurate enough by widening one tensor after the other."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is searched.
+
+    objective: one of `limits.OBJECTIVES`. weights, outputs: candidates' names; no outputs: as the configuration says.
+    metric: one of `sensitivity.METRICS`, on so many batches of calibration images. points: plans on the front that are
+    verified. chip: a latency table; None: measured in onnxruntime where a latency is asked for.
+    """
+
+    objective: str = "size"
+    constraints: tuple[Constraint, ...] = ()
+    weights: tuple[str, ...] = ("2", "3", "4", "6", "8")
+    outputs: tuple[str, ...] = ()
+    metric: str = "kl"
+    batches: int = 4
+    points: int = 6
+    chip: Path | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for what cannot be searched."""
+        for name, value, legal in (
+            ("objective", self.objective, limits.OBJECTIVES),
+            ("sensitivity", self.metric, METRICS),
+        ):
+            if value not in legal:
+                raise ConfigError(f"{name}: {value!r} is not legal; legal: {', '.join(legal)}")
+        quantities = {c.quantity for c in self.constraints}
+        if self.objective != "accuracy" and not quantities & {"accuracy", "accuracy_drop"}:
+            raise ConfigError(
+                f"objective {self.objective} needs a constraint on the accuracy, such as accuracy_drop=0.5%; "
+                "without one, the least widths would do"
+            )
+        if self.objective == "accuracy" and not quantities & set(costs.COSTS):
+            raise ConfigError(
+                "objective accuracy needs a constraint on a cost, such as size=0.5MB or average_bits=5.2; "
+                "without one, the largest widths would do"
+            )
+        sorted_names(self.weights)
+        for name in sorted_names(self.outputs):
+            if CANDIDATES[name].spec is None:
+                raise ConfigError(f"activation candidates: {name!r} is not legal; legal: 2 to 16 bits")
+        if not self.weights:
+            raise ConfigError("candidates: none are given")
+
+    @property
+    def axis(self) -> str:
+        """The cost that the front is over."""
+        if self.objective != "accuracy":
+            return self.objective
+        return next(c.quantity for c in self.constraints if c.quantity in costs.COSTS)
+
+    @property
+    def needs_latency(self) -> bool:
+        """Whether a latency is minimized or limited, or a table is given."""
+        return self.chip is not None or "latency" in (self.objective, *(c.quantity for c in self.constraints))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished search: the run of the chosen plan, and the points that were evaluated."""
+
+    result: Result
+    chosen: Point
+    points: tuple[Point, ...]
+    layers: list[dict[str, Any]]
+
+
+def search(
+    config: RunConfig, request: Request, output: Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> Found:
+    """Searches a plan, and runs it as `pipeline.ptq` would, into a run's folder with the plan and what led to it.
+
+    Raises Pow2QuantError for everything that a user can mend, a constraint that cannot be met among it; then `output`
+    is as it was before.
+    """
+    started = time.monotonic()
+    request.check()
+    with run_folder.staged(output, overwrite) as folder:
+        work = Search.start(config, request, progress)
+        chosen = work.best()
+        job = work.job_of(chosen.plan)
+        sim = work.quantized(job, progress)
+        report, agreements = finish(job, sim, folder, ["search", *job.steps, "export"])
+        document = work.document(chosen)
+        work.write(folder, chosen, document)
+        report["ptq_accuracy"] = report["final_accuracy"]
+        report["search"] = document
+        report["duration_seconds"] = round(time.monotonic() - started, 2)
+        write_report(folder, report)
+    return Found(Result(output, report, tuple(agreements)), chosen, tuple(work.points.values()), document["layers"])
+
+
+@dataclass
+class Search:
+    """A search at work. problem: the integer program, its quantity `loss` included. points: by plan."""
+
+    request: Request
+    job: Job
+    groups: tuple[Group, ...]
+    layers: tuple[LayerShape, ...]
+    problem: Problem
+    chip: Chip | None
+    sensitivities: Table
+    initial: float
+    random_state: torch.Tensor
+    progress: Progress
+    points: dict[tuple[str, ...], Point] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, config: RunConfig, request: Request, progress: Progress) -> Search:
+        """Costs first, since they may tell that nothing can be found; then the sensitivities."""
+        config = _with_methods(config, request)
+        job = Job.start(config, progress)
+        state = torch.get_rng_state()
+        plan = configuration.plan_of(config)
+        placement = job.simulate().placement
+        groups = groups_of(job.network, placement, plan, request.weights, request.outputs)
+        if not any(g.is_open for g in groups):
+            raise ConfigError("candidates: nothing is left to choose; every tensor's width is decided by overrides")
+        layers = costs.layers_of(job.network, placement, groups)
+        work = cls(request, job, groups, layers, Problem({}, {}), None, {}, 0.0, state, progress)
+        work.chip = work._chip()
+        names = {g.name: g.candidates for g in groups}
+        try:
+            quantities = costs.quantities(layers, groups, work.chip)
+        except ConfigError as error:
+            raise ConfigError(f"{request.chip}: {error}") from None
+        work.problem = Problem(names, quantities)
+        work._check_costs()
+        work.initial = job.accuracy(job.model)
+        work._measure()
+        return work
+
+    def job_of(self, plan: Plan) -> Job:
+        """The job whose configuration asks for a plan."""
+        return replace(self.job, config=configured(self.job.config, self.groups, plan))
+
+    def quantized(self, job: Job, progress: Progress = SILENT) -> Simulation:
+        """The simulation that `ptq` makes of this job's configuration, to the bit: from the same random state."""
+        torch.set_rng_state(self.random_state)
+        return replace(job, progress=progress).quantized()
+
+    def best(self) -> Point:
+        """The best of the plans that were verified. Raises ConfigError, with what can be reached, where none is."""
+        budgets = self._budgets()
+        for budget in self.progress.track(budgets, "verifying plans", len(budgets)):
+            plan = self.problem.least("loss", {**self.ceilings, self.request.axis: budget})
+            if plan is not None:
+                self._verify(plan)
+        if not self._good() and self.points:
+            self._repair(self._most_accurate(), REPAIRS)
+        good = self._good()
+        if not good:
+            raise ConfigError(self._unreachable())
+        if self.request.objective == "accuracy":
+            return max(good, key=lambda p: (p.accuracy, -p.costs[self.request.axis]))
+        return self._refined(min(good, key=self._cost))
+
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """The bounds on costs."""
+        return limits.ceilings(self.request.constraints)
+
+    @property
+    def floor(self) -> float | None:
+        """The accuracy asked for, in per cent."""
+        return limits.accuracy_floor(self.request.constraints, self.initial)
+
+    def document(self, chosen: Point) -> dict[str, Any]:
+        """search.json."""
+        by_site = {name: g.name for g in self.groups for name in g.sites}
+        layers = [
+            {
+                "layer": y.name,
+                "weight": chosen.plan[y.group],
+                "input": chosen.plan[y.source] if y.source else str(y.source_bits),
+                "weights": y.weights,
+                "macs": y.macs,
+            }
+            for y in self.layers
+        ]
+        points = sorted(self.points.values(), key=self._cost)
+        undominated = front(points, self.request.axis)
+        return {
+            "objective": self.request.objective,
+            "constraints": [c.text for c in self.request.constraints],
+            "sensitivity": self.request.metric,
+            "candidates": list(self.request.weights),
+            "activation_candidates": list(self.request.outputs),
+            "chip": None if self.chip is None else self.chip.name,
+            "axis": self.request.axis,
+            "float_accuracy": self.initial,
+            "accuracy_floor": self.floor,
+            "chosen": chosen.to_json(),
+            "points": [p.to_json() | {"on_front": p in undominated, "chosen": p == chosen} for p in points],
+            "plan": {name: chosen.plan[group] for name, group in by_site.items()},
+            "layers": layers,
+        }
+
+    def write(self, folder: Path, chosen: Point, document: Mapping[str, Any]) -> None:
+        """The plan, and what led to it."""
+        points, axis = list(self.points.values()), self.request.axis
+        texts = {
+            PLAN: f"# pow2quant ptq --config {PLAN}    pow2quant qat --config {PLAN}\n"
+            + configuration.dump(configured(self.job.config, self.groups, chosen.plan)),
+            SEARCH: json.dumps(document, indent=2) + "\n",
+            "pareto.csv": table(points, axis, chosen),
+            "sensitivity.csv": self._sensitivity_table(),
+        }
+        if self.chip is not None:
+            texts[CHIP] = latency.dump(self.chip)
+        for name, text in texts.items():
+            write(folder / name, text.encode())
+        write(folder / "pareto.png", draw(points, axis, chosen, self.initial, self.floor))
+
+    def _chip(self) -> Chip | None:
+        if self.request.chip is not None:
+            return costs.load_chip(self.request.chip)
+        if not self.request.needs_latency:
+            return None
+        return latency.measured(self._networks(), self.job.simulate().placement, "onnxruntime on this machine")
+
+    def _networks(self) -> dict[str, Artifact]:
+        """The whole network at every pair of widths whose weights are stored differently: in 4, 8, 16 bits or float."""
+        found: dict[str, Artifact] = {}
+        outputs = self.request.outputs or (None,)
+        stored = {_storage(name): name for name in sorted_names(self.request.weights)}
+        pairs = [(w, a) for w in stored.values() for a in outputs]
+        for weight, output in self.progress.track(pairs, "timing layers in onnxruntime", len(pairs)):
+            chosen = uniform(self.groups, "weight", weight)
+            chosen |= {g.name: output for g in self.groups if output in g.candidates and g.role == "output"}
+            job = self.job_of(chosen)
+            sim = job.simulate()
+            sim.calibrate([self.job.example])
+            widths = {s.bits for name, s in sim.placement.specs.items() if name.endswith(".output")}
+            found[f"{weight}x{max(widths, default=32)}"] = sim.export(self.job.example)
+        return found
+
+    def _check_costs(self) -> None:
+        """Raises ConfigError for a bound on costs that no plan is within, or two that contradict each other."""
+        within: dict[str, float] = {}
+        for c in self.request.constraints:
+            if c.quantity not in self.ceilings:
+                continue
+            least = self.problem.least(c.quantity, within)
+            assert least is not None
+            value = self.problem.value(c.quantity, least)
+            if value > c.value:
+                others = " ".join(d.text for d in self.request.constraints if d.quantity in within)
+                raise ConfigError(
+                    f"constraint {c.text} cannot be met: the least that these candidates reach"
+                    f"{f' with {others}' if others else ''} is {c.quantity}={limits.SHOWN[c.quantity](value)}"
+                )
+            within[c.quantity] = min(c.value, within.get(c.quantity, c.value))
+
+    def _measure(self) -> None:
+        """The sensitivities, and the accuracies of uniform widths on the way."""
+        simulations: dict[tuple[str, str], Simulation] = {}
+        wanted = [
+            (role, name)
+            for role in ("weight", "output")
+            for name in dict.fromkeys(n for g in self.groups if g.role == role and g.is_open for n in g.candidates)
+            if CANDIDATES[name].spec is not None
+        ]
+        for role, name in self.progress.track(wanted, "quantizing with every candidate", len(wanted)):
+            plan = uniform(self.groups, role, name)
+            simulations[role, name] = sim = self.quantized(self.job_of(plan))
+            if role == "weight":
+                self._add(plan, f"uniform {name}", sim)
+        device = self.job.device
+        batches = [(x.to(device), y.to(device)) for x, y in islice(self.job.data.calibration, self.request.batches)]
+        measurement = Measurement(
+            self.groups,
+            simulations,
+            batches,
+            criterion_of(self.job.config.training),
+            self.job.config.seed,
+            self.progress,
+        )
+        self.sensitivities = measurement.table(self.request.metric)
+        loss = Quantity({name: _falling(list(row.values())) for name, row in self.sensitivities.items()}, {})
+        self.problem = replace(self.problem, quantities={**self.problem.quantities, "loss": loss})
+        self.points = {key: replace(p, loss=self.problem.value("loss", p.plan)) for key, p in self.points.items()}
+
+    def _verify(self, plan: Plan) -> Point:
+        key = tuple(plan.values())
+        if key not in self.points:
+            self._add(plan, "found", self.quantized(self.job_of(plan)))
+        return self.points[key]
+
+    def _add(self, plan: Plan, kind: str, sim: Simulation) -> None:
+        accuracy = replace(self.job, progress=SILENT).accuracy(sim.model)
+        values = {name: self.problem.value(name, plan) for name in self.problem.quantities}
+        self.points[tuple(plan.values())] = Point(kind, dict(plan), accuracy, values.pop("loss", 0.0), values)
+
+    def _budgets(self) -> list[float]:
+        """From the least that is possible to the most, or to the bound."""
+        axis = self.request.axis
+        least = self.problem.least(axis, self.ceilings)
+        assert least is not None
+        low, high = self.problem.value(axis, least), self.problem.value(axis, uniform(self.groups, ""))
+        high = max(low, min(high, self.ceilings.get(axis, high)))
+        return [float(b) for b in np.geomspace(low, high, self.request.points + 1)[1:-1]] + [high]
+
+    def _cost(self, point: Point) -> float:
+        return point.costs[self.request.axis]
+
+    def _good(self) -> list[Point]:
+        floor = -np.inf if self.floor is None else self.floor
+        return [p for p in self._within() if p.accuracy >= floor]
+
+    def _within(self) -> list[Point]:
+        return [p for p in self.points.values() if self.problem.meets(p.plan, self.ceilings)]
+
+    def _most_accurate(self) -> Point:
+        return max(self._within(), key=lambda p: p.accuracy)
+
+    def _refined(self, best: Point) -> Point:
+        """Something cheaper that is still accurate enough, if there is: by halving, then by widening step by step."""
+        axis = self.request.axis
+        failing = [p for p in self._within() if self._cost(p) < self._cost(best)]
+        below = max(failing, key=self._cost, default=None)
+        for _ in range(REFINEMENTS if below is not None else 0):
+            assert below is not None
+            budget = (self._cost(below) + self._cost(best)) / 2
+            plan = self.problem.least("loss", {**self.ceilings, axis: budget})
+            if plan is None or tuple(plan.values()) in self.points:
+                break
+            point = self._verify(plan)
+            self.progress.note(f"verified {axis}={limits.SHOWN[axis](self._cost(point))}: {point.accuracy:.2f} %")
+            if point in self._good():
+                best = point
+            else:
+                below = point
+        if below is not None:
+            self._repair(below, REPAIRS, cheaper_than=self._cost(best))
+        return min(self._good(), key=self._cost)
+
+    def _repair(self, point: Point, steps: int, cheaper_than: float = np.inf) -> None:
+        """Widens tensor after tensor, the most predicted gain for its cost first, until it is accurate enough."""
+        axis = self.request.axis
+        for plan in islice(self.problem.raised(point.plan, "loss", axis, self.ceilings), steps):
+            if self.problem.value(axis, plan) >= cheaper_than:
+                return
+            repaired = self._verify(plan)
+            self.progress.note(f"repaired {axis}={limits.SHOWN[axis](self._cost(repaired))}: {repaired.accuracy:.2f} %")
+            if repaired in self._good():
+                return
+
+    def _unreachable(self) -> str:
+        asked = " ".join(c.text for c in self.request.constraints if c.quantity.startswith("accuracy"))
+        others = " ".join(c.text for c in self.request.constraints if c.quantity in self.ceilings)
+        best = self._most_accurate()
+        return (
+            f"constraint {asked} cannot be met{f' with {others}' if others else ''}: asked for {self.floor:.2f} %, the "
+            f"best reachable is {best.accuracy:.2f} % (float: {self.initial:.2f} %); wider candidates or other methods "
+            "may help"
+        )
+
+    def _sensitivity_table(self) -> str:
+        text = StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["tensor", "candidate", "bits", self.request.metric])
+        for name, row in self.sensitivities.items():
+            writer.writerows([name, candidate, CANDIDATES[candidate].bits, f"{v:.6g}"] for candidate, v in row.items())
+        return text.getvalue()
+
+
+def _with_methods(config: RunConfig, request: Request) -> RunConfig:
+    """The configuration with its methods written out; the default ones where a candidate has less than 8 bits."""
+    if config.ptq.methods is not None:
+        return config
+    narrow = any(CANDIDATES[name].bits < 8 for name in request.weights)
+    methods = configuration.DEFAULT_METHODS if narrow else ()
+    return replace(config, ptq=replace(config.ptq, methods=methods))
+
+
+def _storage(name: str) -> str:
+    """What an ONNX file stores a weight in."""
+    wider = (4, 8, 16)
+    return name if CANDIDATES[name].spec is None else str(next(bits for bits in wider if CANDIDATES[name].bits <= bits))
+
+
+def _falling(values: Sequence[float]) -> np.ndarray[Any, Any]:
+    """Sensitivities from the narrowest candidate up, none below that of a wider one, none below 0: that is noise."""
+    return np.maximum.accumulate(np.maximum(values, 0)[::-1])[::-1]
