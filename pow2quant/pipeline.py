@@ -127,6 +127,35 @@ def quantized(config: RunConfig, progress: Progress) -> tuple[Job, Simulation, l
     return job, job.quantized(), job.steps
 
 
+def score(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
+    """Quantizes as `ptq` does and evaluates the simulation on the test data; nothing is written or validated.
+
+    Returns keys of report.json: `backend`, `pipeline_steps`, the accuracies of the float network (`initial_…`) and of
+    the simulation (`final_…`), `final_sqnr_db` and `evaluated_samples`.
+    """
+    job, sim, steps = quantized(config, progress)
+    scores = _Scores()
+    simulation = scores.watch(simulation_executor(sim, config.backend, job.device), noise=True)
+    for inputs in scores.stream(job.test(config.ptq.max_eval_batches), _runner(job.model, job.device)):
+        simulation.run(inputs)
+    return (
+        {"backend": config.backend, "pipeline_steps": steps}
+        | _accuracies(scores, initial="float", final=simulation.name)
+        | {
+            "final_sqnr_db": scores.sqnr_db,
+            "evaluated_samples": scores.samples,
+        }
+    )
+
+
+def _accuracies(scores: _Scores, **executors: str) -> dict[str, float | None]:
+    """`<key>_accuracy` of executors by key; top-5 too, where there are more than 5 classes."""
+    found = {f"{key}_accuracy": scores.accuracy(name) for key, name in executors.items()}
+    if scores.classes > 5:
+        found |= {f"{key}_accuracy_top5": scores.accuracy(name, 5) for key, name in executors.items()}
+    return found
+
+
 def validate(
     source: Path,
     *,

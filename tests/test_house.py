@@ -28,6 +28,7 @@ FLOORS = {
     "pow2quant.three_steps": 5,
     "pow2quant.pipeline": 5,
     "pow2quant.study": 5,
+    "pow2quant.logits": 4,
     "pow2quant.training": 4,
     "pow2quant.methods": 4,
     "pow2quant.validation": 4,
@@ -49,6 +50,8 @@ DOORS = {  # the only imports between two rooms of one floor
     ("pow2quant.__main__", "pow2quant.cli"),
     ("pow2quant.plugins", "pow2quant.errors"),
     ("pow2quant.three_steps", "pow2quant.pipeline"),
+    ("pow2quant.study", "pow2quant.pipeline"),
+    ("pow2quant.study", "pow2quant.three_steps"),
     ("pow2quant.pow2_constraints", "pow2quant.errors"),
 }
 LEFT = {"pow2quant.backends", "pow2quant.methods", "pow2quant.training"}

@@ -24,7 +24,7 @@ SUCCESS, CHECK_FAILED, BAD_INPUT, DEFECT, INTERRUPTED, UNREAD = 0, 1, 2, 70, 130
 
 def application() -> typer.Typer:
     """The application with all its commands."""
-    from pow2quant.cli import commands, search  # noqa: F401 (each of these modules adds its own)
+    from pow2quant.cli import commands, search, studies  # noqa: F401 (each of these modules adds its own)
     from pow2quant.cli.options import app
 
     return app

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -111,6 +111,8 @@ class Gpfq:
     What is followed is the float network's, weights and inputs, whatever methods before have made of the weights.
     conv_scalar, linear_scalar: C of the alphabet's radius, per channel C max |w|, per tensor C times its median over
     the channels; steps are the power of two nearest to radius / 2^(bits - 1). Without them, the encodings stay.
+    narrow: without the lowest code, so that the alphabet is symmetric and its ends are the radius; with 2-bit weights
+    {-1, 0, 1} times the step, which the paper counts as 1 bit.
     stochastic: the code above or below by chance, with the real value as the mean. regularizer: sparse weights; `L0`
     and `L1` set to 0 what is within `lambda_` steps of it, L1 also draws the others so much nearer. (The paper's own L0
     alphabet begins at lambda, which is no grid of integers.) batch_size: images that are used, None for all.
@@ -120,6 +122,7 @@ class Gpfq:
 
     conv_scalar: Annotated[float | None, SCALAR] = None
     linear_scalar: Annotated[float | None, SCALAR] = None
+    narrow: bool = False
     stochastic: bool = False
     regularizer: Annotated[str, REGULARIZER] = "none"
     lambda_: Annotated[float, FROM_ZERO] = 0.75
@@ -136,8 +139,13 @@ class Gpfq:
             weight = sim.parameter(layer.weight.name)
             aim = module.weight.to(weight.device)
             scalar = self.linear_scalar if isinstance(module, nn.Linear) else self.conv_scalar
+            encoding = sim.encodings()[layer.weight.name]
+            if self.narrow:
+                encoding = replace(encoding, grid=replace(encoding.grid, narrow=True))
             if scalar is not None:
-                encode_weight(sim, layer, alphabet(aim, scalar, sim.encodings()[layer.weight.name]))
+                encoding = alphabet(aim, scalar, encoding)
+            if encoding != sim.encodings()[layer.weight.name]:
+                encode_weight(sim, layer, encoding)
             before = output_sqnr(sim, step)
             weight.copy_(self._rounded(step, module, aim, sim.encodings()[layer.weight.name]))
             zeros = float((weight == 0).float().mean())
@@ -214,9 +222,12 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def alphabet(weight: Tensor, scalar: float, now: Encoding) -> Encoding:
-    """An encoding like `now`, its radius from a scalar; a channel of zeros keeps its scale."""
+    """An encoding like `now`, its radius from a scalar; a channel of zeros keeps its scale.
+
+    The radius is the lower end of the grid, of a narrow one both ends.
+    """
     largest = weight.flatten(1).abs().amax(1).double().cpu().numpy()
     radius = scalar * (largest if now.axis is not None else np.median(largest))
-    step = np.where(radius > 0, radius / (now.grid.qmax + 1.0), now.scale)
+    step = np.where(radius > 0, radius / -now.grid.qmin, now.scale)
     scale = power_of_two(np.rint(np.log2(step)).astype(np.int64)) if now.is_power_of_two else step
     return Encoding(scale, now.zero_point, now.grid, now.axis)

@@ -1,0 +1,1 @@
+"""What a network says of each image: float, quantized and corrected, side by side."""

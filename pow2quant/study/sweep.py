@@ -1,0 +1,255 @@
+"""`pow2quant sweep`: configuration keys over grids, or drawn by a sampler; a table of results, and figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pow2quant import config as configuration
+from pow2quant.adapters.files import write
+from pow2quant.backends.base import SILENT, Progress
+from pow2quant.config import RunConfig
+from pow2quant.errors import ConfigError
+from pow2quant.study.figures import figures
+from pow2quant.study.ledger import SAMPLERS, Entry, Ledger, Plan
+from pow2quant.study.space import Axis, Range, axis, combinations, given
+from pow2quant.study.trials import RUNS, Row, Trials, described, work, work_in_processes
+
+RESULTS, SUMMARY, STUDY, DATABASE = "results.csv", "study.json", "study.yaml", "study.db"
+
+ENDING = ("original_top1", "original_top5", "quantized_top1", "quantized_top5", "sqnr_db", "images", "agrees", "run")
+"""Columns that come behind those that say what was tried."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is tried: settings laid over a base, and how.
+
+    plan: the grids, or the one from which a sampler draws. runs: see `Trials`. name: in the database; None: from what
+    the study is.
+    """
+
+    base: RunConfig
+    plan: Plan
+    runs: str | None = None
+    name: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """What the study is, whatever the folders are in which its files lie on one machine or another."""
+        base = self.base
+        model = replace(
+            base.model, name=Path(base.model.name).name, weights=base.model.weights and Path(base.model.weights).name
+        )
+        data = replace(base.data, path=None, workers=0, dataset=Path(base.data.dataset).name)
+        what = configuration.dump(replace(base, model=model, data=data, device="cpu"))
+        return sha256(f"{what}{self.plan!r}{self.runs}".encode()).hexdigest()[:12]
+
+    @property
+    def called(self) -> str:
+        """Its name in the database."""
+        return self.name or f"sweep-{self.fingerprint[:8]}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of a study: its folder, and all its trials."""
+
+    folder: Path
+    rows: list[Row]
+    axes: tuple[str, ...]
+
+    @property
+    def finished(self) -> list[Row]:
+        """The trials that have an accuracy, best first; of equal ones, those with more SQNR."""
+        complete = (r for r in self.rows if r["state"] == "complete")
+        return sorted(complete, key=lambda r: (-r["quantized_top1"], -(r["sqnr_db"] or 0.0)))
+
+    @property
+    def failed(self) -> list[Row]:
+        """The trials that have none, each with its `error`."""
+        return [r for r in self.rows if r["state"] == "failed"]
+
+
+def read(path: Path, base: RunConfig) -> Study:
+    """A study from its file; `base` is under what the file's own `base` says.
+
+    Raises ConfigError, naming the file and the key, for what is not legal.
+    """
+    mapping = configuration.read(path)
+    known = {"name", "base", "grids", "trials", "sampler", "runs"}
+    if not isinstance(mapping, Mapping) or not mapping.get("grids"):
+        raise ConfigError(f"{path}: a study needs grids: a list of {{KEY: VALUES}}")
+    for key in mapping.keys() - known:
+        raise ConfigError(f"{path}: {key}: unknown key; known: {', '.join(sorted(known))}")
+    for key, legal in (("sampler", SAMPLERS), ("runs", (*RUNS, None))):
+        if key in mapping and mapping[key] not in legal:
+            raise ConfigError(f"{path}: {key}: {mapping[key]!r} is not legal; legal: {', '.join(map(str, legal))}")
+    trials = mapping.get("trials")
+    if trials is not None and (type(trials) is not int or trials < 1):
+        raise ConfigError(f"{path}: trials: {trials!r} is not legal; legal: an integer from 1 up")
+    grids = mapping["grids"]
+    if not isinstance(grids, list) or not all(isinstance(grid, Mapping) and grid for grid in grids):
+        raise ConfigError(f"{path}: grids: expected a list of {{KEY: VALUES}}")
+    try:
+        made = tuple(tuple(axis(str(name), values) for name, values in grid.items()) for grid in grids)
+        base = configuration.with_values(base, mapping.get("base") or {})
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    plan = Plan(made, trials, mapping.get("sampler", "tpe"), base.seed)
+    return Study(base, plan, mapping.get("runs"), mapping.get("name"))
+
+
+def chosen(
+    file: Path | None,
+    base: RunConfig,
+    grid: Sequence[str],
+    trials: int | None,
+    sampler: str | None,
+    runs: str | None,
+    name: str | None,
+) -> Study:
+    """The study that a file and flags ask for; axes of flags vary in addition, within every grid of the file.
+
+    Raises ConfigError for what is not legal.
+    """
+    study = Study(base, Plan((), seed=base.seed)) if file is None else read(file, base)
+    for option, value, legal in (("--sampler", sampler, SAMPLERS), ("--runs", runs, RUNS)):
+        if value is not None and value not in legal:
+            raise ConfigError(f"{option} {value}: legal: {', '.join(legal)}")
+    axes = tuple(given(text) for text in grid)
+    plan = study.plan
+    grids = tuple((*own, *axes) for own in plan.grids or ((),)) if axes else plan.grids
+    for made in grids:
+        names = [a.name for a in made]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"--grid: {next(n for n in names if names.count(n) > 1)} is varied twice")
+    plan = replace(plan, grids=grids, trials=trials or plan.trials, sampler=sampler or plan.sampler)
+    return replace(study, plan=plan, runs=runs or study.runs, name=name or study.name)
+
+
+def check(study: Study) -> None:
+    """Raises ConfigError where a study cannot begin: no legal combination, or a sampler with several grids."""
+    plan = study.plan
+    if plan.trials is not None:
+        if len(plan.grids) != 1:
+            raise ConfigError("a sampler draws from one grid; give one, or leave trials out")
+        return
+    if not plan.grids or not len(plan):
+        raise ConfigError("there is nothing to try: give --grid KEY=VALUES, or a study's file")
+    trials = Trials(study.base, plan, Path())
+    first: ConfigError | None = None
+    for index, grid in enumerate(plan.grids):
+        for combination in combinations(grid):
+            try:
+                described(trials.config(index, combination))
+            except ConfigError as error:
+                first = first or error
+            else:
+                return
+    assert first is not None
+    raise first
+
+
+def sweep(
+    study: Study, output: Path, *, storage: str | None = None, jobs: int = 1, progress: Progress = SILENT
+) -> Found:
+    """Runs what is left of a study and writes its results into `output`: a table, figures, and how to repeat it.
+
+    storage: the URL of a database; None: a file in `output`. Any number of calls may work on one study at a time.
+    """
+    check(study)
+    output.mkdir(parents=True, exist_ok=True)
+    url = storage or f"sqlite:///{(output / DATABASE).resolve()}"
+    make = partial(Ledger, url, study.called, study.plan, study.fingerprint)
+    ledger = make()
+    trials = Trials(study.base, study.plan, output / "runs", study.runs)
+    write(output / STUDY, written(study).encode())
+    done = sum(entry.state != "running" for entry in ledger.entries())
+    total = len(study.plan)
+    if done:
+        progress.note(f"{done} of {total} trials are finished already")
+    running = work(ledger, trials) if jobs == 1 else work_in_processes(make, trials, jobs)
+    for entry in progress.track(running, "trials", total - done):
+        progress.note(_line(entry, total))
+        save(study, ledger.entries(), output)
+    return save(study, ledger.entries(), output)
+
+
+def _line(entry: Entry, total: int) -> str:
+    what = ", ".join(f"{name} {label}" for name, label in entry.combination.items())
+    result = entry.result.get("quantized_top1")
+    return f"trial {entry.number + 1} of {total}: {what}: {entry.error or f'{result:.2f} %'}"
+
+
+def save(study: Study, entries: Iterable[Entry], output: Path) -> Found:
+    """Writes results.csv and study.json, and draws the figures."""
+    rows = [row_of(entry) for entry in entries]
+    axes = tuple(dict.fromkeys(a.name for grid in study.plan.grids for a in grid))
+    write(output / RESULTS, table(rows, axes).encode())
+    found = Found(output, rows, axes)
+    best = found.finished[:1]
+    summary = {"study": study.called, "trials": len(study.plan), "best": best[0] if best else None, "rows": rows}
+    write(output / SUMMARY, json.dumps(summary, indent=1).encode())
+    for name, picture in figures(study.plan.grids, rows):
+        write(output / name, picture)
+    return found
+
+
+def row_of(entry: Entry) -> Row:
+    """A trial as a row: what was tried, what came of it."""
+    start = {"trial": entry.number, "state": entry.state, "grid": entry.grid, **entry.combination}
+    return start | entry.result | {"attempts": entry.attempts, "error": entry.error}
+
+
+def table(rows: Iterable[Row], axes: Iterable[str]) -> str:
+    """CSV, a column for everything that any row has: what was tried first, then what came of it."""
+    rows = list(rows)
+    last = (*ENDING, "duration_seconds", "attempts", "error")
+    every = dict.fromkeys(chain(("trial", "state"), axes, *rows))
+    columns = [c for c in every if c not in last] + [c for c in last if c in every]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [c for c in columns if c != "grid"], extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def written(study: Study) -> str:
+    """The study's file, with which the same is done again."""
+
+    def values(each: Axis) -> Any:
+        if isinstance(each.labels, Range):
+            r = each.labels
+            return (
+                f"{r.low:g}..{r.high:g}"
+                if r.integer
+                else ":".join(
+                    [f"{r.low!r}", f"{r.high!r}", *(["log"] if r.log else [] if r.step is None else [f"{r.step!r}"])]
+                )
+            )
+        if each.settings is None or all(list(s) == [each.name] for s in each.settings):
+            return [each.at(label)[each.name] for label in each.labels]
+        return {label: dict(each.at(label)) for label in each.labels}
+
+    grids = [{a.name: values(a) for a in grid} for grid in study.plan.grids]
+    document: dict[str, Any] = {
+        "name": study.called,
+        "base": yaml.safe_load(configuration.dump(study.base)),
+        "grids": grids,
+    }
+    if study.plan.trials:
+        document |= {"trials": study.plan.trials, "sampler": study.plan.sampler}
+    if study.runs:
+        document["runs"] = study.runs
+    return str(yaml.safe_dump(document, sort_keys=False, width=120))

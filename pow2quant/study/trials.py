@@ -1,0 +1,195 @@
+"""One trial: a configuration in, a row of the results out. And the workers that run trials until none is left."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pow2quant import config as configuration
+from pow2quant.backends.base import SILENT, Progress
+from pow2quant.config import Choice, RunConfig
+from pow2quant.errors import OutputError, Pow2QuantError
+from pow2quant.plugins import resolve
+from pow2quant.study.ledger import Claim, Entry, Ledger, Plan
+from pow2quant.study.space import Combination, applied, settings
+
+RUNS = ("ptq", "qat")
+PAUSE = 1.0
+"""Seconds between looks at what the other workers do."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What every trial of a study has in common.
+
+    base: what the settings of a trial are laid over. runs: `ptq` or `qat` makes a whole run of every trial, exported
+    and validated, in `folder`; None: networks are quantized and their simulation is evaluated.
+    """
+
+    base: RunConfig
+    plan: Plan
+    folder: Path
+    runs: str | None = None
+
+    def config(self, grid: int, combination: Combination) -> RunConfig:
+        """The configuration of a trial. Raises ConfigError for one that is not legal."""
+        return applied(self.base, settings(self.plan.grids[grid], combination))
+
+    def run(self, claim: Claim, progress: Progress = SILENT) -> tuple[Row, float | None, str]:
+        """The trial's columns, its top-1 (None: failed), and why it failed."""
+        started = time.monotonic()
+        row: Row = {}
+        try:
+            config = self.config(claim.grid, claim.combination)
+            row = described(config)
+            found = self._quantized(config, claim.number, progress)
+            row |= measured(found)
+            value, error = found["final_accuracy"], ""
+            if value is None:
+                error = "the network's output is no (N, classes): there is no accuracy"
+        except Pow2QuantError as raised:
+            value, error = None, str(raised)
+        except Exception as raised:  # a network, a plug-in or a library may raise anything; the others go on
+            value, error = None, f"{type(raised).__name__}: {raised}"
+        row["duration_seconds"] = round(time.monotonic() - started, 2)
+        return row, value, " ".join(error.split())
+
+    def _quantized(self, config: RunConfig, number: int, progress: Progress) -> dict[str, Any]:
+        from pow2quant import pipeline, three_steps
+
+        if self.runs is None:
+            return pipeline.score(config, progress)
+        folder = self.folder / f"{number:04}"
+        make = pipeline.ptq if self.runs == "ptq" else three_steps.qat
+        result = make(config, folder, overwrite=True, progress=progress)
+        if result is None:
+            raise OutputError(f"{folder}: another process of torchrun's leads")
+        return {**result.report, "run": str(folder), "agrees": result.agrees}
+
+
+def described(config: RunConfig) -> Row:
+    """What a configuration says of a trial: network, data, bits, methods and each of their parameters, seed."""
+    weight, output = config.quantization.weight, config.quantization.output
+    methods = config.ptq.methods
+    methods = configuration.default_methods(config) if methods is None else methods
+    row: Row = {
+        "network": Path(config.model.name.rpartition("/")[2]).name.rpartition(":")[2],
+        "dataset": config.data.dataset,
+        "backend": config.backend,
+        "weight_bits": weight and weight.bits,
+        "activation_bits": output and output.bits,
+        "methods": "+".join(method.name for method in methods) or "none",
+        "seed": config.seed,
+    }
+    for method in methods:
+        row |= {f"{method.name}.{key}": value for key, value in _parameters(method).items()}
+    return row
+
+
+def _parameters(method: Choice) -> dict[str, Any]:
+    """A method's parameters, those too that are not given. Raises ConfigError for one that it does not have."""
+    cls = resolve("methods", method.name)
+    configuration.parameters(cls, method.parameters, f"ptq.methods.{method.name}")
+    return {**configuration.defaults(cls), **method.parameters}
+
+
+def measured(report: Mapping[str, Any]) -> Row:
+    """What a report, or `pipeline.score`, says of a trial: top-1 and top-5 before and after, in per cent."""
+    row: Row = {
+        "original_top1": report["initial_accuracy"],
+        "original_top5": report.get("initial_accuracy_top5"),
+        "quantized_top1": report["final_accuracy"],
+        "quantized_top5": report.get("final_accuracy_top5"),
+        "sqnr_db": report["final_sqnr_db"],
+        "images": report["evaluated_samples"],
+    }
+    return row | {key: report[key] for key in ("agrees", "run") if key in report}
+
+
+def work(
+    ledger: Ledger, trials: Trials, progress: Progress = SILENT, goes_on: Callable[[], bool] = lambda: True
+) -> Iterator[Entry]:
+    """Runs trials until there is none left that another worker could leave behind; yields each as it is finished.
+
+    goes_on: asked between trials.
+    """
+    try:
+        while goes_on():
+            claim = ledger.claim()
+            if claim is not None:
+                row, value, error = trials.run(claim, progress)
+                if ledger.finish(claim, row, value, error):
+                    yield ledger.entries()[claim.number]
+            elif any(entry.state == "running" for entry in ledger.entries()):
+                time.sleep(PAUSE)
+            else:
+                return
+    finally:
+        ledger.close()
+
+
+def work_in_processes(make: Callable[[], Ledger], trials: Trials, jobs: int) -> Iterator[Entry]:
+    """The same with so many processes; a process that dies is replaced, at most as often as there are trials."""
+    context = multiprocessing.get_context("spawn")
+    ledger = make()
+
+    def start() -> Any:
+        process = context.Process(target=_worker, args=(make, trials))
+        with _threads(max(1, (os.cpu_count() or 1) // jobs)):
+            process.start()
+        return process
+
+    processes = [start() for _ in range(jobs)]
+    spare, seen = len(trials.plan), {e.number for e in ledger.entries() if e.state != "running"}
+    try:
+        while True:
+            alive = any(process.is_alive() for process in processes)
+            finished = [e for e in ledger.entries() if e.state != "running" and e.number not in seen]
+            seen |= {e.number for e in finished}
+            yield from finished
+            if not alive and all(process.exitcode == 0 for process in processes):
+                return
+            for index, process in enumerate(processes):
+                if process.exitcode not in (None, 0) and spare:
+                    spare -= 1
+                    processes[index] = start()
+            if not spare and not alive:
+                raise OutputError("the processes of this study keep dying; --jobs 1 shows why")
+            time.sleep(PAUSE / 4)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Processes that start within use so many threads, unless the user has chosen a number."""
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+
+
+def _worker(make: Callable[[], Ledger], trials: Trials) -> None:
+    """A process of its own, as long as the one lives that started it."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    parent = multiprocessing.parent_process()
+    for _ in work(make(), trials, goes_on=lambda: parent is None or parent.is_alive()):
+        pass

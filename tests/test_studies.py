@@ -1,0 +1,339 @@
+"""Studies: what is varied, how trials are shared by workers that may be killed, and what is written of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pow2quant import models
+from pow2quant.cli import main
+from pow2quant.config import Choice, RunConfig
+from pow2quant.errors import ConfigError, OutputError
+from pow2quant.study import space
+from pow2quant.study.space import applied, axis, combinations, given, settings
+
+optuna = pytest.importorskip("optuna", reason="the extra 'search' is not installed")
+
+from pow2quant.study.ledger import ATTEMPTS, Ledger, Plan  # noqa: E402
+from pow2quant.study.locks import FileLock  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = ["--max-eval-batches", "1", "--max-calibration-batches", "1", "--method", "none", "--quiet"]
+BITS = "quantization.weight.bitwidth"
+
+
+@pytest.mark.parametrize(
+    ("text", "points"),
+    [
+        ("k=2..5", (2, 3, 4, 5)),
+        ("k=1.0:1.2:0.05", (1.0, 1.05, 1.1, 1.15, 1.2)),
+        ("k=0.1:0.35:0.1", (0.1, 0.2, 0.3)),
+        ("k=none,L1,true,1e-4,null", ("none", "L1", True, 1e-4, None)),
+        ("k=models.py:resnet20", ("models.py:resnet20",)),
+        ("k=3", (3,)),
+    ],
+)
+def test_an_axis_as_it_is_written(text: str, points: tuple[Any, ...]) -> None:
+    found = given(text).points
+    assert found == points
+    assert [type(p) for p in found] == [type(p) for p in points]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("k", "expected KEY=VALUES"),
+        ("k=5..2", "no range"),
+        ("k=1:2:0", "no range"),
+        ("k=0:1:log", "above 0"),
+        ("k=1,1", "twice"),
+        ("k=0:1:1e-9", "more than 100,000"),
+        ("k=0.0:1.0", "needs a step"),
+    ],
+)
+def test_an_axis_that_is_wrong_is_named(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        _ = given(text).points
+    assert "k" in str(caught.value)
+
+
+def test_combinations_and_their_settings() -> None:
+    width = axis("width", {"W4A8": {BITS: 4}, "W2A4": {BITS: 2, "quantization.output.bitwidth": 4}})
+    grid = (width, given("ptq.methods.gpfq.conv_scalar+linear_scalar=1.0,1.5"), given("seed=0,1"))
+    every = list(combinations(grid))
+    assert len(every) == 8
+    assert every[1] == {"width": "W4A8", "ptq.methods.gpfq.conv_scalar+linear_scalar": 1.0, "seed": 1}
+    config = applied(RunConfig(), settings(grid, every[-1]))
+    assert (config.quantization.weight.bits, config.quantization.output.bits, config.seed) == (2, 4, 1)
+    assert config.ptq.methods == (Choice("gpfq", {"conv_scalar": 1.5, "linear_scalar": 1.5}),)
+
+
+def test_a_parameter_goes_to_the_method_that_is_there() -> None:
+    base = applied(RunConfig(), {"ptq.methods": ["output_mse", {"gpfq": {"regularizer": "L1"}}]})
+    config = applied(base, {"ptq.methods.gpfq.lambda_": 0.5})
+    assert config.ptq.methods == (Choice("output_mse"), Choice("gpfq", {"regularizer": "L1", "lambda_": 0.5}))
+
+
+GRID = ((given("x=1..5"), given("y=a,b")),)
+TEN = Plan(GRID)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL server of our own, on a socket in a temporary folder."""
+    pytest.importorskip("psycopg", reason="the extra 'search' is not installed")
+    installed = [shutil.which("postgres"), *map(str, Path("/usr/lib/postgresql").glob("*/bin/postgres"))]
+    server = next((Path(p).resolve().parent for p in installed if p), None)
+    if server is None or not (server / "initdb").exists():
+        pytest.skip("no PostgreSQL server is installed")
+    user = ["runuser", "-u", "nobody", "--"] if os.geteuid() == 0 else []  # root is refused
+    if user and not shutil.which(user[0]):
+        pytest.skip("PostgreSQL does not run as root, and there is no runuser")
+    folder = Path(tempfile.mkdtemp(prefix="pow2quant-pg-"))  # another user may enter it
+    if user:
+        shutil.chown(folder, "nobody")
+    data, socket = folder / "data", f"-c listen_addresses= -c unix_socket_directories={folder} -c fsync=off"
+    made = [*user, server / "initdb", "-D", data, "-A", "trust", "-U", "study", "--no-sync"]
+    control = [*user, server / "pg_ctl", "-D", data, "-w", "-l", folder / "log"]
+    try:
+        subprocess.run(made, check=True, capture_output=True, cwd=folder)
+        subprocess.run([*control, "-o", socket, "start"], check=True, capture_output=True, cwd=folder)
+        yield f"postgresql://study@/postgres?host={folder}"
+    finally:
+        subprocess.run([*control, "-m", "immediate", "stop"], check=False, capture_output=True, cwd=folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'study.db'}"
+    return str(request.getfixturevalue("postgres"))
+
+
+@pytest.fixture
+def study(url: str, tmp_path: Path) -> partial[Ledger]:
+    return partial(Ledger, url, f"study-{tmp_path.name}", TEN, "fingerprint")
+
+
+WORKER = """
+import sys, time
+from pathlib import Path
+from pow2quant.study.ledger import Ledger, Plan
+from pow2quant.study.space import given
+url, name, log, dies = sys.argv[1:]
+ledger = Ledger(url, name, Plan(((given("x=1..5"), given("y=a,b")),)), "fingerprint")
+done = 0
+while (claim := ledger.claim()) is not None:
+    with open(log, "a") as file:
+        print("began", claim.number, file=file, flush=True)
+    if dies == "yes" and done == 2:
+        time.sleep(600)
+    time.sleep(0.05)
+    if ledger.finish(claim, {"by": dies}, float(claim.number)):
+        done += 1
+        with open(log, "a") as file:
+            print("ended", claim.number, file=file, flush=True)
+"""
+
+
+def test_of_two_workers_one_is_killed_and_no_trial_is_lost_or_done_twice(
+    url: str, study: partial[Ledger], tmp_path: Path
+) -> None:
+    """The killed one holds a trial: the other takes it over, in the same minute, and finishes all."""
+    log, name = tmp_path / "log", study.args[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", "-c", WORKER, url, name, str(log)]
+    doomed = subprocess.Popen([*command, "yes"], env=environment)
+    end = time.monotonic() + 60
+    while (log.read_text().count("began") if log.exists() else 0) < 3 and time.monotonic() < end:
+        time.sleep(0.05)
+    other = subprocess.Popen([*command, "no"], env=environment)
+    while log.read_text().count("began") < 5 and time.monotonic() < end:
+        time.sleep(0.02)
+    doomed.send_signal(signal.SIGKILL)
+    doomed.wait()
+    assert other.wait(60) == 0
+    assert subprocess.run([*command, "no"], env=environment, check=False).returncode == 0  # whatever the other left
+    entries = study().entries()
+    assert [e.number for e in entries] == list(range(10))
+    assert {e.state for e in entries} == {"complete"}
+    assert len({json.dumps(e.combination) for e in entries}) == 10
+    lines = log.read_text().split("\n")
+    ended = [line for line in lines if line.startswith("ended")]
+    assert len(ended) == len(set(ended)) == 10, "none finished twice"
+    (taken_over,) = (e for e in entries if e.attempts == 2)
+    assert lines.count(f"began {taken_over.number}") == 2
+    assert sum(e.result == {"by": "yes"} for e in entries) == 2
+
+
+def test_what_a_worker_has_lost_it_cannot_finish(study: partial[Ledger]) -> None:
+    """Its connection, and with it its lock, may be gone while it computes on."""
+    slow, other = study(), study()
+    claim = slow.claim()
+    slow.close()
+    assert other.claim() == claim
+    assert not slow.finish(claim, {}, 1.0)
+    assert other.finish(claim, {"mine": True}, 2.0)
+    assert [e.result for e in other.entries()] == [{"mine": True}]
+    other.close()
+
+
+def test_a_trial_that_kills_its_workers_fails_at_last(study: partial[Ledger]) -> None:
+    numbers = []
+    for _ in range(ATTEMPTS + 1):
+        ledger = study()
+        numbers.append(ledger.claim().number)
+        ledger.close()
+    assert numbers == [0] * ATTEMPTS + [1]
+    first = ledger.entries()[0]
+    assert (first.state, first.error) == ("failed", "its worker died 3 times")
+
+
+def test_a_study_of_another_kind_is_not_continued(url: str, study: partial[Ledger]) -> None:
+    study()
+    with pytest.raises(ConfigError, match="another study already"):
+        Ledger(url, study.args[1], TEN, "other")
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("mysql://host/db", "sqlite:///FILE or postgresql"),
+        ("sqlite:////nowhere/at/all/study.db", "nowhere"),
+        ("postgresql://user:secret@/db?host=/nowhere", "PostgreSQL cannot be used"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_one_clear_line(url: str, words: str) -> None:
+    if url.startswith("postgresql"):
+        pytest.importorskip("psycopg", reason="the extra 'search' is not installed")
+    with pytest.raises((ConfigError, OutputError), match=words) as caught:
+        Ledger(url, "name", TEN, "fingerprint")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_sampler_draws_within_the_ranges_and_repeats_itself(tmp_path: Path) -> None:
+    grid = ((given("n=2..8"), given("x=0.5:1.5"), given("r=1e-5:1e-2:log"), given("k=a,b")),)
+    found = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        url = f"sqlite:///{tmp_path / folder / 'study.db'}"
+        ledger = Ledger(url, "s", Plan(grid, trials=11, sampler="tpe", seed=3), "f")
+        while (claim := ledger.claim()) is not None:
+            ledger.finish(claim, {}, -abs(claim.combination["x"] - 1))
+        ledger.close()
+        found.append([e.combination for e in ledger.entries()])
+    assert found[0] == found[1]
+    assert len(found[0]) == 11
+    for drawn in found[0]:
+        assert drawn["n"] in range(2, 9)
+        assert 0.5 <= drawn["x"] <= 1.5
+        assert 1e-5 <= drawn["r"] <= 1e-2
+        assert drawn["k"] in ("a", "b")
+
+
+def test_a_lock_of_a_file_has_one_holder(tmp_path: Path) -> None:
+    one, two = (FileLock(tmp_path / "lock") for _ in range(2))
+    assert one.take()
+    assert not two.take()
+    one.free()
+    assert two.take()
+    two.free()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    save_file({k: v.contiguous() for k, v in models.digits_cnn().state_dict().items()}, path)
+    return path
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_goes_on_where_one_trial_fails_and_continues_where_it_stopped(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One width is not legal; a second call has nothing left to do; what is written is what was found."""
+    folder = tmp_path / "sweep"
+    command = ["sweep", "--weights", str(weights), "--grid", f"{BITS}=1..3", "--output", str(folder), *SHORT]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "1 is not legal" in printed
+    assert "2 finished, 1 failed" in printed
+    found = rows(folder)
+    assert [r["state"] for r in found] == ["failed", "complete", "complete"]
+    assert [r["weight_bits"] for r in found[1:]] == ["2", "3"]
+    for key in ("original_top1", "original_top5", "quantized_top1", "quantized_top5", "seed", "duration_seconds"):
+        assert float(found[1][key]) >= 0
+    assert (folder / "figure_bitwidth.png").read_bytes().startswith(b"\x89PNG")
+    before = (folder / "results.csv").read_bytes()
+    assert main([*command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [t["state"] for t in document["trials"]] == ["failed", "complete", "complete"]
+    assert document["best"]["weight_bits"] in (2, 3)
+    assert (folder / "results.csv").read_bytes() == before
+    again = tmp_path / "again"
+    assert main(["sweep", str(folder / "study.yaml"), "--output", str(again), "--quiet"]) == 0
+    same = [{k: v for k, v in r.items() if k != "duration_seconds"} for r in rows(again)]
+    assert same == [{k: v for k, v in r.items() if k != "duration_seconds"} for r in found]
+
+
+def test_a_sweep_in_processes_makes_whole_runs(weights: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    grid = ["--grid", "quantization.weight.per_channel=true,false", "--runs", "ptq", "--jobs", "2"]
+    assert main(["sweep", "--weights", str(weights), *grid, "--output", str(folder), *SHORT]) == 0
+    found = rows(folder)
+    assert [r["agrees"] for r in found] == ["True", "True"]
+    for row in found:
+        assert json.loads((Path(row["run"]) / "report.json").read_text())["final_accuracy"] == float(
+            row["quantized_top1"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "nothing to try"),
+        (["--grid", "quantization.weigth.bitwidth=2..4"], "did you mean weight"),
+        (["--grid", "ptq.methods.gpfq.scalar=1,2"], "ptq.methods.gpfq.scalar: unknown key"),
+        (["--grid", "seed=0,1", "--grid", "seed=2"], "varied twice"),
+        (["--grid", "seed=0,1", "--sampler", "grid"], "tpe, random"),
+        (["--grid", "seed=0,1", "--runs", "all"], "ptq, qat"),
+    ],
+)
+def test_a_sweep_that_cannot_begin_is_refused(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", *arguments, "--output", str(tmp_path / "sweep"), "--quiet"]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_the_study_in_the_repository_is_legal() -> None:
+    from pow2quant.study import sweep
+
+    study = sweep.read(ROOT / "configs" / "studies" / "gpfq.yaml", RunConfig())
+    sweep.check(study)
+    assert len(study.plan) == 8 + 21
+    first = applied(study.base, settings(study.plan.grids[0], {"bits": 1}))
+    assert first.ptq.methods == (Choice("gpfq", {"narrow": True}),)
+    assert space.settings(study.plan.grids[0], {"bits": 8}) == {BITS: 8}
