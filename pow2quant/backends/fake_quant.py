@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from pow2quant.pow2_constraints import Encoding
 Bound = float | Tensor
 
 Scale = float | Tensor
-"""A number, or one per channel, shaped for broadcasting."""
+"""A number, or one for each row of (rows, values), (rows, 1)."""
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -120,62 +121,80 @@ class FakeQuantize(nn.Module):
 
 # -- scales that are learned -------------------------------------------------------------------------------------------
 
+BLOCK = 1 << 17
+"""Values that are worked on at a time: they stay in a core's cache from the first operation to the last."""
 
-def fake_quantize(x: Tensor, scale: Scale, low: float, high: float) -> Tensor:
+
+def fake_quantize(x: Tensor, scale: Scale, low: float, high: float, out: Tensor | None = None) -> Tensor:
     """scale * clip(round(x / scale), low, high), half to even. x: any shape; low, high: grid less zero point."""
-    return (x * (1 / scale)).round_().clamp_(low, high).mul_(scale)
+    return torch.mul(x, 1 / scale, out=out).round_().clamp_(low, high).mul_(scale)
 
 
-def input_gradient(grad: Tensor, x: Tensor, scale: Scale, low: float, high: float) -> Tensor:
+def input_gradient(grad: Tensor, x: Tensor, scale: Scale, low: float, high: float, out: Tensor) -> Tensor:
     """dL/dx: the incoming gradient where nothing saturates, elsewhere 0 (LSQ, Esser et al. 2020, eq. 5)."""
-    ends: tuple[Any, Any] = ((low - 0.5) * scale, (high + 0.5) * scale)
+    ends = low - 0.5, high + 0.5
     if isinstance(scale, float):
-        passed: Tensor = torch.ops.aten.hardtanh_backward(grad, x, *ends)
-        return passed
-    passed = grad * ((x > ends[0]) & (x < ends[1]))
-    return passed
+        ends = ends[0] * scale, ends[1] * scale
+    else:
+        x = x * (1 / scale)
+    return torch.ops.aten.hardtanh_backward.grad_input(grad, x, *ends, grad_input=out)  # type: ignore[no-any-return]
 
 
-def scale_gradient(grad: Tensor, x: Tensor, quantized: Tensor, passed: Tensor, axis: int | None) -> Tensor:
-    """scale * dL/dscale, summed over what shares the scale: () or, along a channel axis, (C,).
+def scale_gradient(grad: Tensor, x: Tensor, quantized: Tensor, passed: Tensor) -> Tensor:
+    """scale * dL/dscale of every row of (rows, values), (rows,).
 
     Where nothing saturates, the derivative of the quantized value is round(x/s) - x/s, elsewhere the saturated code
-    (LSQ, eq. 3). Times s and the incoming gradient that is grad * quantized - passed * x, where `passed` is
-    `input_gradient`: two sums of products, without a further tensor.
+    (LSQ, eq. 3). Times s and the incoming gradient that is grad * quantized - passed * x, with `input_gradient`.
     """
-    if axis is None:
-        return _dot(grad, quantized) - _dot(passed, x)
-    return (grad * quantized - passed * x).sum([d for d in range(x.ndim) if d != axis])
+    if len(x) == 1 and x.dtype is not torch.bfloat16:
+        return torch.dot(grad[0], quantized[0]).sub_(torch.dot(passed[0], x[0])).view(1)
+    return (grad * quantized).addcmul_(passed, x, value=-1).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of products, without a copy where both are contiguous or both hold channels last."""
-    if a.dtype is torch.bfloat16:
-        return (a * b).sum(dtype=torch.float32)
-    if a.ndim == 4 and not a.is_contiguous():
-        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    return torch.dot(a.flatten(), b.flatten())
+def _blocks(scale: Scale, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+    """The scale, and views of tensors laid out alike, in blocks of (rows, values); a row has one scale."""
+    if tensors[0].ndim == 4 and not tensors[0].is_contiguous():
+        tensors = tuple(t.permute(0, 2, 3, 1) for t in tensors)
+    if isinstance(scale, float):
+        return ((scale, *views) for views in zip(*(t.view(1, -1).split(BLOCK, 1) for t in tensors), strict=True))
+    rows = [scale.view(-1, 1), *(t.view(scale.numel(), -1) for t in tensors)]
+    size = max(1, BLOCK // max(1, rows[1].shape[1]))
+    return zip(*(t.split(size) for t in rows), strict=True)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x without gaps, in one of the two layouts that convolutions know."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return x if last else x.contiguous()
 
 
 class _Learned(torch.autograd.Function):
-    """`learned`, as PyTorch wants it."""
+    """`learned`, as PyTorch wants it; scales are numbers, or stand along the first axis."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, parameter: Tensor, scale: Scale, ends: tuple[float, float], axis: int | None, slope: Any
-    ) -> Tensor:
-        quantized = fake_quantize(x, scale, *ends)
+    def forward(ctx: Any, x: Tensor, parameter: Tensor, scale: Scale, ends: tuple[float, float], slope: Any) -> Tensor:
+        quantized = torch.empty_like(x)
+        for part, x_part, out in _blocks(scale, x, quantized):
+            fake_quantize(x_part, part, *ends, out=out)
         ctx.save_for_backward(x, quantized)
-        ctx.options = scale, ends, axis, slope
+        ctx.options = scale, ends, slope, parameter.shape
         return quantized
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, quantized = ctx.saved_tensors
-        scale, ends, axis, slope = ctx.options
-        passed = input_gradient(grads[0], x, scale, *ends)
-        own = slope * scale_gradient(grads[0], x, quantized, passed, axis) if ctx.needs_input_grad[1] else None
-        return passed, own, None, None, None, None
+        scale, (low, high), slope, shape = ctx.options
+        passed = torch.empty_like(x)
+        grad = grads[0].contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
+        found = []
+        for part, g, y, q, out in _blocks(scale, grad, x, quantized, passed):
+            input_gradient(g, y, part, low, high, out)
+            if ctx.needs_input_grad[1]:
+                found.append(scale_gradient(g, y, q, out))
+        own = torch.cat(found) if found else None
+        if own is not None:
+            own = slope * (own if shape else own.sum())
+        return passed, own, None, None, None
 
 
 def learned(
@@ -183,7 +202,10 @@ def learned(
 ) -> Tensor:
     """`fake_quantize` with these gradients; the parameter's is slope * scale * dL/dscale.
 
-    parameter: what the scale follows from, () or along a channel axis (C,). slope: a number, or (C,).
+    x: any shape. parameter: what the scale follows from, () or (C,). scale: a number, or one per channel along `axis`,
+    (C,). ends: grid less zero point. slope: a number, or (C,).
     """
-    quantized: Tensor = _Learned.apply(x, parameter, scale, ends, axis, slope)
+    if axis:
+        return learned(x.transpose(0, axis), parameter, scale, ends, 0, slope).transpose(0, axis)
+    quantized: Tensor = _Learned.apply(_dense(x), parameter, scale, ends, slope)
     return quantized

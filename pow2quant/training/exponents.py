@@ -132,12 +132,13 @@ class Exponents:
             scale: Scale = self._numbers[place.start]
             ratio: Scale = scale / float(part.encoding.scale)
         else:
-            shape = [-1 if d == axis else 1 for d in range(x.ndim)]
-            scale = self._scales[place].view(shape)
+            scale = self._scales[place]
             ratio = (self.k - self.calibrated)[place].exp2()
-            values //= max(1, len(self._scales[place]))
+            values //= max(1, len(scale))
         slope = self.rule.slope(ratio, values, part.high)
-        scale = scale if factor is None else scale / factor
+        if factor is not None:
+            axis = int(np.argmax(factor.shape))
+            scale = scale / factor.flatten()
         return learned(x, part.parameter, scale, (part.low, part.high), axis, slope)
 
     def scale(self, name: str) -> Tensor:
