@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -151,15 +151,18 @@ def scale_gradient(grad: Tensor, x: Tensor, quantized: Tensor, passed: Tensor) -
     return (grad * quantized).addcmul_(passed, x, value=-1).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _blocks(scale: Scale, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
+def _blocks(scale: Scale, *tensors: Tensor) -> Iterable[tuple[Any, ...]]:
     """The scale, and views of tensors laid out alike, in blocks of (rows, values); a row has one scale."""
     if tensors[0].ndim == 4 and not tensors[0].is_contiguous():
         tensors = tuple(t.permute(0, 2, 3, 1) for t in tensors)
-    if isinstance(scale, float):
-        return ((scale, *views) for views in zip(*(t.view(1, -1).split(BLOCK, 1) for t in tensors), strict=True))
-    rows = [scale.view(-1, 1), *(t.view(scale.numel(), -1) for t in tensors)]
-    size = max(1, BLOCK // max(1, rows[1].shape[1]))
-    return zip(*(t.split(size) for t in rows), strict=True)
+    rows = [t.view(1 if isinstance(scale, float) else len(t), -1) for t in tensors]
+    scales = scale if isinstance(scale, float) else scale.view(-1, 1)
+    if rows[0].numel() <= BLOCK:
+        return ((scales, *rows),)
+    if isinstance(scales, float):
+        return ((scales, *views) for views in zip(*(t.split(BLOCK, 1) for t in rows), strict=True))
+    size = max(1, BLOCK // rows[0].shape[1])
+    return zip(*(t.split(size) for t in (scales, *rows)), strict=True)
 
 
 def _dense(x: Tensor) -> Tensor:

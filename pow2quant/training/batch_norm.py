@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from pow2quant.artifact import Site
 from pow2quant.backends.base import Simulation
 from pow2quant.backends.operators import weight_axis
 from pow2quant.backends.placement import Layer
+from pow2quant.training.exponents import Exponents
 
-MOMENTUM = 0.1
+MOMENTUM = 0.01
 """Share of a batch's statistics in the running ones."""
 
 LEAST = 2.0**-10
@@ -33,8 +35,8 @@ LEAST = 2.0**-10
 class Normalized:
     """A layer with its batch norm.
 
-    weight: not folded, (C_out, …) or, transposed, (C_in, C_out, …). gain, shift, mean, variance: (C_out,), the latter
-    two running. shape: of (C_out,) for broadcasting over the weight. least: of the gain.
+    weight: not folded, (C_out, …) or, transposed, (C_in, C_out, …); axis: its dimension C_out. gain, shift, mean,
+    variance: (C_out,), the latter two running; views of what `BatchNorms` holds, the shift excepted.
     """
 
     layer: Layer
@@ -44,7 +46,7 @@ class Normalized:
     mean: Tensor
     variance: Tensor
     eps: float
-    shape: tuple[int, ...]
+    axis: int
 
     def factor(self) -> Tensor:
         """s = gain / sqrt(variance + eps), (C_out,)."""
@@ -52,7 +54,7 @@ class Normalized:
 
     def folded_weight(self) -> Tensor:
         """w * s."""
-        return self.weight * self.factor().view(self.shape)
+        return self.weight * self.factor().view([-1 if d == self.axis else 1 for d in range(self.weight.ndim)])
 
     def folded_bias(self) -> Tensor:
         """shift - mean * s, (C_out,)."""
@@ -79,7 +81,7 @@ class Normalized:
 class BatchNorms:
     """The layers of a simulation whose batch norm is trained, by module.
 
-    live: whether they compute with the batch's statistics. statistics: all running means and variances, in one vector.
+    live: whether they compute with the batch's statistics. statistics: all running means and variances, (2, channels).
     """
 
     def __init__(self, sim: Simulation, weights: Collection[str]) -> None:
@@ -96,12 +98,17 @@ class BatchNorms:
         sizes = [len(sim.parameter(f"{y.module}.bias")) for y in layers]
         device = next(sim.model.parameters()).device
         self.statistics = torch.zeros(2, sum(sizes), device=device)
-        self._layers: dict[str, Normalized] = {}
-        for layer, part in zip(layers, self.statistics.split(sizes, 1), strict=True):
-            node = nodes[layer.module]
-            deviation, eps = node.meta["batch_norm"]
-            self._layers[layer.module] = _unfolded(sim, layer, node.meta["normal"][1] / deviation, part, eps)
-        self.least = [LEAST * y.gain.detach() for y in self._layers.values()]
+        self.statistics[1] = 1
+        self._gains = torch.ones(sum(sizes), device=device)
+        parts = zip(layers, self._gains.split(sizes), self.statistics.split(sizes, 1), strict=True)
+        self._layers = {y.module: _unfolded(sim, y, nodes[y.module], gain, *part) for y, gain, part in parts}
+        self._eps = torch.cat([torch.full_like(y.mean, y.eps) for y in self] or [self._gains])
+        self._sizes = sizes
+        self._least = LEAST * self._gains
+        self._factors: dict[str, Tensor] = {}
+
+    def __iter__(self) -> Iterator[Normalized]:
+        return iter(self._layers.values())
 
     def get(self, module: str) -> Normalized | None:
         """The layer of this name, if it is among them."""
@@ -109,7 +116,7 @@ class BatchNorms:
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained in place of the simulation's own weights and biases: weight, gain and shift of each."""
-        return [p for y in self._layers.values() for p in (y.weight, y.gain, y.shift)]
+        return [p for y in self for p in (y.weight, y.gain, y.shift)]
 
     def replaced(self) -> set[int]:
         """The ids of the simulation's own parameters that are not trained."""
@@ -118,7 +125,7 @@ class BatchNorms:
 
     def arrange(self, layout: torch.memory_format) -> None:
         """Lays out the weights of convolutions in memory."""
-        for layer in self._layers.values():
+        for layer in self:
             if layer.weight.ndim == 4:
                 layer.weight.data = layer.weight.data.contiguous(memory_format=layout)
 
@@ -151,10 +158,21 @@ class BatchNorms:
     def on_batches(self, live: bool) -> Iterator[None]:
         """Within it, outputs are normalized with their own statistics, if `live`."""
         self.live = live
+        if live:
+            factors = self._gains / torch.sqrt(self.statistics[1] + self._eps)
+            self._factors = dict(zip(self._layers, factors.split(self._sizes), strict=True))
         try:
             yield
         finally:
             self.live = False
+
+    def live_parameter(self, layer: Normalized, site: Site, exponents: Exponents | None) -> Tensor:
+        """What a live layer computes with: Q(w * s) / s (w, without exponents), and no bias."""
+        if site.role == "bias":
+            return torch.zeros_like(layer.mean)
+        if exponents is None:
+            return layer.weight
+        return exponents.quantize_scaled(site.name, layer.weight, self._factors[layer.layer.module], layer.axis)
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -171,13 +189,12 @@ class BatchNorms:
                 layer.center((mean - bias) / factor, variance / factor**2)
         finally:
             self._seen = None
-        self.least = [LEAST * y.gain.detach() for y in self._layers.values()]
+        self._least = LEAST * self._gains
 
     @torch.no_grad()
     def advance(self) -> None:
         """To be called when an optimizer has changed the parameters."""
-        for layer, least in zip(self._layers.values(), self.least, strict=True):
-            torch.maximum(layer.gain, least, out=layer.gain.data)
+        torch.maximum(self._gains, self._least, out=self._gains)
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -188,25 +205,20 @@ class BatchNorms:
 
 
 @torch.no_grad()
-def _unfolded(sim: Simulation, layer: Layer, factor: Tensor, statistics: Tensor, eps: float) -> Normalized:
-    """A layer with a batch norm of mean 0 and variance 1 that is folded to its weight and bias, to the bit.
+def _unfolded(
+    sim: Simulation, layer: Layer, node: fx.Node, gains: Tensor, means: Tensor, variances: Tensor
+) -> Normalized:
+    """A layer with a batch norm of mean 0 and variance 1 that folds to its weight and bias, to the bit.
 
-    factor: what folding multiplied its channels by, (C_out,); taken out of the weight but for the fraction beside a
-    power of two, because that loses no bit. statistics: (2, C_out), where the running ones go.
+    node: of the prepared network, which knows by what folding multiplied the channels. Of that, only the nearest power
+    of two is taken out of the weight, because that loses no bit. gains, means, variances: (C_out,), written into.
     """
     weight, bias = (sim.parameter(f"{layer.module}.{role}") for role in ("weight", "bias"))
     axis = weight_axis(sim.network.get_submodule(layer.module)) or 0
-    shape = tuple(-1 if d == axis else 1 for d in range(weight.ndim))
-    statistics[1] = 1
-    exponent = torch.where(factor > 0, factor, 1.0).log2().round().clamp(-60, 60)
-    power = exponent.exp2().to(bias)
-    return Normalized(
-        layer,
-        nn.Parameter(weight.detach() / power.view(shape)),
-        nn.Parameter(power * torch.sqrt(statistics[1] + eps)),
-        nn.Parameter(bias.detach().clone()),
-        statistics[0],
-        statistics[1],
-        eps,
-        shape,
-    )
+    deviation, eps = node.meta["batch_norm"]
+    factor = node.meta["normal"][1] / deviation
+    power = torch.where(factor > 0, factor, 1.0).log2().round().clamp(-60, 60).exp2().to(bias)
+    gains.copy_(power * torch.sqrt(variances + eps))
+    raw = weight / power.view([-1 if d == axis else 1 for d in range(weight.ndim)])
+    shift = nn.Parameter(bias.detach().clone())
+    return Normalized(layer, nn.Parameter(raw), nn.Parameter(gains), shift, means, variances, eps, axis)

@@ -118,28 +118,29 @@ class Exponents:
         if not np.array_equal(exact_exponent(np.array(self._numbers)), self.k.cpu().numpy()):
             raise AssertionError("a learned scale is not the power of two that it should be")
 
-    def quantize(self, name: str, x: Tensor, shares_batch: bool, factor: Tensor | None = None) -> Tensor:
-        """x on the site's grid as it is now. shares_batch: the first dimension of x counts samples.
-
-        factor: shaped for broadcasting; x times it is quantized, and divided by it again.
-        """
+    def quantize(self, name: str, x: Tensor, shares_batch: bool) -> Tensor:
+        """x on the site's grid as it is now. shares_batch: the first dimension of x counts samples."""
         part = self._parts[self._leaders[name]]
-        axis, place = part.encoding.axis, part.place
         values = x[0].numel() if shares_batch and len(x) else x.numel()
         if x.dtype is torch.float16 or part.encoding.grid.width > 8:  # bfloat16 holds codes of up to 8 bits
             x = x.float()
-        if axis is None:
-            scale: Scale = self._numbers[place.start]
-            ratio: Scale = scale / float(part.encoding.scale)
-        else:
-            scale = self._scales[place]
-            ratio = (self.k - self.calibrated)[place].exp2()
-            values //= max(1, len(scale))
-        slope = self.rule.slope(ratio, values, part.high)
-        if factor is not None:
-            axis = int(np.argmax(factor.shape))
-            scale = scale / factor.flatten()
-        return learned(x, part.parameter, scale, (part.low, part.high), axis, slope)
+        scale, slope = self._now(part, values)
+        return learned(x, part.parameter, scale, (part.low, part.high), part.encoding.axis, slope)
+
+    def quantize_scaled(self, name: str, weight: Tensor, factor: Tensor, axis: int) -> Tensor:
+        """The weight times a factor for each channel along `axis`, (C,), on the site's grid, divided by the factor."""
+        part = self._parts[self._leaders[name]]
+        scale, slope = self._now(part, weight.numel())
+        return learned(weight, part.parameter, scale / factor, (part.low, part.high), axis, slope)
+
+    def _now(self, part: _Part, values: int) -> tuple[Scale, Any]:
+        """Scale and slope of a site: numbers, or one per channel, (C,). values: how many share them altogether."""
+        if part.encoding.axis is None:
+            scale = self._numbers[part.place.start]
+            return scale, self.rule.slope(scale / float(part.encoding.scale), values, part.high)
+        ratio = (self.k - self.calibrated)[part.place].exp2()
+        scales = self._scales[part.place]
+        return scales, self.rule.slope(ratio, values // max(1, len(scales)), part.high)
 
     def scale(self, name: str) -> Tensor:
         """The site's scales as they are now, () or (C,)."""

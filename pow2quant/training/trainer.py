@@ -28,7 +28,7 @@ from pow2quant.config import TrainingConfig
 from pow2quant.datasets import Data
 from pow2quant.errors import ConfigError, TrainingError
 from pow2quant.training import checkpoint, curves, schedule
-from pow2quant.training.batch_norm import BatchNorms, Normalized
+from pow2quant.training.batch_norm import BatchNorms
 from pow2quant.training.curves import Epoch
 from pow2quant.training.exponents import Exponents
 from pow2quant.training.processes import Processes
@@ -177,7 +177,7 @@ class Trainer:
             x = self.norms.output(norm, x)
         elif norm is not None:
             if self.norms.live:
-                return self._unfolded(site, norm)
+                return self.norms.live_parameter(norm, site, self.exponents if site.name in self.active else None)
             x = norm.folded_weight() if site.role == "weight" else norm.folded_bias()
         if site.role == "bias":
             return self._on_lattice(site.name, x)
@@ -186,14 +186,6 @@ class Trainer:
         return (
             self.exponents.quantize(site.name, x, site.role != "weight") if site.name in self.exponents else quantized
         )
-
-    def _unfolded(self, site: Site, norm: Normalized) -> Tensor:
-        """What a layer computes with in front of a live batch norm: Q(w * s) / s, and no bias."""
-        if site.role == "bias":
-            return torch.zeros_like(norm.shift)
-        if site.name not in self.active:
-            return norm.weight
-        return self.exponents.quantize(site.name, norm.weight, False, norm.factor().detach().view(norm.shape))
 
     def _on_lattice(self, name: str, bias: Tensor) -> Tensor:
         """A bias in units of s_in * s_w as they are now, where both are quantized; the gradient passes unchanged."""
