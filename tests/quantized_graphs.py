@@ -97,6 +97,45 @@ def residual_network(add_zero_point=0, seed=0):
     return g.artifact(y)
 
 
+def ternary(rng, shape, negative=0, positive=0):
+    """Random integers of -2^negative, 0 and 2^positive, each a number or one per output channel; all three occur."""
+    codes = rng.integers(-1, 2, shape)
+    codes.reshape(-1)[:3] = -1, 0, 1
+    low, high = (np.broadcast_to(s, shape[0]).reshape(-1, *[1] * (len(shape) - 1)) for s in (negative, positive))
+    return np.where(codes > 0, 1 << high, np.where(codes < 0, -(1 << low), 0))
+
+
+def ternary_network(bits=8, signed=False, shifted=True, seed=0):
+    """Ternary layers of every kind: dense, strided, grouped, depthwise, 1x1 and linear; shifts where `shifted`.
+
+    bits, signed: of the activations.
+    """
+    rng = np.random.default_rng(seed)
+
+    def weights(*shape):
+        negative, positive = rng.integers(0, 3, (2, shape[0])) * shifted
+        return ternary(rng, shape, negative, positive)
+
+    def grid(k):
+        return encoding(k + 8 - bits, 0 if signed else 2 ** (bits - 1) - 2, bits, signed)
+
+    width = 4 if shifted else 2
+    g = Graph()
+    x = g.input("x", (6, 9, 17), grid(-4))
+    x = g.layer("Conv", "wide", x, weights(6, 6, 3, 3), rng.integers(-99, 99, 6), grid(0), k=[-3, -2, -4, -3, -5, -1],
+                bits=width, pads=[1] * 4)  # fmt: skip
+    x = g.layer("Conv", "depthwise", x, weights(6, 1, 3, 2), rng.integers(-99, 99, 6), grid(1), k=[-1] * 6, bits=width,
+                group=6, pads=[1, 0, 1, 1])  # fmt: skip
+    x = g.layer("Conv", "grouped", x, weights(8, 3, 3, 3), rng.integers(-99, 99, 8), grid(2), k=[-1] * 8, bits=width,
+                group=2, strides=[2, 2], pads=[1] * 4)  # fmt: skip
+    x = g.layer("Conv", "pointwise", x, weights(33, 8, 1, 1), None, grid(2), k=-1, bits=width)
+    x = g.layer("Conv", "long", x, weights(7, 33, 3, 3), None, grid(3), k=-1, bits=width)
+    x = g.node("GlobalAveragePool", "mean", [x], grid(1))
+    x = g.node("Flatten", "flat", [x], grid(1))
+    y = g.layer("Gemm", "fc", x, weights(5, 7), rng.integers(-9, 9, 5), grid(1), k=[-1] * 5, bits=width, transB=1)
+    return g.artifact(y)
+
+
 class _Grower:
     """Grows a random network, node by node, on grids that its values neither saturate nor leave empty."""
 
@@ -130,6 +169,8 @@ class _Grower:
             return None
         weights = self.rng.integers(-128, 128, (out, 1 if depthwise else c, *size))
         exponents = self.rng.integers(-8, -6, out)
+        if self.rng.integers(3) == 0:
+            weights = 16 * ternary(self.rng, (*weights.shape, 3), *self.rng.integers(0, 3, (2, out)))[..., 0]
         bias = self.rng.integers(-(2**11), 2**11, out)
         spread = np.log2(64 * np.sqrt(weights[0].size)) - 7
         args = {"k": exponents, "pads": pads, "group": c if depthwise else 1}

@@ -23,7 +23,7 @@ from pow2quant.integer.pack import sample_codes
 from pow2quant.plugins import resolve
 from pow2quant.pow2_constraints.arithmetic import requantize, shift_round
 from pow2quant.validation import c99, ort
-from tests.quantized_graphs import Graph, encoding, networks, residual_network
+from tests.quantized_graphs import Graph, encoding, networks, residual_network, ternary_network
 from tests.test_engine import OPERATIONS, integers
 
 pytestmark = pytest.mark.skipif(c99.compiler() is None, reason="needs a C compiler")
@@ -80,6 +80,29 @@ def layers(bits, signed, seed=0):
 @pytest.mark.parametrize("bits", [2, 4, 7, 8, 12, 16])
 def test_width(bits, signed):
     assert differing(layers(bits, signed)) == {}
+
+
+@pytest.mark.parametrize("shifted", [False, True], ids=["codes", "shifted"])
+@pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_ternary_weights(bits, signed, shifted):
+    artifact = ternary_network(bits, signed, shifted)
+    for level in ("-O0 -DTILE=1", "-O1 -DTILE=32"):
+        assert differing(artifact, flags=(*STRICT, *level.split())) == {}
+
+
+def test_ternary_weights_take_two_bits_and_are_never_multiplied():
+    program = lower(ternary_network(shifted=False))
+    texts = code(program)
+    words = {
+        name: int(count) for name, count in re.findall(r"uint8_t (layer\d+_\w+_weight)\[(\d+)\]", texts["weights.h"])
+    }
+    weights = [step.weight for step in program.steps if hasattr(step, "weight")]
+    assert sorted(words.values()) == sorted(len(w) * -(-w[0].size // 4) for w in weights)
+    assert not re.search(r"\bint8_t \w+_weight\[", texts["weights.h"])
+    kernels = re.sub(r"/\*.*?\*/", "", texts["kernels.h"], flags=re.DOTALL)
+    assert not re.search(r"\* *\(?weight|weight\[[^]]*\] *\*|\bcode \*|\* code", kernels)
+    assert "up - " in kernels
 
 
 def test_sums_of_64_bits():
@@ -183,9 +206,12 @@ def test_the_folder_stands_alone(written, tmp_path, compiler):
 
 
 @needs_make
-@pytest.mark.parametrize("build", ["residual network", "4 bits", "16 bits", *("two outputs", "transposed, grouped")])
+@pytest.mark.parametrize(
+    "build", ["residual network", "4 bits", "16 bits", "ternary", *("two outputs", "transposed, grouped")]
+)
 def test_sanitizers_find_nothing(build, tmp_path):
-    artifact = layers(int(build[:2]), True) if build.endswith("bits") else OPERATIONS[build]()
+    made = {"ternary": ternary_network, **OPERATIONS}
+    artifact = layers(int(build[:2]), True) if build.endswith("bits") else made[build]()
     folder = export_c(artifact, tmp_path / "c")
     flags = f"{' '.join(STRICT)} -O1 {SANITIZED}"
     probe = tmp_path / "probe.c"

@@ -37,17 +37,17 @@ class Method(Protocol):
     def apply(self, sim: Simulation, batches: list[Tensor]) -> None: ...
 
 
-def narrow(plan: QuantPlan) -> QuantPlan:
+def narrow(plan: QuantPlan, bits: int = 4) -> QuantPlan:
     assert plan.weight is not None
-    return replace(plan, weight=replace(plan.weight, bits=4))
+    return replace(plan, weight=replace(plan.weight, bits=bits))
 
 
-def simulation(backend: str, plan: QuantPlan) -> tuple[Simulation, list[Tensor]]:
-    """The conformance suite's network: transposed, depthwise, shared and tied layers, two results; 4-bit weights."""
+def simulation(backend: str, plan: QuantPlan, bits: int) -> tuple[Simulation, list[Tensor]]:
+    """The conformance suite's network: transposed, depthwise, shared and tied layers, two results."""
     if backend == "aimet":
         pytest.importorskip("aimet_torch", reason="the extra 'aimet' is not installed")
     batches = [conformance._batch(), conformance._batch(4, 2)]
-    sim: Simulation = plugins.resolve("backends", backend)(conformance._prepared(), batches[0], narrow(plan))
+    sim: Simulation = plugins.resolve("backends", backend)(conformance._prepared(), batches[0], narrow(plan, bits))
     sim.calibrate(batches)
     return sim, batches
 
@@ -59,7 +59,7 @@ def made(name: str) -> Method:
 
 
 def applied(name: str, backend: str, plan: QuantPlan) -> tuple[Simulation, list[Tensor]]:
-    sim, batches = simulation(backend, plan)
+    sim, batches = simulation(backend, plan, 2 if name == "ternary" else 4)
     made(name).apply(sim, batches)
     return sim, batches
 
@@ -78,8 +78,15 @@ def digits() -> list[Tensor]:
     return [x for x, _ in islice(datasets.load(DataConfig()).calibration, 8)]
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        pytest.param(name, plan, id=f"{name}-{key}")
+        for name in METHODS
+        for key, plan in PLANS.items()
+        if (name, key) != ("ternary", "free")  # an error, as tests/test_ternary.py shows
+    ],
+)
 def test_a_method_leaves_a_complete_table_that_loads_and_exports(name: str, plan: QuantPlan) -> None:
     sim, batches = applied(name, "custom", plan)
     table = sim.encodings()
@@ -92,7 +99,7 @@ def test_a_method_leaves_a_complete_table_that_loads_and_exports(name: str, plan
 
 
 @pytest.mark.parametrize("plan", [PLANS["w4a8"], PLANS["free"]], ids=["w4a8", "free"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "ternary"])  # which takes levels away
 def test_a_method_brings_a_trained_network_nearer_to_float(
     name: str, plan: QuantPlan, weights: str, digits: list[Tensor]
 ) -> None:

@@ -13,11 +13,11 @@ from pow2quant.errors import OutputError, UnsupportedModelError
 from pow2quant.integer import ops
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.lower import lower
-from pow2quant.integer.pack import Word, export_integers
+from pow2quant.integer.pack import Word, _stream, export_integers
 from pow2quant.integer.pack_readme import KINDS
 from pow2quant.plugins import resolve
 from pow2quant.validation.ort import optimized, plain
-from tests.quantized_graphs import Graph, encoding, residual_network
+from tests.quantized_graphs import Graph, encoding, residual_network, ternary_network
 
 # A reader of the pack. It knows what README.md says and nothing of pow2quant.
 
@@ -29,7 +29,10 @@ class Reader:
         self.tensors = self.program["tensors"]
 
     def array(self, entry):
-        return np.load(self.folder / entry["npy"]).astype(object)  # Python's integers
+        codes = np.load(self.folder / entry["npy"]).astype(object)  # Python's integers
+        for channel, (a, b) in enumerate(entry.get("shifts", ())):  # a ternary weight
+            codes[channel] = np.where(codes[channel] > 0, 1 << b, codes[channel] << a)
+        return codes
 
     def run(self, inputs):
         """Codes of one sample by input name -> codes of every tensor."""
@@ -123,6 +126,15 @@ def read_mem(path, entry):
     return signed.reshape(entry["shape"])
 
 
+def read_bin(path, entry):
+    bits = np.unpackbits(np.fromfile(path, np.uint8), bitorder="little")[
+        : np.prod(entry["shape"], dtype=int) * entry["bits"]
+    ]
+    words = bits.reshape(-1, entry["bits"]).astype(object) @ np.array([2**i for i in range(entry["bits"])], object)
+    signed = words - 2 ** entry["bits"] * (words >> (entry["bits"] - 1)) if entry["signed"] else words
+    return signed.reshape(entry["shape"])
+
+
 def arrays(value):
     """Every description of a file in program.json."""
     if isinstance(value, dict):
@@ -177,14 +189,41 @@ def test_a_function_a_concatenation_and_constants_are_in_the_pack_too(tmp_path):
     np.testing.assert_array_equal(artifact.encodings[y].dequantize(values[y].astype(np.int64)), expected[0])
 
 
-def test_mem_and_npy_hold_the_same_words(pack):
+@pytest.mark.parametrize("shifted", [False, True])
+def test_ternary_weights_take_two_bits_and_the_files_still_compute_the_network(shifted, tmp_path):
+    artifact = ternary_network(shifted=shifted)
+    pack = Reader(export_integers(artifact, tmp_path / "p", samples=1))
+    weights = [step["weight"] for step in pack.program["steps"] if "weight" in step]
+    assert [entry["bits"] for entry in weights] == [2] * 6
+    assert all(("shifts" in entry) == shifted for entry in weights)
+    for entry in weights:
+        assert (pack.folder / entry["bin"]).stat().st_size == -(-np.prod(entry["shape"]) // 4)
+        np.testing.assert_array_equal(np.unique(np.load(pack.folder / entry["npy"])), [-1, 0, 1])
+        if shifted:
+            np.testing.assert_array_equal(pack.array(entry["shifts_file"]), entry["shifts"])
+    golden = {name: pack.array(t["golden"]) for name, t in pack.tensors.items()}
+    values = pack.run({"x": golden["x"][0]})
+    for name in golden:
+        np.testing.assert_array_equal(values[name], golden[name][0], err_msg=name)
+    (expected,) = plain(to_qdq(artifact)).run([artifact.encodings["x"].dequantize(golden["x"].astype(np.int64))])
+    y = pack.program["outputs"][0]
+    np.testing.assert_array_equal(artifact.encodings[y].dequantize(golden[y].astype(np.int64)), expected)
+
+
+def test_words_without_gaps_begin_with_the_lowest_bit():
+    assert _stream(np.array([1, 0, -1, 1]), Word(2, True)) == b"\x71"
+    assert _stream(np.array([1, 5, 7]), Word(3, False)) == bytes([0b11101001, 0b1])
+
+
+def test_all_three_files_hold_the_same_words(pack):
     found = list(arrays(pack.program))
     assert len(found) > 20
     for entry in found:
         np.testing.assert_array_equal(read_mem(pack.folder / entry["mem"], entry), pack.array(entry))
+        np.testing.assert_array_equal(read_bin(pack.folder / entry["bin"], entry), pack.array(entry))
     assert len({entry["npy"].lower() for entry in found}) == len(found)
     files = {str(p.relative_to(pack.folder)) for p in pack.folder.rglob("*") if p.is_file()}
-    named = {entry[key] for entry in found for key in ("npy", "mem")}
+    named = {entry[key] for entry in found for key in ("npy", "mem", "bin")}
     assert files == named | {"program.json", "certificate.json", "README.md"}
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from pow2quant.integer.nodes import Window
     from pow2quant.integer.program import Ints, Program, Requantization, Step, Tensor
+    from pow2quant.integer.ternary import Ternary
 
 BLOCK = 64
 """So many sums are held at a time, on the stack."""
@@ -69,9 +70,10 @@ class Layer:
     """One step of a program, and what its function needs.
 
     spare: bytes that the memory has left over while the step runs.
-    body: of the function, whose parameters are the inputs ("x", or "x0", "x1", …), "y" and where asked for "patches";
+    body: of the function, whose parameters are the inputs ("x", or "x0", "x1", …), "y" and the scratch memory;
     empty for a view. sums: the type of its sums. overwrites: inputs whose memory the result may take, because every
-    code is read before the one at its place is written. scratch: memory it needs besides, (name, type, count). flash:
+    code is read before the one at its place is written. scratch: memory it needs besides, (name, type, count); the
+    parameter is the name's last word. flash:
     bytes of its constants.
     """
 
@@ -130,6 +132,46 @@ class Layer:
         self.flash += array.values.nbytes
         self.source.arrays.append(array)
         return array
+
+    def ternary(self, weight: Ternary) -> str:
+        """The arrays of a ternary weight: its packed codes, and its shifts or 0."""
+        packed = self.typed_array("weight", weight.packed())
+        if not weight.is_shifted:
+            return f"{packed.name}, 0"
+        shifts = np.stack([weight.negative, weight.positive], 1).astype(np.int8)
+        return f"{packed.name}, {self.typed_array('shifts', shifts).name}"
+
+    def planes(self, window: Window, channels: int) -> tuple[str, str]:
+        """The declarations of `planes` and `taps`, for a convolution that only adds; and the type of its list.
+
+        It has scratch memory, "map" and "list": see `templates/planes.c.j2`. The map takes a quarter of what the layer
+        reads and writes, and what else is there (`spare`); at least what one row of the result needs.
+        """
+        x = self.input(0)
+        (sy, sx), (dy, dx), (kh, kw) = window.strides, window.dilations, window.kernel
+        count_y, count_x = min(sy, (kh - 1) * dy + 1), min(sx, (kw - 1) * dx + 1)
+        wide = window.result[1] + (kw - 1) * dx // sx
+
+        def high(lines: int) -> int:
+            return lines + (kh - 1) * dy // sy
+
+        room = (x.size + self.output.size) // 4 + self.spare // x.dtype.itemsize
+        lines = window.result[0]
+        while lines > 1 and channels * count_y * count_x * high(lines) * wide > room:
+            lines -= 1
+        size = count_y * count_x * high(lines) * wide
+        taps = [
+            ((i * dy % sy * count_x + j * dx % sx) * high(lines) + i * dy // sy) * wide + j * dx // sx
+            for i in range(kh)
+            for j in range(kw)
+        ]
+        kind: np.dtype[np.integer[Any]] = np.dtype("uint16" if channels * size < 2**16 else "int32")
+        self.scratch += [(f"{self.name} map", x.dtype, channels * size + BLOCK)]
+        self.scratch += [(f"{self.name} list", kind, channels * kh * kw)]
+        names = ("lines", "count_y", "count_x", "high", "wide", "size")
+        values = dict(zip(names, (lines, count_y, count_x, high(lines), wide, size), strict=True))
+        declared = f"static const int32_t taps[] = {{{', '.join(map(str, taps))}}};"
+        return f"{_declared('Planes', 'planes', values)}\n{declared}", f"{kind}_t"
 
     def patches(self, window: Window, channels: int) -> tuple[str, int]:
         """Scratch memory for the patches under a window, and how many it holds; and for the columns under as many.

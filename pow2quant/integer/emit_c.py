@@ -256,7 +256,7 @@ class Source:
         parameters.append(f"{ctype(output)} *y")
         arguments = [self.pointer(t) for t in computed] + [self.pointer(output)]
         for name, dtype, _ in layer.scratch:
-            parameters.append(f"{dtype}_t *patches")
+            parameters.append(f"{dtype}_t *{name.rpartition(' ')[2]}")
             arguments.append(self._in_arena(self.memory.spots[name], dtype))
         rule = getattr(step, "requantization", None)
         shift = "" if rule is None else " … ".join(map(str, sorted({int(rule.shift.min()), int(rule.shift.max())})))

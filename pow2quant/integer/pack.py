@@ -1,7 +1,8 @@
 """The integer pack: a program as files for people who build hardware.
 
-`program.json` says what is computed, every array of integers lies beside it as `.npy` and as `.mem` (hexadecimal words
-for Verilog's `$readmemh`), and so do the inputs and the results of every step for a few samples. Nothing else is needed
+`program.json` says what is computed, every array of integers lies beside it as `.npy`, as `.mem` (hexadecimal words
+for Verilog's `$readmemh`) and as `.bin` (without gaps: ternary weights take two bits), and so do the inputs and the
+results of every step for a few samples. Nothing else is needed
 to compute the network: the test reads these files alone.
 """
 
@@ -22,6 +23,7 @@ from pow2quant.integer.lower import lower
 from pow2quant.integer.pack_readme import readme
 from pow2quant.integer.program import Requantization
 from pow2quant.integer.run import trace
+from pow2quant.integer.ternary import Ternary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,7 +46,7 @@ def export_integers(artifact: Artifact, folder: Path, *, samples: int = SAMPLES,
     with staged(folder, PROGRAM) as staging:
         pack = _Pack(staging, artifact, samples)
         document = {
-            "format": "pow2quant integers 1",
+            "format": "pow2quant integers 2",
             "inputs": list(program.inputs),
             "outputs": list(program.outputs),
             "samples": samples,
@@ -139,7 +141,9 @@ class _Pack:
         assert is_dataclass(step)
         for field in fields(step):
             value = getattr(step, field.name)
-            if isinstance(value, np.ndarray):
+            if field.name == "weight" and (ternary := Ternary.of(value)) is not None:
+                value = self._ternary(ternary, step.node)
+            elif isinstance(value, np.ndarray):
                 word = self._word(program, step, field.name, value)
                 value = self._array(f"parameters/{_plain(step.node)}.{field.name}", value, word, step.node)
             elif isinstance(value, Requantization) and value.shift.ndim:
@@ -148,6 +152,16 @@ class _Pack:
             entry[field.name] = _plain_types(value)
         bound = step.bound(program)
         return entry | {"accumulator": {"bound": bound, "bits": bound.bit_length() + 1}}
+
+    def _ternary(self, weight: Ternary, node: str) -> dict[str, Any]:
+        """The codes in two bits; and, where they are not the integers themselves, both shifts of every channel."""
+        name = f"parameters/{_plain(node)}.weight"
+        entry = self._array(name, weight.codes, Word(2, signed=True), node)
+        if weight.is_shifted:
+            shifts = np.stack([weight.negative, weight.positive], 1)
+            file = self._array(f"{name}_shifts", shifts, Word.of(shifts, 2), node)
+            entry |= {"shifts": shifts.tolist(), "shifts_file": file}
+        return entry
 
     def _word(self, program: Program, step: Step, field: str, values: NDArray[Any]) -> Word:
         if field == "weight":
@@ -160,7 +174,7 @@ class _Pack:
         return Word.of(values)
 
     def _array(self, name: str, values: NDArray[Any], word: Word, title: str) -> dict[str, Any]:
-        """Writes `name`.npy and `name`.mem and returns what program.json says about them."""
+        """Writes `name`.npy, `name`.mem and `name`.bin, and returns what program.json says about them."""
         unique, count = name, 1
         while unique.lower() in self.taken:
             count += 1
@@ -174,7 +188,8 @@ class _Pack:
             kind = "two's complement" if word.signed else "unsigned"
             file.write(f"// {_ascii(title)}: {shape} words of {word.bits} bits, {kind}, the last index runs fastest\n")
             file.writelines(_words(values, word))
-        files = {"npy": f"{unique}.npy", "mem": f"{unique}.mem"}
+        path.with_name(f"{path.name}.bin").write_bytes(_stream(values, word))
+        files = {kind: f"{unique}.{kind}" for kind in ("npy", "mem", "bin")}
         return files | {"shape": list(values.shape), "bits": word.bits, "signed": word.signed}
 
 
@@ -182,6 +197,12 @@ def _words(values: NDArray[Any], word: Word) -> Iterator[str]:
     """One line of hexadecimal digits for every value."""
     codes = values.ravel().astype(np.int64) & ((1 << word.bits) - 1)
     return map(f"%0{word.digits}x\n".__mod__, codes.tolist())
+
+
+def _stream(values: NDArray[Any], word: Word) -> bytes:
+    """All words without gaps, the lowest bit of each first, in the lowest free bit of the byte."""
+    bits = values.ravel().astype(np.int64)[:, None] >> np.arange(word.bits) & 1
+    return np.packbits(bits.astype(np.uint8), bitorder="little").tobytes()
 
 
 def _plain(name: str) -> str:

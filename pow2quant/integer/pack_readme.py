@@ -47,11 +47,19 @@ here is needed to compute the network. A test of pow2quant does so from these fi
 | `golden/` | the codes of every tensor, inputs and results of every step among them, for {samples} samples |
 | `certificate.json` | for every layer and channel the largest accumulator, also for hardware that sums raw codes |
 
-Every array lies here twice, in the same order, the last index fastest:
+Every array lies here three times, in the same order, the last index fastest:
 
 - `.npy` for numpy, in the narrowest type.
 - `.mem` for `$readmemh`: a comment with name, width and shape, then one word of `bits` bits per line in
   ceil(bits / 4) hexadecimal digits, two's complement where `signed`. -3 in 4 bits is `d`.
+- `.bin` for memories: the same words of `bits` bits one behind the other without gaps, the lowest bit of each first, in
+  the lowest free bit of the byte. In 2 bits, 1, 0, -1 and 1 are the byte `0x71`.
+
+Weights of -2^a, 0 and 2^b only, with an a and a b for every output channel (the first dimension), are ternary: the
+array holds the codes -1, 0 and 1 in 2 bits. Where the weights are other integers, `shifts` lists (a, b) of every
+channel, and `shifts_file` is the same as an array: code 1 stands for 1 << b, code -1 for -(1 << a). Without `shifts`
+the codes are the weights. Nothing has to be multiplied: accumulator = (sum of x - zero where the code is 1) << b, less
+the same with -1 and a, + bias.
 
 Shapes are those of one sample; golden arrays have the samples in front.
 

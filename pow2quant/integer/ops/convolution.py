@@ -13,6 +13,7 @@ from pow2quant.integer.c_layer import BLOCK, LANES, ctype, folded
 from pow2quant.integer.nodes import Window, attribute, title
 from pow2quant.integer.ops.copy import Copy, Part
 from pow2quant.integer.program import exact_kind
+from pow2quant.integer.ternary import Ternary
 
 if TYPE_CHECKING:
     import onnx
@@ -66,6 +67,8 @@ class Convolution:
         depthwise = self.weight.shape[1] == 1
         bias, bound = (self.bias, self.bound(layer.program)) if depthwise else folded(self.weight, self.bias, x)
         a, length = layer.accumulator(bound, self.requantization), self.weight[0].size
+        if (ternary := Ternary.of(self.weight)) is not None:
+            return self._emit_ternary(layer, ternary, bias, a)
         rows = self.weight if depthwise else self.weight.transpose(0, 3, 1, 2)  # (C_out, width, C_in, height)
         weight = layer.array("weight", rows, zeros=0 if depthwise else -length % LANES)
         offset = layer.array("bias", bias, least="int32")
@@ -76,14 +79,27 @@ class Convolution:
             numbers = f"{outputs}, {x.zero}, {weight.name}, {offset.name}, &rule, {max(1, BLOCK // window.result[1])}"
             call = f"{kernel}(x, y, &window, {numbers});"
             return f"{declared}\n{rule}\n{call}"
-        plain = (window.kernel, window.strides, *window.before) == ((1, 1), (1, 1), 0, 0)
-        if plain and window.size == window.result:  # one long row
-            row = (1, math.prod(window.size))
-            window = replace(window, size=row, result=row)
+        window = _one_row(window)
         kernel, declared = layer.kernel("convolution", **types), layer.window(window, self.weight.shape[1])
         patches, block = layer.patches(window, self.weight.shape[1])
         arguments = f"{self.groups}, {outputs}, {x.zero}, {weight.name}, {offset.name}, &rule, {patches}, {block}"
         return f"{declared}\n{rule}\n{kernel}(x, y, &window, {arguments});"
+
+    def _emit_ternary(self, layer: Layer, ternary: Ternary, bias: Ints, sums: str) -> str:
+        """The body with kernels that add and subtract. bias, sums: as for those that multiply."""
+        x, outputs = layer.input(0), len(self.weight) // self.groups
+        arrays, offset = layer.ternary(ternary), layer.array("bias", bias, least="int32")
+        types = {"x": ctype(x), "b": offset.ctype, "a": sums, "y": ctype(layer.output)}
+        rule, weights = layer.rule(self.requantization), f"{x.zero}, taps, {arrays}, {offset.name}, &rule"
+        if self.weight.shape[1] == 1:
+            kernel, declared = layer.kernel("ternary_depthwise", **types), layer.window(self.window, self.groups)
+            numbers = f"{outputs}, {x.zero}, {arrays}, {offset.name}, &rule, {max(1, BLOCK // self.window.result[1])}"
+            return f"{declared}\n{rule}\n{kernel}(x, y, &window, {numbers});"
+        window = _one_row(self.window)
+        planes, kind = layer.planes(window, self.weight.shape[1])
+        kernel = layer.kernel("ternary_convolution", **types, l=kind)
+        declared = f"{layer.window(window, self.weight.shape[1])}\n{planes}\n{rule}"
+        return f"{declared}\n{kernel}(x, y, &window, &planes, {self.groups}, {outputs}, {weights}, map, list);"
 
     def bound(self, program: Program) -> int:
         """See `Step.bound`."""
@@ -150,6 +166,13 @@ def lower_transposed(graph: Lowering, node: onnx.NodeProto, output: str, low: fl
     graph.steps.append(Copy(node.name or output, (x.name,), name, (part,), fill=spaced.zero))
     window = Window.of(_dilated(dilations), mirrored.shape[2:], sizes)
     _add(graph, node, name, output, mirrored, encoding, window, low, high)
+
+
+def _one_row(window: Window) -> Window:
+    """A window of one place over the whole map, seen as one long row; another stays as it is."""
+    plain = (window.kernel, window.strides, *window.before) == ((1, 1), (1, 1), 0, 0)
+    row = (1, math.prod(window.size))
+    return replace(window, size=row, result=row) if plain and window.size == window.result else window
 
 
 def _dilated(dilations: list[int]) -> onnx.NodeProto:

@@ -11,6 +11,7 @@ from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_layer import ctype, folded
 from pow2quant.integer.nodes import attribute, title
 from pow2quant.integer.program import exact_kind
+from pow2quant.integer.ternary import Ternary
 
 if TYPE_CHECKING:
     import onnx
@@ -48,12 +49,19 @@ class Dense:
         x, result = layer.input(0), layer.output
         bias, bound = folded(self.weight, self.bias, x)
         a = layer.accumulator(bound, self.requantization)
-        weight, folded_bias = layer.array("weight", self.weight), layer.array("bias", bias, least="int32")
-        types = {"x": ctype(x), "w": weight.ctype, "b": folded_bias.ctype, "a": a, "y": ctype(result)}
+        types = {"x": ctype(x)}
+        if (ternary := Ternary.of(self.weight)) is not None:
+            name, arrays = "ternary_dense", layer.ternary(ternary)
+        else:
+            weight = layer.array("weight", self.weight)
+            name, arrays = "dense", weight.name
+            types["w"] = weight.ctype
+        folded_bias = layer.array("bias", bias, least="int32")
         outputs, length = self.weight.shape
-        dense, rule = layer.kernel("dense", **types), layer.rule(self.requantization)
+        dense = layer.kernel(name, **types, b=folded_bias.ctype, a=a, y=ctype(result))
+        rule = layer.rule(self.requantization)
         sizes = f"{x.size // length}, {length}, {outputs}"
-        return f"{rule}\n{dense}(x, y, {sizes}, {weight.name}, {folded_bias.name}, &rule);"
+        return f"{rule}\n{dense}(x, y, {sizes}, {arrays}, {folded_bias.name}, &rule);"
 
     def bound(self, program: Program) -> int:
         """See `Step.bound`."""

@@ -1,0 +1,214 @@
+"""Ternary weights: the papers' equations worked by hand and against brute force, and what becomes of them in files."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pow2quant import config, pipeline
+from pow2quant.adapters.onnx_qdq import from_qdq, load
+from pow2quant.backends import conformance
+from pow2quant.config import QuantPlan, RunConfig, TensorSpec, with_values
+from pow2quant.errors import ConfigError
+from pow2quant.integer.ternary import Ternary as Integers
+from pow2quant.methods.ternary import (
+    APART,
+    RULES,
+    Ternary,
+    binary,
+    encoding_of,
+    mean_beyond,
+    nearest_exponent,
+    optimal,
+    rows_of,
+    ttq,
+    ttq_threshold,
+    twn,
+    twn_threshold,
+)
+from pow2quant.plugins import resolve
+
+ROW = torch.tensor([[0.9, -0.6, 0.5, -0.2, 0.1, 0.0, 0.3, -1.0]])  # E|w| = 0.45
+random_rows = st.integers(0, 2**32 - 1).map(
+    lambda seed: torch.from_numpy(np.random.default_rng(seed).normal(0, 2.0, (3, 40)).astype(np.float32))
+)
+
+
+def error(rows: Tensor, values: Tensor) -> Tensor:
+    return (rows.double() - values.double()).square().sum(1)
+
+
+def test_twn_by_hand() -> None:
+    """Delta = 0.7 * 0.45 = 0.315 leaves 0.9, 0.6, 0.5 and 1, of mean 0.75: as far from 2^-1 as from 2^0."""
+    assert twn_threshold(ROW).item() == pytest.approx(0.315)
+    assert mean_beyond(ROW, torch.tensor([0.315])).item() == pytest.approx(0.75)
+    levels = twn(ROW)
+    assert levels.codes(ROW).tolist() == [[1, -1, 1, 0, 0, 0, 0, -1]]
+    assert levels.values(torch.tensor([[5.0, 0.31, -0.32]])).abs().tolist() == [[1.0, 0.0, 1.0]]
+
+
+def test_ttq_by_hand() -> None:
+    """t max|w| = 0.05: positive 0.9, 0.5, 0.1 and 0.3, of mean 0.45; negative 0.6, 0.2 and 1, of mean 0.6."""
+    assert ttq_threshold(ROW).item() == pytest.approx(0.05)
+    assert mean_beyond(ROW, torch.tensor([0.05]), 1).item() == pytest.approx(0.45)
+    assert mean_beyond(ROW, torch.tensor([0.05]), -1).item() == pytest.approx(0.6)
+    levels = ttq(torch.cat([ROW, ROW.clamp_min(0) / 4 + ROW.clamp_max(0)]))
+    assert levels.b.tolist() == [-1, -3]  # the second row's threshold is 0.05, of 0.225, 0.125, 0.025 and 0.075
+    assert levels.a.tolist() == [-1, -1]
+    assert levels.values(ROW.repeat(2, 1))[1].tolist() == [0.125, -0.5, 0.125, -0.5, 0.125, 0, 0.125, -0.5]
+
+
+def test_binary_by_hand() -> None:
+    """E|w| = 0.45 is nearest to 2^-1."""
+    assert binary(ROW).values(ROW).tolist() == [[0.5, -0.5, 0.5, -0.5, 0.5, 0.0, 0.5, -0.5]]
+
+
+@pytest.mark.parametrize(("magnitude", "k"), [(1.0, 0), (1.49, 0), (1.5, 1), (0.74, -1), (0.75, 0), (3.1, 2)])
+def test_the_nearest_power_of_two(magnitude: float, k: int) -> None:
+    assert nearest_exponent(torch.tensor(magnitude)).item() == k
+
+
+@settings(max_examples=40)
+@given(random_rows)
+def test_no_other_power_of_two_is_better_for_the_threshold(rows: Tensor) -> None:
+    for made in (twn(rows), binary(rows)):
+        mine = error(rows, made.values(rows))
+        for k in range(-8, 6):
+            assert (mine <= error(rows, made.codes(rows) * 2.0**k) + 1e-6).all()
+
+
+@settings(max_examples=25)
+@given(random_rows, st.sampled_from([1.0, 0.3, 0.03, 0.0]))
+def test_no_other_pair_within_reach_is_better_for_ttqs_threshold(rows: Tensor, share: float) -> None:
+    rows = rows.clamp_min(0) * share + rows.clamp_max(0)
+    made = ttq(rows)
+    assert ((made.a - made.b).abs() <= APART).all()
+    codes, mine = made.codes(rows), error(rows, made.values(rows))
+    for a, b in product(range(-9, 5), repeat=2):
+        if abs(a - b) <= APART:
+            other = torch.where(codes > 0, 2.0**b, torch.where(codes < 0, -(2.0**a), 0.0))
+            assert (mine <= error(rows, other) + 1e-6).all()
+
+
+@settings(max_examples=25)
+@given(random_rows)
+def test_optimal_is_the_least_error_of_all_thresholds_and_powers(rows: Tensor) -> None:
+    mine = error(rows, optimal(rows).values(rows))
+    for row, least in zip(rows, mine, strict=True):
+        for threshold, k in product(row.abs().tolist(), range(-7, 5)):
+            values = row.sign() * (row.abs() >= threshold) * 2.0**k
+            assert least <= error(row[None], values[None]) + 1e-6
+
+
+def test_a_channel_far_below_the_others_is_noise() -> None:
+    rows = torch.stack([torch.ones(8), torch.full((8,), 2.0**-30), torch.zeros(8)])
+    for rule in RULES.values():
+        levels = rule(rows)
+        assert levels.a.tolist() == levels.b.tolist() == [0, -16, -16]
+        assert levels.values(rows).tolist() == [[1.0] * 8, [0.0] * 8, [0.0] * 8]
+
+
+def test_the_common_grid_has_as_many_bits_as_the_codes_need() -> None:
+    for a, b, bits in [(0, 0, 2), (1, 0, 2), (2, 0, 3), (0, 1, 3), (0, 2, 4), (-7, -5, 4)]:
+        made = encoding_of(torch.tensor([float(a)]), torch.tensor([float(b)]), None)
+        assert (made.grid.bits, int(made.exponent)) == (bits, min(a, b))
+        values = np.array([-(2.0**a), 0, 2.0**b], np.float32)
+        np.testing.assert_array_equal(made.fake_quantize(values), values)
+    made = encoding_of(torch.tensor([1.0, -3.0]), torch.tensor([0.0, -1.0]), 0)
+    assert (made.grid.bits, made.exponent.tolist(), made.axis) == (4, [0, -3], 0)
+
+
+# -- the method --------------------------------------------------------------------------------------------------------
+
+
+def plan(**changes: object) -> QuantPlan:
+    weight = {"bits": 2, "symmetric": True, "per_channel": True, **changes}
+    return QuantPlan(TensorSpec(**weight), *(TensorSpec(8, symmetric=False),) * 2, TensorSpec(32, symmetric=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("backend", ["custom", "aimet"])
+def test_weights_lie_on_the_levels_of_each_channel_and_layers_of_8_bits_stay(rule: str, backend: str) -> None:
+    if backend == "aimet":
+        pytest.importorskip("aimet_torch")
+    batch = conformance._batch()
+    chosen = plan()
+    named = next(
+        y.module for y in resolve("backends", backend)(conformance._prepared(), batch, chosen).placement.layers
+    )
+    assert chosen.weight is not None
+    wide = {"weight": TensorSpec(8, symmetric=True, per_channel=True)}
+    chosen = QuantPlan(chosen.weight, chosen.input, chosen.output, chosen.bias, ((named, wide),))
+    sim = resolve("backends", backend)(conformance._prepared(), batch, chosen)
+    sim.calibrate([batch])
+    before = {y.module: sim.parameter(f"{y.module}.weight").detach().clone() for y in sim.placement.layers}
+    Ternary(rule).apply(sim, [batch])
+    for layer in sim.placement.layers:
+        assert layer.weight is not None
+        weight, encoding = sim.parameter(layer.weight.name).detach(), sim.encodings()[layer.weight.name]
+        assert torch.equal(weight, before[layer.module]) == (layer.module == named)
+        if layer.module == named:
+            assert encoding.grid.bits == 8
+            continue
+        codes = rows_of(torch.from_numpy(encoding.quantize(weight.numpy())), layer.axis)
+        assert Integers.of(codes.numpy()) is not None
+        np.testing.assert_array_equal(encoding.fake_quantize(weight.numpy()), weight.numpy())
+        assert encoding.grid.width <= 4
+
+
+def test_one_scale_for_the_tensor_and_a_free_scale() -> None:
+    batch = conformance._batch()
+    sim = resolve("backends", "custom")(conformance._prepared(), batch, plan(per_channel=False))
+    sim.calibrate([batch])
+    Ternary("twn").apply(sim, [batch])
+    for layer in sim.placement.layers:
+        assert layer.weight is not None
+        assert len(sim.parameter(layer.weight.name).abs().unique()) <= 2
+    sim = resolve("backends", "custom")(conformance._prepared(), batch, plan(power_of_2=False))
+    sim.calibrate([batch])
+    with pytest.raises(ConfigError, match=r"\.weight: ternary weights are powers of two"):
+        Ternary().apply(sim, [batch])
+
+
+def test_a_wrong_rule_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"methods\.ternary\.rule: \"twm\" is not legal; legal: one of binary"):
+        config.parameters(Ternary, {"rule": "twm"}, "ptq.methods.ternary")
+
+
+@pytest.mark.parametrize("rule", ["twn", "ttq"])
+def test_all_executors_agree_on_a_ternary_network(rule: str, tmp_path: Path) -> None:
+    values = {
+        "quantization.weight.bitwidth": 2,
+        "quantization.overrides": {"conv1": {"weight": {"bitwidth": 8}}, "fc": {"weight": {"bitwidth": 8}}},
+        "ptq.methods": [{"ternary": {"rule": rule}}],
+        "ptq.calibration_batches": 4,
+        "ptq.max_eval_batches": 4,
+    }
+    result = pipeline.ptq(with_values(RunConfig(), values), tmp_path / "run")
+    assert result.agrees
+    assert len(result.agreements) >= 4
+    sizes = {t.name: len(t.raw_data) for t in load(tmp_path / "run" / "model.onnx").graph.initializer}
+    artifact = from_qdq(load(tmp_path / "run" / "model.onnx"))
+    for tensor in artifact.model.graph.initializer:
+        if tensor.name.endswith("conv2.weight"):
+            assert sizes[f"{tensor.name}_quantized"] == -(-np.prod(tensor.dims) // 2)  # int4
+
+
+# -- integers ----------------------------------------------------------------------------------------------------------
+
+
+def test_integers_are_taken_for_ternary_only_where_they_are() -> None:
+    made = Integers.of(np.array([[-4, 0, 1, 1], [0, 2, 0, 2], [0, 0, 0, 0], [-1, 1, -1, 1]]))
+    assert made is not None
+    assert made.codes.tolist() == [[-1, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0], [-1, 1, -1, 1]]
+    assert (made.negative.tolist(), made.positive.tolist()) == ([2, 0, 0, 0], [0, 1, 0, 0])
+    assert made.packed().tolist() == [[0b01010011], [0b01000100], [0], [0b01110111]]
+    for other in ([[3, 0]], [[1, 2]], [[-1, -2]], [[1, 0], [6, 6]]):
+        assert Integers.of(np.array(other)) is None
