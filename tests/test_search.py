@@ -258,9 +258,8 @@ def test_the_trace_of_a_quadratics_hessian_is_known() -> None:
     x = torch.zeros(5, requires_grad=True)
     y = torch.ones(3, requires_grad=True)
     loss = 0.5 * x @ a @ x + (torch.tensor([1.0, 2.0, 3.0]) * y**2).sum() + x[:3] @ y
-    every = [torch.tensor(z) * 2.0 - 1 for z in itertools.product((0.0, 1.0), repeat=8)]  # the expectation is exact
-    found = traces(loss, [x, y], [(z[:5], z[5:]) for z in every])
-    assert found.tolist() == pytest.approx([a.trace().item(), 12.0], abs=1e-4)
+    every = [[torch.tensor(z) * 2.0 - 1 for z in itertools.product((0.0, 1.0), repeat=n)] for n in (5, 3)]
+    assert traces(loss, [x, y], every) == pytest.approx([a.trace().item(), 12.0], abs=1e-4)  # the whole expectation
 
 
 def test_the_divergence_of_two_distributions_by_hand() -> None:

@@ -53,7 +53,7 @@ def search(
     ] = None,
     candidates: Annotated[
         str, Option(help="For weights: widths from 2 to 16, float16, float32; with commas between.")
-    ] = "2,3,4,6,8",
+    ] = "2,3,4,5,6,8",
     activation_candidates: Annotated[
         str | None, Option(help="For activations, 2 to 16; without it they keep the configuration's width.")
     ] = None,

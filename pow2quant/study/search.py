@@ -52,7 +52,7 @@ class Request:
 
     objective: str = "size"
     constraints: tuple[Constraint, ...] = ()
-    weights: tuple[str, ...] = ("2", "3", "4", "6", "8")
+    weights: tuple[str, ...] = ("2", "3", "4", "5", "6", "8")
     outputs: tuple[str, ...] = ()
     metric: str = "kl"
     batches: int = 4
@@ -135,7 +135,11 @@ def search(
 
 @dataclass
 class Search:
-    """A search at work. problem: the integer program, its quantity `loss` included. points: by plan."""
+    """A search at work.
+
+    problem: the integer program; its quantity `loss` comes with the sensitivities. simulations: by role and candidate.
+    points: by plan.
+    """
 
     request: Request
     job: Job
@@ -147,6 +151,7 @@ class Search:
     initial: float
     random_state: torch.Tensor
     progress: Progress
+    simulations: dict[tuple[str, str], Simulation] = field(default_factory=dict)
     points: dict[tuple[str, ...], Point] = field(default_factory=dict)
 
     @classmethod
@@ -171,7 +176,8 @@ class Search:
         work.problem = Problem(names, quantities)
         work._check_costs()
         work.initial = job.accuracy(job.model)
-        work._measure()
+        work._quantize()
+        work.measure(request.metric)
         return work
 
     def job_of(self, plan: Plan) -> Job:
@@ -296,9 +302,8 @@ class Search:
                 )
             within[c.quantity] = min(c.value, within.get(c.quantity, c.value))
 
-    def _measure(self) -> None:
-        """The sensitivities, and the accuracies of uniform widths on the way."""
-        simulations: dict[tuple[str, str], Simulation] = {}
+    def _quantize(self) -> None:
+        """A simulation for every candidate, and the accuracies of uniform widths on the way."""
         wanted = [
             (role, name)
             for role in ("weight", "output")
@@ -307,20 +312,19 @@ class Search:
         ]
         for role, name in self.progress.track(wanted, "quantizing with every candidate", len(wanted)):
             plan = uniform(self.groups, role, name)
-            simulations[role, name] = sim = self.quantized(self.job_of(plan))
+            self.simulations[role, name] = sim = self.quantized(self.job_of(plan))
             if role == "weight":
                 self._add(plan, f"uniform {name}", sim)
-        device = self.job.device
-        batches = [(x.to(device), y.to(device)) for x, y in islice(self.job.data.calibration, self.request.batches)]
-        measurement = Measurement(
-            self.groups,
-            simulations,
-            batches,
-            criterion_of(self.job.config.training),
-            self.job.config.seed,
-            self.progress,
-        )
-        self.sensitivities = measurement.table(self.request.metric)
+
+    def measure(self, metric: str) -> None:
+        """Takes sensitivities by a metric as what is predicted to be lost."""
+        job, device = self.job, self.job.device
+        batches = [(x.to(device), y.to(device)) for x, y in islice(job.data.calibration, self.request.batches)]
+        criterion = criterion_of(job.config.training)
+        if isinstance(criterion, torch.nn.Module):
+            criterion.to(device)
+        measurement = Measurement(self.groups, self.simulations, batches, criterion, job.config.seed, self.progress)
+        self.sensitivities = measurement.table(metric)
         loss = Quantity({name: _falling(list(row.values())) for name, row in self.sensitivities.items()}, {})
         self.problem = replace(self.problem, quantities={**self.problem.quantities, "loss": loss})
         self.points = {key: replace(p, loss=self.problem.value("loss", p.plan)) for key, p in self.points.items()}

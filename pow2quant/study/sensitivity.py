@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,18 +31,20 @@ def kl_divergence(logits: Tensor, expected: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum()
 
 
-def traces(loss: Tensor, tensors: Sequence[Tensor], probes: Iterable[Sequence[Tensor]]) -> Tensor:
-    """Every tensor's trace of the Hessian, (len(tensors),): the mean of z^T H z (Hutchinson 1990).
+def traces(loss: Tensor, tensors: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]) -> list[float]:
+    """The trace of every tensor's own block of the Hessian: the mean of z^T H z (Hutchinson 1990).
 
-    probes: for every estimate a z for each tensor, of independent +1 and -1. One pass serves all tensors: what the
-    others add to z^T H z has mean zero.
+    probes: for every tensor its z, of independent +1 and -1. One tensor after the other: a z for all at once would cost
+    less, but what the blocks beside the diagonal add to z^T H z then has mean zero and a far greater variance.
     """
     grads = torch.autograd.grad(loss, tensors, create_graph=True, materialize_grads=True)
-    found = []
-    for z in probes:
-        hz = torch.autograd.grad(grads, tensors, z, retain_graph=True, materialize_grads=True)
-        found.append(torch.stack([(a.double() * b.double()).sum() for a, b in zip(z, hz, strict=True)]))
-    return torch.stack(found).mean(0)
+
+    def form(grad: Tensor, x: Tensor, z: Tensor) -> float:
+        (hz,) = torch.autograd.grad(grad, x, z, retain_graph=True, materialize_grads=True)
+        return float((z.double() * hz.double()).sum())
+
+    each = zip(grads, tensors, probes, strict=True)
+    return [sum(form(grad, x, z) for z in own) / len(own) if grad.requires_grad else 0.0 for grad, x, own in each]
 
 
 @dataclass(frozen=True)
@@ -121,17 +123,16 @@ class Measurement:
         sim = next(iter(self.simulations.values()))
         generator = torch.Generator().manual_seed(self.seed)
         sites = [s for g in self.groups if g.is_open for s in g.sites]
-        sums = torch.zeros(len(sites), dtype=torch.float64)
-        for x, labels in self.progress.track(self.batches, "traces of the Hessian", len(self.batches)):
+        sums = dict.fromkeys(sites, 0.0)
+        for images, labels in self.progress.track(self.batches, "traces of the Hessian", len(self.batches)):
             tensors: dict[str, Tensor] = {}
             with sim.intercept(_recording(sim, tensors)):
-                loss = self.criterion(_logits(sim.model, x), labels)
+                loss = self.criterion(_logits(sim.model, images), labels)
             chosen = [tensors[s] for s in sites]
-            probes = [[_rademacher(t, generator) for t in chosen] for _ in range(PROBES)]
-            sizes = [t.numel() if s.endswith(".weight") else t[0].numel() for s, t in zip(sites, chosen, strict=True)]
-            sums += traces(loss, chosen, probes).cpu() / torch.tensor(sizes)
-        mean = dict(zip(sites, (sums / len(self.batches)).tolist(), strict=True))
-        return {g.name: {s: mean[s] for s in g.sites} for g in self.groups if g.is_open}
+            probes = [[_rademacher(t, generator) for _ in range(PROBES)] for t in chosen]
+            for s, x, trace in zip(sites, chosen, traces(loss, chosen, probes), strict=True):
+                sums[s] += trace / (x.numel() if s.endswith(".weight") else x[0].numel()) / len(self.batches)
+        return {g.name: {s: sums[s] for s in g.sites} for g in self.groups if g.is_open}
 
     @torch.no_grad()
     def _squared_errors(self, group: Group, sim: Simulation) -> dict[str, float]:
@@ -153,8 +154,8 @@ class Measurement:
         return {name: value / images for name, value in sums.items()}
 
 
-PROBES = 4
-"""Probes of the Hessian for every batch."""
+PROBES = 2
+"""Probes of every tensor's Hessian for every batch."""
 
 
 def only(sites: Sequence[str], sim: Simulation) -> Tap:
