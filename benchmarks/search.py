@@ -23,8 +23,7 @@ from pow2quant import config as configuration
 from pow2quant.cli.console import Console
 from pow2quant.config import RunConfig
 from pow2quant.study.candidates import uniform
-from pow2quant.study.limits import parse
-from pow2quant.study.search import Request, Search
+from pow2quant.study.search import Search
 
 
 @torch.inference_mode()
@@ -68,12 +67,15 @@ def main() -> None:
         "ptq.calibration_batches": options.calibration_batches,
         "ptq.methods": options.method,
         "ptq.max_eval_batches": 1,
+        "search.objective": "accuracy",
+        "search.constraints": ["average_bits=16"],
+        "search.candidates": list(dict.fromkeys([*options.candidates, *options.uniform])),
+        "search.sensitivity": options.sensitivity[0],
+        "search.sensitivity_batches": options.sensitivity_batches,
     }
     base = configuration.load(options.config) if options.config else RunConfig()
     config = configuration.with_values(base, {key: value for key, value in values.items() if value is not None})
-    weights = tuple(dict.fromkeys([*options.candidates, *options.uniform]))
-    request = Request("accuracy", (parse("average_bits=16"),), weights, metric=options.sensitivity[0])
-    work = Search.start(config, request, Console())
+    work = Search.start(config, Console())
     exact = hits(work.job.model, work, options.test_batches)
     print(f"float: {100 * exact.mean():.2f} % of {len(exact)}\n")
     print("| plan | kB | bits | accuracy | against float | against uniform |\n|---|---|---|---|---|---|", flush=True)
@@ -90,7 +92,7 @@ def main() -> None:
     for width in options.uniform:
         show(width, uniform(work.groups, "weight", width), None)
     for metric in options.sensitivity:
-        if metric != request.metric:
+        if metric != options.sensitivity[0]:
             work.measure(metric)
         for bits in options.average_bits:
             plan = work.problem.least("loss", {"average_bits": float(bits)})

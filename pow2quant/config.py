@@ -39,6 +39,8 @@ EXPONENTS = ("tqt", "lsq", "fixed")
 BATCH_NORMS = ("live", "folded")
 KEEPS = ("last", "best")
 PRECISIONS = ("float32", "bfloat16", "float16")
+OBJECTIVES = ("size", "bops", "latency", "accuracy")
+SENSITIVITIES = ("kl", "loss", "sqnr", "hessian")
 
 
 class Choice(NamedTuple):
@@ -110,6 +112,17 @@ def _write_methods(methods: tuple[Choice, ...]) -> Any:
     return [{name: _plain(parameters)} if parameters else name for name, parameters in methods]
 
 
+def _read_names(value: Any) -> tuple[str, ...]:
+    """A list of `4` and `float16`."""
+    if not isinstance(value, list) or not all(isinstance(v, int | str) and not isinstance(v, bool) for v in value):
+        raise TypeError
+    return tuple(str(v) for v in value)
+
+
+def _write_names(value: tuple[str, ...]) -> Any:
+    return [int(name) if name.isdigit() else name for name in value]
+
+
 _COUNT = integer(1)
 _TEXT = Legal(lambda: "text", lambda v: bool(v))
 _CHOICE = Legal(
@@ -124,6 +137,16 @@ _METHODS = Legal(
 _RATE = finite("a number above 0", lambda v: v > 0)
 _DECAY = finite("a number from 0 up", lambda v: v >= 0)
 _SHARE = finite("a number from 0 to 1", lambda v: 0 <= v <= 1)
+_OBJECTIVE = one_of(lambda: OBJECTIVES)
+_SENSITIVITY = one_of(lambda: SENSITIVITIES)
+_CONSTRAINTS = Legal(
+    lambda: "a list of accuracy=0.88, accuracy_drop=0.5%, size=0.5MB, average_bits=5.2, bops=1.2G, latency=1.5ms",
+    read=_read_names,
+)
+_CANDIDATES = Legal(
+    lambda: "a list of at least one of 2 to 16, float16, float32", lambda v: bool(v), _read_names, _write_names
+)
+_ACTIVATION_CANDIDATES = Legal(lambda: "a list of widths from 2 to 16", read=_read_names, write=_write_names)
 _MODE = one_of(lambda: MODES)
 _EXPONENTS = one_of(lambda: EXPONENTS)
 _PRECISION = one_of(lambda: PRECISIONS)
@@ -308,6 +331,26 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class SearchConfig:
+    """A search for mixed precision. objective: what becomes small, or `accuracy`, which becomes large.
+
+    constraints: bounds, from below on accuracy, from above on all else. candidates: of weights; activation_candidates:
+    of activations, which keep their width where there are none. sensitivity: how a single tensor's loss is measured, on
+    so many calibration batches (sensitivity_batches). points: plans along the front that are quantized and evaluated.
+    latency_table: YAML of a chip; null: measured in onnxruntime where a latency is asked for.
+    """
+
+    objective: Annotated[str, _OBJECTIVE] = "size"
+    constraints: Annotated[tuple[str, ...], _CONSTRAINTS] = ()
+    candidates: Annotated[tuple[str, ...], _CANDIDATES] = ("2", "3", "4", "5", "6", "8")
+    activation_candidates: Annotated[tuple[str, ...], _ACTIVATION_CANDIDATES] = ()
+    sensitivity: Annotated[str, _SENSITIVITY] = "kl"
+    sensitivity_batches: Annotated[int, _COUNT] = 4
+    points: Annotated[int, _COUNT] = 6
+    latency_table: Annotated[str | None, _TEXT] = None
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run. `RunConfig()` is the embedded default: digits, 8-bit weights and activations, 32-bit biases."""
 
@@ -316,6 +359,7 @@ class RunConfig:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     ptq: PtqConfig = PtqConfig()
     training: TrainingConfig = TrainingConfig()
+    search: SearchConfig = SearchConfig()
     backend: Annotated[str, _BACKEND] = "custom"
     seed: Annotated[int, _SEED] = 0
     device: Annotated[str, _DEVICE] = "cpu"

@@ -395,6 +395,7 @@ def _absolute(config: RunConfig) -> RunConfig:
         model=model,
         training=replace(t, **parts),
         data=replace(config.data, dataset=own(config.data.dataset), path=absolute(config.data.path)),
+        search=replace(config.search, latency_table=absolute(config.search.latency_table)),
     )
 
 

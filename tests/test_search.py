@@ -25,7 +25,7 @@ from pow2quant.study import costs, latency, limits
 from pow2quant.study.candidates import configured, groups_of, uniform
 from pow2quant.study.front import Point, front, table
 from pow2quant.study.program import Problem, Quantity
-from pow2quant.study.sensitivity import METRICS, Measurement, kl_divergence, only, traces
+from pow2quant.study.sensitivity import Measurement, kl_divergence, only, traces
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -290,7 +290,7 @@ def test_sensitivities_grow_as_widths_shrink_and_are_zero_for_floats(backend: st
         sim.parameter("conv.bias").data.add_(1)  # as a method might; the float network elsewhere must not notice
         sim.calibrate((), roles={"bias"})
     measurement = Measurement(groups, simulations, [(x, labels)], nn.CrossEntropyLoss(), 0)
-    for metric in METRICS:
+    for metric in configuration.SENSITIVITIES:
         table = measurement.table(metric)
         assert set(table) == {g.name for g in groups}
         assert all(row.get("float32", 0.0) == 0.0 for row in table.values())
@@ -397,7 +397,7 @@ def test_another_chip_gives_another_plan_and_both_are_in_time(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--objective", "speed"], ["objective", "latency"]),
+        (["--objective", "speed"], ["search.objective", "latency"]),
         (["--objective", "size"], ["needs a constraint on the accuracy"]),
         (["--objective", "accuracy", "--constraint", "accuracy=0.9"], ["needs a constraint on a cost"]),
         (["--constraint", "accuracy=0.9", "--candidates", "2,bf16"], ["bf16", "float32"]),

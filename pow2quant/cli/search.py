@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pow2quant.cli.commands import show_run
@@ -43,8 +42,11 @@ if TYPE_CHECKING:
 @app.command(epilog="Example: pow2quant search --objective size --constraint accuracy_drop=1% --candidates 2,4,8")
 def search(
     objective: Annotated[
-        str, Option(help="What to make small: size, bops (bit operations) or latency; or accuracy, to make it large.")
-    ] = "size",
+        str | None,
+        Option(
+            help="What to make small: size (the default), bops (bit operations) or latency; or accuracy, made large."
+        ),
+    ] = None,
     constraint: Annotated[
         list[str] | None,
         Option(
@@ -52,20 +54,20 @@ def search(
         ),
     ] = None,
     candidates: Annotated[
-        str, Option(help="For weights: widths from 2 to 16, float16, float32; with commas between.")
-    ] = "2,3,4,5,6,8",
+        str | None, Option(help="For weights: widths from 2 to 16, float16, float32; default: 2,3,4,5,6,8.")
+    ] = None,
     activation_candidates: Annotated[
         str | None, Option(help="For activations, 2 to 16; without it they keep the configuration's width.")
     ] = None,
     sensitivity: Annotated[
-        str, Option(help="kl (of the logits), loss, sqnr (of the logits), or hessian (HAWQ-V2).")
-    ] = "kl",
+        str | None, Option(help="kl (of the logits, the default), loss, sqnr (of the logits), or hessian (HAWQ-V2).")
+    ] = None,
     max_sensitivity_batches: Annotated[
-        int, Option(min=1, help="Calibration batches on which sensitivities are measured.")
-    ] = 4,
-    points: Annotated[int, Option(min=1, help="Plans along the front that are verified.")] = 6,
+        int | None, Option(help="Measure sensitivities on so many calibration batches; default: 4.")
+    ] = None,
+    points: Annotated[int | None, Option(help="Plans along the front that are verified; default: 6.")] = None,
     latency_table: Annotated[
-        Path | None, Option(help="YAML of a chip; without it, a latency is measured in onnxruntime, on one thread.")
+        str | None, Option(help="YAML of a chip; without it, a latency is measured in onnxruntime, on one thread.")
     ] = None,
     backend: Backend = None,
     model: Model = None,
@@ -98,34 +100,30 @@ def search(
         "ptq.calibration_batches": max_calibration_batches,
         "ptq.max_eval_batches": max_eval_batches,
         "ptq.methods": [] if method == ["none"] else method or None,
+        "search.objective": objective,
+        "search.constraints": constraint or None,
+        "search.candidates": _listed(candidates),
+        "search.activation_candidates": _listed(activation_candidates),
+        "search.sensitivity": sensitivity,
+        "search.sensitivity_batches": max_sensitivity_batches,
+        "search.points": points,
+        "search.latency_table": latency_table,
         "encodings_version": encodings_version,
         "seed": seed,
         "device": device,
     }
     chosen = configured(config, values)
     console = console_of(verbose, quiet, as_json)
-    from pow2quant.study.limits import parse
-    from pow2quant.study.search import Request
     from pow2quant.study.search import search as run
 
-    request = Request(
-        objective=objective,
-        constraints=tuple(parse(text) for text in constraint or ()),
-        weights=_listed(candidates),
-        outputs=_listed(activation_candidates or ""),
-        metric=sensitivity,
-        batches=max_sensitivity_batches,
-        points=points,
-        chip=latency_table,
-    )
-    found = run(chosen, request, output or fresh("search"), overwrite=overwrite, progress=console)
+    found = run(chosen, output or fresh("search"), overwrite=overwrite, progress=console)
     _show(console, found)
     show_run(console, found.result)
     return 0 if found.result.agrees else 1
 
 
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _show(console: Console, found: Found) -> None:

@@ -31,8 +31,6 @@ EXAMPLES = {
     "latency": "latency=1.5ms",
 }
 
-OBJECTIVES = ("size", "bops", "latency", "accuracy")
-
 
 @dataclass(frozen=True)
 class Constraint:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from pow2quant import run_folder
 from pow2quant.adapters.files import write
 from pow2quant.artifact import Artifact
 from pow2quant.backends.base import SILENT, Progress, Simulation
-from pow2quant.config import RunConfig
+from pow2quant.config import RunConfig, SearchConfig
 from pow2quant.errors import ConfigError
 from pow2quant.pipeline import Job, Result, finish, write_report
 from pow2quant.study import costs, latency, limits
@@ -29,7 +30,7 @@ from pow2quant.study.costs import Chip, LayerShape
 from pow2quant.study.front import Point, draw, front, table
 from pow2quant.study.limits import Constraint
 from pow2quant.study.program import Problem, Quantity
-from pow2quant.study.sensitivity import METRICS, Measurement, Table
+from pow2quant.study.sensitivity import Measurement, Table
 from pow2quant.training.schedule import criterion_of
 
 PLAN, SEARCH, CHIP = "plan.yaml", "search.json", "latency.yaml"
@@ -43,59 +44,45 @@ REPAIRS = 4
 
 @dataclass(frozen=True)
 class Request:
-    """What is searched.
+    """What is searched: a `config.SearchConfig`, its constraints parsed. Raises ConfigError for what cannot be."""
 
-    objective: one of `limits.OBJECTIVES`. weights, outputs: candidates' names; no outputs: as the configuration says.
-    metric: one of `sensitivity.METRICS`, on so many batches of calibration images. points: plans on the front that are
-    verified. chip: a latency table; None: measured in onnxruntime where a latency is asked for.
-    """
+    search: SearchConfig
 
-    objective: str = "size"
-    constraints: tuple[Constraint, ...] = ()
-    weights: tuple[str, ...] = ("2", "3", "4", "5", "6", "8")
-    outputs: tuple[str, ...] = ()
-    metric: str = "kl"
-    batches: int = 4
-    points: int = 6
-    chip: Path | None = None
-
-    def check(self) -> None:
-        """Raises ConfigError for what cannot be searched."""
-        for name, value, legal in (
-            ("objective", self.objective, limits.OBJECTIVES),
-            ("sensitivity", self.metric, METRICS),
-        ):
-            if value not in legal:
-                raise ConfigError(f"{name}: {value!r} is not legal; legal: {', '.join(legal)}")
+    def __post_init__(self) -> None:
         quantities = {c.quantity for c in self.constraints}
-        if self.objective != "accuracy" and not quantities & {"accuracy", "accuracy_drop"}:
+        objective = self.search.objective
+        if objective != "accuracy" and not quantities & {"accuracy", "accuracy_drop"}:
             raise ConfigError(
-                f"objective {self.objective} needs a constraint on the accuracy, such as accuracy_drop=0.5%; "
+                f"objective {objective} needs a constraint on the accuracy, such as accuracy_drop=0.5%; "
                 "without one, the least widths would do"
             )
-        if self.objective == "accuracy" and not quantities & set(costs.COSTS):
+        if objective == "accuracy" and not quantities & set(costs.COSTS):
             raise ConfigError(
                 "objective accuracy needs a constraint on a cost, such as size=0.5MB or average_bits=5.2; "
                 "without one, the largest widths would do"
             )
-        sorted_names(self.weights)
-        for name in sorted_names(self.outputs):
+        sorted_names(self.search.candidates)
+        for name in sorted_names(self.search.activation_candidates):
             if CANDIDATES[name].spec is None:
                 raise ConfigError(f"activation candidates: {name!r} is not legal; legal: 2 to 16 bits")
-        if not self.weights:
-            raise ConfigError("candidates: none are given")
+
+    @cached_property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """As they are understood."""
+        return tuple(limits.parse(text) for text in self.search.constraints)
 
     @property
     def axis(self) -> str:
         """The cost that the front is over."""
-        if self.objective != "accuracy":
-            return self.objective
+        if self.search.objective != "accuracy":
+            return self.search.objective
         return next(c.quantity for c in self.constraints if c.quantity in costs.COSTS)
 
     @property
     def needs_latency(self) -> bool:
         """Whether a latency is minimized or limited, or a table is given."""
-        return self.chip is not None or "latency" in (self.objective, *(c.quantity for c in self.constraints))
+        asked = (self.search.objective, *(c.quantity for c in self.constraints))
+        return self.search.latency_table is not None or "latency" in asked
 
 
 @dataclass(frozen=True)
@@ -108,18 +95,15 @@ class Found:
     layers: list[dict[str, Any]]
 
 
-def search(
-    config: RunConfig, request: Request, output: Path, *, overwrite: bool = False, progress: Progress = SILENT
-) -> Found:
-    """Searches a plan, and runs it as `pipeline.ptq` would, into a run's folder with the plan and what led to it.
+def search(config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Found:
+    """Searches a plan as `config.search` says, and runs it as `pipeline.ptq` would.
 
-    Raises Pow2QuantError for everything that a user can mend, a constraint that cannot be met among it; then `output`
+    The run's folder also holds the plan and what led to it. Raises Pow2QuantError for everything that a user can mend, a constraint that cannot be met among it; then `output`
     is as it was before.
     """
     started = time.monotonic()
-    request.check()
     with run_folder.staged(output, overwrite) as folder:
-        work = Search.start(config, request, progress)
+        work = Search.start(config, progress)
         chosen = work.best()
         job = work.job_of(chosen.plan)
         sim = work.quantized(job, progress)
@@ -155,14 +139,15 @@ class Search:
     points: dict[tuple[str, ...], Point] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, config: RunConfig, request: Request, progress: Progress) -> Search:
+    def start(cls, config: RunConfig, progress: Progress) -> Search:
         """Costs first, since they may tell that nothing can be found; then the sensitivities."""
-        config = _with_methods(config, request)
+        request = Request(config.search)
+        config = _with_methods(config)
         job = Job.start(config, progress)
         state = torch.get_rng_state()
         plan = configuration.plan_of(config)
         placement = job.simulate().placement
-        groups = groups_of(job.network, placement, plan, request.weights, request.outputs)
+        groups = groups_of(job.network, placement, plan, config.search.candidates, config.search.activation_candidates)
         if not any(g.is_open for g in groups):
             raise ConfigError("candidates: nothing is left to choose; every tensor's width is decided by overrides")
         layers = costs.layers_of(job.network, placement, groups)
@@ -172,12 +157,12 @@ class Search:
         try:
             quantities = costs.quantities(layers, groups, work.chip)
         except ConfigError as error:
-            raise ConfigError(f"{request.chip}: {error}") from None
+            raise ConfigError(f"{config.search.latency_table}: {error}") from None
         work.problem = Problem(names, quantities)
         work._check_costs()
         work.initial = job.accuracy(job.model)
         work._quantize()
-        work.measure(request.metric)
+        work.measure(config.search.sensitivity)
         return work
 
     def job_of(self, plan: Plan) -> Job:
@@ -201,7 +186,7 @@ class Search:
         good = self._good()
         if not good:
             raise ConfigError(self._unreachable())
-        if self.request.objective == "accuracy":
+        if self.request.search.objective == "accuracy":
             return max(good, key=lambda p: (p.accuracy, -p.costs[self.request.axis]))
         return self._refined(min(good, key=self._cost))
 
@@ -231,11 +216,11 @@ class Search:
         points = sorted(self.points.values(), key=self._cost)
         undominated = front(points, self.request.axis)
         return {
-            "objective": self.request.objective,
+            "objective": self.request.search.objective,
             "constraints": [c.text for c in self.request.constraints],
-            "sensitivity": self.request.metric,
-            "candidates": list(self.request.weights),
-            "activation_candidates": list(self.request.outputs),
+            "sensitivity": self.request.search.sensitivity,
+            "candidates": list(self.request.search.candidates),
+            "activation_candidates": list(self.request.search.activation_candidates),
             "chip": None if self.chip is None else self.chip.name,
             "axis": self.request.axis,
             "float_accuracy": self.initial,
@@ -263,8 +248,8 @@ class Search:
         write(folder / "pareto.png", draw(points, axis, chosen, self.initial, self.floor))
 
     def _chip(self) -> Chip | None:
-        if self.request.chip is not None:
-            return costs.load_chip(self.request.chip)
+        if self.request.search.latency_table is not None:
+            return costs.load_chip(Path(self.request.search.latency_table))
         if not self.request.needs_latency:
             return None
         return latency.measured(self._networks(), self.job.simulate().placement, "onnxruntime on this machine")
@@ -272,8 +257,8 @@ class Search:
     def _networks(self) -> dict[str, Artifact]:
         """The whole network at every pair of widths whose weights are stored differently: in 4, 8, 16 bits or float."""
         found: dict[str, Artifact] = {}
-        outputs = self.request.outputs or (None,)
-        stored = {_storage(name): name for name in sorted_names(self.request.weights)}
+        outputs = self.request.search.activation_candidates or (None,)
+        stored = {_storage(name): name for name in sorted_names(self.request.search.candidates)}
         pairs = [(w, a) for w in stored.values() for a in outputs]
         for weight, output in self.progress.track(pairs, "timing layers in onnxruntime", len(pairs)):
             chosen = uniform(self.groups, "weight", weight)
@@ -319,7 +304,10 @@ class Search:
     def measure(self, metric: str) -> None:
         """Takes sensitivities by a metric as what is predicted to be lost."""
         job, device = self.job, self.job.device
-        batches = [(x.to(device), y.to(device)) for x, y in islice(job.data.calibration, self.request.batches)]
+        batches = [
+            (x.to(device), y.to(device))
+            for x, y in islice(job.data.calibration, self.request.search.sensitivity_batches)
+        ]
         criterion = criterion_of(job.config.training)
         if isinstance(criterion, torch.nn.Module):
             criterion.to(device)
@@ -347,7 +335,7 @@ class Search:
         assert least is not None
         low, high = self.problem.value(axis, least), self.problem.value(axis, uniform(self.groups, ""))
         high = max(low, min(high, self.ceilings.get(axis, high)))
-        return [float(b) for b in np.geomspace(low, high, self.request.points + 1)[1:-1]] + [high]
+        return [float(b) for b in np.geomspace(low, high, self.request.search.points + 1)[1:-1]] + [high]
 
     def _cost(self, point: Point) -> float:
         return point.costs[self.request.axis]
@@ -407,17 +395,17 @@ class Search:
     def _sensitivity_table(self) -> str:
         text = StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["tensor", "candidate", "bits", self.request.metric])
+        writer.writerow(["tensor", "candidate", "bits", self.request.search.sensitivity])
         for name, row in self.sensitivities.items():
             writer.writerows([name, candidate, CANDIDATES[candidate].bits, f"{v:.6g}"] for candidate, v in row.items())
         return text.getvalue()
 
 
-def _with_methods(config: RunConfig, request: Request) -> RunConfig:
+def _with_methods(config: RunConfig) -> RunConfig:
     """The configuration with its methods written out; the default ones where a candidate has less than 8 bits."""
     if config.ptq.methods is not None:
         return config
-    narrow = any(CANDIDATES[name].bits < 8 for name in request.weights)
+    narrow = any(CANDIDATES[name].bits < 8 for name in config.search.candidates)
     methods = configuration.DEFAULT_METHODS if narrow else ()
     return replace(config, ptq=replace(config.ptq, methods=methods))
 

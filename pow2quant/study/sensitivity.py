@@ -22,8 +22,6 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 Table = dict[str, dict[str, float]]
 """By group, then by candidate."""
 
-METRICS = ("kl", "loss", "sqnr", "hessian")
-
 
 def kl_divergence(logits: Tensor, expected: Tensor) -> Tensor:
     """KL(float || quantized) of the softmax, summed over all rows, in nats. logits, expected: (…, classes)."""
@@ -63,7 +61,7 @@ class Measurement:
     progress: Progress = SILENT
 
     def table(self, metric: str) -> Table:
-        """The sensitivities by one of `METRICS`; 0 for what stays float.
+        """The sensitivities by one of `config.SENSITIVITIES`; 0 for what stays float.
 
         kl: mean KL divergence of the logits from the float network's, in nats. loss: increase of the mean loss. sqnr:
         power of the logits' noise by that of the logits, 10^(-dB / 10). hessian: HAWQ-V2's Omega.
