@@ -11,6 +11,7 @@ Prints a markdown row per chain and width; the interval is that of 95 %.
 from __future__ import annotations
 
 import argparse
+import inspect
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,7 +43,8 @@ def simulated(model: nn.Module, chain: str, plan: QuantPlan, batches: Sequence[T
     network = fold_batch_norm(prepare(model, batches[0][:1]))
     for method in methods:
         if hasattr(method, "rewrite"):
-            network = method.rewrite(network, batches)
+            more = {"plan": plan} if "plan" in inspect.signature(method.rewrite).parameters else {}
+            network = method.rewrite(network, batches, **more)
     sim = simulate(network, batches[0][:1], plan, backend)
     sim.calibrate(batches)
     for method in methods:

@@ -265,10 +265,10 @@ def _methods(config: RunConfig) -> tuple[Named, Named]:
     return rewrites, methods
 
 
-def _call(step: Callable[..., T], subject: Any, batches: Iterable[Batch], progress: Progress) -> T:
-    """`apply` or `rewrite`, with `progress` where it takes that."""
-    more = {"progress": progress} if "progress" in inspect.signature(step).parameters else {}
-    return step(subject, batches, **more)
+def _call(step: Callable[..., T], subject: Any, batches: Iterable[Batch], **offered: Any) -> T:
+    """`apply` or `rewrite`, with what it takes of `offered`."""
+    taken = inspect.signature(step).parameters
+    return step(subject, batches, **{key: value for key, value in offered.items() if key in taken})
 
 
 def _float_network(
@@ -276,8 +276,9 @@ def _float_network(
 ) -> fx.GraphModule:
     """The network that is simulated: prepared, batch norm folded, rewritten."""
     network = fold_batch_norm(prepare(model, example))
+    plan = configuration.plan_of(config)
     for _, rewrite in _methods(config)[0]:
-        network = _call(rewrite.rewrite, network, batches, progress)
+        network = _call(rewrite.rewrite, network, batches, progress=progress, plan=plan)
     return network
 
 
@@ -338,7 +339,7 @@ class Job:
         sim = self.simulate()
         sim.calibrate(self.progress.track(self.calibration(), "calibrating", len(self.calibration())))
         for _, method in _methods(self.config)[1]:
-            _call(method.apply, sim, self.calibration(), self.progress)
+            _call(method.apply, sim, self.calibration(), progress=self.progress)
         return sim
 
     @property

@@ -15,7 +15,18 @@ from pow2quant.backends import conformance
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.config import DataConfig
 from pow2quant.errors import DataError
-from pow2quant.methods.equalization import Equalize, bounds, factors, groups, rows, scale
+from pow2quant.methods.equalization import (
+    Equalize,
+    absorb,
+    absorbed,
+    bounds,
+    factors,
+    groups,
+    normals,
+    pairs,
+    rows,
+    scale,
+)
 
 
 def images(n: int = 8, seed: int = 0) -> Tensor:
@@ -136,3 +147,60 @@ def test_a_nearly_dead_channel_does_not_blow_up() -> None:
 def test_no_data_is_an_error(network: fx.GraphModule) -> None:
     with pytest.raises(DataError, match="calibration data are empty"):
         Equalize().rewrite(network, [])
+
+
+def test_the_absorbed_constant_by_hand() -> None:
+    """Mean 10 and deviation 1: 7 is hardly ever undercut; mean 2 and deviation 1: nothing is left."""
+    assert absorbed(torch.tensor([10.0, 2.0]), torch.tensor([1.0, 1.0])).tolist() == [7, 0]
+
+
+def test_absorption_by_hand() -> None:
+    """y = 2 relu(x + 10) + 1 = 2 relu(x + 3) + 15 for every x >= -3 (eq. 15 and 16 with c = 7)."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1))
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), (1.0, 10.0, 2.0, 1.0), strict=True):
+            parameter.fill_(value)
+    network = prepare(model, torch.zeros(1, 1))
+    (group,) = pairs(network)
+    absorb(network, group, torch.tensor([7.0]))
+    assert [p.item() for p in network.parameters()] == [1, 3, 2, 15]
+    x = torch.tensor([[-3.0], [0.0], [5.0]])
+    assert network(x).tolist() == model(x).tolist() == [[15], [21], [31]]
+
+
+def test_a_constant_goes_only_where_it_is_read_as_such(network: fx.GraphModule) -> None:
+    """Not into zero padding, as that of `b`; through the mean over the image, into the linear layer."""
+    found = {str(g.writers[0].target): [str(n.target) for n in g.readers] for g in pairs(network)}
+    assert found == {"depthwise": ["a"], "b": ["grouped"], "up": ["head"]}
+
+
+def test_absorption_changes_next_to_nothing_and_takes_off_the_bias() -> None:
+    """Biases far above the deviation; a grouped reader; a ReLU6 that the third channel reaches, the fourth nearly."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU6(), nn.Conv2d(4, 6, 1, groups=2), nn.ReLU(), nn.Flatten())
+        model[0].weight.div_(10)
+        model[0].bias.copy_(torch.tensor([2.0, 2.5, 6.5, 5.9]))
+    network = prepare(model, images())
+    before = network(images(64))
+    plain = Equalize().rewrite(copy.deepcopy(network), [images(64)])
+    Equalize(absorb_biases=True).rewrite(network, [images(64)])
+    taken = plain.get_parameter("0.bias") - network.get_parameter("0.bias")
+    assert (taken[:2] > 1).all()
+    assert (taken[2:] == 0).all()
+    assert (network(images(64)) - before).square().mean() < 1e-4 * before.square().mean()
+
+
+def test_batch_norm_says_what_a_layer_computes_and_otherwise_the_data() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    with torch.no_grad():
+        model[1].weight.fill_(2.0)
+        model[1].bias.fill_(9.0)
+    network = fold_batch_norm(prepare(model.eval(), images()))
+    first, last = [n for n in network.graph.nodes if n.target in ("0", "3")]
+    (mean, deviation), (of_data, deviation_of_data) = normals(network, [first, last], [images(16), images(8, 1)])
+    assert mean.tolist() == [9] * 4
+    assert deviation.tolist() == [2] * 4
+    y = torch.cat([network(images(16)), network(images(8, 1))]).transpose(0, 1).flatten(1).double()
+    torch.testing.assert_close(of_data, y.mean(1))
+    torch.testing.assert_close(deviation_of_data, y.std(1, correction=0))

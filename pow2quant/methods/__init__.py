@@ -7,6 +7,7 @@ dataclasses whose fields are their YAML, and whose docstring's first line names 
 - a rewrite has `rewrite(network, batches)` (`backends.base.Rewrite`), and changes the prepared float network before a
   backend wraps it; so rewrites stand before methods.
 
-`batches` can be iterated as often as a method likes. Either takes a third argument if it calls it `progress`: a
-`backends.base.Progress`, for the reconstruction error of every layer.
+`batches` can be iterated as often as a method likes. Either takes a further argument if it calls it `progress`: a
+`backends.base.Progress`, for the reconstruction error of every layer; a rewrite also one that it calls `plan`: the
+`config.QuantPlan` of the simulation to come.
 """

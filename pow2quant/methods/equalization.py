@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from pow2quant.backends import modules as m
 from pow2quant.backends.base import Batch, inputs
@@ -20,6 +21,12 @@ ROUNDS = 40
 
 CONVERGED = 1e-3
 """A round in which no factor is further from one ends the search."""
+
+DEVIATIONS = 3
+"""What lies further below the mean counts as never seen."""
+
+FULL = 6.001
+"""A channel that was scaled up to its ReLU6, but for rounding, does not reach it: `MARGIN` is left."""
 
 MARGIN = 0.25
 """Peaks count as so much further from the mean than the calibration data showed them."""
@@ -46,10 +53,12 @@ def factors(writers: list[Tensor], readers: list[Tensor]) -> Tensor:
 class Group:
     """Tensors that can only be scaled together, by one factor per channel: a chain's, or a whole residual stream.
 
-    writers, readers: the nodes of weighted layers whose rows, or columns, make up for it. clips: the ReLU6 inside.
-    fixed: whether something that is not homogeneous takes part: then it cannot be scaled.
+    tensors: the nodes that compute them. writers, readers: the nodes of weighted layers whose rows, or columns, make up
+    for it. clips: the ReLU6 inside. fixed: whether something that is not homogeneous takes part: then it cannot be
+    scaled.
     """
 
+    tensors: list[fx.Node] = field(default_factory=list)
     writers: list[fx.Node] = field(default_factory=list)
     readers: list[fx.Node] = field(default_factory=list)
     clips: list[fx.Node] = field(default_factory=list)
@@ -68,6 +77,7 @@ def groups(network: fx.GraphModule) -> list[Group]:
     def join(*nodes: fx.Node) -> Group:
         first, *others = {id(g): g for g in (of[n] for n in nodes)}.values()
         for other in others:
+            first.tensors += other.tensors
             first.writers += other.writers
             first.readers += other.readers
             first.clips += other.clips
@@ -78,7 +88,7 @@ def groups(network: fx.GraphModule) -> list[Group]:
     uses = Counter(id(p) for _, p in network.named_parameters(remove_duplicate=False))
     for node in network.graph.nodes:
         sources = list(node.all_input_nodes)
-        of[node] = Group()
+        of[node] = Group([node])
         module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, WEIGHTED) and not (isinstance(module, TRANSPOSED) and module.groups > 1):
             of[node].writers.append(node)
@@ -91,7 +101,7 @@ def groups(network: fx.GraphModule) -> list[Group]:
                 group.clips.append(node)
         else:
             join(node, *sources).fixed = True
-            of[node] = Group(fixed=True)
+            of[node] = Group([node], fixed=True)
     return [g for g in {id(g): g for g in of.values()}.values() if g.free]
 
 
@@ -166,13 +176,7 @@ def peaks(network: fx.GraphModule, found: list[Group], batches: Iterable[Batch])
         for group, names in zip(found, watched, strict=True)
         for name in names
     ]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                network(*inputs(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    _run(network, batches, hooks)
     if found and not moments:
         raise DataError("the calibration data are empty")
 
@@ -180,6 +184,17 @@ def peaks(network: fx.GraphModule, found: list[Group], batches: Iterable[Batch])
         return (high + MARGIN * (high - mean / count)).clamp_min(0)
 
     return [torch.stack([widened(*moments[name]) for name in names]).amax(0) for names in watched]
+
+
+def _run(network: fx.GraphModule, batches: Iterable[Batch], hooks: list[RemovableHandle]) -> None:
+    """Runs the network, if there is a hook to be called, and removes the hooks."""
+    try:
+        with torch.no_grad():
+            for batch in batches if hooks else ():
+                network(*inputs(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def bounds(peak: Tensor, biases: list[Tensor], clipped: bool) -> tuple[Tensor, Tensor]:
@@ -195,7 +210,102 @@ def bounds(peak: Tensor, biases: list[Tensor], clipped: bool) -> tuple[Tensor, T
     return torch.where(stuck, 1.0, low.amax(0)), torch.where(stuck, 1.0, torch.inf)
 
 
-def _biases(network: fx.GraphModule, group: Group) -> list[Tensor]:
+def absorbed(mean: Tensor, deviation: Tensor) -> Tensor:
+    """c = max(0, mean - 3 deviation), (C,): of normal values 99.865 % are above (Nagel et al. 2019, section 4.1.3)."""
+    return (mean - DEVIATIONS * deviation).clamp_min(0)
+
+
+def pairs(network: fx.GraphModule) -> list[Group]:
+    """Where a constant can go from a bias, through a ReLU or ReLU6, into the next layers' biases: their only reader.
+
+    Those must have one, and see the constant everywhere: without zero padding, and no transposed convolutions. Means
+    over the image and a flattening may lie between.
+    """
+    found = []
+    for node in network.graph.nodes:
+        module = _module(network, node)
+        if not isinstance(module, (nn.ReLU, nn.ReLU6)):
+            continue
+        (writer,) = node.all_input_nodes
+        readers = _constant_readers(network, node)
+        layer = _module(network, writer)
+        if readers and isinstance(layer, WEIGHTED) and layer.bias is not None and len(writer.users) == 1:
+            found.append(Group([node], [writer], readers, [node] if isinstance(module, nn.ReLU6) else []))
+    return found
+
+
+def _module(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return network.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _constant_readers(network: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """All layers that read a tensor; none where one would not read a constant per channel as such."""
+    found = []
+    for user in node.users:
+        module: Any = _module(network, user)
+        if isinstance(module, nn.Linear) or (isinstance(module, (nn.Conv1d, nn.Conv2d)) and not _padding(module)):
+            readers = [user] if module.bias is not None else []
+        elif isinstance(module, (m.Mean, nn.Flatten)) and _homogeneous(module, user):
+            readers = _constant_readers(network, user)
+        else:
+            readers = []
+        if not readers:
+            return []
+        found += readers
+    return found
+
+
+def _padding(convolution: nn.Conv1d | nn.Conv2d) -> bool:
+    padding = convolution.padding
+    return padding == "same" if isinstance(padding, str) else any(padding)
+
+
+@torch.no_grad()
+def absorb(network: fx.GraphModule, group: Group, c: Tensor) -> None:
+    """b_1 -= c, b_2 += W_2 c (Nagel et al. 2019, eq. 15 and 16), in place; c: (C,) of one of the `pairs`."""
+    (writer,) = group.writers
+    network.get_parameter(f"{writer.target}.bias").sub_(c.to(torch.float32))
+    if "normal" in writer.meta:
+        mean, deviation = writer.meta["normal"]
+        writer.meta["normal"] = (mean - c.to(mean), deviation)
+    for node in group.readers:
+        kernels = columns(network, node).double()
+        moved = torch.einsum(
+            "gio,gi->go", kernels.flatten(3).sum(3) if kernels.ndim > 3 else kernels, c.double().view(kernels.shape[:2])
+        )
+        bias = network.get_parameter(f"{node.target}.bias")
+        bias.add_(moved.flatten().to(bias))
+
+
+def normals(network: fx.GraphModule, nodes: list[fx.Node], batches: Iterable[Batch]) -> list[tuple[Tensor, Tensor]]:
+    """Mean and deviation of each node's channels, (C,): as its batch norm knew them, otherwise of the data."""
+    moments: dict[str, Tensor] = {}
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, entering: tuple[Tensor, ...], y: Tensor) -> None:
+            channels = y.double().transpose(0, 1).flatten(1)
+            sums = torch.stack(
+                [torch.ones(len(channels)) * channels.shape[1], channels.sum(1), channels.square().sum(1)]
+            )
+            moments[name] = moments.get(name, torch.zeros(())) + sums
+
+        return hook
+
+    unknown = [str(n.target) for n in nodes if "normal" not in n.meta]
+    _run(network, batches, [network.get_submodule(n).register_forward_hook(look(n)) for n in unknown])
+
+    def of(node: fx.Node) -> tuple[Tensor, Tensor]:
+        if "normal" in node.meta:
+            mean, deviation = node.meta["normal"]
+            return mean, deviation
+        count, first, second = moments[str(node.target)]
+        return first / count, (second / count - (first / count).square()).clamp_min(0).sqrt()
+
+    return [of(node) for node in nodes]
+
+
+def bias_magnitudes(network: fx.GraphModule, group: Group) -> list[Tensor]:
+    """Of every writer with a bias, (C,) each."""
     found = [network.get_submodule(str(node.target)).bias for node in group.writers]
     return [b.detach().abs() for b in found if isinstance(b, Tensor)]
 
@@ -211,7 +321,13 @@ class Equalize:
     Over chains and residual streams of Conv, Linear, ReLU, ReLU6, pooling and addition. Beyond the paper, whose factors
     blow up the activations of nearly dead channels and which has to give ReLU6 up: the calibration data say how far a
     channel may grow, up to the largest channel of its tensor, or up to the ReLU6 that it must not reach.
+
+    absorb_biases: afterwards, what is hardly ever undercut of a channel goes into the biases behind (section 4.1.3):
+    mean less three deviations, as batch norm or else the data say, of ReLUs, and of channels that do not reach their
+    ReLU6, where only layers without zero padding read.
     """
+
+    absorb_biases: bool = False
 
     def rewrite(self, network: fx.GraphModule, batches: Iterable[Batch]) -> fx.GraphModule:
         """Rewrites in place, and returns the network. Raises DataError for no batches."""
@@ -224,10 +340,22 @@ class Equalize:
                     [_ranges(rows(network, n), 1) for n in group.writers],
                     [_ranges(columns(network, n), 2) for n in group.readers],
                 ).to(peak[i])
-                s = torch.clamp(s, *bounds(peak[i], _biases(network, group), bool(group.clips)))
+                s = torch.clamp(s, *bounds(peak[i], bias_magnitudes(network, group), bool(group.clips)))
                 scale(network, group, s)
                 peak[i] = peak[i] / s
                 largest = max(largest, float(s.log().abs().max()))
             if largest < CONVERGED:
                 break
+        if self.absorb_biases:
+            _absorb_all(network, batches)
         return network
+
+
+def _absorb_all(network: fx.GraphModule, batches: Iterable[Batch]) -> None:
+    found = pairs(network)
+    peak = peaks(network, found, batches)
+    for group, highest, normal in zip(
+        found, peak, normals(network, [g.writers[0] for g in found], batches), strict=True
+    ):
+        c = absorbed(*normal)
+        absorb(network, group, c.where(highest <= FULL, 0) if group.clips else c)
