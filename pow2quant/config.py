@@ -37,6 +37,7 @@ ENCODINGS_VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
 MODES = ("weights", "full")
 EXPONENTS = ("tqt", "lsq", "fixed")
 BATCH_NORMS = ("live", "folded")
+TERNARY = ("twn", "ttq", "learned")
 KEEPS = ("last", "best")
 PRECISIONS = ("float32", "bfloat16", "float16")
 OBJECTIVES = ("size", "bops", "latency", "accuracy")
@@ -150,6 +151,7 @@ _ACTIVATION_CANDIDATES = Legal(lambda: "a list of widths from 2 to 16", read=_re
 _MODE = one_of(lambda: MODES)
 _EXPONENTS = one_of(lambda: EXPONENTS)
 _PRECISION = one_of(lambda: PRECISIONS)
+_TERNARY = one_of(lambda: TERNARY)
 _BATCH_NORM = one_of(lambda: BATCH_NORMS)
 _KEEP = one_of(lambda: KEEPS)
 _MEAN = Legal(lambda: "a list of finite numbers, one per channel", lambda v: len(v) > 0 and all(map(math.isfinite, v)))
@@ -294,6 +296,8 @@ class TrainingConfig:
     mode: `weights` leaves activations float until the final PTQ, `full` trains with everything quantized. batch_size:
     of all processes together. exponents: how they are learned, `tqt` or `lsq`, or `fixed` at those of calibration;
     exponent_learning_rate: of Adam, for them; freeze_exponents: the share of all steps after which they no longer move.
+    ternary: how weights of 2 bits become -2^a, 0 and 2^b: `twn`, beyond 0.7 E|w|; `ttq`, with an a and a b that are
+    learned; `learned`, beyond a threshold that is; null: not, they have the four levels of 2 bits.
     batch_norm: `live` normalizes with the statistics of each batch, up to the share `freeze_batch_norm` of all steps,
     and then with the running ones; `folded` trains the weights into which it was folded.
     warmup_epochs: without quantization; gradual_epochs: after these, over which the share of quantized tensors grows.
@@ -316,6 +320,7 @@ class TrainingConfig:
     exponents: Annotated[str, _EXPONENTS] = "tqt"
     exponent_learning_rate: Annotated[float, _RATE] = 0.01
     freeze_exponents: Annotated[float, _SHARE] = 0.5
+    ternary: Annotated[str | None, _TERNARY] = None
     batch_norm: Annotated[str, _BATCH_NORM] = "live"
     freeze_batch_norm: Annotated[float, _SHARE] = 0.5
     warmup_epochs: Annotated[int, _WORKERS] = 0

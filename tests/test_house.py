@@ -50,6 +50,7 @@ DOORS = {  # the only imports between two rooms of one floor
     ("pow2quant.__main__", "pow2quant.cli"),
     ("pow2quant.plugins", "pow2quant.errors"),
     ("pow2quant.three_steps", "pow2quant.pipeline"),
+    ("pow2quant.training", "pow2quant.methods"),
     ("pow2quant.study", "pow2quant.pipeline"),
     ("pow2quant.study", "pow2quant.three_steps"),
     ("pow2quant.pow2_constraints", "pow2quant.errors"),

@@ -10,17 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from pow2quant import config, pipeline
+from pow2quant import config, datasets, models, pipeline
 from pow2quant.adapters.onnx_qdq import from_qdq, load
 from pow2quant.backends import conformance
-from pow2quant.config import QuantPlan, RunConfig, TensorSpec, with_values
+from pow2quant.config import TERNARY, DataConfig, QuantPlan, RunConfig, TensorSpec, TrainingConfig, with_values
 from pow2quant.errors import ConfigError
 from pow2quant.integer.ternary import Ternary as Integers
 from pow2quant.methods.ternary import (
     APART,
     RULES,
+    Levels,
     Ternary,
     binary,
     encoding_of,
@@ -34,6 +35,10 @@ from pow2quant.methods.ternary import (
     twn_threshold,
 )
 from pow2quant.plugins import resolve
+from pow2quant.pow2_constraints import Encoding
+from pow2quant.training.ternary import TernaryExponents, learned_gradients, ttq_gradients
+from pow2quant.training.trainer import Trainer
+from tests.test_training import simulated, trainer_of
 
 ROW = torch.tensor([[0.9, -0.6, 0.5, -0.2, 0.1, 0.0, 0.3, -1.0]])  # E|w| = 0.45
 random_rows = st.integers(0, 2**32 - 1).map(
@@ -212,3 +217,163 @@ def test_integers_are_taken_for_ternary_only_where_they_are() -> None:
     assert made.packed().tolist() == [[0b01010011], [0b01000100], [0], [0b01110111]]
     for other in ([[3, 0]], [[1, 2]], [[-1, -2]], [[1, 0], [6, 6]]):
         assert Integers.of(np.array(other)) is None
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_ttqs_gradients_by_hand() -> None:
+    """Levels -2, 0 and 0.5: a scale gets the sum of its side, a weight its scale over the largest magnitude."""
+    rows = torch.tensor([[0.8, -0.1, -0.4, 0.6]])
+    codes = torch.tensor([[1.0, 0.0, -1.0, 1.0]])
+    grad = torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
+    passed, a, b = ttq_gradients(grad, rows, codes, torch.tensor([1.0]), torch.tensor([-1.0]))
+    torch.testing.assert_close(passed, torch.tensor([[0.5 / 0.8, 10.0, 100 * 2 / 0.8, 1000 * 0.5 / 0.8]]))
+    torch.testing.assert_close(a, torch.tensor([-100.0 * 2]))
+    torch.testing.assert_close(b, torch.tensor([1001.0 * 0.5]))
+
+
+def test_gradients_of_a_learned_threshold_are_those_of_the_straight_through_quantizer() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 50, generator=generator, dtype=torch.float64).requires_grad_()
+    grad = torch.randn(4, 50, generator=generator, dtype=torch.float64)
+    step = torch.tensor([0.4, 0.9, 1.3, 5.0], dtype=torch.float64).requires_grad_()
+    scale = torch.tensor([0.5, 1.0, 0.25, 2.0], dtype=torch.float64).requires_grad_()
+    v = rows / step[:, None]
+    code = v.round().clamp(-1, 1)
+    inside = v.abs() < 1.5
+    soft = torch.where(inside, v, code)
+    value = scale[:, None] * (soft + (code - soft).detach())
+    value.backward(grad)
+    levels = Levels(step.detach() / 2, scale.detach().log2(), scale.detach().log2())
+    assert torch.equal(levels.codes(rows.detach()), code.detach())
+    passed, by_step, by_scale = learned_gradients(
+        grad, rows.detach(), code.detach(), step.detach(), scale.detach().log2()
+    )
+    torch.testing.assert_close(passed, rows.grad)
+    assert step.grad is not None
+    assert scale.grad is not None
+    torch.testing.assert_close(by_step, step.grad * step.detach())
+    torch.testing.assert_close(by_scale, scale.grad * scale.detach())
+
+
+@pytest.fixture(scope="module")
+def data() -> datasets.Data:
+    return datasets.load(DataConfig(), 64)
+
+
+@pytest.fixture(scope="module")
+def network(data: datasets.Data) -> nn.Module:
+    return models.train_digits(models.digits_cnn(), data, seed=0)
+
+
+def trainer(network: nn.Module, data: datasets.Data, rule: str, backend: str = "custom", **more: object) -> Trainer:
+    sim = simulated(network, data, 2, backend)
+    folder = more.pop("folder", None)
+    values = {"epochs": 2, "learning_rate": 5e-3, "batch_size": 64, "mode": "full", "ternary": rule, **more}
+    return trainer_of(sim, data, network, TrainingConfig(**values), folder=folder)  # type: ignore[arg-type]
+
+
+def is_ternary(weight: Tensor, encoding: Encoding, axis: int | None) -> bool:
+    codes = rows_of(torch.from_numpy(encoding.quantize(weight.detach().numpy())), axis).numpy()
+    return Integers.of(codes) is not None and bool(
+        (encoding.fake_quantize(weight.detach().numpy()) == weight.detach().numpy()).all()
+    )
+
+
+@pytest.mark.parametrize("rule", TERNARY)
+def test_every_step_computes_with_levels_that_are_powers_of_two_and_the_end_is_on_the_grid(rule, network, data):  # type: ignore[no-untyped-def]
+    made = trainer(network, data, rule)
+    axes = {y.weight.name: y.axis for y in made.sim.placement.layers if y.weight is not None}
+    advance, seen = made.exponents.advance, 0
+
+    def checked() -> int:
+        nonlocal seen
+        flips = advance()
+        table = made.exponents.table()
+        for name, axis in axes.items():
+            weight = made.exponents.quantize(name, made.sim.parameter(name).detach(), False)
+            assert is_ternary(weight, table[name], axis)
+            assert torch.equal(made.exponents.scale(name), torch.from_numpy(table[name].scale.copy()))
+            seen += 1
+        return flips
+
+    made.exponents.advance = checked  # type: ignore[method-assign]
+    first = {name: made.sim.parameter(name).detach().clone() for name in axes}
+    made.run()
+    assert seen == 2 * len(data.train) * len(axes)
+    for name, axis in axes.items():
+        assert is_ternary(made.sim.parameter(name), made.sim.encodings()[name], axis)
+        assert not torch.equal(first[name], made.sim.parameter(name))
+        assert made.sim.encodings()[name].grid.width <= 4
+    assert bool(made.exponents.frozen.all())
+
+
+@pytest.mark.parametrize("rule", TERNARY)
+def test_the_network_learns_and_learned_thresholds_move(rule: str, network: nn.Module, data: datasets.Data) -> None:
+    made = trainer(network, data, rule, epochs=4, mode="weights", distillation=0.8, temperature=2.0)
+    assert isinstance(made.exponents, TernaryExponents)
+    before = made.exponents.steps.clone()
+    history = made.run()
+    assert history[-1].accuracy > history[0].accuracy + 20
+    assert torch.equal(made.exponents.steps, before) == (rule != "learned")
+
+
+@pytest.mark.parametrize("rule", TERNARY)
+def test_the_first_steps_are_the_same_on_both_backends(rule: str, network: nn.Module, data: datasets.Data) -> None:
+    pytest.importorskip("aimet_torch")
+    states = []
+    for backend in ("custom", "aimet"):
+        made = trainer(network, data, rule, backend)
+        with made.training():
+            for _, (images, labels) in zip(range(8), made.batches(), strict=False):
+                made.step(images, labels)
+        made._keep()
+        states.append([*made.learned, made.exponents.k, made.sim.parameter("fc.weight").detach()])
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("rule", TERNARY)
+def test_a_resumed_training_gives_the_bits_of_an_uninterrupted_one(rule, network, data, tmp_path):  # type: ignore[no-untyped-def]
+    changes = {"gradual_epochs": 1, "keep": "best", "checkpoint_minutes": 1e-9}
+    whole = trainer(network, data, rule, **changes)
+    whole.run()
+    interrupted = trainer(network, data, rule, folder=tmp_path, **changes)
+    step, steps = interrupted.step, iter(range(1000))
+
+    def killed(images: Tensor, labels: Tensor) -> None:
+        if next(steps) == 27:
+            raise KeyboardInterrupt
+        step(images, labels)
+
+    interrupted.step = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run()
+    resumed = trainer(network, data, rule, folder=tmp_path, **changes)
+    resumed.run(resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.learned, resumed.learned, strict=True))
+    assert whole.sim.encodings() == resumed.sim.encodings()
+    assert torch.equal(whole.sim.parameter("fc.weight"), resumed.sim.parameter("fc.weight"))
+
+
+def test_both_powers_of_ttq_stay_within_reach(network: nn.Module, data: datasets.Data) -> None:
+    made = trainer(network, data, "ttq").exponents
+    with torch.no_grad():
+        made.values[-10:] += 30
+        made.values[-20:-10] -= 30
+    made.advance()
+    encoding = made.table()["fc.weight"]
+    assert encoding.grid.width == 4
+    assert (made.k - made.calibrated).abs().max() <= 4 + APART
+
+
+@pytest.mark.parametrize(
+    ("bits", "changes", "text"),
+    [
+        (8, {"ternary": "twn"}, "training.ternary: 'twn' needs weights of 2 bits and power_of_2"),
+        (2, {"ternary": "ttq", "exponents": "fixed"}, "training.ternary: 'ttq' learns; legal training.exponents: tqt"),
+    ],
+)
+def test_what_cannot_be_ternary_is_said(bits, changes, text, network, data):  # type: ignore[no-untyped-def]
+    with pytest.raises(ConfigError, match=text):
+        trainer_of(simulated(network, data, bits), data, network, TrainingConfig(**changes))

@@ -155,6 +155,11 @@ def rows_of(weight: Tensor, axis: int | None) -> Tensor:
     return weight.reshape(1, -1) if axis is None else weight.movedim(axis, 0).flatten(1)
 
 
+def restored(rows: Tensor, weight: Tensor, axis: int | None) -> Tensor:
+    """The inverse of `rows_of`, in the shape of `weight`."""
+    return rows.view(weight.shape) if axis is None else rows.view(weight.movedim(axis, 0).shape).movedim(0, axis)
+
+
 def encoding_of(a: Tensor, b: Tensor, axis: int | None) -> Encoding:
     """The common grid of -2^a and 2^b: scale 2^min(a, b), and as many bits as the codes need, 2 to 4.
 
@@ -200,9 +205,7 @@ class Ternary:
         weight = sim.parameter(layer.weight.name)
         rows = rows_of(weight, layer.axis)
         levels = RULES[self.rule](rows)
-        values = levels.values(rows)
-        shape = weight.shape if layer.axis is None else weight.movedim(layer.axis, 0).shape
-        values = values.reshape(shape).movedim(0, layer.axis or 0)
+        values = restored(levels.values(rows), weight, layer.axis)
         encode_weight(sim, layer, encoding_of(levels.a, levels.b, layer.axis))
         weight.copy_(quantizing(sim.encodings())(layer.weight, values))  # a bias may have lifted a scale
         return float((weight == 0).float().mean())

@@ -6,7 +6,7 @@ The equations are pure functions. `Exponents` holds the parameters of all sites 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,17 +73,18 @@ class Exponents:
     parameters), `k`, `frozen`, and the running means of k and of its changes, from which oscillation is seen.
     """
 
-    def __init__(self, sim: Simulation, names: Collection[str], rule: str) -> None:
-        """names: of the sites; each must have an encoding with power-of-two scales."""
+    def __init__(self, sim: Simulation, names: Collection[str], rule: str, further: Sequence[float] = ()) -> None:
+        """names: of the sites; each must have an encoding with power-of-two scales.
+
+        further: where exponents of a subclass's own start; they stand behind those of the sites.
+        """
         self.rule = RULES[rule]
         table = sim.encodings()
         leaders = {name: sim.placement.leader(name) for name in names}
         device = next(sim.model.parameters()).device
         sizes = {name: table[name].scale.size for name in dict.fromkeys(leaders.values())}
-        exponents = [table[name].exponent.ravel() for name in sizes]
-        self.calibrated = torch.from_numpy(np.concatenate(exponents or [np.empty(0, np.int64)]).astype(np.float32)).to(
-            device
-        )
+        exponents = [*(table[name].exponent.ravel() for name in sizes), np.asarray(further)]
+        self.calibrated = torch.from_numpy(np.concatenate(exponents).astype(np.float32)).to(device)
         self.values = self.rule.middle(torch.zeros_like(self.calibrated))
         self._ends = [float(self.rule.middle(torch.tensor(float(end)))) for end in (-REACH, REACH)]
         self.frozen = torch.zeros_like(self.values, dtype=torch.bool)
@@ -146,6 +147,17 @@ class Exponents:
         """The site's scales as they are now, () or (C,)."""
         part = self._parts[self._leaders[name]]
         return self._scales[part.place].view(part.encoding.scale.shape)
+
+    @property
+    def learned(self) -> list[Tensor]:
+        """The vectors of parameters."""
+        return [self.values]
+
+    def settle(self, parameter: Callable[[str], Tensor]) -> None:
+        """To be called behind training: writes what a rule rounds otherwise than the encodings do. Here nothing.
+
+        parameter: a site's name -> its weight.
+        """
 
     @torch.no_grad()
     def advance(self) -> int:

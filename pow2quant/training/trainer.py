@@ -30,8 +30,8 @@ from pow2quant.errors import ConfigError, TrainingError
 from pow2quant.training import checkpoint, curves, schedule
 from pow2quant.training.batch_norm import BatchNorms
 from pow2quant.training.curves import Epoch
-from pow2quant.training.exponents import Exponents
 from pow2quant.training.processes import Processes
+from pow2quant.training.ternary import exponents_of
 
 EXPLODED = 4.0
 """Training has diverged when its smoothed loss is so many times what it was at first, and what guessing gives."""
@@ -80,7 +80,7 @@ class Trainer:
             raise ConfigError(f"training.mode: {self.config.mode!r} trains nothing, as the plan quantizes no weight")
         fixed = self.config.exponents == "fixed"
         constrained = [s.name for s in self.sites if s.role != "input" and self.table[s.name].is_power_of_two]
-        self.exponents = Exponents(self.sim, constrained, "tqt" if fixed else self.config.exponents)
+        self.exponents = exponents_of(self.sim, constrained, self.config)
         if fixed:
             self.exponents.freeze()
         self.norms = BatchNorms(self.sim, constrained if self.config.batch_norm == "live" else ())
@@ -101,7 +101,7 @@ class Trainer:
         self.schedule = schedule.Schedule(self.config, self.optimizer, self.steps)
         self.exponent_optimizer = (
             torch.optim.Adam(self.exponents.parameters(), self.config.exponent_learning_rate)
-            if constrained and not fixed
+            if self.exponents.parameters() and not fixed
             else None
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "float16")
@@ -113,7 +113,7 @@ class Trainer:
         self.first: float | None = None
         self.active = self.whole
         self._measure_statistics()
-        self.processes.take_from_leader([*self.tensors, self.exponents.values, self.norms.statistics])
+        self.processes.take_from_leader(self.learned)
 
     @torch.no_grad()
     def _measure_statistics(self) -> None:
@@ -362,7 +362,7 @@ class Trainer:
     @property
     def learned(self) -> list[Tensor]:
         """Everything that the trained network follows from."""
-        return [*self.tensors, self.norms.statistics, self.exponents.values]
+        return [*self.tensors, self.norms.statistics, *self.exponents.learned]
 
     @torch.no_grad()
     def _keep(self) -> None:
@@ -371,6 +371,7 @@ class Trainer:
             tensor.copy_(value)
         self.exponents.refresh()
         self.norms.fold()
+        self.exponents.settle(self.sim.parameter)
         learned: Table = self.exponents.table()
         self.sim.load({**self.table, **learned})
 
