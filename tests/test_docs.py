@@ -53,6 +53,7 @@ def benchmarks_flags() -> set[str]:
 @pytest.mark.parametrize("page", RUNNING, ids=name)
 def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     expected = [b for b in documents.blocks(page) if b.language in documents.RUN or b.output_of]
     left_out = [b for b in expected if b.skipped or (b.snippet and b.language != "yaml")]
     assert documents.run(page) == len(expected) - len(left_out)

@@ -244,8 +244,10 @@ def test_layers_are_timed_from_integers_to_integers() -> None:
     assert [n.op_type for n in parts["conv"].graph.node].count("QuantizeLinear") == 1
     ends = [v for m in parts.values() for v in (*m.graph.input, *m.graph.output)]
     assert {v.type.tensor_type.elem_type for v in ends} == {onnx.TensorProto.UINT8}
-    chip = latency.measured({"8x8": sim.export(example)}, sim.placement, "here")
-    assert all(chip.layers[name]["8x8"] > 0 for name in ("conv", "depthwise", "fc"))
+    groups, layers = described(QuantPlan.default(), ("8",))
+    chip = latency.measured([(uniform(groups, ""), sim.export(example))], layers, "here")
+    assert {name: list(times) for name, times in chip.layers.items()} == {y.name: ["8x8"] for y in layers}
+    assert all(chip.microseconds(y, "8", "8") > 0 for y in layers)
 
 
 # Sensitivity
@@ -420,6 +422,41 @@ def test_what_cannot_be_searched_is_said_in_one_line(
     for word in words:
         assert word in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_measured_latency_knows_every_pair_of_widths(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--objective",
+        "latency",
+        "--constraint",
+        "accuracy_drop=50%",
+        "--candidates",
+        "4,8",
+        "--method",
+        "none",
+    ]
+    run = tmp_path / "run"
+    more = ["--activation-candidates", "5,6", "--json"]
+    assert main(["search", *arguments, *more, *short(weights, run)]) == 0
+    assert json.loads(capsys.readouterr().out)["search"]["chosen"]["latency"] > 0
+    times = costs.load_chip(run / "latency.yaml").layers
+    assert set(times["conv1"]) == {"4x8", "8x8"}  # the input keeps its width
+    assert set(times["fc"]) == {"4x5", "8x5", "4x6", "8x6"}
+
+
+def test_an_interrupted_search_leaves_nothing(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pow2quant.study.sensitivity.kl_divergence", interrupted)
+    arguments = ["--constraint", "accuracy=0.9", "--candidates", "4,8"]
+    assert main(["search", *arguments, *short(weights, tmp_path / "run")]) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_accuracy_out_of_reach_is_told_with_the_best_that_is_not(

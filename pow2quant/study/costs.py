@@ -16,7 +16,7 @@ from pow2quant import config as configuration
 from pow2quant.backends.placement import Placement
 from pow2quant.config import Legal
 from pow2quant.errors import ConfigError
-from pow2quant.study.candidates import CANDIDATES, Group
+from pow2quant.study.candidates import CANDIDATES, Group, Plan
 from pow2quant.study.program import Quantity
 
 BIAS_BYTES, EXPONENT_BYTES = 4, 1
@@ -42,6 +42,15 @@ class LayerShape:
     biases: int
     scales: int
     macs: int
+
+    @property
+    def given(self) -> str:
+        """The name of the width that enters where it is not chosen."""
+        return str(self.source_bits) if self.source_bits < 32 else "float32"
+
+    def widths(self, plan: Plan) -> tuple[str, str]:
+        """What a plan takes for the weight, and for the activation that enters."""
+        return plan[self.group], plan[self.source] if self.source is not None else self.given
 
 
 def layers_of(network: fx.GraphModule, placement: Placement, groups: Collection[Group]) -> tuple[LayerShape, ...]:
@@ -114,8 +123,7 @@ def _by_layer(layers: Sequence[LayerShape], groups: Mapping[str, Group], cost: A
     pairs: dict[tuple[str, str], Any] = {}
     for layer in layers:
         weights = groups[layer.group].candidates
-        sources = groups[layer.source].candidates if layer.source is not None else (str(layer.source_bits),)
-        sources = tuple("float32" if name == "32" else name for name in sources)
+        sources = groups[layer.source].candidates if layer.source is not None else (layer.given,)
         values = np.array([[cost(layer, w, a) for a in sources] for w in weights], float)
         if layer.source is None or len(sources) == 1:
             singles[layer.group] = singles.get(layer.group, 0) + values[:, 0]

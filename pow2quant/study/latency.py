@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,11 @@ from onnx import helper, shape_inference
 
 from pow2quant.adapters import onnx_qdq
 from pow2quant.artifact import Artifact
-from pow2quant.study.costs import Chip
+from pow2quant.study.candidates import Plan
+from pow2quant.study.costs import Chip, LayerShape
 
 if TYPE_CHECKING:
     import onnxruntime
-
-    from pow2quant.backends.placement import Placement
 
 SAMPLES = 15
 """A median of so many."""
@@ -32,19 +31,20 @@ LEAST = 0.01
 """Microseconds that a layer takes at least: what is less is the clock's noise."""
 
 
-def measured(networks: Mapping[str, Artifact], placement: Placement, name: str) -> Chip:
+def measured(networks: Iterable[tuple[Plan, Artifact]], layers: Sequence[LayerShape], name: str) -> Chip:
     """Every weighted layer's time, with the activation function that shares its quantizer, from integers to integers.
 
-    networks: by widths such as `4x8`, the whole network so quantized. One thread, all optimizations, one image; process
+    networks: plans, and the whole network so quantized. One thread, all optimizations, one image; process
     time, so that other processes do not count; the median of `SAMPLES`, less that of a network that does nothing. What
     stands between layers is left out.
     """
-    layers: dict[str, dict[str, float]] = {layer.module: {} for layer in placement.layers}
+    found: dict[str, dict[str, float]] = {layer.name: {} for layer in layers}
     idle = microseconds(_nothing())
-    for widths, artifact in networks.items():
-        for layer, model in parts(artifact, list(layers)):
-            layers[layer][widths] = round(max(microseconds(model) - idle, LEAST), 3)
-    return Chip(name=name, layers=layers)
+    for plan, artifact in networks:
+        keys = {layer.name: "x".join(layer.widths(plan)) for layer in layers}
+        for layer, model in parts(artifact, [name for name, key in keys.items() if key not in found[name]]):
+            found[layer][keys[layer]] = round(max(microseconds(model) - idle, LEAST), 3)
+    return Chip(name=name, layers=found)
 
 
 def parts(artifact: Artifact, layers: Sequence[str]) -> Iterator[tuple[str, onnx.ModelProto]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import StringIO
@@ -206,8 +206,7 @@ class Search:
         layers = [
             {
                 "layer": y.name,
-                "weight": chosen.plan[y.group],
-                "input": chosen.plan[y.source] if y.source else str(y.source_bits),
+                **dict(zip(("weight", "input"), y.widths(chosen.plan), strict=True)),
                 "weights": y.weights,
                 "macs": y.macs,
             }
@@ -252,23 +251,18 @@ class Search:
             return costs.load_chip(Path(self.request.search.latency_table))
         if not self.request.needs_latency:
             return None
-        return latency.measured(self._networks(), self.job.simulate().placement, "onnxruntime on this machine")
+        return latency.measured(self._networks(), self.layers, "onnxruntime on this machine")
 
-    def _networks(self) -> dict[str, Artifact]:
+    def _networks(self) -> Iterator[tuple[Plan, Artifact]]:
         """The whole network at every pair of widths whose weights are stored differently: in 4, 8, 16 bits or float."""
-        found: dict[str, Artifact] = {}
-        outputs = self.request.search.activation_candidates or (None,)
         stored = {_storage(name): name for name in sorted_names(self.request.search.candidates)}
-        pairs = [(w, a) for w in stored.values() for a in outputs]
+        pairs = [(w, a) for w in stored.values() for a in self.request.search.activation_candidates or (None,)]
         for weight, output in self.progress.track(pairs, "timing layers in onnxruntime", len(pairs)):
-            chosen = uniform(self.groups, "weight", weight)
-            chosen |= {g.name: output for g in self.groups if output in g.candidates and g.role == "output"}
-            job = self.job_of(chosen)
-            sim = job.simulate()
+            plan = uniform(self.groups, "weight", weight)
+            plan |= {g.name: output for g in self.groups if g.role == "output" and output in g.candidates}
+            sim = self.job_of(plan).simulate()
             sim.calibrate([self.job.example])
-            widths = {s.bits for name, s in sim.placement.specs.items() if name.endswith(".output")}
-            found[f"{weight}x{max(widths, default=32)}"] = sim.export(self.job.example)
-        return found
+            yield plan, sim.export(self.job.example)
 
     def _check_costs(self) -> None:
         """Raises ConfigError for a bound on costs that no plan is within, or two that contradict each other."""
