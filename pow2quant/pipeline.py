@@ -156,6 +156,31 @@ def _accuracies(scores: _Scores, **executors: str) -> dict[str, float | None]:
     return found
 
 
+def reopened(folder: Path, config: RunConfig | None = None, progress: Progress = SILENT) -> tuple[Job, Simulation]:
+    """A finished run as it was when it was quantized: its data, its float network, its simulation.
+
+    config: in place of the run's own. Raises FileFormatError where the folder holds no run that fits it.
+    """
+    if not (folder / run_folder.STATE).is_file():
+        raise FileFormatError(f"{folder}: holds no {run_folder.STATE}; give the folder of a finished run")
+    parameters, table = run_folder.load_state(folder / run_folder.STATE)
+    job = Job.start(config or configuration.load(folder / run_folder.CONFIG), progress)
+    sim = job.simulate()
+    _load_parameters(job.parameters(sim), parameters, folder / run_folder.STATE)
+    sim.load(table)
+    return job, sim
+
+
+def responses(
+    job: Job, sim: Simulation, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]:
+    """Labels (N,), and the logits of the float network and of the simulation, (N, classes), batch by batch."""
+    exact, quantized = _runner(job.model, job.device), _runner(sim.model, job.device)
+    for images, labels in batches:
+        inputs = [images.numpy()]
+        yield labels.numpy(), exact(inputs)[0], quantized(inputs)[0]
+
+
 def validate(
     source: Path,
     *,

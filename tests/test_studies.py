@@ -337,3 +337,96 @@ def test_the_study_in_the_repository_is_legal() -> None:
     first = applied(study.base, settings(study.plan.grids[0], {"bits": 1}))
     assert first.ptq.methods == (Choice("gpfq", {"narrow": True}),)
     assert space.settings(study.plan.grids[0], {"bits": 8}) == {BITS: 8}
+
+
+def test_a_comparison_by_hand() -> None:
+    from pow2quant.study.compare import Comparison, cells, markdown, sentence
+
+    def row(method: str, seed: int, top1: float | None) -> dict[str, Any]:
+        start = {"network": "net", "widths": "W4A8", "method": method, "seed": seed, "state": "complete"}
+        if top1 is None:
+            return start | {"state": "failed", "error": "broken"}
+        return start | {"original_top1": 92.0, "quantized_top1": top1, "sqnr_db": 10.0, "duration_seconds": 2.0}
+
+    made = cells([row("a", 0, 88.0), row("a", 1, 90.0), row("a", 2, None), row("b", 0, 90.0), row("b", 1, 90.0)])
+    assert [(c.method, c.top1, c.spread, c.seeds, c.failed, c.best) for c in made] == [
+        ("a", 89.0, round(2**0.5, 4), 2, 1, False),
+        ("b", 90.0, 0.0, 2, 0, True),
+    ]
+    found = Comparison(Path("out"), made, ["broken"])
+    assert sentence(found.best[0]) == "net: best is b at W4A8: 90.00 ± 0.00 % (float 92.00 %, 2 seeds)"
+    assert "| net | W4A8 | **b** | 92.00 | **90.00 ± 0.00** | 10.0 | 2.0 |" in markdown(found)
+
+
+def test_methods_are_compared_on_networks_over_seeds(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, network = tmp_path / "compared", tmp_path / "net.py"
+    network.write_text("from pow2quant.models import digits_cnn\n\n\ndef other():\n    return digits_cnn()\n")
+    networks = [
+        "--model",
+        "digits-cnn",
+        "--weights",
+        str(weights),
+        "--model",
+        f"{network}:other",
+        "--weights",
+        str(weights),
+    ]
+    command = [
+        "compare",
+        *networks,
+        "--method",
+        "none",
+        "--method",
+        "output_mse",
+        "--widths",
+        "8:8,3:4",
+        "--seeds",
+        "0",
+    ]
+    command += [*SHORT[:4], "--quiet", "--output", str(folder)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "other: best is" in printed
+    document = json.loads((folder / "comparison.json").read_text())
+    assert [(c["network"], c["widths"], c["method"]) for c in document["cells"][:4]] == [
+        ("digits-cnn", "W8A8", "none"),
+        ("digits-cnn", "W8A8", "output_mse"),
+        ("digits-cnn", "W3A4", "none"),
+        ("digits-cnn", "W3A4", "output_mse"),
+    ]
+    half = len(document["cells"]) // 2
+    first, second = ([c["top1"] for c in part] for part in (document["cells"][:half], document["cells"][half:]))
+    assert first == second, "the same network under two names"
+    assert (folder / "comparison.csv").read_text().count("\n") == 9
+    assert (folder / "figure_digits_cnn.png").exists()
+    assert "![other](figure_other.png)" in (folder / "comparison.md").read_text()
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cells"] == document["cells"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "gpfq+nonsense"], "nonsense is unknown"),
+        (["--widths", "eight"], "WEIGHTS:ACTIVATIONS"),
+        (["--model", "a.py:f", "--weights", "x", "--weights", "y"], "one for each --model"),
+        (["--model", "a.py:f", "--model", "a.py:f"], "same network twice"),
+    ],
+)
+def test_a_comparison_that_cannot_begin_is_refused(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", *arguments, "--output", str(tmp_path / "compared"), "--quiet"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_study_in_the_documentation_is_legal(tmp_path: Path) -> None:
+    from pow2quant.study import sweep
+
+    page = (ROOT / "docs" / "howto" / "studies.md").read_text(encoding="utf-8")
+    (tmp_path / "study.yaml").write_text(page.split("```text\n")[1].split("```")[0], encoding="utf-8")
+    study = sweep.read(tmp_path / "study.yaml", RunConfig())
+    sweep.check(study)
+    assert len(study.plan) == 2 * 3 + 2

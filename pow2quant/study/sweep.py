@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -54,6 +54,11 @@ class Study:
         data = replace(base.data, path=None, workers=0, dataset=Path(base.data.dataset).name)
         what = configuration.dump(replace(base, model=model, data=data, device="cpu"))
         return sha256(f"{what}{self.plan!r}{self.runs}".encode()).hexdigest()[:12]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of what is varied."""
+        return tuple(dict.fromkeys(a.name for grid in self.plan.grids for a in grid))
 
     @property
     def called(self) -> str:
@@ -168,6 +173,15 @@ def sweep(
 
     storage: the URL of a database; None: a file in `output`. Any number of calls may work on one study at a time.
     """
+    for rows in tried(study, output, storage=storage, jobs=jobs, progress=progress):
+        found = save(study, rows, output)
+    return found
+
+
+def tried(
+    study: Study, output: Path, *, storage: str | None = None, jobs: int = 1, progress: Progress = SILENT
+) -> Iterator[list[Row]]:
+    """Runs what is left of a study; yields all rows whenever a trial is finished, and at the end."""
     check(study)
     output.mkdir(parents=True, exist_ok=True)
     url = storage or f"sqlite:///{(output / DATABASE).resolve()}"
@@ -182,8 +196,8 @@ def sweep(
     running = work(ledger, trials) if jobs == 1 else work_in_processes(make, trials, jobs)
     for entry in progress.track(running, "trials", total - done):
         progress.note(_line(entry, total))
-        save(study, ledger.entries(), output)
-    return save(study, ledger.entries(), output)
+        yield [row_of(e) for e in ledger.entries()]
+    yield [row_of(e) for e in ledger.entries()]
 
 
 def _line(entry: Entry, total: int) -> str:
@@ -192,12 +206,10 @@ def _line(entry: Entry, total: int) -> str:
     return f"trial {entry.number + 1} of {total}: {what}: {entry.error or f'{result:.2f} %'}"
 
 
-def save(study: Study, entries: Iterable[Entry], output: Path) -> Found:
+def save(study: Study, rows: list[Row], output: Path) -> Found:
     """Writes results.csv and study.json, and draws the figures."""
-    rows = [row_of(entry) for entry in entries]
-    axes = tuple(dict.fromkeys(a.name for grid in study.plan.grids for a in grid))
-    write(output / RESULTS, table(rows, axes).encode())
-    found = Found(output, rows, axes)
+    found = Found(output, rows, study.axes)
+    write(output / RESULTS, table(rows, study.axes).encode())
     best = found.finished[:1]
     summary = {"study": study.called, "trials": len(study.plan), "best": best[0] if best else None, "rows": rows}
     write(output / SUMMARY, json.dumps(summary, indent=1).encode())
@@ -209,7 +221,7 @@ def save(study: Study, entries: Iterable[Entry], output: Path) -> Found:
 def row_of(entry: Entry) -> Row:
     """A trial as a row: what was tried, what came of it."""
     start = {"trial": entry.number, "state": entry.state, "grid": entry.grid, **entry.combination}
-    return start | entry.result | {"attempts": entry.attempts, "error": entry.error}
+    return entry.result | start | {"attempts": entry.attempts, "error": entry.error}
 
 
 def table(rows: Iterable[Row], axes: Iterable[str]) -> str:
