@@ -356,6 +356,14 @@ class SearchConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """What is measured for the report alone. statistics: of every tensor; latency: in onnxruntime, within seconds."""
+
+    statistics: bool = True
+    latency: bool = True
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run. `RunConfig()` is the embedded default: digits, 8-bit weights and activations, 32-bit biases."""
 
@@ -365,6 +373,7 @@ class RunConfig:
     ptq: PtqConfig = PtqConfig()
     training: TrainingConfig = TrainingConfig()
     search: SearchConfig = SearchConfig()
+    report: ReportConfig = ReportConfig()
     backend: Annotated[str, _BACKEND] = "custom"
     seed: Annotated[int, _SEED] = 0
     device: Annotated[str, _DEVICE] = "cpu"

@@ -23,9 +23,10 @@ from pow2quant import config as configuration
 from pow2quant import datasets, models, run_folder
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.artifact import Agreement, Artifact, Site, Table
-from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
+from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.prepare import is_prepared, prepare
+from pow2quant.backends.samples import sample
 from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.errors import (
     ConfigError,
@@ -38,9 +39,10 @@ from pow2quant.errors import (
 )
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import names, resolve
-from pow2quant.report import document
-from pow2quant.report.html import render
-from pow2quant.validation import ort
+from pow2quant.report import document, statistics
+from pow2quant.report.html import page_of
+from pow2quant.report.network import describe
+from pow2quant.validation import latency, ort
 from pow2quant.validation.agreement import Executor, compare
 
 T = TypeVar("T")
@@ -466,7 +468,29 @@ def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[d
     ]
     agreements = _compare(job, sim, artifact, certificate, others, limit, scores)
     report = _report(job, artifact, certificate, scores, agreements, folder, steps)
-    return report | {"validation_left_out": left_out}, agreements
+    if job.config.report.statistics:
+        _write_statistics(job, sim, artifact, folder)
+    timing = _latency(job, folder) if job.config.report.latency else None
+    return report | {"validation_left_out": left_out, "latency": timing}, agreements
+
+
+def _write_statistics(job: Job, sim: Simulation, artifact: Artifact, folder: Path) -> None:
+    """What the report shows of every tensor, measured on a few calibration images, and how they hang together."""
+    job.progress.note("measuring every tensor for the report")
+    table = sim.encodings()
+    samples, count = sample(sim, job.calibration(), job.config.seed)
+    tensors = {
+        name: statistics.of_tensor(table[name], seen)
+        for name, seen in samples.items()
+        if np.isfinite(seen.entering).all() and np.isfinite(seen.exact).all()
+    }
+    document = {"samples": count, "network": describe(artifact), "tensors": tensors}
+    (folder / run_folder.STATISTICS).write_text(json.dumps(document) + "\n", encoding="utf-8")
+
+
+def _latency(job: Job, folder: Path) -> dict[str, Any]:
+    files = {"float": folder / run_folder.FLOAT, "quantized": folder / run_folder.QDQ}
+    return latency.measure(files, [x.numpy() for x in inputs(job.example)])
 
 
 def _check_constraint(config: RunConfig, sim: Simulation, table: Table) -> None:
@@ -693,6 +717,6 @@ def _report(
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Writes report.json and report.html."""
+    """Writes report.json, and report.html of it and the files beside it."""
     (folder / run_folder.REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(render(report), encoding="utf-8")
+    (folder / "report.html").write_text(page_of(folder), encoding="utf-8")

@@ -21,6 +21,7 @@ from pow2quant.errors import EncodingError, FileFormatError, OutputError
 from pow2quant.pow2_constraints import Encoding, IntGrid
 
 REPORT, CONFIG, STATE, CERTIFICATE = "report.json", "config.yaml", "model.safetensors", "certificate.json"
+STATISTICS = "statistics.json"
 QDQ, FLOAT, ENCODINGS = "model.onnx", "model_float.onnx", "model.encodings"
 
 _OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}

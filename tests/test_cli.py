@@ -484,7 +484,14 @@ def test_free_scales_are_listed(weights: Path, tmp_path: Path, capsys: pytest.Ca
 def test_report_into_another_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run), "--output", str(tmp_path / "pages")]) == 0
     assert (tmp_path / "pages" / "report.html").read_bytes() == (run / "report.html").read_bytes()
-    refused(capsys, ["report", str(run), str(run), "--output", str(tmp_path)], "--output", "one DIR")
+
+
+def test_report_of_several_runs_compares_them(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(run), str(run), "--output", str(tmp_path / "both"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"written": [str(tmp_path / "both" / "report.html")]}
+    assert "2 runs compared" in (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
+    refused(capsys, ["report", str(run), str(tmp_path), "--output", str(tmp_path / "new")], "report.json")
+    assert not (tmp_path / "new").exists()
 
 
 def test_list_says_what_to_install(

@@ -89,7 +89,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
         "top_level.txt",
     }
     assert [name for name in sorted(PACKAGE) if files[name] != (ROOT / name).read_bytes()] == []
-    assert {"pow2quant/py.typed", "pow2quant/report/report.html.j2"} <= PACKAGE
+    assert {"pow2quant/py.typed", "pow2quant/report/templates/report.html.j2"} <= PACKAGE
     assert files[f"{INFO}/top_level.txt"] == b"pow2quant\n"
 
 

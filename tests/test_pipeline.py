@@ -72,7 +72,7 @@ def test_every_executor_agrees_and_the_accuracy_is_kept(run: pipeline.Result) ->
 def test_the_folder_and_the_report_hold_what_the_contract_says(run: pipeline.Result) -> None:
     files = {p.name for p in run.folder.iterdir()}
     contract = {"model.onnx", "model_float.onnx", "model.encodings", "report.json", "report.html"}
-    assert files == contract | {"certificate.json", "config.yaml", "model.safetensors"}
+    assert files == contract | {"certificate.json", "config.yaml", "model.safetensors", "statistics.json"}
     report = json.loads((run.folder / "report.json").read_text())
     assert report.keys() >= KEYS
     weight = report["final_quantization_details"]["conv1.weight"]

@@ -243,7 +243,8 @@ def validate(
         "certificate": found.certificate.to_json(),
     }
     show_left_out(console, found.left_out)
-    console.result(result, [*lines, verdict, found.certificate_sentence])
+    console.result(result, lines)
+    console.facts({"verdict": verdict, "certificate": found.certificate_sentence}, found.agrees)
     keep(result, output, "validation.json")
     return 0 if found.agrees else 1
 
@@ -271,10 +272,12 @@ def export(
     return 0
 
 
-@app.command(epilog="Example: pow2quant report runs/mine")
+@app.command(epilog="Example: pow2quant report runs/mine     or: pow2quant report runs/a runs/b --output runs/both")
 def report(
     sources: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="DIR...")],
-    output: Annotated[Path | None, Option(help="Folder to write; default: DIR itself.")] = None,
+    output: Annotated[
+        Path | None, Option(help="Folder to write; of several DIRs then one page that compares them.")
+    ] = None,
     config: IdleConfig = None,
     seed: IdleSeed = None,
     device: IdleDevice = None,
@@ -282,14 +285,16 @@ def report(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Rebuilds report.html from report.json."""
+    """Rebuilds report.html from a run's files; of several runs and with --output, one page that compares them."""
     console = console_of(verbose, quiet, as_json)
     configured(config, {"seed": seed, "device": device})
-    if output is not None and len(sources) > 1:
-        raise typer.BadParameter("takes one DIR, or the reports would replace each other", param_hint="'--output'")
+    from pow2quant.report.comparison import compare
     from pow2quant.report.html import rebuild
 
-    written = [str(rebuild(source, output)) for source in sources]
+    if output is not None and len(sources) > 1:
+        written = [str(compare(sources, output))]
+    else:
+        written = [str(rebuild(source, output)) for source in sources]
     console.result({"written": written}, written)
     return 0
 
@@ -310,7 +315,11 @@ def list_(
     from pow2quant import plugins
 
     found = {kind: {name: _about(kind, name) for name in plugins.names(kind)} for kind in plugins.TABLES}
-    rows = [(kind, name, text) for kind, entries in found.items() for name, text in entries.items()]
+    rows = [
+        (kind if i == 0 or not console.draws else "", name, text)
+        for kind, entries in found.items()
+        for i, (name, text) in enumerate(entries.items())
+    ]
     console.table(["kind", "name", "what it is"], rows)
     console.result(found, ["", *ALSO])
     keep(found, output, "list.json")
@@ -362,20 +371,20 @@ def show_run(console: Console, result: Result) -> None:
         [label, percent(r.get(f"{key}_accuracy")), *([percent(r.get(f"{key}_accuracy_top5"))] if top5 else [])]
         for label, key in (("float", "initial"), *steps, ("simulation", "final"), ("onnxruntime", "onnxruntime"))
     ]
-    console.table(["accuracy", "top-1", *(["top-5"] if top5 else [])], rows)
+    console.table(["accuracy", "top-1#", *(["top-5#"] if top5 else [])], rows)
     console.say()
     show_agreements(console, result.agreements)
     show_left_out(console, r["validation_left_out"])
     sizes = r["model_size_bytes"]
-    lines = [
-        "",
-        f"verdict: {r['verdict']}",
-        f"certificate: {r['certificate']['sentence']}",
-        f"logits: {_quality(r['final_sqnr_db'])}",
-        f"size: {sizes['quantized']:,} bytes, {_times(sizes['float'], sizes['quantized'])} ({sizes['float']:,})",
-        f"files: {result.folder}",
-    ]
-    console.result({"folder": str(result.folder), **r}, lines)
+    facts = {
+        "verdict": r["verdict"],
+        "certificate": r["certificate"]["sentence"],
+        "logits": _quality(r["final_sqnr_db"]),
+        "size": f"{sizes['quantized']:,} bytes, {_times(sizes['float'], sizes['quantized'])} ({sizes['float']:,})",
+        "files": str(result.folder),
+    }
+    console.result({"folder": str(result.folder), **r}, [""])
+    console.facts(facts, result.agrees)
 
 
 def _quality(sqnr: float | None) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
+    from rich.console import Console as Rich
+
     from pow2quant.artifact import Agreement
 
 T = TypeVar("T")
@@ -60,6 +62,11 @@ class Console:
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
 
+    @property
+    def draws(self) -> bool:
+        """Whether results go to a terminal: then they are drawn, wrapped at words and in colour."""
+        return not self.as_json and self.out.isatty()
+
     def say(self, text: str = "") -> None:
         """A line of the result; nothing with --json."""
         if not self.as_json:
@@ -72,24 +79,51 @@ class Console:
         for line in lines:
             self.say(line)
 
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table on stdout, nothing with --json: drawn on a terminal, aligned text in a pipe."""
+    def facts(self, facts: Mapping[str, str], good: bool | None = None) -> None:
+        """`label: text`, a line each; nothing with --json. On a terminal wrapped, the first one coloured by `good`."""
+        if not self.draws:
+            for label, text in facts.items():
+                self.say(f"{label}: {text}")
+            return
+        from rich.text import Text
+
+        for i, (label, text) in enumerate(facts.items()):
+            told = i == 0 and good is not None
+            head = f"{'✓ ' if good else '✗ '}{label}: " if told else f"{label}: "
+            line = Text.assemble((head, "bold"), (text, ("green" if good else "bold red") if told else ""))
+            self._rich().print(line, soft_wrap=" " not in text)  # a path stays in one piece
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+        """A table on stdout, nothing with --json: drawn on a terminal under its title, aligned text in a pipe.
+
+        A `#` at the end of a head says that these are numbers: on a terminal they stand right, in one line.
+        """
         rows = [list(r) for r in rows]
+        names = [head.removesuffix("#") for head in header]
         if self.as_json or not rows:
             return
-        if self.out.isatty():
+        if self.draws:
             from rich.box import SIMPLE_HEAD
-            from rich.console import Console as Rich
             from rich.table import Table
 
-            table = Table(*header, box=SIMPLE_HEAD)
+            table = Table(
+                box=SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False
+            )
+            for head, name in zip(header, names, strict=True):
+                number = head.endswith("#")
+                table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
             for row in rows:
                 table.add_row(*row)
-            Rich(file=self.out, markup=False).print(table)
+            self._rich().print(table)
             return
-        widths = [max(len(r[i]) for r in [list(header), *rows]) for i in range(len(header))]
-        for row in [list(header), *rows]:
+        widths = [max(len(r[i]) for r in [names, *rows]) for i in range(len(names))]
+        for row in [names, *rows]:
             self.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+    def _rich(self) -> Rich:
+        from rich.console import Console as Rich
+
+        return Rich(file=self.out, markup=False, highlight=False)
 
 
 def duration(seconds: float) -> str:
@@ -102,12 +136,22 @@ def duration(seconds: float) -> str:
 
 def show_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
     """The agreement table, and below it the first tensor at which each executor differs."""
+    against = {a.against for a in agreements}
+    once = console.draws and len(against) == 1  # in the title: a terminal is narrow
     console.table(
-        ["executor", "against", "elements", "differing", "max LSB", "top-1 agreement", "claim"],
+        [
+            "executor",
+            *([] if once else ["against"]),
+            "elements#",
+            "differing#",
+            "max LSB#",
+            "top-1 agreement#",
+            "claim",
+        ],
         [
             [
                 a.executor,
-                a.against,
+                *([] if once else [a.against]),
                 f"{a.elements:,}",
                 f"{a.differing:,}",
                 f"{a.max_lsb:g}",
@@ -116,6 +160,7 @@ def show_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
             ]
             for a in agreements
         ],
+        f"agreement with {against.pop()}" if once else "",
     )
     for a in agreements:
         if a.first_diverging is not None:
