@@ -138,8 +138,8 @@ def score(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     job, sim, steps = quantized(config, progress)
     scores = _Scores()
     simulation = scores.watch(simulation_executor(sim, config.backend, job.device), noise=True)
-    for inputs in scores.stream(job.test(config.ptq.max_eval_batches), _runner(job.model, job.device)):
-        simulation.run(inputs)
+    for batch in scores.stream(job.test(config.ptq.max_eval_batches), _runner(job.model, job.device)):
+        simulation.run(batch)
     return (
         {"backend": config.backend, "pipeline_steps": steps}
         | _accuracies(scores, initial="float", final=simulation.name)
