@@ -98,7 +98,7 @@ class Align:
     """
 
     steps: Annotated[int, integer(1)] = 16
-    rounds: Annotated[int, integer(1)] = 3
+    rounds: Annotated[int, integer(1)] = 2
     exact: bool = True
 
     def rewrite(
