@@ -174,8 +174,8 @@ def sweep(
     storage: the URL of a database; None: a file in `output`. Any number of calls may work on one study at a time.
     """
     for rows in tried(study, output, storage=storage, jobs=jobs, progress=progress):
-        found = save(study, rows, output)
-    return found
+        write(output / RESULTS, table(rows, study.axes).encode())
+    return save(study, rows, output)
 
 
 def tried(
@@ -207,9 +207,8 @@ def _line(entry: Entry, total: int) -> str:
 
 
 def save(study: Study, rows: list[Row], output: Path) -> Found:
-    """Writes results.csv and study.json, and draws the figures."""
+    """Writes study.json and draws the figures."""
     found = Found(output, rows, study.axes)
-    write(output / RESULTS, table(rows, study.axes).encode())
     best = found.finished[:1]
     summary = {"study": study.called, "trials": len(study.plan), "best": best[0] if best else None, "rows": rows}
     write(output / SUMMARY, json.dumps(summary, indent=1).encode())
