@@ -303,6 +303,8 @@ def test_a_sweep_in_processes_makes_whole_runs(weights: Path, tmp_path: Path) ->
     assert main(["sweep", "--weights", str(weights), *grid, "--output", str(folder), *SHORT]) == 0
     found = rows(folder)
     assert [r["agrees"] for r in found] == ["True", "True"]
+    assert "runs/0000-True" in found[0]["run"]
+    assert "0001-False" in (folder / "report.html").read_text(encoding="utf-8")
     for row in found:
         assert json.loads((Path(row["run"]) / "report.json").read_text())["final_accuracy"] == float(
             row["quantized_top1"]

@@ -20,7 +20,7 @@ from pow2quant.plugins import names
 from pow2quant.study.figures import COLOURS, MARKERS, blank, png
 from pow2quant.study.ledger import Plan
 from pow2quant.study.space import axis
-from pow2quant.study.sweep import RESULTS, Study, table, tried
+from pow2quant.study.sweep import RESULTS, Study, report, table, tried
 from pow2quant.study.trials import Row
 
 if TYPE_CHECKING:
@@ -115,7 +115,10 @@ def _width(text: str) -> tuple[str, Mapping[str, int]]:
 def compare(
     study: Study, output: Path, *, storage: str | None = None, jobs: int = 1, progress: Progress = SILENT
 ) -> Comparison:
-    """Runs what is left of a comparison and writes it into `output`: markdown, CSV, JSON and a figure per network."""
+    """Runs what is left of a comparison and writes it into `output`: markdown, CSV, JSON and a figure per network.
+
+    Where trials are whole runs, report.html compares the first seed of each configuration.
+    """
     for rows in tried(study, output, storage=storage, jobs=jobs, progress=progress):
         write(output / RESULTS, table(rows, study.axes).encode())
     found = Comparison(output, cells(rows), [str(r["error"]) for r in rows if r["state"] == "failed"])
@@ -124,6 +127,8 @@ def compare(
     write(output / SUMMARY, json.dumps(document(found), indent=1).encode())
     for name, picture in figures(found.cells):
         write(output / name, picture)
+    first = {(r["network"], r["widths"], r["method"]): r for r in reversed(rows) if r["state"] == "complete"}
+    report(list(reversed(first.values())), output)
     return found
 
 

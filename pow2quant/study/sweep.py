@@ -20,12 +20,16 @@ from pow2quant.adapters.files import write
 from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
+from pow2quant.report import comparison
 from pow2quant.study.figures import figures
 from pow2quant.study.ledger import SAMPLERS, Entry, Ledger, Plan
 from pow2quant.study.space import Axis, Range, axis, combinations, given
 from pow2quant.study.trials import RUNS, Row, Trials, described, work, work_in_processes
 
 RESULTS, SUMMARY, STUDY, DATABASE = "results.csv", "study.json", "study.yaml", "study.db"
+
+MOST_RUNS = 50
+"""So many runs are compared on one page."""
 
 ENDING = ("original_top1", "original_top5", "quantized_top1", "quantized_top5", "sqnr_db", "images", "agrees", "run")
 """Columns that come behind those that say what was tried."""
@@ -214,7 +218,15 @@ def save(study: Study, rows: list[Row], output: Path) -> Found:
     write(output / SUMMARY, json.dumps(summary, indent=1).encode())
     for name, picture in figures(study.plan.grids, rows):
         write(output / name, picture)
+    report(found.finished, output)
     return found
+
+
+def report(rows: Sequence[Row], output: Path) -> None:
+    """Writes report.html, which compares the trials that are whole runs; at most so many as a page can show."""
+    runs = [Path(row["run"]) for row in rows if row.get("run")]
+    if len(runs) > 1:
+        comparison.compare(runs[:MOST_RUNS], output)
 
 
 def row_of(entry: Entry) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -52,7 +53,7 @@ class Trials:
         try:
             config = self.config(claim.grid, claim.combination)
             row = described(config)
-            found = self._quantized(config, claim.number, progress)
+            found = self._quantized(config, claim, progress)
             row |= measured(found)
             value, error = found["final_accuracy"], ""
             if value is None:
@@ -64,12 +65,13 @@ class Trials:
         row["duration_seconds"] = round(time.monotonic() - started, 2)
         return row, value, " ".join(error.split())
 
-    def _quantized(self, config: RunConfig, number: int, progress: Progress) -> dict[str, Any]:
+    def _quantized(self, config: RunConfig, claim: Claim, progress: Progress) -> dict[str, Any]:
         from pow2quant import pipeline, three_steps
 
         if self.runs is None:
             return pipeline.score(config, progress)
-        folder = self.folder / f"{number:04}"
+        labels = "-".join(re.sub(r"[^\w.+]+", "_", str(label)) for label in claim.combination.values())
+        folder = self.folder / f"{claim.number:04}-{labels[:80]}"
         make = pipeline.ptq if self.runs == "ptq" else three_steps.qat
         result = make(config, folder, overwrite=True, progress=progress)
         if result is None:
