@@ -23,7 +23,8 @@ from pow2quant import config as configuration
 from pow2quant import datasets, models, run_folder
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.artifact import Agreement, Artifact, Site, Table
-from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
+from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
+from pow2quant.backends.base import inputs as arguments
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.prepare import is_prepared, prepare
 from pow2quant.backends.samples import sample
@@ -490,7 +491,7 @@ def _write_statistics(job: Job, sim: Simulation, artifact: Artifact, folder: Pat
 
 def _latency(job: Job, folder: Path) -> dict[str, Any]:
     files = {"float": folder / run_folder.FLOAT, "quantized": folder / run_folder.QDQ}
-    return latency.measure(files, [x.numpy() for x in inputs(job.example)])
+    return latency.measure(files, [x.numpy() for x in arguments(job.example)])
 
 
 def _check_constraint(config: RunConfig, sim: Simulation, table: Table) -> None:

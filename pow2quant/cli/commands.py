@@ -371,7 +371,7 @@ def show_run(console: Console, result: Result) -> None:
         [label, percent(r.get(f"{key}_accuracy")), *([percent(r.get(f"{key}_accuracy_top5"))] if top5 else [])]
         for label, key in (("float", "initial"), *steps, ("simulation", "final"), ("onnxruntime", "onnxruntime"))
     ]
-    console.table(["accuracy", "top-1#", *(["top-5#"] if top5 else [])], rows)
+    console.table(["accuracy", "top-1", *(["top-5"] if top5 else [])], rows)
     console.say()
     show_agreements(console, result.agreements)
     show_left_out(console, r["validation_left_out"])

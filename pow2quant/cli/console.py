@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from pow2quant.artifact import Agreement
 
 T = TypeVar("T")
+
+_NUMBER = re.compile(r"-$|[-+]?\d")
+"""How a number begins, or what stands for one."""
 
 PATIENCE = 15.0
 """Seconds until a stage without a terminal says how far it is; then again whenever as much time has passed anew."""
@@ -96,10 +100,10 @@ class Console:
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
         """A table on stdout, nothing with --json: drawn on a terminal under its title, aligned text in a pipe.
 
-        A `#` at the end of a head says that these are numbers: on a terminal they stand right, in one line.
+        On a terminal numbers stand right, in one line, and text wraps.
         """
         rows = [list(r) for r in rows]
-        names = [head.removesuffix("#") for head in header]
+        names = list(header)
         if self.as_json or not rows:
             return
         if self.draws:
@@ -109,8 +113,8 @@ class Console:
             table = Table(
                 box=SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False
             )
-            for head, name in zip(header, names, strict=True):
-                number = head.endswith("#")
+            for i, name in enumerate(names):
+                number = i > 0 and all(_NUMBER.match(row[i]) for row in rows)
                 table.add_column(name, justify="right" if number else "left", no_wrap=number, overflow="fold")
             for row in rows:
                 table.add_row(*row)
@@ -142,10 +146,10 @@ def show_agreements(console: Console, agreements: Sequence[Agreement]) -> None:
         [
             "executor",
             *([] if once else ["against"]),
-            "elements#",
-            "differing#",
-            "max LSB#",
-            "top-1 agreement#",
+            "elements",
+            "differing",
+            "max LSB",
+            "top-1 agreement",
             "claim",
         ],
         [
