@@ -30,7 +30,7 @@ from pow2quant.methods.ternary import (
     twn,
     twn_threshold,
 )
-from pow2quant.training.exponents import Exponents
+from pow2quant.training.exponents import REACH, Exponents
 
 RULES = ("twn", "ttq", "learned")
 """How a weight w becomes ternary, by name.
@@ -72,19 +72,19 @@ def learned_gradients(
 
 
 class _Ttq(torch.autograd.Function):
-    """Rows (C, n) -> ternary; the parameters of a and b get `slope` times their scales' gradients."""
+    """Rows (C, n) -> ternary; the parameters of a and b get `slopes` times their scales' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, a: Tensor, b: Tensor, levels: Levels, slope: Any) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, a: Tensor, b: Tensor, levels: Levels, slopes: Sequence[Any]) -> Tensor:
         codes = levels.codes(rows)
         ctx.save_for_backward(rows, codes, levels.a, levels.b)
-        ctx.slope = slope
+        ctx.slopes = slopes
         return levels.values(rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         passed, a, b = ttq_gradients(grads[0], *ctx.saved_tensors)
-        return passed, ctx.slope * a, ctx.slope * b, None, None
+        return passed, ctx.slopes[0] * a, ctx.slopes[1] * b, None, None
 
 
 class _LearnedThreshold(torch.autograd.Function):
@@ -135,6 +135,7 @@ class TernaryExponents(Exponents):
         further = [k for levels in first.values() for side in (levels.a, levels.b)[:sides] for k in side.tolist()]
         super().__init__(sim, names, rule, further)
         self.steps = torch.cat([2 * x.threshold for x in first.values()]).clamp_min(2.0**-60).log2()
+        self._first = self.steps.clone()
         start, at = len(self.values) - len(further), 0
         for name, levels in first.items():
             count = len(levels.a)
@@ -184,25 +185,31 @@ class TernaryExponents(Exponents):
             threshold = (weight.step.detach() - 1).exp2()
         return Levels(threshold, self.k[weight.a], self.k[weight.b])
 
-    def quantize(self, name: str, x: Tensor, shares_batch: bool, factor: Tensor | None = None) -> Tensor:
+    def quantize_scaled(self, name: str, weight: Tensor, factor: Tensor, axis: int) -> Tensor:
+        """See `Exponents.quantize_scaled`."""
+        if name not in self._weights:
+            return super().quantize_scaled(name, weight, factor, axis)
+        factor = factor.view([-1 if d == axis else 1 for d in range(weight.ndim)])
+        return self.quantize(name, weight * factor, False) / factor
+
+    def quantize(self, name: str, x: Tensor, shares_batch: bool) -> Tensor:
         """See `Exponents.quantize`."""
         weight = self._weights.get(name)
         if weight is None:
-            return super().quantize(name, x, shares_batch, factor)
-        rows = rows_of(x if factor is None else x * factor, weight.axis)
+            return super().quantize(name, x, shares_batch)
+        rows = rows_of(x, weight.axis)
         levels = self.levels(name, rows.detach())
-        ratio = (self.k - self.calibrated)[weight.a].exp2()
-        slope = self.rule.slope(ratio, rows.shape[1], 1.0)
+        ratios = (self.k - self.calibrated).exp2()
+        slopes = [self.rule.slope(ratios[place], rows.shape[1], 1.0) for place in (weight.a, weight.b)]
         if self.ternary_rule == "twn":
             if torch.is_grad_enabled():
                 self._seen[name] = nearest_exponent(mean_beyond(rows.detach(), levels.threshold))
             made = rows + (levels.values(rows.detach()) - rows.detach())
         elif self.ternary_rule == "ttq":
-            made = _Ttq.apply(rows, *weight.parameters, levels, slope)
+            made = _Ttq.apply(rows, *weight.parameters, levels, slopes)
         else:
-            made = _LearnedThreshold.apply(rows, weight.step, *weight.parameters, levels, slope)
-        ternary = restored(made, x, weight.axis)
-        return ternary if factor is None else ternary / factor
+            made = _LearnedThreshold.apply(rows, weight.step, *weight.parameters, levels, slopes[0])
+        return restored(made, x, weight.axis)
 
     def scale(self, name: str) -> Tensor:
         """See `Exponents.scale`: that of the common grid."""
@@ -218,6 +225,7 @@ class TernaryExponents(Exponents):
         for name, k in self._seen.items():
             place = self._weights[name].a
             self.values[place] = self.rule.middle(k - self.calibrated[place])
+        torch.clamp(self.steps, self._first - REACH, self._first + REACH, out=self.steps)
         return super().advance()
 
     def table(self, k: Tensor | None = None) -> Table:

@@ -264,7 +264,7 @@ class Trainer:
         self.scaler.update()
         self.norms.advance()
         self.schedule.after_step()
-        if not bool(torch.isfinite(self.exponents.values).all()):
+        if not all(bool(torch.isfinite(values).all()) for values in self.exponents.learned):
             raise self._diverged("a gradient is not finite")
         self.flips += self.exponents.advance()
         if done + 1 >= self.config.freeze_exponents * self.steps and not bool(self.exponents.frozen.all()):
