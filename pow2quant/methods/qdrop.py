@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
 from pow2quant.backends.calibration import observe
+from pow2quant.backends.fake_quant import learned
 from pow2quant.methods.reconstruction import (
     Quantize,
     Step,
@@ -42,24 +43,6 @@ from pow2quant.pow2_constraints import Encoding, Format, Observed, choose, power
 HEAD_STEM_BITS = 8
 
 
-class _Learned(torch.autograd.Function):
-    """s * clip(round(x / s), low, high); for s = 2^theta or 2^round(theta), see `LearnedScale`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, theta: Tensor, scale: float, low: float, high: float) -> Tensor:
-        quantized = (x * (1 / scale)).round_().clamp_(low, high).mul_(scale)
-        ctx.save_for_backward(x, quantized)
-        ctx.ends = (low - 0.5) * scale, (high + 0.5) * scale
-        return quantized
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, quantized = ctx.saved_tensors
-        passed = torch.ops.aten.hardtanh_backward(grads[0], x, *ctx.ends)  # the gradient where nothing saturates
-        by_scale = (grads[0] * quantized).sum() - (passed * x).sum()
-        return passed, math.log(2) * by_scale, None, None, None
-
-
 class LearnedScale:
     """The scale of an activation as 2^theta, theta a parameter; under the constraint 2^round(theta).
 
@@ -74,8 +57,7 @@ class LearnedScale:
 
     def quantize(self, x: Tensor) -> Tensor:
         """x on the grid, differentiable in x and theta."""
-        quantized: Tensor = _Learned.apply(x, self.theta, 2.0 ** self._exponent(), self._low, self._high)
-        return quantized
+        return learned(x, self.theta, 2.0 ** self._exponent(), (self._low, self._high), None, math.log(2))
 
     def encoding(self) -> Encoding:
         """The encoding as it is now."""
