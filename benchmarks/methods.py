@@ -1,56 +1,168 @@
-"""Chains of methods at several widths: accuracy, its paired difference to the float network, SQNR of the logits.
+"""Chains of methods at several widths, and the page of the documentation that shows what they found.
 
-    python benchmarks/methods.py --network models.py:cifar10_resnet20 --weights resnet20.safetensors --data cifar10
-        --data-path DIR [--chains none output_mse+bias_correction …] [--widths 8:8 4:8 4:4] [--per-tensor]
-        [--free-scales] [--calibration-batches 8] [--test-batches N] [--backend custom]
+    python benchmarks/methods.py --title "ResNet-20, CIFAR-10" --network models.py:cifar10_resnet20
+        --weights resnet20.safetensors --data cifar10 --data-path DIR --widths 4:8 4:4 --seeds 0 1 2
+        --chains none output_mse,bias_correction "gpfq: {regularizer: L0}, bias_correction"
+    python benchmarks/methods.py    # only writes the page again
 
-Networks and weights are your own. Only the simulation runs: that its bits are those of onnxruntime is what `ptq` shows.
-Prints a markdown row per chain and width; the interval is that of 95 %.
+A chain is a list as under `ptq.methods`, without its brackets. `4:float` leaves activations float. Every row goes to
+`--rows` as soon as it is measured: what the logits of the test images are worth against the float network's. Rows that
+are there are not measured again, so a call that was interrupted continues. Only the simulation runs: that its bits are
+those of onnxruntime is what `ptq` and `cifar10.py` show. Networks, weights and data are your own.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
+import json
+import os
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import groupby, islice, product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from pow2quant import datasets, models, prepare, simulate
 from pow2quant.backends.base import Simulation
 from pow2quant.backends.fold import fold_batch_norm
-from pow2quant.config import DataConfig, QuantPlan, parameters
+from pow2quant.config import Choice, DataConfig, QuantPlan, RunConfig, parameters, with_values
 from pow2quant.plugins import resolve
+from pow2quant.report.document import environment
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BEGIN, END = "<!-- rows: written by benchmarks/methods.py -->\n", "<!-- end of rows -->"
 
 
-def plan(widths: str, per_tensor: bool, free: bool) -> QuantPlan:
-    """`4:8` is 4-bit weights and 8-bit activations."""
-    weight, activation = (int(bits) for bits in widths.split(":"))
-    made = QuantPlan.default(weight, activation, per_tensor)
+@dataclass(frozen=True)
+class Experiment:
+    """What decides a row. chain: as on the command line. range: of all but biases. seed: None where
+    nothing depends on it. images: how many.
+    """
+
+    network: str
+    weight_bits: int
+    activation_bits: int | None
+    chain: str
+    range: str = "mse"
+    per_tensor: bool = False
+    power_of_2: bool = True
+    backend: str = "custom"
+    seed: int | None = 0
+    calibration_images: int = 512
+    test_images: int = 10_000
+
+    @property
+    def table(self) -> str:
+        """The heading of the table it stands in."""
+        activations = ", activations float" if self.activation_bits is None else f"A{self.activation_bits}"
+        rest = ", per tensor" * self.per_tensor + ", free scales" * (not self.power_of_2)
+        return f"{self.network}: W{self.weight_bits}{activations}{rest}"
+
+    @property
+    def line(self) -> tuple[str, str, str, int]:
+        """What the seeds of one line of a table have in common."""
+        return self.chain, self.range, self.backend, self.calibration_images
+
+    def plan(self) -> QuantPlan:
+        return plan(self.weight_bits, self.activation_bits, self.per_tensor, not self.power_of_2, self.range)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured experiment. accuracy, float_accuracy, difference, zeros (of the weights): per cent.
+
+    interval: half of the 95 % interval of the paired difference. seconds: of the process, for calibration and methods.
+    """
+
+    experiment: Experiment
+    accuracy: float
+    float_accuracy: float
+    difference: float
+    interval: float
+    sqnr_db: float
+    zeros: float
+    seconds: float
+    machine: str
+
+
+def widths(text: str) -> tuple[int, int | None]:
+    """`4:8` is 4-bit weights and 8-bit activations; `4:float` leaves activations float."""
+    weight, _, activation = text.partition(":")
+    return int(weight), None if activation == "float" else int(activation)
+
+
+def plan(weight: int, activation: int | None, per_tensor: bool, free: bool, range_: str = "mse") -> QuantPlan:
+    made = QuantPlan.default(weight, activation or 8, per_tensor)
     roles = {role: getattr(made, role) for role in ("weight", "input", "output", "bias")}
-    return QuantPlan(**{role: replace(spec, power_of_2=not free) for role, spec in roles.items()})
+    specs = {role: replace(spec, power_of_2=not free) for role, spec in roles.items()}
+    specs |= {role: replace(specs[role], range=range_) for role in ("weight", "input", "output")}
+    return QuantPlan(**(specs if activation else {**dict.fromkeys(roles), "weight": specs["weight"]}))
 
 
-def simulated(model: nn.Module, chain: str, plan: QuantPlan, batches: Sequence[Tensor], backend: str) -> Simulation:
-    """The network after the methods of `a+b+c`."""
-    torch.manual_seed(0)
-    names = [] if chain == "none" else chain.split("+")
-    methods = [parameters(resolve("methods", name), {}, name) for name in names]
-    network = fold_batch_norm(prepare(model, batches[0][:1]))
-    for method in methods:
-        if hasattr(method, "rewrite"):
+def methods(chain: str) -> tuple[Choice, ...]:
+    """What `a, b: {key: value}` stands for."""
+    listed = [] if chain == "none" else yaml.safe_load(f"[{chain}]")
+    return with_values(RunConfig(), {"ptq.methods": listed}).ptq.methods or ()
+
+
+def written(chain: Iterable[Choice]) -> str:
+    """The one way in which a chain is written."""
+    texts = [
+        f"{name}: {yaml.safe_dump(dict(values), default_flow_style=True, width=1000).strip()}" if values else name
+        for name, values in chain
+    ]
+    return ", ".join(texts) or "none"
+
+
+class Chains:
+    """Simulations of a network after chains of methods.
+
+    What a chain has in common with one before, from its beginning and as far as no random number is drawn, is kept.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+        self.model, self.batches = model, batches
+        self._kept: dict[tuple[str, ...], tuple[Simulation, float]] = {}
+
+    def simulation(
+        self, chain: str, plan: QuantPlan, backend: str = "custom", seed: int = 0
+    ) -> tuple[Simulation, float]:
+        """The simulation, and the process's seconds that it took, those of what was kept included."""
+        torch.manual_seed(seed)
+        seeded = torch.get_rng_state()
+        choices = methods(chain)
+        made = [parameters(resolve("methods", name), values, name) for name, values in choices]
+        rewrites = [method for method in made if hasattr(method, "rewrite")]
+        keys = [(str(plan), backend, written(choices[:n])) for n in range(len(made) + 1)]
+        done = next((n for n in reversed(range(len(keys))) if keys[n] in self._kept), None)
+        started = time.process_time()
+        if done is None:
+            done, sim, before = len(rewrites), self._calibrated(rewrites, plan, backend), 0.0
+        else:
+            kept, before = self._kept[keys[done]]
+            sim = copy.deepcopy(kept)
+        for n in range(done, len(made)):
+            made[n].apply(sim, self.batches)
+            if backend == "custom" and torch.equal(torch.get_rng_state(), seeded):
+                self._kept[keys[n + 1]] = copy.deepcopy(sim), before + time.process_time() - started
+        return sim, before + time.process_time() - started, not torch.equal(torch.get_rng_state(), seeded)
+
+    def _calibrated(self, rewrites: Sequence[Any], plan: QuantPlan, backend: str) -> Simulation:
+        network = fold_batch_norm(prepare(self.model, self.batches[0][:1]))
+        for method in rewrites:
             more = {"plan": plan} if "plan" in inspect.signature(method.rewrite).parameters else {}
-            network = method.rewrite(network, batches, **more)
-    sim = simulate(network, batches[0][:1], plan, backend)
-    sim.calibrate(batches)
-    for method in methods:
-        if hasattr(method, "apply"):
-            method.apply(sim, batches)
-    return sim
+            network = method.rewrite(network, self.batches, **more)
+        sim = simulate(network, self.batches[0][:1], plan, backend)
+        sim.calibrate(self.batches)
+        return sim
 
 
 @torch.inference_mode()
@@ -58,44 +170,167 @@ def logits(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     return torch.cat([model(x.clone()) for x in batches])
 
 
+@torch.no_grad()
+def zeros(sim: Simulation) -> float:
+    """The share of weights that are quantized to 0, per cent."""
+    table = sim.encodings()
+    sites = [layer.weight for layer in sim.placement.layers if layer.weight is not None]
+    quantized = [table[site.name].fake_quantize(sim.parameter(site.name).numpy()) for site in sites]
+    return 100 * sum(int((w == 0).sum()) for w in quantized) / sum(w.size for w in quantized)
+
+
+class Bench:
+    """A network, its images, and what it makes of them in float."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        mean_std = {"mean": options.mean, "std": options.std} if options.mean else {}
+        data = datasets.load(DataConfig(options.data, options.data_path, options.batch_size, **mean_std))
+        self.model = models.build(options.network, weights=options.weights).eval()
+        self.calibration = [x for x, _ in islice(data.calibration, options.calibration_batches)]
+        self.chains = Chains(self.model, self.calibration)
+        self.test, labels = zip(*islice(data.test, options.test_batches), strict=True)
+        self.truth, self.expected = torch.cat(labels), logits(self.model, self.test)
+        about = environment(torch.get_num_threads())
+        self.machine = f"{about['processor']}, {about['threads']} thread(s), torch {about['torch']}"
+
+    def experiments(self, options: argparse.Namespace) -> Iterator[Experiment]:
+        images = sum(len(x) for x in self.calibration)
+        for bits, chain, seed in product(options.widths, options.chains, options.seeds):
+            yield Experiment(
+                options.title,
+                *widths(bits),
+                written(methods(chain)),
+                options.range,
+                options.per_tensor,
+                not options.free_scales,
+                options.backend,
+                seed,
+                images,
+                len(self.truth),
+            )
+
+    def measure(self, experiment: Experiment) -> Row:
+        chain, plan = experiment.chain, experiment.plan()
+        sim, seconds, by_chance = self.chains.simulation(chain, plan, experiment.backend, experiment.seed)
+        got = logits(sim.model, self.test)
+        hits, own = ((x.argmax(1) == self.truth).double() * 100 for x in (self.expected, got))
+        difference = own - hits
+        sqnr = 10 * torch.log10(self.expected.square().sum() / (got - self.expected).square().sum())
+        interval = 1.96 * difference.std() / len(difference) ** 0.5
+        figures = (own.mean(), hits.mean(), difference.mean(), interval)
+        rest = (round(sqnr.item(), 2), round(zeros(sim), 1), round(seconds, 1))
+        if not by_chance:
+            experiment = replace(experiment, seed=None)
+        return Row(experiment, *(round(x.item(), 3) for x in figures), *rest, self.machine)
+
+
+def load(path: Path) -> list[Row]:
+    """Rows, a JSON object on every line of the file's list."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    names = {f.name for f in fields(Experiment)}
+    return [
+        Row(Experiment(**{k: v for k, v in x.items() if k in names}), **{k: v for k, v in x.items() if k not in names})
+        for x in found
+    ]
+
+
+def save(path: Path, rows: Iterable[Row]) -> None:
+    lines = []
+    for row in rows:
+        measured = asdict(row)
+        lines.append(json.dumps(measured.pop("experiment") | measured))
+    write(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def rendered(rows: Iterable[Row]) -> str:
+    """A table for every network and width, in the order in which they were first measured; the least accurate first."""
+    rows = list(rows)
+    found = []
+    for name in dict.fromkeys(row.experiment.table for row in rows):
+        own = [row for row in rows if row.experiment.table == name]
+        first, images = own[0], own[0].experiment.calibration_images
+        sparse = any("regularizer" in row.experiment.chain for row in own)
+        lines = [list(same) for _, same in groupby(sorted(own, key=by_line), by_line)]
+        lines.sort(key=lambda same: mean(row.accuracy for row in same))
+        found.append(
+            f"## {name}\n\nFloat: {first.float_accuracy:.2f} % of {first.experiment.test_images:,} images. "
+            f"Calibration: {images:,} images.\n\n"
+            f"| methods | seeds | accuracy | difference | SQNR dB |{' zeros |' * sparse} seconds |\n"
+            f"|---|---|---|---|---|{'---|' * sparse}---|\n" + "\n".join(_line(same, images, sparse) for same in lines)
+        )
+    machines = dict.fromkeys(row.machine for row in rows)
+    return "\n\n".join([*found, f"Measured on: {'; '.join(machines) or 'nothing yet'}."]) + "\n"
+
+
+def by_line(row: Row) -> tuple[str, str, str, int]:
+    return row.experiment.line
+
+
+def _line(same: Sequence[Row], images: int, sparse: bool) -> str:
+    first = same[0].experiment
+    label = "no method" if first.chain == "none" else f"`{first.chain}`"
+    label += f", range `{first.range}`" * (first.range != "mse")
+    label += f", on `{first.backend}`" * (first.backend != "custom")
+    label += f", {first.calibration_images:,} calibration images" * (first.calibration_images != images)
+    accuracy = f"{mean(row.accuracy for row in same):.2f} %"
+    if len(same) > 1:
+        accuracy += f" (sd {stdev(row.accuracy for row in same):.2f})"
+    difference, interval = (mean(getattr(row, key) for row in same) for key in ("difference", "interval"))
+    seeds = ", ".join(str(row.experiment.seed) for row in same if row.experiment.seed is not None)
+    sqnr = mean(row.sqnr_db for row in same)
+    cells = [label, seeds or "any", accuracy, f"{difference:+.2f} ± {interval:.2f}", f"{sqnr:.1f}"]
+    cells += [f"{mean(row.zeros for row in same):.0f} %"] * sparse
+    return f"| {' | '.join(cells)} | {mean(row.seconds for row in same):.0f} |"
+
+
+def put(page: Path, rows: Iterable[Row]) -> str:
+    """The page with its tables written anew."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    return before + BEGIN + "\n" + rendered(rows) + "\n" + END + rest.partition(END)[2]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", required=True)
-    parser.add_argument("--weights", required=True)
+    parser.add_argument("--title", help="the network and its data, for people")
+    parser.add_argument("--network", help="without it, only the page is written")
+    parser.add_argument("--weights")
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--data-path")
-    parser.add_argument("--chains", nargs="+", default=["none", "output_mse", "output_mse+bias_correction"])
-    parser.add_argument("--widths", nargs="+", default=["8:8", "4:8", "4:4"], metavar="W:A")
+    parser.add_argument("--mean", type=float, nargs=3)
+    parser.add_argument("--std", type=float, nargs=3)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--chains", nargs="+", default=["none"], metavar="CHAIN")
+    parser.add_argument("--widths", nargs="+", default=["4:4"], metavar="W:A")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--range", default="mse", help="chooser of the exponents of weights and activations")
     parser.add_argument("--per-tensor", action="store_true")
     parser.add_argument("--free-scales", action="store_true")
     parser.add_argument("--calibration-batches", type=int, default=8)
     parser.add_argument("--test-batches", type=int)
     parser.add_argument("--backend", default="custom")
+    parser.add_argument("--rows", type=Path, default=DOCS / "results.json")
+    parser.add_argument("--page", type=Path, default=DOCS / "results.md")
     options = parser.parse_args()
-    data = datasets.load(DataConfig(dataset=options.data, path=options.data_path))
-    model = models.build(options.network, weights=options.weights).eval()
-    calibration = [x for x, _ in islice(data.calibration, options.calibration_batches)]
-    test, labels = zip(*islice(data.test, options.test_batches), strict=True)
-    truth, expected = torch.cat(labels), logits(model, test)
-    hits = (expected.argmax(1) == truth).float()
-    print(f"float: {100 * hits.mean():.2f} % of {len(truth)}\n")
-    print("| widths | chain | accuracy | difference | SQNR dB | seconds |\n|---|---|---|---|---|---|", flush=True)
-    for widths in options.widths:
-        for chain in options.chains:
-            started = time.monotonic()
-            chosen = plan(widths, options.per_tensor, options.free_scales)
-            sim = simulated(model, chain, chosen, calibration, options.backend)
-            seconds = time.monotonic() - started
-            got = logits(sim.model, test)
-            own = (got.argmax(1) == truth).float()
-            difference = 100 * (own - hits)
-            interval = 1.96 * difference.std() / len(truth) ** 0.5
-            sqnr = 10 * torch.log10(expected.square().sum() / (got - expected).square().sum())
-            print(
-                f"| {widths} | {chain} | {100 * own.mean():.2f} | {difference.mean():+.2f} ± {interval:.2f} | "
-                f"{sqnr:.1f} | {seconds:.0f} |",
-                flush=True,
-            )
+    if options.network:
+        options.title = options.title or options.network.rpartition(":")[2]
+        bench = Bench(options)
+        for experiment in bench.experiments(options):
+            rows = {row.experiment for row in load(options.rows)}
+            if rows.isdisjoint({experiment, replace(experiment, seed=None)}):
+                row = bench.measure(experiment)
+                print(
+                    f"{experiment.table}, {experiment.chain}, seed {experiment.seed}: {row.accuracy:.2f} %", flush=True
+                )
+                save(options.rows, [*load(options.rows), row])
+    if options.page.exists():
+        write(options.page, put(options.page, load(options.rows)))
 
 
 if __name__ == "__main__":

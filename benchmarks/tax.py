@@ -1,7 +1,7 @@
 """The power-of-two tax: what scales of 2^k cost against free ones, and what range alignment wins back.
 
     python benchmarks/tax.py --network models.py:cifar10_resnet20 --weights resnet20.safetensors --data cifar10
-        --data-path DIR [--widths 8:8 4:8 4:4] [--chains none output_mse+bias_correction]
+        --data-path DIR [--widths 8:8 4:8 4:4] [--chains none "output_mse, bias_correction"]
         [--calibration-batches 8] [--test-batches N] [--backend custom]
 
 Networks and weights are your own. A markdown row per width and chain: top-1 in per cent and the logits' SQNR with free
@@ -14,7 +14,7 @@ import argparse
 from itertools import islice
 
 import torch
-from methods import logits, plan, simulated
+from methods import Chains, logits, plan, widths
 
 from pow2quant import datasets, models
 from pow2quant.config import DataConfig
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--data-path")
     parser.add_argument("--widths", nargs="+", default=["8:8", "4:8", "4:4"], metavar="W:A")
-    parser.add_argument("--chains", nargs="+", default=["none", "output_mse+bias_correction"])
+    parser.add_argument("--chains", nargs="+", default=["none", "output_mse, bias_correction"])
     parser.add_argument("--calibration-batches", type=int, default=8)
     parser.add_argument("--test-batches", type=int)
     parser.add_argument("--backend", default="custom")
@@ -39,19 +39,20 @@ def main() -> None:
     truth, expected = torch.cat(labels), logits(model, test)
     print(f"float: {100 * (expected.argmax(1) == truth).float().mean():.2f} % of {len(truth)}\n")
     print("| widths | methods | free scales | 2^k | 2^k, aligned | won by it |\n|---|---|---|---|---|---|", flush=True)
-    for widths in options.widths:
+    chains = Chains(model, calibration)
+    for bits in options.widths:
         for chain in options.chains:
-            aligned = "align" if chain == "none" else f"align+{chain}"
+            aligned = "align" if chain == "none" else f"align, {chain}"
             hits, cells = [], []
             for methods, free in ((chain, True), (chain, False), (aligned, False)):
-                chosen = plan(widths, per_tensor=False, free=free)
-                got = logits(simulated(model, methods, chosen, calibration, options.backend).model, test)
+                chosen = plan(*widths(bits), per_tensor=False, free=free)
+                got = logits(chains.simulation(methods, chosen, options.backend)[0].model, test)
                 hits.append(100 * (got.argmax(1) == truth).float())
                 sqnr = 10 * torch.log10(expected.square().sum() / (got - expected).square().sum())
                 cells.append(f"{hits[-1].mean():.2f} ({sqnr:.1f} dB)")
             won = hits[2] - hits[1]
             interval = 1.96 * won.std() / len(truth) ** 0.5
-            print(f"| {widths} | {chain} | {' | '.join(cells)} | {won.mean():+.2f} ± {interval:.2f} |", flush=True)
+            print(f"| {bits} | {chain} | {' | '.join(cells)} | {won.mean():+.2f} ± {interval:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
