@@ -5,10 +5,10 @@
         --chains none output_mse,bias_correction "gpfq: {regularizer: L0}, bias_correction"
     python benchmarks/methods.py    # only writes the page again
 
-A chain is a list as under `ptq.methods`, without its brackets. `4:float` leaves activations float. Every row goes to
-`--rows` as soon as it is measured: what the logits of the test images are worth against the float network's. Rows that
-are there are not measured again, so a call that was interrupted continues. Only the simulation runs: that its bits are
-those of onnxruntime is what `ptq` and `cifar10.py` show. Networks, weights and data are your own.
+A chain is a list as under `ptq.methods`, without its brackets, or `a+b`. `4:float` leaves activations float. Every row
+goes to `--rows` as soon as it is measured: what the logits of the test images are worth against the float network's.
+Rows that are there are not measured again, so a call that was interrupted continues. Only the simulation runs: that its
+bits are those of onnxruntime is what `ptq` and `backends.py` show. Networks, weights and data are your own.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def plan(weight: int, activation: int | None, per_tensor: bool, free: bool, rang
 
 
 def methods(chain: str) -> tuple[Choice, ...]:
-    """What `a, b: {key: value}` stands for."""
-    listed = [] if chain == "none" else yaml.safe_load(f"[{chain}]")
+    """What `a, b: {key: value}` or `a+b` stands for."""
+    listed = [] if chain == "none" else yaml.safe_load(f"[{chain.replace('+', ', ')}]")
     return with_values(RunConfig(), {"ptq.methods": listed}).ptq.methods or ()
 
 

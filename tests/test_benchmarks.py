@@ -26,7 +26,7 @@ def test_the_page_shows_the_rows() -> None:
     ("chain", "expected"),
     [
         ("none", "none"),
-        ("output_mse,bias_correction", "output_mse, bias_correction"),
+        ("output_mse+bias_correction", "output_mse, bias_correction"),
         ("gpfq: {lambda_: 2, regularizer: L0}", "gpfq: {lambda_: 2, regularizer: L0}"),
     ],
 )
