@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -515,7 +516,7 @@ def test_the_network_is_described_in_boxes():
 
 def test_the_graph_draws_every_tensor_that_is_read():
     boxes = network.describe(residual().artifact("both.output"))
-    (strip,) = graph.draw(boxes, {b["writes"]: f"k{i}" for i, b in enumerate(boxes)}, {}).strips
+    (strip,) = graph.draw(boxes, {b["writes"]: f"k{i}" for i, b in enumerate(boxes)}, {})
     assert [box.label for box in strip.boxes] == ["k0", "k1", None, "k3", None]
     assert [[label for *_, label in lane.enters] for lane in strip.lanes] == [["k1"], ["k2"]]
     assert strip.lanes[0].colour != strip.lanes[1].colour, "they overlap, so each has its own lane"
@@ -527,10 +528,10 @@ def test_a_dense_network_of_150_layers_is_a_column_of_strips():
         | {"weight": None, "detail": ""}
         for i in range(150)
     ]
-    picture = graph.draw(boxes, {}, {})
-    names = [box.name for i, strip in enumerate(picture.strips) for box in strip.boxes[i > 0 :]]
+    strips = graph.draw(boxes, {}, {})
+    names = [box.name for i, strip in enumerate(strips) for box in strip.boxes[i > 0 :]]
     assert names == [f"b{i}" for i in range(150)]
-    for strip, following in zip(picture.strips, picture.strips[1:], strict=False):
+    for strip, following in pairwise(strips):
         assert 0 <= strip.y + strip.height - following.y <= 2, "strips under each other are one column"
 
 

@@ -9,7 +9,7 @@ by side where there is room, and break between pages in print.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 STRIPS, STRIP = 3, 12
@@ -47,31 +47,25 @@ class Lane:
     title: str
     heads: tuple[tuple[int, int], ...]
     enters: tuple[tuple[int, int, str], ...]
+    right: int
     top: int
     bottom: int
 
 
 @dataclass(frozen=True)
 class Strip:
-    """A part of the column: its first pixel row, its height, and what lies in it."""
+    """A part of the column: its first pixel row, its size, and what lies in it."""
 
     y: int
+    width: int
     height: int
     boxes: tuple[Box, ...]
     lanes: tuple[Lane, ...]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """width: of every strip, in pixels."""
-
-    width: int
-    strips: tuple[Strip, ...] = field(default=())
-
-
 def draw(
     network: Sequence[Mapping[str, Any]], labels: Mapping[str, str], notes: Mapping[str, Mapping[str, Any]]
-) -> Picture:
+) -> tuple[Strip, ...]:
     """Lays out what `network.describe` says.
 
     labels: what is written at a tensor's lines, such as its exponent. notes: by box, `weights` (a line on the weights'
@@ -84,7 +78,7 @@ def draw(
             if tensor in rows:
                 readers.setdefault(rows[tensor], []).append(i)
     straight = {i for i, found in readers.items() if i + 1 in found}
-    lanes, count = _lanes({i: [j for j in found if j != i + 1] for i, found in readers.items()})
+    lanes = _lanes({i: [j for j in found if j != i + 1] for i, found in readers.items()})
     boxes = [_box(i, box, labels, notes.get(box["name"], {}), i in straight) for i, box in enumerate(network)]
     drawn = [
         _lane(network[i], labels.get(network[i]["writes"], ""), i, [j for j in readers[i] if j != i + 1], lane)
@@ -98,11 +92,12 @@ def draw(
         y = part[0].y - (PITCH - HEIGHT - 1 if before else TOP)
         height = part[-1].y + HEIGHT + (1 if start + size < len(boxes) else TOP) - y
         inside = tuple(lane for lane in drawn if lane.top < y + height and lane.bottom > y)
-        strips.append(Strip(y, height, (*before, *part), inside))
-    return Picture(LEFT + WIDTH + (ENTRY + count * LANE if count else 12) + 6, tuple(strips))
+        right = max((lane.right for lane in inside), default=LEFT + WIDTH + 10)
+        strips.append(Strip(y, right + 8, height, (*before, *part), inside))
+    return tuple(strips)
 
 
-def _lanes(readers: Mapping[int, Sequence[int]]) -> tuple[dict[int, int], int]:
+def _lanes(readers: Mapping[int, Sequence[int]]) -> dict[int, int]:
     """The lane of every tensor that needs one: the innermost that is free from its row to its last reader's."""
     ends: list[int] = []
     found: dict[int, int] = {}
@@ -112,7 +107,7 @@ def _lanes(readers: Mapping[int, Sequence[int]]) -> tuple[dict[int, int], int]:
         lane = next((n for n, end in enumerate(ends) if end < i), len(ends))
         ends[lane : lane + 1] = [max(readers[i])]
         found[i] = lane
-    return found, len(ends)
+    return found
 
 
 def _box(i: int, box: Mapping[str, Any], labels: Mapping[str, str], note: Mapping[str, Any], straight: bool) -> Box:
@@ -136,6 +131,7 @@ def _lane(box: Mapping[str, Any], label: str, row: int, readers: Sequence[int], 
         title=f"{box['writes']}  {label}",
         heads=tuple((right, y) for y in arrivals),
         enters=tuple((right + 9, y - 4, label) for y in arrivals),
+        right=x,
         top=start,
         bottom=last,
     )

@@ -67,7 +67,7 @@ def render(
         measured=measured,
         agrees=agrees(report),
         widths=_widths(report),
-        picture=_picture(report, parts["network"], layers) if parts["network"] else None,
+        strips=_picture(report, parts["network"], layers) if parts["network"] else None,
         profile=_profile(layers) if measured else None,
         curves=_curves(report, metrics or {}),
         config=config,
@@ -318,7 +318,7 @@ def _curves(report: Mapping[str, Any], metrics: Mapping[str, Any]) -> Any:
 
 def _picture(
     report: Mapping[str, Any], network: Sequence[Mapping[str, Any]], layers: Sequence[_Layer]
-) -> graph.Picture:
+) -> tuple[graph.Strip, ...]:
     details = dict(report.get("final_quantization_details") or {})
     for box in network:  # what only moves values has its input's encoding
         if box["writes"] not in details and box["reads"] and box["reads"][0] in details:
@@ -423,7 +423,7 @@ def stem(model: str) -> str:
 
 def _shortened(text: str, most: int) -> str:
     """Its beginning and its end, where it is longer than `most`."""
-    head = most // 2 - 1
+    head = most // 3
     return text if len(text) <= most else f"{text[:head]}…{text[head + 1 - most :]}"
 
 
