@@ -113,7 +113,7 @@ def _trained(trainer: Trainer) -> dict[str, Any]:
         "qat_best_accuracy": trainer.best["accuracy"],
         "training": {
             "mode": config.mode,
-            "batch_norm": config.batch_norm if trainer.norms.parameters() else "none",
+            "batch_norm": "live" if trainer.norms.parameters() else "folded",
             "kept": config.keep,
             "epochs_trained": len(history) - 1,
             "best_epoch": trainer.best["epoch"],
