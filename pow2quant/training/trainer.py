@@ -2,8 +2,9 @@
 
 A checkpoint holds everything that the rest of the training depends on, so that a resumed run gives the bits of an
 uninterrupted one: weights, exponents, running statistics, both optimizers, the schedule, what was measured, torch's
-generator, and how many batches of the epoch are done. Every epoch seeds the generators anew, and a resumed epoch draws its batches again from
-the start, without computing those that are done: so data come in the same order, with the same augmentation.
+generator, and how many batches of the epoch are done. Every epoch seeds the generators anew, and a resumed epoch draws
+its batches again from the start, without computing those that are done: so data come in the same order, with the same
+augmentation.
 """
 
 from __future__ import annotations
