@@ -162,7 +162,7 @@ def test_the_float_network_does_not_notice_and_the_estimate_falls(seed: int) -> 
         def note(self, text: str) -> None:
             notes.append(float(text.rpartition(" ")[2]))
 
-    Align(rounds=3).rewrite(network, [images(32, seed)], QuantPlan.default(4, 4), Notes())  # type: ignore[arg-type]
+    Align(rounds=3, exact=True).rewrite(network, [images(32, seed)], QuantPlan.default(4, 4), Notes())  # type: ignore[arg-type]
     after = network(images(32, seed))
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
     assert notes[2] <= notes[0]
@@ -197,6 +197,24 @@ def test_every_factor_has_the_error_that_comes_of_it() -> None:
         rest = [y.errors_by_column(w := matrix(network, n), y.least(w)[0]) for n, y in part.readers.items()]
         total = sum(float(e.sum()) for e in rest) + sum(float(x.errors(one).sum()) for x in part.tensors)
         assert float(foretold[4].sum()) == pytest.approx(total, rel=1e-2)
+
+
+def test_a_clipped_channel_is_scaled_where_that_costs_less_than_it_wins() -> None:
+    """Some channels reach the ReLU6: with `exact` these keep their rows, otherwise some of them do not."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 4, 1))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.normal_()
+    data = [images(64)]
+    scaled = []
+    for exact in (True, False):
+        network = prepare(model, images())
+        weight = network.get_parameter("0.weight").clone()
+        Align(exact=exact).rewrite(network, data, QuantPlan.default(4, 8))
+        ratio = (network.get_parameter("0.weight") / weight).flatten(1)
+        scaled.append(int(((ratio - 1).abs() > 1e-3).all(1).sum()))
+    assert scaled[0] < scaled[1]
 
 
 @pytest.mark.parametrize(
