@@ -82,7 +82,8 @@ def main() -> None:
     done: dict[str, Tensor] = {}
 
     def show(name: str, plan: dict[str, str], against: str | None) -> None:
-        own = hits(work.quantized(work.job_of(plan)).model, work, options.test_batches)
+        sim = work.simulations.get(("weight", name)) or work.quantized(work.job_of(plan))
+        own = hits(sim.model, work, options.test_batches)
         done[name] = own
         size, bits = (work.problem.value(quantity, plan) for quantity in ("size", "average_bits"))
         compared = "" if against not in done else f"{interval(own, done[str(against)])} (W{against})"

@@ -1,12 +1,16 @@
-"""Constraints as a user writes them: `accuracy=0.88`, `size=0.5MB`."""
+"""What a user asks a search for, and constraints as they are written: `accuracy=0.88`, `size=0.5MB`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from pow2quant.config import SearchConfig
 from pow2quant.errors import ConfigError
+from pow2quant.study.candidates import CANDIDATES, sorted_names
+from pow2quant.study.costs import COSTS
 
 _DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES = {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 1024.0, "MiB": 1024.0**2, "GiB": 1024.0**3}
@@ -74,6 +78,50 @@ def accuracy_floor(constraints: Sequence[Constraint], initial: float) -> float |
     floors = [c.value for c in constraints if c.quantity == "accuracy"]
     floors += [initial - c.value for c in constraints if c.quantity == "accuracy_drop"]
     return max(floors, default=None)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is searched: a `config.SearchConfig`, its constraints parsed. Raises ConfigError for what cannot be."""
+
+    search: SearchConfig
+
+    def __post_init__(self) -> None:
+        quantities = {c.quantity for c in self.constraints}
+        objective = self.search.objective
+        if objective != "accuracy" and not quantities & {"accuracy", "accuracy_drop"}:
+            raise ConfigError(
+                f"objective {objective} needs a constraint on the accuracy, such as accuracy_drop=0.5%; "
+                "without one, the least widths would do"
+            )
+        if objective == "accuracy" and not quantities & set(COSTS):
+            raise ConfigError(
+                "objective accuracy needs a constraint on a cost, such as size=0.5MB or average_bits=5.2; "
+                "without one, the largest widths would do"
+            )
+        if all(CANDIDATES[name].spec is None for name in sorted_names(self.search.candidates)):
+            raise ConfigError("candidates: floats alone are nothing to search; legal: at least one of 2 to 16 bits")
+        for name in sorted_names(self.search.activation_candidates):
+            if CANDIDATES[name].spec is None:
+                raise ConfigError(f"activation candidates: {name!r} is not legal; legal: 2 to 16 bits")
+
+    @cached_property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """As they are understood."""
+        return tuple(parse(text) for text in self.search.constraints)
+
+    @property
+    def axis(self) -> str:
+        """The cost that the front is over."""
+        if self.search.objective != "accuracy":
+            return self.search.objective
+        return next(c.quantity for c in self.constraints if c.quantity in COSTS)
+
+    @property
+    def needs_latency(self) -> bool:
+        """Whether a latency is minimized or limited, or a table is given."""
+        asked = (self.search.objective, *(c.quantity for c in self.constraints))
+        return self.search.latency_table is not None or "latency" in asked
 
 
 SHOWN: dict[str, Callable[[float], str]] = {

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -21,14 +20,14 @@ from pow2quant import run_folder
 from pow2quant.adapters.files import write
 from pow2quant.artifact import Artifact
 from pow2quant.backends.base import SILENT, Progress, Simulation
-from pow2quant.config import RunConfig, SearchConfig
+from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.pipeline import Job, Result, finish, write_report
 from pow2quant.study import costs, latency, limits
 from pow2quant.study.candidates import CANDIDATES, Group, Plan, configured, groups_of, sorted_names, uniform
 from pow2quant.study.costs import Chip, LayerShape
 from pow2quant.study.front import Point, draw, front, table
-from pow2quant.study.limits import Constraint
+from pow2quant.study.limits import Request
 from pow2quant.study.program import Problem, Quantity
 from pow2quant.study.sensitivity import Measurement, Table
 from pow2quant.training.schedule import criterion_of
@@ -40,49 +39,6 @@ REFINEMENTS = 3
 
 REPAIRS = 4
 """Plans that are reached from one that is not accurate enough by widening one tensor after the other."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is searched: a `config.SearchConfig`, its constraints parsed. Raises ConfigError for what cannot be."""
-
-    search: SearchConfig
-
-    def __post_init__(self) -> None:
-        quantities = {c.quantity for c in self.constraints}
-        objective = self.search.objective
-        if objective != "accuracy" and not quantities & {"accuracy", "accuracy_drop"}:
-            raise ConfigError(
-                f"objective {objective} needs a constraint on the accuracy, such as accuracy_drop=0.5%; "
-                "without one, the least widths would do"
-            )
-        if objective == "accuracy" and not quantities & set(costs.COSTS):
-            raise ConfigError(
-                "objective accuracy needs a constraint on a cost, such as size=0.5MB or average_bits=5.2; "
-                "without one, the largest widths would do"
-            )
-        sorted_names(self.search.candidates)
-        for name in sorted_names(self.search.activation_candidates):
-            if CANDIDATES[name].spec is None:
-                raise ConfigError(f"activation candidates: {name!r} is not legal; legal: 2 to 16 bits")
-
-    @cached_property
-    def constraints(self) -> tuple[Constraint, ...]:
-        """As they are understood."""
-        return tuple(limits.parse(text) for text in self.search.constraints)
-
-    @property
-    def axis(self) -> str:
-        """The cost that the front is over."""
-        if self.search.objective != "accuracy":
-            return self.search.objective
-        return next(c.quantity for c in self.constraints if c.quantity in costs.COSTS)
-
-    @property
-    def needs_latency(self) -> bool:
-        """Whether a latency is minimized or limited, or a table is given."""
-        asked = (self.search.objective, *(c.quantity for c in self.constraints))
-        return self.search.latency_table is not None or "latency" in asked
 
 
 @dataclass(frozen=True)
