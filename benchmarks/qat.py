@@ -1,7 +1,7 @@
 """CIFAR-10, the whole test set: what training wins back at several widths, and whether every executor agrees.
 
     python benchmarks/qat.py --data-path DIR --network models.py:cifar10_resnet20 --weights resnet20.safetensors
-        [--runs 8:8:weights:1:1e-4 4:8:weights:3:5e-4 4:4:full:8:1e-3 …] [--output runs/qat-cifar10]
+        [--runs 8:8:weights:1:1e-4 4:8:weights:3:2.5e-4 4:4:full:8:2.5e-4 …] [--output runs/qat-cifar10]
 
 DIR holds `cifar-10-batches-py/` or `cifar10.npz`; networks and weights are your own. A run is
 WEIGHT BITS:ACTIVATION BITS:MODE:EPOCHS:LEARNING RATE; the rate warms up for a tenth of the steps. 512 calibration
@@ -30,8 +30,8 @@ def main() -> None:
         "--runs",
         nargs="+",
         default=[
-            *("8:8:weights:1:1e-4", "4:8:weights:3:5e-4"),
-            *("4:4:full:8:1e-3", "3:3:full:8:1e-3", "2:4:full:8:1e-3"),
+            *("8:8:weights:1:1e-4", "4:8:weights:3:2.5e-4"),
+            *("4:4:full:8:2.5e-4", "3:3:full:8:2.5e-4", "2:4:full:8:5e-4"),
         ],
         metavar="W:A:MODE:EPOCHS:RATE",
     )
