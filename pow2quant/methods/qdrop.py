@@ -83,7 +83,7 @@ class QDrop(LearnedRounding):
     lets pass as they are, drawn anew in every step. lr_activation: Adam's, of log2 of the activations' scales, which
     learn during the first half, after which those that make the block no better return to calibration's; 0: all stay
     there. disable_8bit_head_stem: otherwise the weights of the first and the last layer, and what enters the last one,
-    get 8 bits, whatever the plan says. Biases stay as they are.
+    get 8 bits, whatever the plan says, as in the authors' code. Biases stay as they are.
     """
 
     input_prob: Annotated[float, SHARE] = 0.5
