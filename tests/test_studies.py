@@ -432,3 +432,18 @@ def test_the_study_in_the_documentation_is_legal(tmp_path: Path) -> None:
     study = sweep.read(tmp_path / "study.yaml", RunConfig())
     sweep.check(study)
     assert len(study.plan) == 2 * 3 + 2
+
+
+def test_an_interrupted_trial_is_given_back_and_not_recorded_as_failed(tmp_path: Path) -> None:
+    """Ctrl-C while a library is being imported comes out as an error of that library."""
+    from pow2quant.study.trials import Trials, work
+
+    plan = Plan(((given("seed=0,1"),),))
+    ledger = Ledger(f"sqlite:///{tmp_path / 'study.db'}", "s", plan, "f")
+    broken = applied(RunConfig(), {"model.name": str(tmp_path / "missing.py") + ":net"})
+    for _ in range(ATTEMPTS + 1):  # however often
+        with pytest.raises(KeyboardInterrupt):
+            list(work(ledger, Trials(broken, plan, tmp_path), stopped=lambda: True))
+    (entry,) = ledger.entries()
+    assert (entry.state, entry.attempts) == ("running", 0)
+    assert [e.state for e in work(ledger, Trials(broken, plan, tmp_path))] == ["failed", "failed"]

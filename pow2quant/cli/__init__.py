@@ -64,6 +64,11 @@ _signals: list[int] = []
 """The signals that asked this process to end."""
 
 
+def interrupted() -> bool:
+    """Whether this process was asked to end, though a library may have made another error of it."""
+    return bool(_signals)
+
+
 def run() -> None:
     """The console script. Being told to end clears up as Ctrl-C does."""
 

@@ -113,12 +113,13 @@ def sweep(
         },
     )
     console = console_of(verbose, quiet, as_json)
+    from pow2quant.cli import interrupted
     from pow2quant.study import sweep as studies
 
     chosen = studies.chosen(file, base, grid or (), trials, sampler, runs, study)
     folder = output or Path("runs") / chosen.called
     try:
-        found = studies.sweep(chosen, folder, storage=storage, jobs=jobs, progress=console)
+        found = studies.sweep(chosen, folder, storage=storage, jobs=jobs, progress=console, stopped=interrupted)
     except KeyboardInterrupt:
         console.note("the same command continues with what is left")
         raise
@@ -195,6 +196,7 @@ def compare(
     }
     base = configured(config, values)
     console = console_of(verbose, quiet, as_json)
+    from pow2quant.cli import interrupted
     from pow2quant.study import compare as comparison
 
     names = model or ([base.model.name] if weights else [])
@@ -204,7 +206,7 @@ def compare(
     bits = widths.split(",") if widths else comparison.WIDTHS
     chosen = comparison.study(base, networks, bits, methods, seeds, runs, study)
     folder = output or Path("runs") / chosen.called
-    found = comparison.compare(chosen, folder, storage=storage, jobs=jobs, progress=console)
+    found = comparison.compare(chosen, folder, storage=storage, jobs=jobs, progress=console, stopped=interrupted)
     console.table(comparison.HEADER, [comparison.cells_of(cell) for cell in found.cells])
     lines = ["", *(comparison.sentence(cell) for cell in found.best)]
     lines += [f"failed: {error}" for error in dict.fromkeys(found.errors)]

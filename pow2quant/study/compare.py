@@ -20,7 +20,7 @@ from pow2quant.plugins import names
 from pow2quant.study.figures import COLOURS, MARKERS, blank, png
 from pow2quant.study.ledger import Plan
 from pow2quant.study.space import axis
-from pow2quant.study.sweep import RESULTS, Study, report, table, tried
+from pow2quant.study.sweep import RESULTS, Stopped, Study, report, running_on, table, tried
 from pow2quant.study.trials import Row
 
 if TYPE_CHECKING:
@@ -113,13 +113,19 @@ def _width(text: str) -> tuple[str, Mapping[str, int]]:
 
 
 def compare(
-    study: Study, output: Path, *, storage: str | None = None, jobs: int = 1, progress: Progress = SILENT
+    study: Study,
+    output: Path,
+    *,
+    storage: str | None = None,
+    jobs: int = 1,
+    progress: Progress = SILENT,
+    stopped: Stopped = running_on,
 ) -> Comparison:
     """Runs what is left of a comparison and writes it into `output`: markdown, CSV, JSON and a figure per network.
 
     Where trials are whole runs, report.html compares the first seed of each configuration.
     """
-    for rows in tried(study, output, storage=storage, jobs=jobs, progress=progress):
+    for rows in tried(study, output, storage=storage, jobs=jobs, progress=progress, stopped=stopped):
         write(output / RESULTS, table(rows, study.axes).encode())
     found = Comparison(output, cells(rows), [str(r["error"]) for r in rows if r["state"] == "failed"])
     write(output / TABLE, _csv(found.cells).encode())

@@ -121,6 +121,15 @@ class Ledger:
             self._study.tell(claim.number, None if failed else value, state=state)
         return True
 
+    def give_back(self, claim: Claim) -> None:
+        """Leaves a trial to whoever comes next, as if this worker had not begun it."""
+        with self._locked():
+            trial = self._study.get_trials(deepcopy=False)[claim.number]
+            if not trial.state.is_finished() and trial.user_attrs.get("worker") == self.worker:
+                handle = self._handle(trial)
+                handle.set_user_attr("worker", None)
+                handle.set_user_attr("attempts", trial.user_attrs["attempts"] - 1)
+
     def entries(self) -> list[Entry]:
         """Every trial that there is, in order."""
         with self._locked():

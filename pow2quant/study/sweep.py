@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -33,6 +33,15 @@ MOST_RUNS = 50
 
 ENDING = ("original_top1", "original_top5", "quantized_top1", "quantized_top5", "sqnr_db", "images", "agrees", "run")
 """Columns that come behind those that say what was tried."""
+
+
+Stopped = Callable[[], bool]
+"""Whether the process was told to end; see `trials.work`."""
+
+
+def running_on() -> bool:
+    """It was not."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -171,19 +180,31 @@ def check(study: Study) -> None:
 
 
 def sweep(
-    study: Study, output: Path, *, storage: str | None = None, jobs: int = 1, progress: Progress = SILENT
+    study: Study,
+    output: Path,
+    *,
+    storage: str | None = None,
+    jobs: int = 1,
+    progress: Progress = SILENT,
+    stopped: Stopped = running_on,
 ) -> Found:
     """Runs what is left of a study and writes its results into `output`: a table, figures, and how to repeat it.
 
     storage: the URL of a database; None: a file in `output`. Any number of calls may work on one study at a time.
     """
-    for rows in tried(study, output, storage=storage, jobs=jobs, progress=progress):
+    for rows in tried(study, output, storage=storage, jobs=jobs, progress=progress, stopped=stopped):
         write(output / RESULTS, table(rows, study.axes).encode())
     return save(study, rows, output)
 
 
 def tried(
-    study: Study, output: Path, *, storage: str | None = None, jobs: int = 1, progress: Progress = SILENT
+    study: Study,
+    output: Path,
+    *,
+    storage: str | None = None,
+    jobs: int = 1,
+    progress: Progress = SILENT,
+    stopped: Stopped = running_on,
 ) -> Iterator[list[Row]]:
     """Runs what is left of a study; yields all rows whenever a trial is finished, and at the end."""
     check(study)
@@ -197,7 +218,7 @@ def tried(
     total = len(study.plan)
     if done:
         progress.note(f"{done} of {total} trials are finished already")
-    running = work(ledger, trials) if jobs == 1 else work_in_processes(make, trials, jobs)
+    running = work(ledger, trials, stopped=stopped) if jobs == 1 else work_in_processes(make, trials, jobs)
     for entry in progress.track(running, "trials", total - done):
         progress.note(_line(entry, total))
         yield [row_of(e) for e in ledger.entries()]

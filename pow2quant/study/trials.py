@@ -6,11 +6,14 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,17 +122,29 @@ def measured(report: Mapping[str, Any]) -> Row:
 
 
 def work(
-    ledger: Ledger, trials: Trials, progress: Progress = SILENT, goes_on: Callable[[], bool] = lambda: True
+    ledger: Ledger,
+    trials: Trials,
+    progress: Progress = SILENT,
+    *,
+    goes_on: Callable[[], bool] = lambda: True,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Entry]:
     """Runs trials until there is none left that another worker could leave behind; yields each as it is finished.
 
-    goes_on: asked between trials.
+    goes_on: asked between trials. stopped: whether the process was told to end, which a library that was just being
+    imported may have made another error of; the trial under way is then given back and KeyboardInterrupt is raised.
     """
     try:
         while goes_on():
             claim = ledger.claim()
             if claim is not None:
-                row, value, error = trials.run(claim, progress)
+                try:
+                    row, value, error = trials.run(claim, progress)
+                    if stopped():
+                        raise KeyboardInterrupt
+                except BaseException:
+                    ledger.give_back(claim)
+                    raise
                 if ledger.finish(claim, row, value, error):
                     yield ledger.entries()[claim.number]
             elif any(entry.state == "running" for entry in ledger.entries()):
@@ -192,6 +207,18 @@ def _worker(make: Callable[[], Ledger], trials: Trials) -> None:
     """A process of its own, as long as the one lives that started it."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    signals: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     parent = multiprocessing.parent_process()
-    for _ in work(make(), trials, goes_on=lambda: parent is None or parent.is_alive()):
-        pass
+    alive = partial(parent.is_alive) if parent is not None else lambda: True
+    with suppress(KeyboardInterrupt):
+        for _ in work(make(), trials, goes_on=alive, stopped=lambda: bool(signals)):
+            pass
+    if signals:
+        sys.exit(1)
