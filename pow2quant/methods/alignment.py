@@ -88,10 +88,10 @@ class Aligned:
 class Align:
     """Range alignment under 2^k: channels are scaled to where rounding costs least (ours; after Nagel et al. 2019).
 
-    By factors of 2^(i / `steps`) for every channel of the groups of `equalize`. They minimise an estimate of the squared
-    error of the results: of the weights that write a channel, of those that read it, and of the activations between,
-    each by its own rounding at the widths and scales of the plan, weighed by how far it moves the results. First one
-    factor for all channels of a group, then one for each; `rounds` times over all groups.
+    By factors of 2^(i / `steps`) for every channel of the groups of `equalize`. They minimise an estimate of the
+    squared error of the results: of the weights that write a channel, of those that read it, and of the activations
+    between, each by its own rounding at the widths and scales of the plan, weighed by how far it moves the results.
+    First one factor for all channels of a group, then one for each; `rounds` times over all groups.
 
     exact: a channel that reaches its ReLU6 keeps its factor, so that the float network computes what it did. Otherwise
     it is scaled too, and what is clipped elsewhere than before counts as an error.
