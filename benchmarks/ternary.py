@@ -1,10 +1,10 @@
 """CIFAR-10, the whole test set: ternary weights trained by each rule, first and last layer at 8 bits, activations too.
 
     python benchmarks/ternary.py --data-path DIR --network models.py:cifar10_resnet20 --weights resnet20.safetensors
-        [--rules twn ttq learned] [--epochs 12] [--rate 2e-3] [--ends conv1 fc] [--output runs/ternary-cifar10]
+        [--rules twn ttq learned] [--epochs 12] [--rate 1e-3] [--ends conv1 fc] [--output runs/ternary-cifar10]
 
 DIR holds `cifar-10-batches-py/` or `cifar10.npz`; networks and weights are your own. Every rule has the same epochs,
-the same seed and so the same batches: 512 calibration images, batches of 128, live batch norm, distillation from the
+the same seed and so the same batches: 512 calibration images, batches of 128, folded batch norm, distillation from the
 float network, the rate warms up for a tenth of the steps; the last epoch is kept. Prints a markdown row per rule: zeros
 is their share among the ternary weights; packed, the bytes of the integer pack's parameters. A run that was interrupted
 continues when the same command is given again. `--precision bfloat16` is faster on processors that compute with it, and
@@ -54,7 +54,8 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", default=["twn", "ttq", "learned"])
     parser.add_argument("--ends", nargs="+", default=["conv1", "fc"], help="layers that keep 8 bits")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--batch-norm", default="folded", choices=["live", "folded"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--backend", default="custom")
     parser.add_argument("--device", default="cpu")
@@ -81,6 +82,7 @@ def main() -> None:
             "ptq.methods": [],
             "training.ternary": rule,
             "training.mode": "full",
+            "training.batch_norm": options.batch_norm,
             "training.epochs": options.epochs,
             "training.learning_rate": options.rate,
             "training.scheduler": {"type": "OneCycleLR", "pct_start": 0.1},
