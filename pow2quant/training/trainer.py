@@ -40,6 +40,9 @@ EXPLODED = 4.0
 GUESSING = 1.5
 """Or when an epoch ends with at most so many times the accuracy of guessing, and training began with twice as much."""
 
+LAYOUT = torch.channels_last
+"""Of images and weights in training: convolutions and their gradients are fastest so."""
+
 MEASURED = 8
 """Calibration batches that give the first running statistics of batch norm."""
 
@@ -155,8 +158,8 @@ class Trainer:
         fixed = self.whole - set(self.exponents)
         self.sim.load({name: encoding for name, encoding in self.table.items() if name in fixed})
         for module in (self.sim.model, self.teacher):
-            module.to(memory_format=self._layout)
-        self.norms.arrange(self._layout)
+            module.to(memory_format=LAYOUT)
+        self.norms.arrange(LAYOUT)
         try:
             with self.sim.intercept(self._tap), self.norms.attached():
                 yield
@@ -164,13 +167,8 @@ class Trainer:
             for module in (self.sim.model, self.teacher):
                 module.to(memory_format=torch.contiguous_format)
 
-    @property
-    def _layout(self) -> torch.memory_format:
-        """Of images and weights: convolutions in half precision are fastest with channels last."""
-        return torch.contiguous_format if self.config.precision == "float32" else torch.channels_last
-
     def _placed(self, images: Tensor) -> Tensor:
-        return images.to(self.device, memory_format=self._layout if images.ndim == 4 else torch.preserve_format)
+        return images.to(self.device, memory_format=LAYOUT if images.ndim == 4 else torch.preserve_format)
 
     def _tap(self, site: Site, x: Tensor, quantized: Tensor) -> Tensor:
         norm = self.norms.get(site.module)
