@@ -30,7 +30,6 @@ from pow2quant.config import Choice, QuantPlan, TrainingConfig
 from pow2quant.pipeline import simulate
 from pow2quant.training.trainer import LAYOUT, Trainer
 
-
 LAST = ", channels last"
 
 

@@ -4,7 +4,7 @@
         [--rules twn ttq learned] [--epochs 12] [--rate 1e-3] [--ends conv1 fc] [--output runs/ternary-cifar10]
 
 DIR holds `cifar-10-batches-py/` or `cifar10.npz`; networks and weights are your own. Every rule has the same epochs,
-the same seed and so the same batches: 512 calibration images, batches of 128, folded batch norm, distillation from the
+the same seed and so the same batches: 512 calibration images, batches of 64, folded batch norm, distillation from the
 float network, the rate warms up for a tenth of the steps; the last epoch is kept. Prints a markdown row per rule: zeros
 is their share among the ternary weights; packed, the bytes of the integer pack's parameters. A run that was interrupted
 continues when the same command is given again. `--precision bfloat16` is faster on processors that compute with it, and
@@ -87,7 +87,7 @@ def main() -> None:
             "training.learning_rate": options.rate,
             "training.scheduler": {"type": "OneCycleLR", "pct_start": 0.1},
             "training.weight_decay": 1e-4,
-            "training.batch_size": 128,
+            "training.batch_size": 64,
             "training.distillation": 0.8,
             "training.temperature": 2.0,
             "training.precision": options.precision,

@@ -519,6 +519,7 @@ class _Scores:
     classes: int = 0
     samples: int = 0
     hits: dict[str, list[int]] = field(default_factory=dict)
+    tied: dict[str, int] = field(default_factory=dict)
     signal: float = 0.0
     noise: float = 0.0
     labels: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
@@ -554,7 +555,11 @@ class _Scores:
         if logits.ndim != 2:
             return
         labels = self.labels[: len(logits), None]  # a slow executor may have been given fewer
-        best = np.argsort(-logits, axis=1, kind="stable")[:, :5] == labels
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+        best = order == labels
+        first = np.take_along_axis(logits, order[:, :2], 1)
+        tied = int((first[:, 0] == first[:, -1]).sum()) if first.shape[1] > 1 else 0
+        self.tied[name] = self.tied.get(name, 0) + tied
         hits = self.hits.setdefault(name, [0, 0])
         hits[0] += int(best[:, 0].sum())
         hits[1] += int(best.any(1).sum())
@@ -563,6 +568,10 @@ class _Scores:
         """Per cent of samples whose label is among the `top` (1 or 5) largest logits."""
         hits = self.hits.get(name)
         return None if hits is None or not self.samples else round(100 * hits[top == 5] / self.samples, 4)
+
+    def ties(self, name: str) -> float | None:
+        """Per cent of samples whose largest logit is not alone: which class is named then is an accident."""
+        return round(100 * self.tied[name] / self.samples, 4) if name in self.tied and self.samples else None
 
     @property
     def sqnr_db(self) -> float | None:
@@ -703,6 +712,7 @@ def _report(
     initial, final = report["initial_accuracy"], report["final_accuracy"]
     return report | {
         "final_sqnr_db": scores.sqnr_db,
+        "tied_logits": scores.ties(simulated),
         "total_improvement": None if initial is None or final is None else round(final - initial, 4),
         "evaluated_samples": scores.samples,
         "model_size_bytes": {

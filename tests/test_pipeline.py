@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,7 +29,7 @@ from tests.strategies import tables
 KEYS = {
     *("quantization_type", "backend", "pipeline_steps", "config", "final_quantization_details", "initial_accuracy"),
     *("ptq_accuracy", "final_accuracy", "onnxruntime_accuracy", "final_sqnr_db", "total_improvement"),
-    *("model_size_bytes", "validation", "environment", "duration_seconds", "certificate", "verdict"),
+    *("tied_logits", "model_size_bytes", "validation", "environment", "duration_seconds", "certificate", "verdict"),
 }
 
 
@@ -399,3 +400,15 @@ def test_weights_behave_under_inference_mode_and_under_taps_that_write() -> None
     result.sum().backward()
     assert torch.equal(result, expected)
     assert leaf.grad is not None
+
+
+def test_images_whose_largest_logit_is_not_alone_are_counted(weights, run, tmp_path):
+    """Two bits leave four values for ten logits."""
+    few = configured(weights, quantization__overrides={"fc": {"output": {"bitwidth": 2}}})
+    share = pipeline.ptq(few, tmp_path / "run").report["tied_logits"]
+    model = onnxruntime.InferenceSession(tmp_path / "run" / "model.onnx", providers=["CPUExecutionProvider"])
+    job, _ = pipeline.reopened(tmp_path / "run")
+    logits = np.concatenate([model.run(None, {"x": images.numpy()})[0] for images, _ in job.test(3)])
+    tied = (logits == logits.max(1, keepdims=True)).sum(1) > 1
+    assert share == pytest.approx(100 * tied.mean(), abs=1e-3)
+    assert run.report["tied_logits"] < 5 < share

@@ -51,6 +51,9 @@ if TYPE_CHECKING:
 POOR_DB = 5.0
 """Logits with less SQNR than this are pointed out."""
 
+MANY_TIES = 0.5
+"""So are equal largest logits, in at least so many per cent of the images."""
+
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -379,7 +382,7 @@ def show_run(console: Console, result: Result) -> None:
     facts = {
         "verdict": r["verdict"],
         "certificate": r["certificate"]["sentence"],
-        "logits": _quality(r["final_sqnr_db"]),
+        "logits": _quality(r["final_sqnr_db"]) + _ties(r["tied_logits"]),
         "size": f"{sizes['quantized']:,} bytes, {_times(sizes['float'], sizes['quantized'])} ({sizes['float']:,})",
         "files": str(result.folder),
     }
@@ -392,6 +395,12 @@ def _quality(sqnr: float | None) -> str:
         return "equal to float"
     warning = "; little is left of the float network" if sqnr < POOR_DB else ""
     return f"{sqnr} dB SQNR against float{warning}"
+
+
+def _ties(share: float | None) -> str:
+    if share is None or share < MANY_TIES:
+        return ""
+    return f"; the largest is not alone in {share:.1f} % of the images: give the last outputs more bits"
 
 
 def _times(before: int, after: int) -> str:
