@@ -356,7 +356,7 @@ def _data(name: str, parts: tuple[Any, Any, Any], config: DataConfig, train_batc
     options["collate_fn"] = _collated
     own = torch.Generator()  # without one, reading test data would take numbers from the generator that orders training
     last = len(train) > train_batch_size
-    classes = _classes(train, name)
+    classes = _classes(train, test, name)
     data = Data(
         calibration=DataLoader(Subset(calibration, order), config.batch_size, generator=own, **options),
         train=DataLoader(train, train_batch_size, shuffle=True, drop_last=last, **options),
@@ -383,20 +383,27 @@ def _collated(items: Any) -> Any:
     return items if isinstance(items, tuple) else default_collate(items)
 
 
-def _classes(dataset: Any, name: str) -> tuple[str, ...]:
-    """A data set's class names, or "0", "1", ... up to its largest label."""
-    while isinstance(dataset, Subset) and not hasattr(dataset, "classes"):
-        dataset = dataset.dataset
-    if hasattr(dataset, "classes"):
-        return tuple(map(str, dataset.classes))
-    labels = dataset.tensors[-1] if isinstance(dataset, TensorDataset) else getattr(dataset, "targets", None)
-    if labels is None and isinstance(dataset, list):
-        labels = [pair[1] for pair in dataset]
+def _classes(train: Any, test: Any, name: str) -> tuple[str, ...]:
+    """The training set's class names, or "0", "1", ... up to the largest label of both sets."""
+    while isinstance(train, Subset) and not hasattr(train, "classes"):
+        train = train.dataset
+    if hasattr(train, "classes"):
+        return tuple(map(str, train.classes))
+    labels = _labels(train)
     if labels is None:
         raise DataError(f"{name}: how many classes? Give the training set `classes`, a list of names, or return Data")
     if np.ndim(labels) != 1 or not len(labels):
         raise DataError(f"{name}: expected items (image, class index), got labels of shape {np.shape(labels)}")
-    return tuple(map(str, range(int(max(labels)) + 1)))
+    others = _labels(test)  # a few images for calibration need not have the last classes
+    known = [labels] if others is None or np.ndim(others) != 1 else [labels, others]
+    return tuple(map(str, range(max(int(max(each)) for each in known) + 1)))
+
+
+def _labels(dataset: Any) -> Any:
+    """All labels of a data set that has them at hand, otherwise None."""
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[-1]
+    return [pair[1] for pair in dataset] if isinstance(dataset, list) else getattr(dataset, "targets", None)
 
 
 def _checked(data: Data, name: str) -> Data:

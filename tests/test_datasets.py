@@ -415,6 +415,8 @@ X, Y = torch.arange(24.0).reshape(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
 def pair():
     return TensorDataset(X, Y), TensorDataset(X[:4], Y[:4])
 
+def few(): return TensorDataset(X[:2], Y[:2]), TensorDataset(X, Y)
+
 def triple(config):
     return Subset(TensorDataset(X, Y), [0, 1]), TensorDataset(X + config.batch_size, Y), TensorDataset(X[:4], Y[:4])
 
@@ -460,6 +462,7 @@ def test_a_function_in_a_file(user):
     assert (pair.num_classes, pair.class_names, pair.input_shape) == (3, ("0", "1", "2"), (1, 2, 2))
     assert torch.equal(all_of(pair.test)[0], x[:4])
     assert torch.equal(all_of(pair.calibration)[0].sort(0).values, x)
+    assert datasets.load(DataConfig(f"{user}:few")).num_classes == 3, "the last class is in the test set alone"
     triple = datasets.load(DataConfig(f"{user}:triple", batch_size=4))
     assert all_of(triple.calibration)[1].sort().values.tolist() == [0, 1]
     assert all_of(triple.train)[0].min() >= 4
@@ -485,7 +488,7 @@ def test_a_function_in_a_file(user):
         ("once", "calibration can be iterated once only; expected a DataLoader or a list of batches"),
         ("none", "data.py:none: calibration is empty"),
         ("broken", "ZeroDivisionError: division by zero"),
-        ("missing", "has no 'missing'; it has pair, triple, data, Items"),
+        ("missing", "has no 'missing'; it has pair, few, triple, data, Items"),
     ],
 )
 def test_a_function_that_returns_something_else_is_named(function, expected, user):
