@@ -1,16 +1,17 @@
 """CIFAR-10, the whole test set: what training wins back at several widths, and whether every executor agrees.
 
     python benchmarks/qat.py --data-path DIR --network models.py:cifar10_resnet20 --weights resnet20.safetensors
-        [--runs 8:8:weights:1:1e-4 4:8:weights:3:2.5e-4 4:4:full:10:2.5e-4 …] [--output runs/qat-cifar10]
+        [--runs 8:8:weights:1:1e-4 4:8:weights:3:2.5e-4 4:4:full:10:2.5e-4 …] [--exponents tqt|lsq|fixed]
+        [--output runs/qat-cifar10]
 
 DIR holds `cifar-10-batches-py/` or `cifar10.npz`; networks and weights are your own. A run is
 WEIGHT BITS:ACTIVATION BITS:MODE:EPOCHS:LEARNING RATE; the rate warms up for a tenth of the steps. 512 calibration
 images; `weights` starts from the default methods, `full` from LAPQ and 400 iterations of QDrop; batches of 64, folded
 batch norm, no loss but distillation from the float network. The logits have 8 bits, all other activations as many as
-the run says: with 4 bits, the two largest of them are often equal. The last epoch is kept: no choice is made on test
-images. Prints a markdown row per run. A run that was interrupted continues when the same command is given again.
-`--precision bfloat16` is faster on processors that compute with it, and half as fast on others. Exit status 1 when any
-output element differs.
+the run says: with 4 bits, the two largest of them are often equal. `--exponents fixed` leaves exponents where the
+methods put them, and takes less time. The last epoch is kept: no choice is made on test images. Prints a markdown row
+per run. A run that was interrupted continues when the same command is given again. `--precision bfloat16` is faster on
+processors that compute with it, and half as fast on others. Exit status 1 when any output element differs.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def main() -> None:
         metavar="W:A:MODE:EPOCHS:RATE",
     )
     parser.add_argument("--last-layer", default="fc", help="the layer whose outputs are the logits")
+    parser.add_argument("--exponents", default="tqt", choices=["tqt", "lsq", "fixed"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batch-norm", default="folded", choices=["live", "folded"])
     parser.add_argument("--backend", default="custom")
@@ -66,6 +68,7 @@ def main() -> None:
             "ptq.calibration_batches": 8,
             "ptq.methods": BEFORE_FULL if mode == "full" else None,
             "training.mode": mode,
+            "training.exponents": options.exponents,
             "training.epochs": int(epochs),
             "training.learning_rate": float(rate),
             "training.scheduler": {"type": "OneCycleLR", "pct_start": 0.1},
@@ -76,7 +79,7 @@ def main() -> None:
             "training.precision": options.precision,
             "training.batch_norm": options.batch_norm,
         }
-        folder = options.output / f"w{weight}a{activation}-{mode}-seed{options.seed}"
+        folder = options.output / f"{run.replace(':', '-')}-{options.exponents}-seed{options.seed}"
         if not folder.exists():
             qat(with_values(RunConfig(), values), folder, resume=True)
         r = json.loads((folder / "report.json").read_text())

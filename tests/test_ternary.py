@@ -36,7 +36,7 @@ from pow2quant.methods.ternary import (
 )
 from pow2quant.plugins import resolve
 from pow2quant.pow2_constraints import Encoding
-from pow2quant.training.ternary import TernaryExponents, learned_gradients, ttq_gradients
+from pow2quant.training.ternary import TernaryExponents, threshold_gradient, ttq_gradients
 from pow2quant.training.trainer import Trainer
 from tests.test_training import simulated, trainer_of
 
@@ -233,28 +233,22 @@ def test_ttqs_gradients_by_hand() -> None:
     torch.testing.assert_close(b, torch.tensor([1001.0 * 0.5]))
 
 
-def test_gradients_of_a_learned_threshold_are_those_of_the_straight_through_quantizer() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(4, 50, generator=generator, dtype=torch.float64).requires_grad_()
-    grad = torch.randn(4, 50, generator=generator, dtype=torch.float64)
-    step = torch.tensor([0.4, 0.9, 1.3, 5.0], dtype=torch.float64).requires_grad_()
-    scale = torch.tensor([0.5, 1.0, 0.25, 2.0], dtype=torch.float64).requires_grad_()
-    v = rows / step[:, None]
-    code = v.round().clamp(-1, 1)
-    inside = v.abs() < 1.5
-    soft = torch.where(inside, v, code)
-    value = scale[:, None] * (soft + (code - soft).detach())
-    value.backward(grad)
-    levels = Levels(step.detach() / 2, scale.detach().log2(), scale.detach().log2())
-    assert torch.equal(levels.codes(rows.detach()), code.detach())
-    passed, by_step, by_scale = learned_gradients(
-        grad, rows.detach(), code.detach(), step.detach(), scale.detach().log2()
-    )
-    torch.testing.assert_close(passed, rows.grad)
-    assert step.grad is not None
-    assert scale.grad is not None
-    torch.testing.assert_close(by_step, step.grad * step.detach())
-    torch.testing.assert_close(by_scale, scale.grad * scale.detach())
+def test_the_gradient_of_a_threshold_by_hand() -> None:
+    """0.9 and -0.8 are beyond two thresholds; of the others, 0.4 and -0.1 count, with their signs and half of 2^1."""
+    rows, grad = torch.tensor([[0.9, -0.8, 0.4, -0.1]]), torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
+    found = threshold_gradient(grad, rows, torch.tensor([0.3]), torch.tensor([1.0]))
+    torch.testing.assert_close(found, torch.tensor([-(100.0 - 1000.0) * 2 / 2]))
+
+
+@given(st.floats(0.1, 0.9), st.floats(-1, 1), st.integers(-3, 3))
+def test_the_gradient_of_a_threshold_is_the_slope_of_the_loss(threshold: float, tilt: float, k: int) -> None:
+    """Weights that fill [-2, 2] evenly, and a loss that is linear in the ternary weights and symmetric in theirs."""
+    rows = torch.linspace(-2, 2, 200_001, dtype=torch.float64)[None]
+    grad = (1 + tilt) * rows.sign()
+    t, exponent = torch.tensor([threshold], dtype=torch.float64), torch.tensor([float(k)], dtype=torch.float64)
+    above, below = (float((grad * Levels(t * f, exponent, exponent).values(rows)).sum()) for f in (1.05, 0.95))
+    found = float(threshold_gradient(grad, rows, t, exponent))
+    assert found == pytest.approx((above - below) / 0.1, rel=1e-3, abs=1)
 
 
 @pytest.fixture(scope="module")
@@ -313,10 +307,10 @@ def test_every_step_computes_with_levels_that_are_powers_of_two_and_the_end_is_o
 def test_the_network_learns_and_learned_thresholds_move(rule: str, network: nn.Module, data: datasets.Data) -> None:
     made = trainer(network, data, rule, epochs=3, mode="weights", distillation=0.8, temperature=2.0)
     assert isinstance(made.exponents, TernaryExponents)
-    before = made.exponents.steps.clone()
+    before = made.exponents.factors.clone()
     history = made.run()
     assert history[-1].accuracy > history[0].accuracy + 20
-    assert torch.equal(made.exponents.steps, before) == (rule != "learned")
+    assert torch.equal(made.exponents.factors, before) == (rule != "learned")
 
 
 @pytest.mark.parametrize("rule", ["ttq", "learned"])

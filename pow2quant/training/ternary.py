@@ -38,7 +38,13 @@ RULES = ("twn", "ttq", "learned")
 twn: TWN (Li, Liu 2016): beyond 0.7 E|w|, which is computed anew at every step as is the power of two; the gradient of
 the ternary weight is the weight's own.
 ttq: TTQ (Zhu et al. 2017): beyond 0.05 max|w|; both powers of two are learned.
-learned: beyond a threshold that is learned, as the power of two is, each by itself: see `learned_gradients`.
+learned: TWN, with a factor on its threshold that is learned for every scale: see `threshold_gradient`.
+"""
+
+SLOWER = 10.0
+"""A threshold's parameter is log2 of its factor, times this: it moves so much more slowly than exponents do.
+
+All weights near it change sides when it moves, so at the exponents' rate it disturbs more than it finds.
 """
 
 
@@ -56,19 +62,14 @@ def ttq_gradients(grad: Tensor, rows: Tensor, codes: Tensor, a: Tensor, b: Tenso
     return grad * factor, -(grad * negative * low).sum(1), (grad * positive * high).sum(1)
 
 
-def learned_gradients(
-    grad: Tensor, rows: Tensor, codes: Tensor, step: Tensor, k: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dL/dw (C, n), step * dL/dstep and scale * dL/dscale (C,) of 2^k * clip(round(w / step), -1, 1).
+def threshold_gradient(grad: Tensor, rows: Tensor, threshold: Tensor, k: Tensor) -> Tensor:
+    """threshold * dL/dthreshold (C,) of 2^k * sign(w) where |w| > threshold, and 0 elsewhere.
 
-    step: (C,), twice the threshold. The straight-through gradient of rounding, as in LSQ (Esser et al. 2020), but step
-    and scale are two: inside, where nothing saturates, the result's derivative by w is 2^k / step and by the step
-    -2^k w / step^2, outside both are 0; by the scale it is the code.
+    grad: of the ternary weights (C, n). A weight that the threshold passes loses 2^k: the derivative is -2^k sign(w)
+    times the density of weights at the threshold; for it, every |w| below 2 thresholds counts 1 / (2 thresholds).
     """
-    scale = k.exp2()[:, None]
-    inside = rows.abs() < 1.5 * step[:, None]
-    passed = grad * inside * (scale / step[:, None])
-    return passed, -(passed * rows).sum(1), (grad * codes * scale).sum(1)
+    near = (rows.abs() < 2 * threshold[:, None]).to(rows.dtype)
+    return -(grad * rows.sign() * near).sum(1) * k.exp2() / 2
 
 
 class _Ttq(torch.autograd.Function):
@@ -88,19 +89,18 @@ class _Ttq(torch.autograd.Function):
 
 
 class _LearnedThreshold(torch.autograd.Function):
-    """Rows (C, n) -> ternary; step: log2 of twice the threshold (C,). The parameter of k gets `slope` times."""
+    """Rows (C, n) -> ternary, whose gradient is the rows' own; factor: its parameter (C,), of the threshold."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, step: Tensor, k: Tensor, levels: Levels, slope: Any) -> Tensor:
-        codes = levels.codes(rows)
-        ctx.save_for_backward(rows, codes, step.detach().exp2(), levels.a)
-        ctx.slope = slope
+    def forward(ctx: Any, rows: Tensor, factor: Tensor, levels: Levels) -> Tensor:
+        ctx.save_for_backward(rows, levels.threshold, levels.a)
         return levels.values(rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        passed, step, k = learned_gradients(grads[0], *ctx.saved_tensors)
-        return passed, math.log(2) * step, ctx.slope * k, None, None
+        learns = ctx.needs_input_grad[1]
+        factor = math.log(2) / SLOWER * threshold_gradient(grads[0], *ctx.saved_tensors) if learns else None
+        return grads[0], factor, None
 
 
 class _Weight(NamedTuple):
@@ -109,14 +109,14 @@ class _Weight(NamedTuple):
     axis: int | None
     a: slice
     b: slice
-    parameters: tuple[nn.Parameter, ...]
-    step: nn.Parameter
+    exponents: tuple[nn.Parameter, ...]
+    factor: nn.Parameter
 
 
 class TernaryExponents(Exponents):
     """The exponents of a simulation whose weights `ternary` are -2^a, 0 or 2^b, and their thresholds.
 
-    steps: log2 of twice the thresholds, in one vector, where they are learned.
+    factors: log2 of what their thresholds are in units of TWN's, times `SLOWER`, in one vector.
     """
 
     def __init__(
@@ -134,16 +134,15 @@ class TernaryExponents(Exponents):
         self._seen: dict[str, Tensor] = {}
         further = [k for levels in first.values() for side in (levels.a, levels.b)[:sides] for k in side.tolist()]
         super().__init__(sim, names, rule, further)
-        self.steps = torch.cat([2 * x.threshold for x in first.values()]).clamp_min(2.0**-60).log2()
-        self._first = self.steps.clone()
+        self.factors = torch.zeros(sum(len(levels.a) for levels in first.values()), device=self.values.device)
         start, at = len(self.values) - len(further), 0
         for name, levels in first.items():
             count = len(levels.a)
             a = slice(start, start + count)
             b = slice(start + count, start + 2 * count) if sides == 2 else a
             own = tuple(nn.Parameter(self.values[place]) for place in (a, b)[:sides])
-            step = nn.Parameter(self.steps[at : at + count])
-            self._weights[name] = _Weight(axes[name], a, b, own, step)
+            factor = nn.Parameter(self.factors[at : at + count], requires_grad=ternary_rule == "learned")
+            self._weights[name] = _Weight(axes[name], a, b, own, factor)
             start, at = start + sides * count, at + count
         self.refresh()
 
@@ -158,10 +157,10 @@ class TernaryExponents(Exponents):
         """See `Exponents.parameters`; and the thresholds, where they are learned."""
         learned = [*super().parameters()]
         for weight in self._weights.values():
-            if self.ternary_rule != "twn":
-                learned += weight.parameters
+            if self.ternary_rule == "ttq":
+                learned += weight.exponents
             if self.ternary_rule == "learned":
-                learned.append(weight.step)
+                learned.append(weight.factor)
         return learned
 
     def refresh(self) -> None:
@@ -177,12 +176,10 @@ class TernaryExponents(Exponents):
     def levels(self, name: str, rows: Tensor) -> Levels:
         """The levels of a weight, given as rows (C, n), as they are now."""
         weight = self._weights[name]
-        if self.ternary_rule == "twn":
-            threshold = twn_threshold(rows)
-        elif self.ternary_rule == "ttq":
+        if self.ternary_rule == "ttq":
             threshold = ttq_threshold(rows)
         else:
-            threshold = (weight.step.detach() - 1).exp2()
+            threshold = twn_threshold(rows) * (weight.factor.detach() / SLOWER).exp2()
         return Levels(threshold, self.k[weight.a], self.k[weight.b])
 
     def quantize_scaled(self, name: str, weight: Tensor, factor: Tensor, axis: int) -> Tensor:
@@ -199,17 +196,13 @@ class TernaryExponents(Exponents):
             return super().quantize(name, x, shares_batch)
         rows = rows_of(x, weight.axis)
         levels = self.levels(name, rows.detach())
-        ratios = (self.k - self.calibrated).exp2()
-        slopes = [self.rule.slope(ratios[place], rows.shape[1], 1.0) for place in (weight.a, weight.b)]
-        if self.ternary_rule == "twn":
-            if torch.is_grad_enabled():
-                self._seen[name] = nearest_exponent(mean_beyond(rows.detach(), levels.threshold))
-            made = rows + (levels.values(rows.detach()) - rows.detach())
-        elif self.ternary_rule == "ttq":
-            made = _Ttq.apply(rows, *weight.parameters, levels, slopes)
-        else:
-            made = _LearnedThreshold.apply(rows, weight.step, *weight.parameters, levels, slopes[0])
-        return restored(made, x, weight.axis)
+        if self.ternary_rule == "ttq":
+            ratios = (self.k - self.calibrated).exp2()
+            slopes = [self.rule.slope(ratios[place], rows.shape[1], 1.0) for place in (weight.a, weight.b)]
+            return restored(_Ttq.apply(rows, *weight.exponents, levels, slopes), x, weight.axis)
+        if torch.is_grad_enabled():
+            self._seen[name] = nearest_exponent(mean_beyond(rows.detach(), levels.threshold))
+        return restored(_LearnedThreshold.apply(rows, weight.factor, levels), x, weight.axis)
 
     def scale(self, name: str) -> Tensor:
         """See `Exponents.scale`: that of the common grid."""
@@ -221,11 +214,11 @@ class TernaryExponents(Exponents):
 
     @torch.no_grad()
     def advance(self) -> int:
-        """See `Exponents.advance`. TWN's exponents follow the weights of the step."""
+        """See `Exponents.advance`. Exponents of TWN and of learned thresholds follow the weights of the step."""
         for name, k in self._seen.items():
             place = self._weights[name].a
             self.values[place] = self.rule.middle(k - self.calibrated[place])
-        torch.clamp(self.steps, self._first - REACH, self._first + REACH, out=self.steps)
+        self.factors.clamp_(-REACH * SLOWER, REACH * SLOWER)
         return super().advance()
 
     def table(self, k: Tensor | None = None) -> Table:
@@ -239,7 +232,7 @@ class TernaryExponents(Exponents):
     @property
     def learned(self) -> list[Tensor]:
         """See `Exponents.learned`."""
-        return [*super().learned, self.steps]
+        return [*super().learned, self.factors]
 
     @torch.no_grad()
     def settle(self, parameter: Callable[[str], Tensor]) -> None:
@@ -249,7 +242,7 @@ class TernaryExponents(Exponents):
 
     def state(self) -> dict[str, Tensor]:
         """See `Exponents.state`."""
-        return {**super().state(), "steps": self.steps}
+        return {**super().state(), "factors": self.factors}
 
 
 def exponents_of(sim: Simulation, names: Sequence[str], config: TrainingConfig) -> Exponents:
