@@ -1,7 +1,7 @@
 """CIFAR-10, the whole test set: what training wins back at several widths, and whether every executor agrees.
 
     python benchmarks/qat.py --data-path DIR --network models.py:cifar10_resnet20 --weights resnet20.safetensors
-        [--runs 8:8:weights:1:1e-4 4:8:weights:3:2.5e-4 4:4:full:10:2.5e-4 …] [--exponents tqt|lsq|fixed]
+        [--runs 8:8:weights:1:1e-4 4:8:weights:3:1e-4 4:4:full:10:2.5e-4 …] [--exponents tqt|lsq|fixed]
         [--output runs/qat-cifar10]
 
 DIR holds `cifar-10-batches-py/` or `cifar10.npz`; networks and weights are your own. A run is
@@ -35,7 +35,7 @@ def main() -> None:
         "--runs",
         nargs="+",
         default=[
-            *("8:8:weights:1:1e-4", "4:8:weights:3:2.5e-4"),
+            *("8:8:weights:1:1e-4", "4:8:weights:3:1e-4"),
             *("4:4:full:10:2.5e-4", "3:3:full:10:2.5e-4", "2:4:full:10:5e-4"),
         ],
         metavar="W:A:MODE:EPOCHS:RATE",
