@@ -240,15 +240,15 @@ def test_the_gradient_of_a_threshold_by_hand() -> None:
     torch.testing.assert_close(found, torch.tensor([-(100.0 - 1000.0) * 2 / 2]))
 
 
-@given(st.floats(0.1, 0.9), st.floats(-1, 1), st.integers(-3, 3))
-def test_the_gradient_of_a_threshold_is_the_slope_of_the_loss(threshold: float, tilt: float, k: int) -> None:
-    """Weights that fill [-2, 2] evenly, and a loss that is linear in the ternary weights and symmetric in theirs."""
+@given(st.floats(0.1, 0.9), st.integers(-3, 3))
+def test_the_gradient_of_a_threshold_is_the_slope_of_the_loss(threshold: float, k: int) -> None:
+    """The weights fill [-2, 2] evenly, and the loss is the sum of the ternary weights' magnitudes."""
     rows = torch.linspace(-2, 2, 200_001, dtype=torch.float64)[None]
-    grad = (1 + tilt) * rows.sign()
+    grad = rows.sign()
     t, exponent = torch.tensor([threshold], dtype=torch.float64), torch.tensor([float(k)], dtype=torch.float64)
     above, below = (float((grad * Levels(t * f, exponent, exponent).values(rows)).sum()) for f in (1.05, 0.95))
     found = float(threshold_gradient(grad, rows, t, exponent))
-    assert found == pytest.approx((above - below) / 0.1, rel=1e-3, abs=1)
+    assert found == pytest.approx((above - below) / 0.1, abs=8 * 2.0**k / 0.1)  # thresholds fall between weights
 
 
 @pytest.fixture(scope="module")
