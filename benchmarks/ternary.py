@@ -1,8 +1,7 @@
 """CIFAR-10, the whole test set: ternary weights trained by each rule, first and last layer at 8 bits, activations too.
 
     python benchmarks/ternary.py --data-path DIR --network models.py:cifar10_resnet20 --weights resnet20.safetensors
-        [--rules twn ttq learned] [--epochs 12] [--rate 1e-3] [--distillation 0.8] [--temperature 2]
-        [--ends conv1 fc] [--output runs/ternary-cifar10]
+        [--rules twn ttq learned] [--epochs 12] [--rate 1e-3] [--ends conv1 fc] [--output runs/ternary-cifar10]
 
 DIR holds `cifar-10-batches-py/` or `cifar10.npz`; networks and weights are your own. Every rule has the same epochs,
 the same seed and so the same batches: 512 calibration images, batches of 64, folded batch norm, distillation from the
@@ -56,8 +55,6 @@ def main() -> None:
     parser.add_argument("--ends", nargs="+", default=["conv1", "fc"], help="layers that keep 8 bits")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--distillation", type=float, default=0.8)
-    parser.add_argument("--temperature", type=float, default=2.0)
     parser.add_argument("--batch-norm", default="folded", choices=["live", "folded"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--backend", default="custom")
@@ -91,13 +88,12 @@ def main() -> None:
             "training.scheduler": {"type": "OneCycleLR", "pct_start": 0.1},
             "training.weight_decay": 1e-4,
             "training.batch_size": 64,
-            "training.distillation": options.distillation,
-            "training.temperature": options.temperature,
+            "training.distillation": 0.8,
+            "training.temperature": 2.0,
             "training.precision": options.precision,
             "training.checkpoint_minutes": 5.0,
         }
-        settings = (rule, options.epochs, options.rate, options.distillation, options.temperature)
-        folder = options.output / f"{'-'.join(map(str, settings))}-seed{options.seed}"
+        folder = options.output / f"{rule}-{options.epochs}-{options.rate:g}-seed{options.seed}"
         if not folder.exists():
             qat(with_values(RunConfig(), values), folder, resume=True)
         differing += row(folder, rule, options.epochs)
