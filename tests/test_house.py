@@ -41,6 +41,7 @@ FLOORS = {
     "pow2quant.datasets": 3,
     "pow2quant.config": 2,
     "pow2quant.artifact": 2,
+    "pow2quant.operators": 2,
     "pow2quant.pow2_constraints": 1,
     "pow2quant.errors": 1,
     "pow2quant.plugins": 1,

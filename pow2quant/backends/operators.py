@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -18,18 +17,9 @@ from torch import nn
 
 from pow2quant.backends import modules as m
 from pow2quant.errors import UnsupportedModelError
+from pow2quant.operators import OPERATIONS, Kind
 
 OPSET = 21
-
-
-class Kind(Enum):
-    """How an operation treats encodings."""
-
-    WEIGHTED = "has a weight and possibly a bias; its result gets a quantizer"
-    COMPUTE = "its result gets a quantizer"
-    CLIP = "like COMPUTE, but shares one quantizer with the operation in front when it is its only reader"
-    PASS = "moves values about; its result has its input's encoding"
-    CONCAT = "its inputs share its encoding where no other reader forbids it"
 
 
 @dataclass
@@ -65,10 +55,15 @@ Emit = Callable[[Any, Node, OnnxGraph], None]
 
 @dataclass(frozen=True)
 class Operator:
-    """A row: how it is quantized and how it is written."""
+    """A row: which ONNX operation a module is (of several, the one that is quantized), and how it is written."""
 
-    kind: Kind
+    onnx: str
     emit: Emit
+
+    @property
+    def kind(self) -> Kind:
+        """How it treats encodings."""
+        return OPERATIONS[self.onnx].kind
 
 
 def operator(module: nn.Module) -> Operator | None:
@@ -287,42 +282,42 @@ def _upsample(module: m.NearestUpsample, node: Node, graph: OnnxGraph) -> None:
 
 
 OPERATORS: dict[type[nn.Module], Operator] = {
-    nn.Conv1d: Operator(Kind.WEIGHTED, _conv),
-    nn.Conv2d: Operator(Kind.WEIGHTED, _conv),
-    nn.ConvTranspose1d: Operator(Kind.WEIGHTED, _conv_transpose),
-    nn.ConvTranspose2d: Operator(Kind.WEIGHTED, _conv_transpose),
-    nn.Linear: Operator(Kind.WEIGHTED, _linear),
-    nn.ReLU: Operator(Kind.CLIP, _plain("Relu")),
-    nn.ReLU6: Operator(Kind.CLIP, _clip(0.0, 6.0)),
-    nn.Hardtanh: Operator(Kind.CLIP, _hardtanh),
-    m.Sigmoid: Operator(Kind.COMPUTE, _plain("Sigmoid")),
-    m.Tanh: Operator(Kind.COMPUTE, _plain("Tanh")),
-    nn.Hardsigmoid: Operator(Kind.COMPUTE, _plain("HardSigmoid", alpha=1 / 6, beta=0.5)),
-    m.HardSwish: Operator(Kind.COMPUTE, _plain("HardSwish")),
-    m.SiLU: Operator(Kind.COMPUTE, _silu),
-    m.GELU: Operator(Kind.COMPUTE, _gelu),
-    m.ELU: Operator(Kind.COMPUTE, _elu),
-    nn.LeakyReLU: Operator(Kind.COMPUTE, _leaky_relu),
-    nn.PReLU: Operator(Kind.COMPUTE, _prelu),
-    m.Softmax: Operator(Kind.COMPUTE, _softmax),
-    m.LayerNorm: Operator(Kind.COMPUTE, _layer_norm),
-    nn.AvgPool1d: Operator(Kind.COMPUTE, _pool("AveragePool", 1)),
-    nn.AvgPool2d: Operator(Kind.COMPUTE, _pool("AveragePool", 2)),
-    m.Add: Operator(Kind.COMPUTE, _plain("Add")),
-    m.Sub: Operator(Kind.COMPUTE, _plain("Sub")),
-    m.Mul: Operator(Kind.COMPUTE, _plain("Mul")),
-    m.MatMul: Operator(Kind.COMPUTE, _plain("MatMul")),
-    m.Scale: Operator(Kind.COMPUTE, _scale),
-    m.Mean: Operator(Kind.COMPUTE, _mean),
-    m.Concat: Operator(Kind.CONCAT, _concat),
-    nn.MaxPool1d: Operator(Kind.PASS, _pool("MaxPool", 1)),
-    nn.MaxPool2d: Operator(Kind.PASS, _pool("MaxPool", 2)),
-    nn.Flatten: Operator(Kind.PASS, _flatten),
-    m.Reshape: Operator(Kind.PASS, _reshape),
-    m.Permute: Operator(Kind.PASS, _permute),
-    m.Slice: Operator(Kind.PASS, _slice),
-    m.ZeroPad: Operator(Kind.PASS, _zero_pad),
-    m.NearestUpsample: Operator(Kind.PASS, _upsample),
+    nn.Conv1d: Operator("Conv", _conv),
+    nn.Conv2d: Operator("Conv", _conv),
+    nn.ConvTranspose1d: Operator("ConvTranspose", _conv_transpose),
+    nn.ConvTranspose2d: Operator("ConvTranspose", _conv_transpose),
+    nn.Linear: Operator("Gemm", _linear),
+    nn.ReLU: Operator("Relu", _plain("Relu")),
+    nn.ReLU6: Operator("Clip", _clip(0.0, 6.0)),
+    nn.Hardtanh: Operator("Clip", _hardtanh),
+    m.Sigmoid: Operator("Sigmoid", _plain("Sigmoid")),
+    m.Tanh: Operator("Tanh", _plain("Tanh")),
+    nn.Hardsigmoid: Operator("HardSigmoid", _plain("HardSigmoid", alpha=1 / 6, beta=0.5)),
+    m.HardSwish: Operator("HardSwish", _plain("HardSwish")),
+    m.SiLU: Operator("Mul", _silu),
+    m.GELU: Operator("Gelu", _gelu),
+    m.ELU: Operator("Elu", _elu),
+    nn.LeakyReLU: Operator("LeakyRelu", _leaky_relu),
+    nn.PReLU: Operator("PRelu", _prelu),
+    m.Softmax: Operator("Softmax", _softmax),
+    m.LayerNorm: Operator("LayerNormalization", _layer_norm),
+    nn.AvgPool1d: Operator("AveragePool", _pool("AveragePool", 1)),
+    nn.AvgPool2d: Operator("AveragePool", _pool("AveragePool", 2)),
+    m.Add: Operator("Add", _plain("Add")),
+    m.Sub: Operator("Sub", _plain("Sub")),
+    m.Mul: Operator("Mul", _plain("Mul")),
+    m.MatMul: Operator("MatMul", _plain("MatMul")),
+    m.Scale: Operator("Mul", _scale),
+    m.Mean: Operator("ReduceMean", _mean),
+    m.Concat: Operator("Concat", _concat),
+    nn.MaxPool1d: Operator("MaxPool", _pool("MaxPool", 1)),
+    nn.MaxPool2d: Operator("MaxPool", _pool("MaxPool", 2)),
+    nn.Flatten: Operator("Flatten", _flatten),
+    m.Reshape: Operator("Reshape", _reshape),
+    m.Permute: Operator("Transpose", _permute),
+    m.Slice: Operator("Slice", _slice),
+    m.ZeroPad: Operator("Pad", _zero_pad),
+    m.NearestUpsample: Operator("Resize", _upsample),
 }
 
 
