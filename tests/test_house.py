@@ -34,6 +34,7 @@ FLOORS = {
     "pow2quant.validation": 4,
     "pow2quant.report": 4,
     "pow2quant.backends": 3,
+    "pow2quant.frontends": 3,
     "pow2quant.integer": 3,
     "pow2quant.adapters": 3,
     "pow2quant.models": 3,
@@ -52,11 +53,12 @@ DOORS = {  # the only imports between two rooms of one floor
     ("pow2quant.plugins", "pow2quant.errors"),
     ("pow2quant.three_steps", "pow2quant.pipeline"),
     ("pow2quant.training", "pow2quant.methods"),
+    ("pow2quant.backends", "pow2quant.frontends"),
     ("pow2quant.study", "pow2quant.pipeline"),
     ("pow2quant.study", "pow2quant.three_steps"),
     ("pow2quant.pow2_constraints", "pow2quant.errors"),
 }
-LEFT = {"pow2quant.backends", "pow2quant.methods", "pow2quant.training"}
+LEFT = {"pow2quant.frontends", "pow2quant.backends", "pow2quant.methods", "pow2quant.training"}
 RIGHT = {"pow2quant.integer", "pow2quant.adapters", "pow2quant.validation"}
 TORCH_ROOMS = LEFT | {
     "pow2quant.study",

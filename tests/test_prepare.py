@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pow2quant.backends import modules as m
-from pow2quant.backends.builder import BATCH_NORMS
 from pow2quant.backends.fold import fold_batch_norm
-from pow2quant.backends.operators import OPERATORS
 from pow2quant.backends.prepare import prepare
 from pow2quant.errors import ModelError, UnsupportedModelError, WeightsError
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.operators import OPERATORS
 
 
 class Functions(nn.Module):
@@ -101,7 +100,7 @@ def test_the_users_model_is_left_unchanged() -> None:
 
 def randomized(model: nn.Module) -> nn.Module:
     for module in model.modules():
-        if isinstance(module, BATCH_NORMS):
+        if isinstance(module, m.BATCH_NORMS):
             nn.init.uniform_(module.running_mean, -1, 1)
             nn.init.uniform_(module.running_var, 0.3, 2)
             if module.affine:
@@ -126,7 +125,7 @@ def test_batch_norm_is_folded_or_becomes_a_channel_wise_affine(layers: list[nn.M
     model, x = randomized(nn.Sequential(*layers)), torch.randn(4, *shape)
     network = fold_batch_norm(prepare(model, x))
     same(network, model, x)
-    assert not any(isinstance(module, BATCH_NORMS) for module in network.modules())
+    assert not any(isinstance(module, m.BATCH_NORMS) for module in network.modules())
 
 
 def test_batch_norm_behind_a_layer_with_other_readers_is_not_folded_into_it() -> None:

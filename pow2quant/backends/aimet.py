@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from pow2quant.artifact import Artifact, Site, Table
-from pow2quant.backends import modules as m
 from pow2quant.backends.base import ALL, Batch, Tap, inputs, tapping
 from pow2quant.backends.calibration import calibrate
 from pow2quant.backends.export import to_artifact
-from pow2quant.backends.operators import OPERATORS
 from pow2quant.backends.placement import Placement, place
 from pow2quant.config import QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError, DataError, EncodingError, MissingExtraError, UnsupportedModelError
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.operators import OPERATORS
 from pow2quant.pow2_constraints import Encoding, Format, IntGrid, Observed, choose, exact_exponent
 
 ONNX_TYPES: dict[type, str] = {

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from pow2quant.backends import modules as m
-from pow2quant.backends import operators
 from pow2quant.backends.tracing import source_line
 from pow2quant.errors import UnsupportedModelError
+from pow2quant.frontends import modules as m
+from pow2quant.frontends import operators
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 
 
@@ -145,7 +144,7 @@ class Builder:
             target = self._fresh(node, kind or type(module).__name__.lower())
         else:
             target, module = self._named(name, module)
-        if not isinstance(module, BATCH_NORMS):
+        if not isinstance(module, m.BATCH_NORMS):
             operators.check(module, f"{target}{source_line(node)}")
         self.modules[target] = module
         return self.graph.call_module(target, args)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from pow2quant.backends import modules as m
 from pow2quant.backends.builder import Builder, Conversions, Handler
+from pow2quant.frontends import modules as m
 
 
 def _same(b: Builder, node: fx.Node) -> fx.Node:
@@ -77,18 +77,7 @@ def _per_channel(b: Builder, node: fx.Node, op: nn.Module, p: Tensor, x: Any, sw
         weight, bias = one, p.flatten()
     else:
         weight, bias = (-one, p.flatten()) if swapped else (one, -p.flatten())
-    return b.call(node, depthwise(weight, bias, rank), b.mapped(node, x), kind=type(op).__name__.lower())
-
-
-def depthwise(weight: Tensor, bias: Tensor | None, rank: int) -> nn.Module:
-    """weight * x + bias per channel as a convolution. weight, bias: (C,); rank: 3 for (N, C, L), 4 for (N, C, H, W)."""
-    kind = nn.Conv2d if rank == 4 else nn.Conv1d
-    conv = kind(len(weight), len(weight), 1, groups=len(weight), bias=bias is not None)
-    with torch.no_grad():
-        conv.weight.copy_(weight.reshape(conv.weight.shape))
-        if bias is not None and conv.bias is not None:
-            conv.bias.copy_(bias)
-    return conv.eval()
+    return b.call(node, m.depthwise(weight, bias, rank), b.mapped(node, x), kind=type(op).__name__.lower())
 
 
 def _concat(b: Builder, node: fx.Node) -> fx.Node:

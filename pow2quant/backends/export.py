@@ -10,9 +10,9 @@ import onnx
 from torch import Tensor, fx
 
 from pow2quant.artifact import Artifact, Table
-from pow2quant.backends.operators import OPSET, Node, OnnxGraph, operator
 from pow2quant.backends.placement import Placement, tensor_name
 from pow2quant.errors import EncodingError, UnsupportedModelError
+from pow2quant.frontends.operators import OPSET, Node, OnnxGraph, operator
 from pow2quant.operators import Kind
 
 IR_VERSION = 10

@@ -10,10 +10,8 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from pow2quant.backends.base import Batch
-from pow2quant.backends.builder import BATCH_NORMS
-from pow2quant.backends.conversions import depthwise
-from pow2quant.backends.modules import Reshape
 from pow2quant.errors import UnsupportedModelError
+from pow2quant.frontends.modules import BATCH_NORMS, Reshape, depthwise
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)

@@ -9,10 +9,10 @@ from fnmatch import fnmatchcase
 from torch import fx, nn
 
 from pow2quant.artifact import Site
-from pow2quant.backends import modules as m
-from pow2quant.backends.operators import operator, weight_axis
 from pow2quant.config import QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.operators import operator, weight_axis
 from pow2quant.operators import Kind
 
 FUSES_WITH_CLIP = (m.Add, m.Sub, m.Mul, m.Scale)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
-from pow2quant.backends.operators import weight_axis
 from pow2quant.config import integer
+from pow2quant.frontends.operators import weight_axis
 from pow2quant.methods.reconstruction import Step, error_moments, is_rounded, quantizing, sqnr_db, walk, write_bias
 
 NOTHING = torch.zeros(())

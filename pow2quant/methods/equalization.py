@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from pow2quant.backends import modules as m
 from pow2quant.backends.base import Batch, inputs
 from pow2quant.errors import DataError
+from pow2quant.frontends import modules as m
 
 ROUNDS = 40
 """Over all groups, at most: neighbouring groups share a layer, so that one moves what the other has evened out."""

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from pow2quant.artifact import Site
 from pow2quant.backends.base import Simulation
-from pow2quant.backends.operators import weight_axis
 from pow2quant.backends.placement import Layer
+from pow2quant.frontends.operators import weight_axis
 from pow2quant.training.exponents import Exponents
 
 MOMENTUM = 0.01

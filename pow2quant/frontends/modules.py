@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+"""What a prepared network holds beside the rows of `operators.OPERATORS`, until `backends.fold` has folded it."""
+
 
 class Add(nn.Module):
     """x + y, broadcasting."""
@@ -233,3 +236,14 @@ EXACT: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: LayerNorm,
 }
 """PyTorch's modules and ours that stand in for them; each takes over the other's attributes."""
+
+
+def depthwise(weight: Tensor, bias: Tensor | None, rank: int) -> nn.Module:
+    """weight * x + bias per channel as a convolution. weight, bias: (C,); rank: 3 for (N, C, L), 4 for (N, C, H, W)."""
+    kind = nn.Conv2d if rank == 4 else nn.Conv1d
+    conv = kind(len(weight), len(weight), 1, groups=len(weight), bias=bias is not None)
+    with torch.no_grad():
+        conv.weight.copy_(weight.reshape(conv.weight.shape))
+        if bias is not None and conv.bias is not None:
+            conv.bias.copy_(bias)
+    return conv.eval()

@@ -15,8 +15,8 @@ import onnx
 from numpy.typing import ArrayLike
 from torch import nn
 
-from pow2quant.backends import modules as m
 from pow2quant.errors import UnsupportedModelError
+from pow2quant.frontends import modules as m
 from pow2quant.operators import OPERATIONS, Kind
 
 OPSET = 21
