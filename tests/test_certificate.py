@@ -333,7 +333,7 @@ def test_values_are_followed_through_tensors_without_encoding():
     y = g.node("Mul", "mul", [y, g.constant("factor", np.array([[[5]], [[7]]]), encoding(-1, 0, 8, True))])
     y = g.node("Add", "add", [y, g.constant("offset", np.array([[[1.5]], [[-0.25]]], np.float32))])
     y = g.node("Pad", "pad", [y, g.constant("pads", np.array([0, 0, 1, 1, 0, 0, 1, 1]))])
-    y = g.node("MaxPool", "pool", [y], encoding(-6, 100), kernel_shape=[2, 2])
+    y = g.node("GlobalMaxPool", "pool", [y], encoding(-6, 100))
     certificate = certify(g.artifact(y))
     conv, mul, add = certificate.layers
     assert certificate.proved

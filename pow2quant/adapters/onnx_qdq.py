@@ -27,7 +27,7 @@ import onnx.inliner
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from pow2quant.adapters import clips, double
+from pow2quant.adapters import clips, double, guards
 from pow2quant.adapters.files import (
     GRIDS,
     IR_VERSION,
@@ -121,6 +121,7 @@ def to_qdq(artifact: Artifact) -> ModelProto:
     model.CopyFrom(at_least_opset(artifact.model))
     graph = model.graph
     _refuse_control_flow(graph)
+    guards.put(graph, table)
     double.widen(graph, table)
     writer = _Writer(graph, table)
     nodes = [*writer.parameters(), *writer.inputs()]
@@ -292,6 +293,7 @@ def from_qdq(model: ModelProto) -> Artifact:
     reader = _Reader(copy.graph, _parse_grids(metadata[GRIDS]) if GRIDS in metadata else None)
     reader.read()
     double.narrow(copy.graph)
+    guards.take(copy.graph)
     _set_metadata(copy, None)
     return Artifact(at_least_opset(copy), reader.table)
 

@@ -32,14 +32,12 @@ import numpy as np
 
 from pow2quant.errors import NotPowerOfTwoError
 from pow2quant.integer.lattice import Lattice, NotProvedError
-from pow2quant.integer.proof import WEIGHTED, Tensors, _bias, _ends, _rows, judge
+from pow2quant.integer.proof import INT32_MAX, WEIGHTED, Tensors, _bias, _ends, _rows, judge
 
 if TYPE_CHECKING:
     import onnx
 
     from pow2quant.artifact import Artifact
-
-INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from onnx import numpy_helper
 from pow2quant.errors import EncodingError, NotPowerOfTwoError, UnsupportedModelError
 from pow2quant.integer.nodes import attribute, title
 from pow2quant.integer.ops import LOWER
+from pow2quant.integer.ops.average import Average
 from pow2quant.integer.ops.copy import Copy
 from pow2quant.integer.ops.table import SHAPED_LIKE_INPUT, lower_function
 from pow2quant.integer.program import Program, Requantization, Step, Tensor
@@ -35,6 +36,10 @@ SELECTING = (
     *("DepthToSpace", "Dropout", "GlobalMaxPool", "Pad", "Resize"),
 )
 """Operations whose results are values of their first input: without an encoding of their own they keep its."""
+
+
+INT64_HALF = 2**62
+"""Sums stay within this, so that rounding and a zero point fit int64 too."""
 
 
 def lower(artifact: Artifact) -> Program:
@@ -90,13 +95,16 @@ class Lowering:
         return graph
 
     def program(self) -> Program:
-        """What has been built. Raises UnsupportedModelError for an output that stays float."""
+        """What has been built. Raises UnsupportedModelError for an output that stays float, or sums beyond 64 bits."""
         for name in self.outputs:
             if name not in self.tensors:
                 raise UnsupportedModelError(f"{name}: the network's output stays float and has no integers")
         read = {*self.inputs, *self.outputs, *(name for step in self.steps for name in (*step.inputs, step.output))}
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in read}
-        return Program(tensors, self.inputs, self.outputs, tuple(self.steps))
+        program = Program(tensors, self.inputs, self.outputs, tuple(self.steps))
+        for step in self.steps:
+            _require_64_bits(program, step)
+        return program
 
     # Tensors
 
@@ -291,6 +299,16 @@ def require_power_of_two(name: str, encoding: Encoding) -> None:
     if not encoding.is_power_of_two:
         free = np.atleast_1d(encoding.scale)[np.atleast_1d(np.frexp(encoding.scale)[0]) != 0.5][0]
         raise NotPowerOfTwoError(f"{name}: scale {float(free):.9g} is not a power of two, so it is no shift")
+
+
+def _require_64_bits(program: Program, step: Step) -> None:
+    """Raises UnsupportedModelError, naming the node, where a sum, or its shift to the left, may leave int64."""
+    rule = getattr(step, "requantization", None)
+    # an average shifts its sum before it divides, so that its bound has the shift
+    up = 0 if rule is None or isinstance(step, Average) else max(0, -int(np.min(rule.shift)))
+    if (largest := step.bound(program) << up) > INT64_HALF:
+        reach = f"2^{largest.bit_length()}"
+        raise UnsupportedModelError(f"{step.node}: its results may reach {reach} in units of the output; at most 2^62")
 
 
 def _with_batch_of_one(model: onnx.ModelProto) -> onnx.ModelProto:

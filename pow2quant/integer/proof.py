@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
 
+from pow2quant.graphs import GraphIndex
 from pow2quant.integer.lattice import Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute
+from pow2quant.pow2_constraints.arithmetic import EXPONENTS
+from pow2quant.rewrites import changed_value
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,6 +32,8 @@ WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 ROUNDS_AFTER_ZERO_POINT = ("Add", "AveragePool", "Mul")
 """Operations whose fused kernel in onnxruntime adds the zero point before it rounds."""
 
+INT32_MAX = 2**31 - 1
+
 ZERO = Lattice.of_constants(np.zeros(()))
 
 
@@ -37,21 +41,10 @@ class Tensors:
     """A graph's tensors, and what is known of where their values lie."""
 
     def __init__(self, artifact: Artifact) -> None:
-        model = onnx.shape_inference.infer_shapes(artifact.model)
         self.encodings = artifact.encodings
-        self.constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in model.graph.node:
-            if node.op_type == "Constant":
-                self.constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
-        self.shapes: dict[str, tuple[int | None, ...]] = {name: c.shape for name, c in self.constants.items()}
-        for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
-            if value.type.tensor_type.HasField("shape"):
-                dims = value.type.tensor_type.shape.dim
-                self.shapes[value.name] = tuple(d.dim_value if d.HasField("dim_value") else None for d in dims)
-        self.outputs = {value.name for value in model.graph.output}
+        self.index = GraphIndex(onnx.shape_inference.infer_shapes(artifact.model).graph)
+        self.constants, self.readers, self.shapes = self.index.constants, self.index.readers, self.index.shapes
+        self.outputs = self.index.outputs
         self.float_results: dict[str, Lattice | None] = {}
 
     def lattice(self, name: str) -> Lattice:
@@ -116,7 +109,29 @@ def judge(tensors: Tensors, node: onnx.NodeProto) -> Judged:
         accumulator.require_exact()
     if node.op_type in ROUNDS_AFTER_ZERO_POINT:
         _require_even_zero_point(tensors, node, accumulator)
+    _require_bounded_requantization(tensors, node, accumulator, result)
+    if reason := changed_value(tensors.index, tensors.encodings, node):
+        raise NotProvedError(reason, accumulator)
     return accumulator, result
+
+
+def _require_bounded_requantization(
+    tensors: Tensors, node: onnx.NodeProto, accumulator: Lattice | None, result: Lattice | None
+) -> None:
+    """Raises NotProvedError where what is rounded does not fit int32 or a ratio of scales is no normal float32."""
+    target = tensors.target(node.output[0])
+    if accumulator is None or target is None:
+        return
+    rounded = accumulator if result is None else result
+    ratio = rounded.exponent.min() - target.exponent.max(), rounded.exponent.max() - target.exponent.min()
+    if ratio[0] < EXPONENTS.start or ratio[1] >= EXPONENTS.stop:
+        reason = f"a ratio of scales of 2^{ratio[0]} to 2^{ratio[1]} is no normal float32: executors multiply by it"
+        raise NotProvedError(reason, accumulator)
+    # in float64: 2^24 * 2^127 and a zero point fit
+    largest = float(np.ldexp(rounded.magnitude.max(), int(ratio[1]))) + float(np.abs(target.zero_point).max())
+    if largest > INT32_MAX:
+        reason = f"{node.output[0]} is rounded to values up to {largest:.3g} before it saturates; int32 holds 2^31 - 1"
+        raise NotProvedError(reason, accumulator)
 
 
 def _require_powers_of_two(tensors: Tensors, node: onnx.NodeProto) -> None:

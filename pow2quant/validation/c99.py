@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,11 +53,12 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
     """
     if reason := unavailable():
         raise MissingExtraError(reason)
-    program = lower(onnx_qdq.from_qdq(onnx_qdq.load(model)))
+    network = onnx_qdq.from_qdq(onnx_qdq.load(model))
+    program = lower(network)
     weights = sum(getattr(step, "weight", np.empty(0)).size for step in program.steps)
     if weights > LARGEST:
         raise UnsupportedModelError(f"{weights:,} weights: as C, more than {LARGEST:,} take a compiler gigabytes")
-    return [executor(program)]
+    return [replace(executor(program), network=lambda: network)]
 
 
 def executor(program: Program, name: str = NAME, flags: Sequence[str] = FLAGS) -> Executor:

@@ -45,16 +45,29 @@ class Named:
 def first_difference(a: Named, b: Named) -> str | None:
     """The first thing that is not the same, inputs first, then in the order of computation; None where nothing is."""
     graph = a.network.model.graph
-    return next(differences(a, b, [value.name for value in graph.input], graph.node), None)
+    ends = _ends_differ(a, b)
+    return next(ends, None) or next(differences(a, b, [value.name for value in graph.input], graph.node), None)
+
+
+def _ends_differ(a: Named, b: Named) -> Iterator[str]:
+    for what in ("input", "output"):
+        x, y = (
+            [v.name for v in getattr(side.network.model.graph, what) if v.name not in side.constants] for side in (a, b)
+        )
+        if x != y:
+            yield f"the {what}s are {', '.join(x)} in {a.name} and {', '.join(y)} in {b.name}"
 
 
 def differences(a: Named, b: Named, tensors: Iterable[str], nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
-    """A sentence for whatever is not the same: encodings of tensors; kind, attributes, constants of nodes of `a`."""
+    """A sentence for whatever is not the same.
+
+    That is: encodings of tensors; kind, attributes, operands in their order, and constants of nodes of `a`.
+    """
     for name in tensors:
         yield from _encodings_differ(name, a, b)
     for node in nodes:
         twin, title = b.producers.get(node.output[0]), node.name or node.output[0]
-        if twin is None or twin.op_type != node.op_type:
+        if twin is None or (twin.op_type, twin.domain) != (node.op_type, node.domain):
             found = "missing" if twin is None else twin.op_type
             yield f"{title} is {node.op_type} in {a.name} and {found} in {b.name}"
             continue
@@ -62,10 +75,15 @@ def differences(a: Named, b: Named, tensors: Iterable[str], nodes: Iterable[onnx
             x, y = (attribute(n, name, "the default") for n in (node, twin))
             if x != y:
                 yield f"{name} of {title} is {_text(x)} in {a.name} and {_text(y)} in {b.name}"
-        for mine, yours in zip(node.input, twin.input, strict=False):
+        for n in range(max(len(node.input), len(twin.input))):
+            mine, yours = (one.input[n] if n < len(one.input) else "" for one in (node, twin))
             if mine in a.constants and yours in b.constants:
                 yield from _encodings_differ(mine, a, b)
                 yield from _arrays_differ(mine, a.stored(mine), b.stored(yours), a, b)
+            elif mine != yours:
+                yield f"operand {n + 1} of {title} is {mine or 'none'} in {a.name} and {yours or 'none'} in {b.name}"
+        if list(node.output) != list(twin.output):
+            yield f"{title} gives {', '.join(node.output)} in {a.name} and {', '.join(twin.output)} in {b.name}"
         for name in node.output:
             yield from _encodings_differ(name, a, b)
 

@@ -1,0 +1,206 @@
+"""What onnxruntime's graph optimizers rewrite, and why no rewrite changes a value of a file that is proved.
+
+`REWRITES` is the list of its transformers for the CPU (names as in onnxruntime 1.31; the table of the documentation is
+made from it). Two of them change values: `changed_value` finds what they would change in an artifact's graph, for the
+certificate to refuse and for the exporter to write in another way (`adapters/guards.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+
+    from pow2quant.graphs import GraphIndex
+    from pow2quant.pow2_constraints import Encoding
+
+    Table = dict[str, Encoding]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A graph transformer. level: basic, extended or layout. guard: what it does to a quantized file, and why exact."""
+
+    name: str
+    level: str
+    guard: str
+
+
+_MOVES = "moves, joins or drops nodes that do not compute; the values stay"
+_FLOAT = "reaches float nodes only: a node without encodings on both sides is not proved"
+_ABSENT = "its pattern is not in a file that is proved: the certificate knows none of the operations it makes"
+_EXACT_SUM = "folds into a layer: between two layers stands a Q/DQ pair, and a layer with a float weight is not proved"
+
+REWRITES: tuple[Rewrite, ...] = (
+    Rewrite(
+        "DoubleQDQPairsRemover",
+        "basic",
+        "merges Q-DQ-Q-DQ into one pair with a third scale: CHANGES VALUES. The exporter keeps a node between the "
+        "pairs, the certificate refuses two encodings of one storage type with nothing between that stays",
+    ),
+    Rewrite(
+        "Pad_Fusion",
+        "basic",
+        "moves a float Pad into the pool or convolution behind it; MaxPool then pads with minus infinity: CHANGES "
+        "VALUES. The exporter keeps a node between the two, the certificate refuses; Conv and AveragePool pad with 0",
+    ),
+    *(
+        Rewrite(name, "basic", "drops a node that does nothing: exact, but Q/DQ pairs may meet (above)")
+        for name in (
+            *("EliminateIdentity", "EliminateDropout", "EliminateSlice", "NoopElimination", "ExpandElimination"),
+            *("CastElimination", "CastChainElimination", "UnsqueezeElimination", "PreShapeNodeElimination"),
+        )
+    ),
+    *(
+        Rewrite(name, "basic", _MOVES)
+        for name in (
+            *("CommonSubexpressionElimination", "ConstantSharing", "ReshapeFusion", "GatherSliceToSplitFusion"),
+            *("GatherToSliceFusion", "SliceConcatToSpaceToDepthFusion", "NotWhereFusion", "LabelEncoderFusion"),
+            *("FreeDimensionOverrideTransformer", "GemmTransposeFusion"),
+        )
+    ),
+    Rewrite("TransposeOptimizer", "basic", "moves and cancels Transpose: exact, but Q/DQ pairs may meet (above)"),
+    Rewrite("ConstantFolding", "basic", "computes constants with the same kernels"),
+    Rewrite("QDQPropagationTransformer", "basic", "repeats an encoding around a node that only moves values"),
+    Rewrite(
+        "WeightBiasQuantization",
+        "basic",
+        "quantizes float biases: every bias is int32 in units of s_in * s_w in our files, and a layer with a float "
+        "bias is not proved",
+    ),
+    *(
+        Rewrite(name, "basic", _EXACT_SUM)
+        for name in (
+            *("ConvAddFusion", "ConvMulFusion", "ConvBNFusion", "MatmulBNFusion", "MatMul_BatchNormalization_Fusion"),
+            *("MatMulAddFusion", "GemmSumFusion", "DivMulFusion"),
+        )
+    ),
+    Rewrite("ClipQuantRewrite", "extended", "drops a Clip that the Q behind it repeats: the same codes"),
+    Rewrite("ReluQuantRewrite", "extended", "drops a Relu in front of a Q whose least code is zero: the same codes"),
+    Rewrite(
+        "QDQSelectorActionTransformer",
+        "extended",
+        "computes DQ-node-Q on integers: the sums that the certificate bounds, and one rounding; odd zero points "
+        "behind Add, Mul and AveragePool, quotients that miss ties, and results beyond int32 are refused",
+    ),
+    Rewrite("QDQFinalCleanupTransformer", "extended", "drops a DQ-Q pair of one encoding: the same codes"),
+    Rewrite("QDQS8ToU8Transformer", "extended", "adds 128 to codes and zero point: the same values"),
+    Rewrite("Avx2WeightS8ToU8Transformer", "extended", "adds 128 to a weight's codes: the same values"),
+    *(
+        Rewrite(name, "extended", _FLOAT)
+        for name in (
+            *("ConvActivationFusion", "GemmActivationFusion", "MatMulActivationFusion", "MatmulTransposeFusion"),
+            *("MatMulScaleFusion", "GeluFusionL1", "GeluFusionL2", "FastGeluFusion", "QuickGeluFusion"),
+            *("BiasGeluFusion",),
+            *("BiasSoftmaxFusion", "BiasDropoutFusion", "LayerNormFusionL1", "LayerNormFusionL2"),
+            *("SimplifiedLayerNormFusion",),
+            *("SkipLayerNormFusion", "BiasSkipLayerNormFusion", "EmbedLayerNormFusion", "AttentionFusion"),
+            *("GroupQueryAttentionFusion", "GroupQueryAttentionPreNormFusion", "GqaValueLayoutTransformer"),
+        )
+    ),
+    *(
+        Rewrite(name, "extended", _ABSENT)
+        for name in (
+            *("MatMulIntegerToFloatFusion", "DynamicQuantizeMatMulFusion", "DQMatMulNBitsFusion"),
+            *("MatMulNBitsMlpFusion",),
+            *("MatMulNBitsQkvFusion", "FuseFp16InitializerToFp32NodeTransformer", "RemoveDuplicateCastTransformer"),
+            *("InsertCastTransformer", "CastFloat16Transformer", "GeluApproximation"),
+        )
+    ),
+    *(
+        Rewrite(name, "layout", "another order in memory: sums within 2^24 are exact in any order")
+        for name in ("NchwcTransformer", "NhwcTransformer", "ConvAddActivationFusion")
+    ),
+    Rewrite("MemcpyTransformer", "layout", "copies between devices: there is one"),
+)  # fmt: skip
+"""Every transformer, and what guards a value against it."""
+
+MOVES = (
+    *("Cast", "Concat", "Dropout", "Expand", "Flatten", "Identity", "Pad", "Reshape", "Resize", "Slice"),
+    *("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "DepthToSpace", "SpaceToDepth"),
+)
+NEUTRAL = {"Add": 0.0, "Sub": 0.0, "Mul": 1.0, "Div": 1.0}
+"""The constant with which an operation does nothing."""
+
+
+def changed_value(graph: GraphIndex, table: Table, node: onnx.NodeProto) -> str | None:
+    """Why an optimizer of onnxruntime would change this node's result; None where none would."""
+    merged = next((name for name in node.output if name in table and _is_merged(graph, table, node, name)), None)
+    if merged is not None:
+        return (
+            f"{merged} quantizes again, in another encoding, what was quantized before: onnxruntime's "
+            "DoubleQDQPairsRemover merges the two into a third"
+        )
+    pad = padded_pool(graph, table, node)
+    if pad is not None:
+        return (
+            f"{pad.name or pad.output[0]} pads in float: onnxruntime's Pad_Fusion lets MaxPool pad with minus infinity"
+        )
+    return None
+
+
+def padded_pool(graph: GraphIndex, table: Table, node: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The Pad that Pad_Fusion would move into this node, where its zeros would become minus infinity."""
+    if node.op_type != "MaxPool":
+        return None
+    name = node.input[0]
+    while name not in table and (source := graph.producers.get(name)) is not None:
+        if source.op_type == "Pad":
+            return source
+        if (data := _moved(graph, source)) is None:
+            return None
+        name = data
+    return None
+
+
+def _is_merged(graph: GraphIndex, table: Table, node: onnx.NodeProto, result: str) -> bool:
+    """Whether nothing stays between this encoded result and an encoded tensor of another encoding in front of it."""
+    between: list[onnx.NodeProto] = []
+    name, current = result, node
+    while True:
+        between.append(current)
+        data = _moved(graph, current)
+        if data is None or not (len(between) > 1 or _vanishes(graph, current) or data not in table):
+            return False
+        name = data
+        if name in table:
+            break
+        if name not in graph.producers:
+            return False
+        current = graph.producers[name]
+    first, second = table[name], table[result]
+    alike = first.grid.signed == second.grid.signed and (first.grid.width > 8) == (second.grid.width > 8)
+    return alike and first != second
+
+
+def _moved(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
+    """The one tensor whose values a node moves on; None where it computes, or joins several."""
+    if node.op_type in NEUTRAL:
+        return next((data for data, other in _orders(node) if _is_neutral(graph, node, other)), None)
+    joins = node.op_type == "Concat" and len(node.input) > 1
+    return node.input[0] if node.op_type in MOVES and not joins else None
+
+
+def _orders(node: onnx.NodeProto) -> list[tuple[str, str]]:
+    a, b = node.input
+    return [(a, b)] if node.op_type in ("Sub", "Div") else [(a, b), (b, a)]
+
+
+def _is_neutral(graph: GraphIndex, node: onnx.NodeProto, name: str) -> bool:
+    return name in graph.constants and bool((graph.constants[name] == NEUTRAL[node.op_type]).all())
+
+
+def _vanishes(graph: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether an executor may drop a node that moves values: it does nothing, as far as is known."""
+    if node.op_type in (*NEUTRAL, "Identity", "Dropout", "Cast", "Expand"):
+        return True
+    if node.op_type == "Transpose":
+        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), [])
+        return bool(order) and order == sorted(order)
+    before, after = (graph.shapes.get(name) for name in (node.input[0], node.output[0]))
+    pads = graph.constants.get(node.input[1]) if node.op_type == "Pad" and len(node.input) > 1 else None
+    return (before is None or after is None or before == after) and not (pads is not None and np.any(pads))
