@@ -307,8 +307,7 @@ def _require_64_bits(program: Program, step: Step) -> None:
     # an average shifts its sum before it divides, so that its bound has the shift
     up = 0 if rule is None or isinstance(step, Average) else max(0, -int(np.min(rule.shift)))
     if (largest := step.bound(program) << up) > INT64_HALF:
-        reach = f"2^{largest.bit_length()}"
-        raise UnsupportedModelError(f"{step.node}: its results may reach {reach} in units of the output; at most 2^62")
+        raise UnsupportedModelError(f"{step.node}: its sums may reach {largest}; integers have room up to 2^62")
 
 
 def _with_batch_of_one(model: onnx.ModelProto) -> onnx.ModelProto:
