@@ -7,7 +7,6 @@ matrix of counts (classes, classes).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -16,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pow2quant.logits.cat import Correction, Logits
+from pow2quant.logits.confidence import calibration_error
 
 KINDS = ("fullprecision", "quantized", "corrected")
-BINS = 15
-"""Of confidence, in the calibration figure and its error."""
 
 
 @dataclass(frozen=True)
@@ -175,15 +173,3 @@ def paired(differences: NDArray[np.float64]) -> tuple[float, float]:
     """Mean and standard error of differences of the same images."""
     count = len(differences)
     return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
-
-
-def bins(confidence: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Which of the equal bins of [0, 1] each lies in."""
-    return np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-
-
-def calibration_error(confidence: NDArray[np.float32], right: NDArray[np.bool_]) -> float:
-    """Expected calibration error (Guo et al. 2017, eq. 3): |accuracy - confidence| over bins, by their images."""
-    of = bins(confidence)
-    off: Iterable[float] = (abs(float((right[of == b] - confidence[of == b]).sum())) for b in range(BINS))
-    return sum(off) / len(right)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pow2quant.logits.confidence import BINS, bins, calibration_error
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -105,8 +107,6 @@ def agreement(whole: Whole) -> Figure:
 
 def calibration(labels: NDArray[np.int64], whole: Whole) -> Figure:
     """Accuracy over confidence, and how many images have which confidence."""
-    from pow2quant.logits.analysis import BINS, bins, calibration_error
-
     figure, panels = _blank(2, 9.5, 4.4)
     panels[0].plot([0, 1], [0, 1], color="#999999", linestyle=":", linewidth=1)
     edges = np.linspace(0, 1, BINS + 1)
