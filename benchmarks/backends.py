@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pow2quant import datasets, models
 from pow2quant.adapters import onnx_qdq
 from pow2quant.config import DataConfig, QuantPlan
-from pow2quant.pipeline import executors, simulation_executor
+from pow2quant.runs import executors, simulation_executor
 from pow2quant.validation.agreement import compare
 
 

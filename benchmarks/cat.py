@@ -18,17 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pow2quant import pipeline
+from pow2quant import runs
 from pow2quant.logits import cat
 from pow2quant.logits.choose import Candidate, best, candidates, judged
 
 
 def logits(run: Path, needed: int, test_batches: int | None) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     """Labels, float and quantized logits: of the first `needed` calibration images, and of the test images."""
-    job, sim = pipeline.reopened(run)
+    job, sim = runs.reopened(run)
     batches = math.ceil(needed / job.config.data.batch_size)
-    calibration = pipeline.responses(job, sim, islice(job.data.calibration, batches))
-    tests = pipeline.responses(job, sim, islice(job.data.test, test_batches))
+    calibration = runs.responses(job, sim, islice(job.data.calibration, batches))
+    tests = runs.responses(job, sim, islice(job.data.test, test_batches))
     return tuple(tuple(np.concatenate(p) for p in zip(*part, strict=True)) for part in (calibration, tests))
 
 

@@ -24,8 +24,8 @@ from pow2quant.backends.prepare import prepare
 from pow2quant.config import QuantPlan
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.certificate import certify
-from pow2quant.pipeline import executors, simulation_executor
 from pow2quant.plugins import resolve
+from pow2quant.runs import executors, simulation_executor
 from pow2quant.validation.agreement import compare
 
 FAMILIES = [

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pow2quant import config as configuration
-from pow2quant import pipeline
+from pow2quant import runs
 from pow2quant.cli.console import Console
 from pow2quant.config import Choice, RunConfig
 from pow2quant.study.search import search
@@ -72,7 +72,7 @@ def main() -> None:
                 assert trained is not None
                 result = trained
             else:
-                result = pipeline.ptq(config, target, progress=console)
+                result = runs.ptq(config, target, progress=console)
         r = result.report
         differing = sum(a.differing for a in result.agreements)
         row = [

@@ -21,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from cost import interleaved
 
-from pow2quant import models, pipeline
+from pow2quant import models, runs
 from pow2quant.adapters import onnx_qdq
 from pow2quant.artifact import Artifact
 from pow2quant.config import RunConfig, plan_of, with_values
@@ -41,7 +41,7 @@ def quantized(model: torch.nn.Module, size: int, bits: int) -> Artifact:
     named = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     ends = {name: {"weight": {"bitwidth": 8}} for name in (named[0], named[-1])}
     values = {"quantization.weight.bitwidth": bits, "quantization.overrides": ends}
-    sim = pipeline.simulate(model, batch[:1], plan_of(with_values(RunConfig(), values)))
+    sim = runs.simulate(model, batch[:1], plan_of(with_values(RunConfig(), values)))
     sim.calibrate([batch])
     if bits == 2:
         Ternary().apply(sim, [batch])

@@ -13,7 +13,7 @@ from torch import nn
 from pow2quant import QuantPlan, prepare, simulate
 from pow2quant.adapters import onnx_qdq
 from pow2quant.integer.certificate import certify
-from pow2quant.pipeline import simulation_executor
+from pow2quant.runs import simulation_executor
 from pow2quant.validation import ort
 from pow2quant.validation.agreement import compare
 

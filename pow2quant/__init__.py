@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from pow2quant.backends.prepare import prepare
     from pow2quant.config import QuantPlan, RunConfig, TensorSpec
     from pow2quant.errors import Pow2QuantError
-    from pow2quant.pipeline import export, ptq, simulate, validate
     from pow2quant.pow2_constraints import Encoding, IntGrid
     from pow2quant.quantsim import QuantizationSimModel, QuantScheme
+    from pow2quant.runs import export, ptq, simulate, validate
     from pow2quant.three_steps import qat
 
 __version__ = "0.1.0"
@@ -50,11 +50,11 @@ _HOMES = {
     "RunConfig": "config",
     "TensorSpec": "config",
     "Pow2QuantError": "errors",
-    "export": "pipeline",
-    "ptq": "pipeline",
+    "export": "runs",
+    "ptq": "runs",
     "qat": "three_steps",
-    "simulate": "pipeline",
-    "validate": "pipeline",
+    "simulate": "runs",
+    "validate": "runs",
     "QuantScheme": "quantsim",
     "QuantizationSimModel": "quantsim",
     "Encoding": "pow2_constraints",

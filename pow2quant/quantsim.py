@@ -38,8 +38,8 @@ from pow2quant.config import WIDTHS, QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError, EncodingError, FileFormatError, NotPowerOfTwoError
 from pow2quant.frontends.operators import Node, OnnxGraph, operator, weight_axis
 from pow2quant.operators import Kind
-from pow2quant.pipeline import simulate
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose
+from pow2quant.runs import simulate
 
 if TYPE_CHECKING:
     import os

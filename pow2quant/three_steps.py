@@ -18,7 +18,7 @@ from pow2quant.backends.base import SILENT, Progress, Simulation
 from pow2quant.backends.calibration import with_room_for_bias
 from pow2quant.config import RunConfig
 from pow2quant.errors import OutputError
-from pow2quant.pipeline import Job, Result, finish, quantized, write_report
+from pow2quant.runs import Job, Result, finish, quantized, write_report
 from pow2quant.training import curves
 from pow2quant.training.processes import joined
 from pow2quant.training.trainer import Trainer

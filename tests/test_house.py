@@ -26,7 +26,7 @@ FLOORS = {
     "pow2quant.cli": 6,
     "pow2quant.quantsim": 6,
     "pow2quant.three_steps": 5,
-    "pow2quant.pipeline": 5,
+    "pow2quant.runs": 5,
     "pow2quant.study": 5,
     "pow2quant.logits": 4,
     "pow2quant.training": 4,
@@ -54,10 +54,10 @@ DOORS = {  # the only imports between two rooms of one floor
     ("pow2quant", "pow2quant.quantsim"),
     ("pow2quant.__main__", "pow2quant.cli"),
     ("pow2quant.plugins", "pow2quant.errors"),
-    ("pow2quant.three_steps", "pow2quant.pipeline"),
+    ("pow2quant.three_steps", "pow2quant.runs"),
     ("pow2quant.training", "pow2quant.methods"),
     ("pow2quant.backends", "pow2quant.frontends"),
-    ("pow2quant.study", "pow2quant.pipeline"),
+    ("pow2quant.study", "pow2quant.runs"),
     ("pow2quant.study", "pow2quant.three_steps"),
     ("pow2quant.pow2_constraints", "pow2quant.errors"),
 }
@@ -66,7 +66,7 @@ RIGHT = {"pow2quant.integer", "pow2quant.adapters", "pow2quant.validation"}
 TORCH_ROOMS = LEFT | {
     "pow2quant.study",
     "pow2quant.three_steps",
-    "pow2quant.pipeline",
+    "pow2quant.runs",
     "pow2quant.models",
     "pow2quant.datasets",
 }
@@ -171,7 +171,7 @@ def sides_meet_at_the_waist(step: Import) -> str | None:
 
 def torch_stays_left(step: Import) -> str | None:
     if within(step.target, TORCH) and step.moment != "typing" and room(step.source) not in TORCH_ROOMS:
-        return "torch stays left of the waist, in the pipeline, the models and the datasets"
+        return "torch stays left of the waist, in runs, the models and the datasets"
     return None
 
 
@@ -236,7 +236,8 @@ def link_imports(root: Path) -> list[str]:
     """The code and documents below `root` that import one of the root's links as if it were a package."""
     found = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in GENERATED and (not name.startswith(".") or name == ".ci")]
+        generated = GENERATED if Path(folder) == root else set()
+        folders[:] = [name for name in folders if name not in generated and (not name.startswith(".") or name == ".ci")]
         for path in (Path(folder, name) for name in sorted(files)):
             if path.suffix in TEXTS or path.name == "Makefile":
                 text = path.read_text(encoding="utf-8", errors="replace")
@@ -298,9 +299,9 @@ def test_a_house_in_order_has_no_breach(house):
     rooms = {
         "__init__.py": lazily + "from pow2quant.quantsim import QuantizationSimModel",
         "__main__/__init__.py": "from pow2quant.cli import main",
-        "cli/__init__.py": "from pow2quant import __version__, config\nlambda: __import__('pow2quant.pipeline')",
+        "cli/__init__.py": "from pow2quant import __version__, config\nlambda: __import__('pow2quant.runs')",
         "quantsim/__init__.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch",
-        "pipeline/__init__.py": "import torch\nfrom pow2quant import backends, integer, methods, validation",
+        "runs/__init__.py": "import torch\nfrom pow2quant import backends, integer, methods, validation",
         "methods/adaround.py": "import torch.nn.functional as F\nfrom pow2quant.backends import base, prepare",
         "validation/__init__.py": "import numpy\nfrom pow2quant import __version__, adapters, integer",
         "backends/aimet.py": "from pow2quant.backends import custom\n" + lazily + "import aimet_torch.nn",
@@ -314,12 +315,12 @@ def test_a_house_in_order_has_no_breach(house):
 @pytest.mark.parametrize(
     ("path", "text", "expected"),
     [
-        ("config", "import pow2quant.pipeline", "floor 2 to floor 5"),
-        ("config", "from pow2quant import pipeline", "floor 2 to floor 5"),
+        ("config", "import pow2quant.runs", "floor 2 to floor 5"),
+        ("config", "from pow2quant import runs", "floor 2 to floor 5"),
         ("config", "from pow2quant import something", "floor 2 to floor 6"),
-        ("config", "def f():\n    from pow2quant.pipeline import run", "floor 2 to floor 5"),
-        ("config", "import importlib\nimportlib.import_module('pow2quant.pipeline')", "floor 2 to floor 5"),
-        ("config", "if TYPE_CHECKING:\n    from pow2quant.pipeline import run", "floor 2 to floor 5"),
+        ("config", "def f():\n    from pow2quant.runs import run", "floor 2 to floor 5"),
+        ("config", "import importlib\nimportlib.import_module('pow2quant.runs')", "floor 2 to floor 5"),
+        ("config", "if TYPE_CHECKING:\n    from pow2quant.runs import run", "floor 2 to floor 5"),
         ("config", "from pow2quant import artifact", "floor 2 to floor 2"),
         ("errors", "import pow2quant.plugins", "floor 1 to floor 1"),
         ("report", "from pow2quant.validation import ort", "floor 4 to floor 4"),
@@ -339,12 +340,12 @@ def test_a_house_in_order_has_no_breach(house):
         ("methods/adaround", "from pow2quant.backends import custom", "no concrete backend"),
         ("methods/adaround", "def f():\n    import pow2quant.backends.custom", "no concrete backend"),
         ("methods/adaround", "from pow2quant.backends import CustomSimulation", "no concrete backend"),
-        ("cli", "from pow2quant.pipeline import run", "opens without torch"),
+        ("cli", "from pow2quant.runs import run", "opens without torch"),
         ("cli/ptq", "from pow2quant import models", "opens without torch"),
         ("", "import torch", "opens without torch"),
         ("backends/custom", "from .base import Simulation", "relative imports"),
         ("backends/custom", "from . import base", "relative imports"),
-        ("pipeline", f"from {LINKS[1]}.base import Simulation", "imports as pow2quant"),
+        ("runs", f"from {LINKS[1]}.base import Simulation", "imports as pow2quant"),
         ("utils", "", "pow2quant.utils stands on no floor"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every method on every backend, free scales too; and the seam between methods, rewrites and the pipeline."""
+"""Every method on every backend, free scales too; and the seam between methods, rewrites and runs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx
 
-from pow2quant import config, datasets, models, pipeline, plugins
+from pow2quant import config, datasets, models, plugins, runs
 from pow2quant.backends import conformance
-from pow2quant.backends.base import Simulation
+from pow2quant.backends.base import Progress, Simulation
 from pow2quant.cli import main
 from pow2quant.config import DataConfig, QuantPlan, RunConfig
 from pow2quant.errors import ConfigError
@@ -103,7 +103,7 @@ def test_a_method_leaves_a_complete_table_that_loads_and_exports(name: str, plan
 def test_a_method_brings_a_trained_network_nearer_to_float(
     name: str, plan: QuantPlan, weights: str, digits: list[Tensor]
 ) -> None:
-    sim = pipeline.simulate(models.build("digits-cnn", weights=weights), digits[0], narrow(plan))
+    sim = runs.simulate(models.build("digits-cnn", weights=weights), digits[0], narrow(plan))
     sim.calibrate(digits[:4])
     errors = [float_error(sim, digits[4:])]
     made(name).apply(sim, digits[:4])
@@ -125,7 +125,7 @@ def test_the_backends_give_equal_tables_and_parameters(name: str) -> None:
             assert torch.equal(ours.parameter(f"{layer.module}.{kind}"), aimets.parameter(f"{layer.module}.{kind}"))
 
 
-# -- the pipeline ------------------------------------------------------------------------------------------------------
+# -- in a run ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Doubling:
 class Counting:
     """A method that reads the data twice and speaks."""
 
-    def apply(self, sim: Simulation, batches: object, progress: pipeline.Progress) -> None:
+    def apply(self, sim: Simulation, batches: object, progress: Progress) -> None:
         first, second = (sum(len(x) for x in batches) for _ in range(2))  # type: ignore[attr-defined]
         progress.note(f"{first} and {second} images")
 
@@ -166,7 +166,7 @@ def configured(weights: str, methods: object, bits: int = 4) -> RunConfig:
 
 def test_below_eight_bits_the_default_is_output_mse_and_bias_correction(weights: str, tmp_path: Path) -> None:
     runs = {
-        label: pipeline.ptq(configured(weights, methods, bits), tmp_path / label)
+        label: runs.ptq(configured(weights, methods, bits), tmp_path / label)
         for label, methods, bits in (("default", None, 4), ("none", [], 4), ("eight", None, 8))
     }
     steps = {label: run.report["pipeline_steps"][1:-1] for label, run in runs.items()}
@@ -192,9 +192,9 @@ def test_rewrites_come_before_the_backend_and_validate_repeats_them(
 
 def test_a_rewrite_behind_a_method_is_an_error(weights: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="doubling rewrites the float network; put it before counting"):
-        pipeline.ptq(configured(weights, ["counting", "doubling"]), tmp_path / "run")
+        runs.ptq(configured(weights, ["counting", "doubling"]), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"ptq.methods.output_mse.candidates: 1 is not legal; legal: an integer from"):
-        pipeline.ptq(configured(weights, [{"output_mse": {"candidates": 1}}]), tmp_path / "run")
+        runs.ptq(configured(weights, [{"output_mse": {"candidates": 1}}]), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 

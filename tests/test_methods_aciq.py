@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from torch import Tensor
 
-from pow2quant import QuantPlan, config, pipeline, simulate
+from pow2quant import QuantPlan, config, runs, simulate
 from pow2quant.backends.base import Simulation
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError, EncodingError
@@ -298,7 +298,7 @@ def test_mixed_widths_agree_in_every_executor(tmp_path: Path) -> None:
         "ptq.max_eval_batches": 2,
         "ptq.methods": [{"aciq": {"mix_ratio": 1.5}}],
     }
-    run = pipeline.ptq(config.with_values(RunConfig(), values), tmp_path / "run")
+    run = runs.ptq(config.with_values(RunConfig(), values), tmp_path / "run")
     assert run.agrees
     details = run.report["final_quantization_details"]
     widths = [d["bitwidth"] for name, d in details.items() if name.endswith(".weight")]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from pow2quant import QuantPlan, RunConfig, datasets, models, pipeline, prepare, simulate
+from pow2quant import QuantPlan, RunConfig, datasets, models, prepare, runs, simulate
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.placement import place
 from pow2quant.config import DataConfig, TensorSpec, with_values
@@ -269,10 +269,10 @@ def test_exported_networks_agree_everywhere(backend: str, weights: str, tmp_path
             "bias_correction",
         ],
     }
-    result = pipeline.ptq(with_values(RunConfig(), values), tmp_path / "run")
+    result = runs.ptq(with_values(RunConfig(), values), tmp_path / "run")
     assert result.agrees
     assert result.report["pipeline_steps"][:3] == ["equalize", "align", "calibrate"]
-    assert pipeline.validate(tmp_path / "run", max_batches=1).agrees
+    assert runs.validate(tmp_path / "run", max_batches=1).agrees
 
 
 def test_no_data_is_an_error() -> None:

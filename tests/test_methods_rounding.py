@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pow2quant import QuantPlan, config, pipeline, simulate
+from pow2quant import QuantPlan, config, runs, simulate
 from pow2quant.backends.base import Simulation
 from pow2quant.backends.conformance import FREE
 from pow2quant.config import RunConfig
@@ -295,7 +295,7 @@ def test_no_executor_differs_afterwards(tmp_path: Path) -> None:
         "ptq.calibration_batches": 4,
         "ptq.methods": ["output_mse", {"qdrop": {"iterations": 100, "disable_8bit_head_stem": False}}],
     }
-    run = pipeline.ptq(config.with_values(RunConfig(), values), tmp_path / "run")
+    run = runs.ptq(config.with_values(RunConfig(), values), tmp_path / "run")
     assert run.agrees
     assert run.report["final_accuracy"] > 90
-    assert pipeline.validate(tmp_path / "run", max_batches=2).agrees
+    assert runs.validate(tmp_path / "run", max_batches=2).agrees

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from pow2quant import cli, config, datasets, models, run_folder
 from pow2quant.config import DataConfig, RunConfig
 from pow2quant.errors import ConfigError, OutputError
-from pow2quant.pipeline import Result, validate
+from pow2quant.runs import Result, validate
 from pow2quant.three_steps import qat
 from pow2quant.training import checkpoint
 

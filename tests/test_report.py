@@ -23,12 +23,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pow2quant import models, pipeline
+from pow2quant import models
 from pow2quant.backends import samples
 from pow2quant.errors import FileFormatError
 from pow2quant.pow2_constraints import Encoding, IntGrid
 from pow2quant.report import comparison, graph, histograms, network, statistics
 from pow2quant.report.html import NOTHING, page_of, rebuild, render
+from pow2quant.runs import simulate
 from pow2quant.validation import latency
 from tests.quantized_graphs import Graph, encoding
 
@@ -462,7 +463,7 @@ def test_values_that_saturate_are_drawn_apart():
 def test_the_simulation_is_sampled_beside_the_float_network():
     torch.manual_seed(0)
     model, data = models.digits_cnn().eval(), torch.rand(40, 1, 8, 8)
-    sim = pipeline.simulate(model, data[:1])
+    sim = simulate(model, data[:1])
     sim.calibrate([data])
     found, count = samples.sample(sim, [data[:24], data[24:]], seed=0)
     assert count == samples.SAMPLES
@@ -480,7 +481,7 @@ def test_the_simulation_is_sampled_beside_the_float_network():
 
 def test_a_large_tensor_is_sampled_at_the_same_places(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(samples, "ELEMENTS", 320)
-    sim = pipeline.simulate(models.digits_cnn().eval(), torch.rand(1, 1, 8, 8))
+    sim = simulate(models.digits_cnn().eval(), torch.rand(1, 1, 8, 8))
     data = torch.rand(40, 1, 8, 8)
     sim.calibrate([data])
     found, count = samples.sample(sim, [data], seed=1)
@@ -552,7 +553,7 @@ def test_latency_is_measured_in_turn_and_ends(tmp_path: Path, monkeypatch: pytes
 # Several runs
 
 
-def runs(folder: Path, **reports: dict[str, Any]) -> list[Path]:
+def finished(folder: Path, **reports: dict[str, Any]) -> list[Path]:
     for name, changes in reports.items():
         (folder / name).mkdir()
         (folder / name / "report.json").write_text(json.dumps(REPORT | changes))
@@ -561,7 +562,7 @@ def runs(folder: Path, **reports: dict[str, Any]) -> list[Path]:
 
 
 def test_runs_are_compared_on_one_page(tmp_path: Path):
-    folders = runs(tmp_path, a={}, _b={"final_accuracy": 98.25, "pipeline_steps": ["calibrate", "gpfq", "export"]})
+    folders = finished(tmp_path, a={}, _b={"final_accuracy": 98.25, "pipeline_steps": ["calibrate", "gpfq", "export"]})
     target = comparison.compare(folders, tmp_path / "both")
     found = Page(target.read_text(encoding="utf-8"))
     assert "✓ No output element differs in any run" in found.text
@@ -577,7 +578,7 @@ def test_runs_are_compared_on_one_page(tmp_path: Path):
 
 def test_a_run_that_differs_is_named_in_the_comparison(tmp_path: Path):
     wrong = {"validation": [AGREEMENT | {"differing": 2}], "verdict": "DIFFERS: 2 of 12,800", "model": "another"}
-    text = Page(comparison.compare(runs(tmp_path, a={}, b=wrong), tmp_path).read_text(encoding="utf-8")).text
+    text = Page(comparison.compare(finished(tmp_path, a={}, b=wrong), tmp_path).read_text(encoding="utf-8")).text
     assert "✗ In 1 of 2 runs executors differ" in text
     assert "DIFFERS: 2 of 12,800" in text
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pow2quant import config, datasets, models, pipeline
+from pow2quant import config, datasets, models, runs
 from pow2quant.adapters.onnx_qdq import from_qdq, load
 from pow2quant.backends import conformance
 from pow2quant.config import TERNARY, DataConfig, QuantPlan, RunConfig, TensorSpec, TrainingConfig, with_values
@@ -196,7 +196,7 @@ def test_all_executors_agree_on_a_ternary_network(rule: str, tmp_path: Path) -> 
         "ptq.calibration_batches": 4,
         "ptq.max_eval_batches": 4,
     }
-    result = pipeline.ptq(with_values(RunConfig(), values), tmp_path / "run")
+    result = runs.ptq(with_values(RunConfig(), values), tmp_path / "run")
     assert result.agrees
     assert len(result.agreements) >= 4
     sizes = {t.name: len(t.raw_data) for t in load(tmp_path / "run" / "model.onnx").graph.initializer}

@@ -22,9 +22,9 @@ from pow2quant.backends.base import Simulation
 from pow2quant.backends.fake_quant import fake_quantize, learned
 from pow2quant.config import BATCH_NORMS, Choice, DataConfig, QuantPlan, TrainingConfig
 from pow2quant.errors import ConfigError, FileFormatError, TrainingError
-from pow2quant.pipeline import simulate
 from pow2quant.pow2_constraints import Encoding, IntGrid, Observed, choose, power_of_two
 from pow2quant.pow2_constraints.snap import Format
+from pow2quant.runs import simulate
 from pow2quant.training import checkpoint, schedule
 from pow2quant.training.batch_norm import MOMENTUM
 from pow2quant.training.exponents import OSCILLATES, REACH, RULES, Exponents

@@ -1,4 +1,4 @@
-"""The commands. Each turns flags into a configuration, calls the pipeline, and shows what came of it."""
+"""The commands. Each turns flags into a configuration, runs it, and shows what came of it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from pow2quant.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from pow2quant.pipeline import Result
+    from pow2quant.runs import Result
 
 POOR_DB = 5.0
 """Logits with less SQNR than this are pointed out."""
@@ -114,9 +114,9 @@ def ptq(
     }
     chosen = configured(config, values)
     console = console_of(verbose, quiet, as_json)
-    from pow2quant import pipeline
+    from pow2quant import runs
 
-    result = pipeline.ptq(chosen, output or fresh("ptq"), overwrite=overwrite, progress=console)
+    result = runs.ptq(chosen, output or fresh("ptq"), overwrite=overwrite, progress=console)
     show_run(console, result)
     return 0 if result.agrees else 1
 
@@ -216,14 +216,14 @@ def validate(
     without optimizations against onnxruntime with all of them.
     """
     console = console_of(verbose, quiet, as_json)
-    from pow2quant import pipeline
+    from pow2quant import runs
     from pow2quant.report import document
 
     chosen = None
     if config is not None or device is not None:
         own = source / "config.yaml" if source.is_dir() else None
         chosen = configured(config or own, {"device": device})
-    found = pipeline.validate(
+    found = runs.validate(
         source,
         encodings=encodings,
         config=chosen,
@@ -268,9 +268,9 @@ def export(
     """Writes a finished run in a further format."""
     console = console_of(verbose, quiet, as_json)
     configured(config, {"seed": seed, "device": device})
-    from pow2quant import pipeline
+    from pow2quant import runs
 
-    written = [str(path) for path in pipeline.export(source, to, output, overwrite=overwrite)]
+    written = [str(path) for path in runs.export(source, to, output, overwrite=overwrite)]
     console.result({"written": written}, written)
     return 0
 

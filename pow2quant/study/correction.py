@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pow2quant import config as configuration
-from pow2quant import pipeline, run_folder
+from pow2quant import run_folder, runs
 from pow2quant.adapters import onnx_qdq
 from pow2quant.adapters.files import write
 from pow2quant.backends.base import SILENT, Progress
@@ -193,12 +193,12 @@ def _both(
     run: Path, config: RunConfig | None, limits: tuple[int | None, int | None], progress: Progress
 ) -> tuple[Iterator[Triple], Iterator[Triple], int]:
     """Labels and logits of the calibration images and of the test images, as they are asked for; and the classes."""
-    job, sim = pipeline.reopened(run, config, progress)
+    job, sim = runs.reopened(run, config, progress)
     ptq = job.config.ptq
     fit, test = limits[0] or ptq.calibration_batches, limits[1] or ptq.max_eval_batches
     size = min(len(job.data.calibration), fit or len(job.data.calibration))
     calibration = progress.track(islice(job.data.calibration, size), "logits of the calibration images", size)
-    return pipeline.responses(job, sim, calibration), pipeline.responses(job, sim, job.test(test)), job.data.num_classes
+    return runs.responses(job, sim, calibration), runs.responses(job, sim, job.test(test)), job.data.num_classes
 
 
 def _joined(batches: Iterable[Triple]) -> Triple:

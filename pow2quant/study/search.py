@@ -22,7 +22,7 @@ from pow2quant.artifact import Artifact
 from pow2quant.backends.base import SILENT, Progress, Simulation
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
-from pow2quant.pipeline import Job, Result, finish, write_report
+from pow2quant.runs import Job, Result, finish, write_report
 from pow2quant.study import costs, latency, limits
 from pow2quant.study.candidates import CANDIDATES, Group, Plan, configured, groups_of, sorted_names, uniform
 from pow2quant.study.costs import Chip, LayerShape
@@ -52,7 +52,7 @@ class Found:
 
 
 def search(config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Found:
-    """Searches a plan as `config.search` says, and runs it as `pipeline.ptq` would.
+    """Searches a plan as `config.search` says, and runs it as `runs.ptq` would.
 
     The run's folder also holds the plan and what led to it. Raises Pow2QuantError for everything that a user can mend,
     a constraint that cannot be met among it; then `output` is as it was before.

@@ -69,13 +69,13 @@ class Trials:
         return row, value, " ".join(error.split())
 
     def _quantized(self, config: RunConfig, claim: Claim, progress: Progress) -> dict[str, Any]:
-        from pow2quant import pipeline, three_steps
+        from pow2quant import runs, three_steps
 
         if self.runs is None:
-            return pipeline.score(config, progress)
+            return runs.score(config, progress)
         labels = "-".join(re.sub(r"[^\w.+]+", "_", str(label)) for label in claim.combination.values())
         folder = self.folder / f"{claim.number:04}-{labels[:80]}"
-        make = pipeline.ptq if self.runs == "ptq" else three_steps.qat
+        make = runs.ptq if self.runs == "ptq" else three_steps.qat
         result = make(config, folder, overwrite=True, progress=progress)
         if result is None:
             raise OutputError(f"{folder}: another process of torchrun's leads")
@@ -109,7 +109,7 @@ def _parameters(method: Choice) -> dict[str, Any]:
 
 
 def measured(report: Mapping[str, Any]) -> Row:
-    """What a report, or `pipeline.score`, says of a trial: top-1 and top-5 before and after, in per cent."""
+    """What a report, or `runs.score`, says of a trial: top-1 and top-5 before and after, in per cent."""
     row: Row = {
         "original_top1": report["initial_accuracy"],
         "original_top5": report.get("initial_accuracy_top5"),

@@ -14,9 +14,10 @@ from onnx import numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pow2quant import config, datasets, models, pipeline, run_folder
+from pow2quant import config, datasets, models, run_folder, runs
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.backends.custom import CustomSimulation
+from pow2quant.backends.prepare import prepare
 from pow2quant.config import DataConfig, QuantPlan, RunConfig
 from pow2quant.errors import ConfigError, OutputError, Pow2QuantError, UnsupportedModelError
 from pow2quant.integer.certificate import certify
@@ -56,11 +57,11 @@ EXECUTORS = {
 
 
 @pytest.fixture(scope="module")
-def run(weights: str, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Result:
-    return pipeline.ptq(configured(weights, ptq__max_eval_batches=None), tmp_path_factory.mktemp("runs") / "run")
+def run(weights: str, tmp_path_factory: pytest.TempPathFactory) -> runs.Result:
+    return runs.ptq(configured(weights, ptq__max_eval_batches=None), tmp_path_factory.mktemp("runs") / "run")
 
 
-def test_every_executor_agrees_and_the_accuracy_is_kept(run: pipeline.Result) -> None:
+def test_every_executor_agrees_and_the_accuracy_is_kept(run: runs.Result) -> None:
     assert run.agrees
     assert {a.executor for a in run.agreements} >= EXECUTORS
     assert not any(a.differing for a in run.agreements)
@@ -70,7 +71,7 @@ def test_every_executor_agrees_and_the_accuracy_is_kept(run: pipeline.Result) ->
     assert run.report["onnxruntime_accuracy"] == run.report["final_accuracy"]
 
 
-def test_the_folder_and_the_report_hold_what_the_contract_says(run: pipeline.Result) -> None:
+def test_the_folder_and_the_report_hold_what_the_contract_says(run: runs.Result) -> None:
     files = {p.name for p in run.folder.iterdir()}
     contract = {"model.onnx", "model_float.onnx", "model.encodings", "report.json", "report.html"}
     assert files == contract | {"certificate.json", "config.yaml", "model.safetensors", "statistics.json"}
@@ -86,7 +87,7 @@ def test_the_folder_and_the_report_hold_what_the_contract_says(run: pipeline.Res
     assert list(run.folder.parent.iterdir()) == [run.folder]
 
 
-def test_every_scale_in_every_file_is_a_power_of_two_and_zero_points_are_even(run: pipeline.Result) -> None:
+def test_every_scale_in_every_file_is_a_power_of_two_and_zero_points_are_even(run: runs.Result) -> None:
     model = onnx_qdq.load(run.folder / "model.onnx")
     pair = aimet_encodings.load(run.folder / "model.encodings")
     for table in (onnx_qdq.from_qdq(model).encodings, pair):
@@ -98,7 +99,7 @@ def test_every_scale_in_every_file_is_a_power_of_two_and_zero_points_are_even(ru
     assert all((np.frexp(s)[0] == 0.5).all() for s in scales)
 
 
-def test_biases_are_int32_on_the_lattice(run: pipeline.Result) -> None:
+def test_biases_are_int32_on_the_lattice(run: runs.Result) -> None:
     table = onnx_qdq.from_qdq(onnx_qdq.load(run.folder / "model.onnx")).encodings
     assert table["conv4.bias"].grid.bits == 32
     # conv4 reads a max-pooled tensor: its scale is carried through the pool
@@ -106,21 +107,21 @@ def test_biases_are_int32_on_the_lattice(run: pipeline.Result) -> None:
     np.testing.assert_array_equal(table["conv4.bias"].scale, expected)
 
 
-def test_the_run_can_be_repeated_from_its_configuration(run: pipeline.Result, tmp_path: Path) -> None:
-    again = pipeline.ptq(config.load(run.folder / "config.yaml"), tmp_path / "again")
+def test_the_run_can_be_repeated_from_its_configuration(run: runs.Result, tmp_path: Path) -> None:
+    again = runs.ptq(config.load(run.folder / "config.yaml"), tmp_path / "again")
     for name in ("model.onnx", "model.encodings", "model_float.onnx", "model.safetensors"):
         assert (again.folder / name).read_bytes() == (run.folder / name).read_bytes(), name
 
 
-def test_validate_rebuilds_the_simulation_and_agrees(run: pipeline.Result) -> None:
-    found = pipeline.validate(run.folder, max_batches=2)
+def test_validate_rebuilds_the_simulation_and_agrees(run: runs.Result) -> None:
+    found = runs.validate(run.folder, max_batches=2)
     assert found.agrees
     assert found.free_scales == []
     assert {a.executor for a in found.agreements} >= EXECUTORS | {"aimet simulation"}
     assert {a.against for a in found.agreements} == {"custom simulation"}
 
 
-def test_validate_names_the_tensor_behind_a_changed_weight(run: pipeline.Result, tmp_path: Path) -> None:
+def test_validate_names_the_tensor_behind_a_changed_weight(run: runs.Result, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in run.folder.iterdir():
@@ -131,7 +132,7 @@ def test_validate_names_the_tensor_behind_a_changed_weight(run: pipeline.Result,
     codes[:, 0, 1, 1] ^= 1
     tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
     onnx.save(model, broken / "model.onnx")
-    found = pipeline.validate(broken, max_batches=2)
+    found = runs.validate(broken, max_batches=2)
     assert not found.agrees
     plain = found.agreements[0]
     for agreement in found.agreements:  # the others read the pair, or nothing
@@ -147,7 +148,7 @@ def test_validate_names_the_tensor_behind_a_changed_weight(run: pipeline.Result,
 def test_other_widths_agree_to_the_last_bit(
     weights: str, tmp_path: Path, weight: int, activation: int, symmetric: bool
 ) -> None:
-    result = pipeline.ptq(
+    result = runs.ptq(
         configured(
             weights,
             quantization__weight__bitwidth=weight,
@@ -163,7 +164,7 @@ def test_other_widths_agree_to_the_last_bit(
 
 def test_sixteen_bit_activations_say_which_layers_are_not_proved(weights: str, tmp_path: Path) -> None:
     wide = configured(weights, quantization__output__bitwidth=16, quantization__input__bitwidth=16)
-    result = pipeline.ptq(wide, tmp_path / "run")
+    result = runs.ptq(wide, tmp_path / "run")
     certificate = result.report["certificate"]
     assert not certificate["proved"]
     assert "conv4" in {layer["node"] for layer in certificate["layers"] if not layer["proved"]}
@@ -172,22 +173,22 @@ def test_sixteen_bit_activations_say_which_layers_are_not_proved(weights: str, t
 
 
 def test_per_tensor_and_free_scales_and_float_sites_run(weights: str, tmp_path: Path) -> None:
-    per_tensor = pipeline.ptq(configured(weights, quantization__weight__per_channel=False), tmp_path / "a")
+    per_tensor = runs.ptq(configured(weights, quantization__weight__per_channel=False), tmp_path / "a")
     assert per_tensor.agrees
     free = {f"quantization__{role}__power_of_2": False for role in ("weight", "input", "output", "bias")}
-    assert pipeline.ptq(configured(weights, **free), tmp_path / "b").report["quantization_type"] == "free_scale"
-    float_site = pipeline.ptq(configured(weights, quantization__overrides={"conv4": None}), tmp_path / "c")
+    assert runs.ptq(configured(weights, **free), tmp_path / "b").report["quantization_type"] == "free_scale"
+    float_site = runs.ptq(configured(weights, quantization__overrides={"conv4": None}), tmp_path / "c")
     assert "conv4.weight" not in float_site.report["final_quantization_details"]
 
 
 def test_an_existing_run_is_replaced_only_when_asked(weights: str, tmp_path: Path) -> None:
     target = tmp_path / "run"
-    pipeline.ptq(configured(weights), target)
+    runs.ptq(configured(weights), target)
     before = (target / "report.json").read_bytes()
     with pytest.raises(OutputError, match="--overwrite"):
-        pipeline.ptq(configured(weights), target)
+        runs.ptq(configured(weights), target)
     assert (target / "report.json").read_bytes() == before
-    pipeline.ptq(configured(weights, seed=7), target, overwrite=True)
+    runs.ptq(configured(weights, seed=7), target, overwrite=True)
     assert "seed: 7" in (target / "config.yaml").read_text()
     assert list(tmp_path.iterdir()) == [target]
 
@@ -195,7 +196,7 @@ def test_an_existing_run_is_replaced_only_when_asked(weights: str, tmp_path: Pat
 def test_a_folder_that_is_no_run_is_never_overwritten(weights: str, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(OutputError, match="no run of pow2quant"):
-        pipeline.ptq(configured(weights), tmp_path, overwrite=True)
+        runs.ptq(configured(weights), tmp_path, overwrite=True)
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
@@ -208,7 +209,7 @@ def test_an_interrupted_run_leaves_nothing(
 
     monkeypatch.setattr(CustomSimulation, "export", interrupted)
     with pytest.raises(error):
-        pipeline.ptq(configured(weights), tmp_path / "run")
+        runs.ptq(configured(weights), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -231,12 +232,12 @@ FUNCTIONS = [nn.Sigmoid, nn.Tanh, nn.SiLU, nn.GELU, nn.ELU, nn.Hardswish, nn.Har
 @pytest.mark.parametrize("exponent", [-7, -5, -3, -1])
 def test_functions_agree_on_every_code_of_eight_bits(function: type[nn.Module], exponent: int) -> None:
     codes = torch.ldexp(torch.arange(-128.0, 128.0), torch.tensor(exponent)).reshape(1, 1, 16, 16)
-    sim = pipeline.simulate(nn.Sequential(function()).eval(), codes)
+    sim = runs.simulate(nn.Sequential(function()).eval(), codes)
     sim.calibrate([codes])
     assert len(np.unique(sim.encodings()["input"].quantize(codes.numpy()))) >= 250
     artifact = sim.export(codes)
     model = onnx_qdq.to_qdq(artifact)
-    reference = pipeline.simulation_executor(sim, "custom", torch.device("cpu"))
+    reference = runs.simulation_executor(sim, "custom", torch.device("cpu"))
     others = [ort.plain(model), ort.optimized(model), engine.executor(lower(artifact))]
     found = compare(reference, others, [[codes.numpy()]], artifact)
     assert [a.differing for a in found] == [0, 0, 0]
@@ -256,7 +257,7 @@ def agreeing(model: nn.Module, shape: tuple[int, ...], plan: QuantPlan | None = 
     """Quantizes a network, with parameters changed after it was wrapped; the differing elements in onnxruntime."""
     torch.manual_seed(0)
     batches = torch.randn(3, 16, *shape).unbind()
-    sim = pipeline.simulate(model, batches[0], plan)
+    sim = runs.simulate(model, batches[0], plan)
     with torch.no_grad():
         for name, value in changes.items():
             dict(sim.model.named_parameters())[name.replace("__", ".")].copy_(value)
@@ -264,7 +265,7 @@ def agreeing(model: nn.Module, shape: tuple[int, ...], plan: QuantPlan | None = 
     artifact = sim.export(batches[0])
     model_file = onnx_qdq.to_qdq(artifact)
     assert onnx_qdq.from_qdq(model_file).encodings == artifact.encodings
-    reference = pipeline.simulation_executor(sim, "custom", torch.device("cpu"))
+    reference = runs.simulation_executor(sim, "custom", torch.device("cpu"))
     others = [ort.plain(model_file), ort.optimized(model_file)]
     found = compare(reference, others, [[b.numpy()] for b in batches], artifact, proof=certify(artifact))
     return [a.differing for a in found]
@@ -309,13 +310,13 @@ def test_more_structures_agree() -> None:
 
 
 def test_nothing_quantized_is_no_defect(weights: str, tmp_path: Path) -> None:
-    result = pipeline.ptq(configured(weights, quantization__overrides={"*": None}), tmp_path / "run")
+    result = runs.ptq(configured(weights, quantization__overrides={"*": None}), tmp_path / "run")
     assert not result.report["certificate"]["proved"]
 
 
 def test_an_override_that_matches_nothing_is_an_error(weights: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"overrides\.conv9.*conv4"):
-        pipeline.ptq(configured(weights, quantization__overrides={"conv9": None}), tmp_path / "run")
+        runs.ptq(configured(weights, quantization__overrides={"conv9": None}), tmp_path / "run")
 
 
 SCALED = """
@@ -340,11 +341,11 @@ def test_a_trained_scalar_is_part_of_the_state(tmp_path: Path, monkeypatch: pyte
     save_file(state, tmp_path / "w.safetensors")
     monkeypatch.chdir(tmp_path)
     values = {"model.name": "net.py:Net", "model.weights": "w.safetensors", "ptq.max_eval_batches": 1}
-    result = pipeline.ptq(config.with_values(RunConfig(), values), Path("run"))
+    result = runs.ptq(config.with_values(RunConfig(), values), Path("run"))
     assert result.agrees
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert pipeline.validate(tmp_path / "run").agrees  # the paths in config.yaml are absolute
+    assert runs.validate(tmp_path / "run").agrees  # the paths in config.yaml are absolute
 
 
 def test_a_folder_that_appears_during_a_run_is_kept(
@@ -359,36 +360,36 @@ def test_a_folder_that_appears_during_a_run_is_kept(
 
     monkeypatch.setattr(CustomSimulation, "export", meanwhile)
     with pytest.raises(OutputError):
-        pipeline.ptq(configured(weights), target)
+        runs.ptq(configured(weights), target)
     assert (target / "precious.txt").read_text() == "mine"
 
 
-def test_exports_do_not_overwrite(run: pipeline.Result, tmp_path: Path) -> None:
-    pipeline.export(run.folder, "qdq", tmp_path)
+def test_exports_do_not_overwrite(run: runs.Result, tmp_path: Path) -> None:
+    runs.export(run.folder, "qdq", tmp_path)
     with pytest.raises(OutputError, match="--overwrite"):
-        pipeline.export(run.folder, "qdq", tmp_path)
-    pipeline.export(run.folder, "qdq", tmp_path, overwrite=True)
+        runs.export(run.folder, "qdq", tmp_path)
+    runs.export(run.folder, "qdq", tmp_path, overwrite=True)
 
 
-def test_validate_takes_other_encodings_and_refuses_what_has_no_meaning(run: pipeline.Result, tmp_path: Path) -> None:
+def test_validate_takes_other_encodings_and_refuses_what_has_no_meaning(run: runs.Result, tmp_path: Path) -> None:
     with pytest.raises(Pow2QuantError, match="nowhere"):
-        pipeline.validate(run.folder, encodings=tmp_path / "nowhere.encodings", max_batches=1)
+        runs.validate(run.folder, encodings=tmp_path / "nowhere.encodings", max_batches=1)
     with pytest.raises(Pow2QuantError, match="no QuantizeLinear"):
-        pipeline.validate(run.folder / "model_float.onnx")
+        runs.validate(run.folder / "model_float.onnx")
     with pytest.raises(ConfigError):
-        pipeline.validate(run.folder / "model.onnx", config=RunConfig())
+        runs.validate(run.folder / "model.onnx", config=RunConfig())
 
 
 def test_simulating_a_prepared_network_leaves_it_as_it_was() -> None:
     x = torch.randn(2, 3, 8, 8)
-    network = pipeline.prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), x)
-    pipeline.simulate(network, x)
+    network = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), x)
+    runs.simulate(network, x)
     assert [n.target for n in network.graph.nodes if n.op == "call_module"] == ["0", "1"]
 
 
 def test_weights_behave_under_inference_mode_and_under_taps_that_write() -> None:
     x = torch.randn(4, 3, 8, 8)
-    sim = pipeline.simulate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), x)
+    sim = runs.simulate(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), x)
     sim.calibrate([x])
     with torch.inference_mode():
         expected = sim.model(x)
@@ -405,9 +406,9 @@ def test_weights_behave_under_inference_mode_and_under_taps_that_write() -> None
 def test_images_whose_largest_logit_is_not_alone_are_counted(weights, run, tmp_path):
     """Two bits leave four values for ten logits."""
     few = configured(weights, quantization__overrides={"fc": {"output": {"bitwidth": 2}}})
-    share = pipeline.ptq(few, tmp_path / "run").report["tied_logits"]
+    share = runs.ptq(few, tmp_path / "run").report["tied_logits"]
     model = onnxruntime.InferenceSession(tmp_path / "run" / "model.onnx", providers=["CPUExecutionProvider"])
-    job, _ = pipeline.reopened(tmp_path / "run")
+    job, _ = runs.reopened(tmp_path / "run")
     logits = np.concatenate([model.run(None, {"x": images.numpy()})[0] for images, _ in job.test(3)])
     tied = (logits == logits.max(1, keepdims=True)).sum(1) > 1
     assert share == pytest.approx(100 * tied.mean(), abs=1e-3)

@@ -1,0 +1,38 @@
+"""A finished run in a further format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pow2quant import run_folder
+from pow2quant.adapters import aimet_encodings, onnx_qdq
+from pow2quant.artifact import Artifact
+from pow2quant.errors import ConfigError, FileFormatError, OutputError
+from pow2quant.plugins import resolve
+
+
+def export(source: Path, form: str, output: Path | None = None, *, overwrite: bool = False) -> list[Path]:
+    """Writes a finished run in a further format, into `output` or `<run>/export/<form>`. Returns what was written.
+
+    Raises OutputError when that folder holds something and `overwrite` is not set.
+
+    source: a run's folder; or an encodings file, which becomes `<output>/<its name>` in another version (`output` then
+    defaults to `<its folder>/<form>`).
+    """
+    exporter: Callable[[Artifact, Path], Path] = resolve("exporters", form)
+    if source.is_file():
+        if not form.startswith("aimet-"):
+            raise ConfigError(f"{source}: an encodings file alone can only become aimet-VERSION, not {form!r}")
+        folder = _free(output or source.parent / form, overwrite)
+        return [aimet_encodings.convert(source, form.removeprefix("aimet-"), folder / source.name)]
+    if not (source / run_folder.QDQ).is_file():
+        raise FileFormatError(f"{source}: holds no {run_folder.QDQ}; give the folder of a finished run")
+    artifact = onnx_qdq.from_qdq(onnx_qdq.load(source / run_folder.QDQ))
+    return [exporter(artifact, _free(output or source / "export" / form, overwrite))]
+
+
+def _free(folder: Path, overwrite: bool) -> Path:
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise OutputError(f"{folder}: holds something already; choose another --output, or add --overwrite")
+    return folder

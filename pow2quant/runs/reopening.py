@@ -1,0 +1,56 @@
+"""A finished run, back from its folder as it was when it was quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pow2quant import config as configuration
+from pow2quant import run_folder
+from pow2quant.backends.base import SILENT, Progress, Simulation
+from pow2quant.config import RunConfig
+from pow2quant.errors import FileFormatError
+from pow2quant.runs.executors import runner
+from pow2quant.runs.job import Job
+
+
+def reopened(folder: Path, config: RunConfig | None = None, progress: Progress = SILENT) -> tuple[Job, Simulation]:
+    """A finished run as it was when it was quantized: its data, its float network, its simulation.
+
+    config: in place of the run's own. Raises FileFormatError where the folder holds no run that fits it.
+    """
+    if not (folder / run_folder.STATE).is_file():
+        raise FileFormatError(f"{folder}: holds no {run_folder.STATE}; give the folder of a finished run")
+    parameters, table = run_folder.load_state(folder / run_folder.STATE)
+    job = Job.start(config or configuration.load(folder / run_folder.CONFIG), progress)
+    sim = job.simulate()
+    load_parameters(job.parameters(sim), parameters, folder / run_folder.STATE)
+    sim.load(table)
+    return job, sim
+
+
+def responses(
+    job: Job, sim: Simulation, batches: Iterable[tuple[Tensor, Tensor]]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]:
+    """Labels (N,), and the logits of the float network and of the simulation, (N, classes), batch by batch."""
+    exact, quantized = runner(job.model, job.device), runner(sim.model, job.device)
+    for images, labels in batches:
+        inputs = [images.numpy()]
+        yield labels.numpy(), exact(inputs)[0], quantized(inputs)[0]
+
+
+def load_parameters(own: dict[str, Tensor], parameters: dict[str, NDArray[Any]], path: Path) -> None:
+    """Copies saved parameters into the network's own, in place. Raises FileFormatError where names or shapes differ."""
+    shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (own, parameters)]
+    wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+    if wrong:
+        raise FileFormatError(f"{path}: does not fit the network of config.yaml: {', '.join(wrong[:5])}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(torch.from_numpy(parameters[name]))

@@ -1,0 +1,137 @@
+"""Every executor of a finished run, or of an ONNX file, against each other."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from onnx import ModelProto
+
+from pow2quant import config as configuration
+from pow2quant import datasets, models, run_folder
+from pow2quant.adapters import aimet_encodings, onnx_qdq
+from pow2quant.artifact import Agreement
+from pow2quant.backends.base import SILENT, Progress
+from pow2quant.config import RunConfig
+from pow2quant.errors import ConfigError, FileFormatError, MissingExtraError
+from pow2quant.integer.certificate import Certificate, certify
+from pow2quant.plugins import names
+from pow2quant.runs.executors import SIMULATION, compared, executors, simulation_executor
+from pow2quant.runs.job import Job, device_of, float_network, simulate
+from pow2quant.runs.reopening import load_parameters
+from pow2quant.validation import ort
+from pow2quant.validation.agreement import compare
+
+RANDOM_SAMPLES = 64
+"""How many random inputs a bare ONNX file is validated on."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What validating a run's folder or a file found.
+
+    free_scales: (tensor, scale) of the tensors whose scales are no powers of two. certificate: what is proved.
+    left_out: why an executor could not take part, by its name.
+    """
+
+    agreements: tuple[Agreement, ...]
+    free_scales: list[tuple[str, float]]
+    certificate: Certificate
+    left_out: dict[str, str]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether not a single element differs."""
+        return all(a.agrees for a in self.agreements)
+
+    @property
+    def certificate_sentence(self) -> str:
+        """The certificate in one line."""
+        return self.certificate.sentence
+
+
+def validate(
+    source: Path,
+    *,
+    encodings: Path | None = None,
+    config: RunConfig | None = None,
+    max_batches: int | None = None,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Validation:
+    """Runs every executor of a run's folder on its test data, or those of an ONNX file on random inputs.
+
+    source: a run's folder, or a QDQ ONNX file (or a float one, with `encodings`). config: in place of the run's own,
+    where its data or its device are elsewhere now.
+    """
+    if source.is_dir():
+        config = config or configuration.load(source / run_folder.CONFIG)
+        return _validate_run(source, config, encodings, max_batches, progress)
+    if config is not None:
+        raise ConfigError(f"{source}: a configuration (or a device) is for the folder of a run, not for a file")
+    if not source.is_file():
+        raise FileFormatError(f"{source}: no such file or folder")
+    model = onnx_qdq.load(source)
+    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    if quantized == (encodings is not None):
+        raise FileFormatError(
+            f"{source}: has QuantizeLinear nodes already; give a float model with --encodings"
+            if quantized
+            else f"{source}: has no QuantizeLinear; give its --encodings, or the folder of a run"
+        )
+    if encodings is not None:
+        table = aimet_encodings.load(encodings, aimet_encodings.channel_axes(model))
+        model = onnx_qdq.to_qdq(aimet_encodings.apply(model, table))
+    with tempfile.TemporaryDirectory() as folder:
+        file = source
+        if encodings is not None:
+            file = Path(folder) / run_folder.QDQ
+            onnx_qdq.save(model, file)
+        return _validate_file(file, model, max_batches, seed, progress)
+
+
+def _validate_file(file: Path, model: ModelProto, max_batches: int | None, seed: int, progress: Progress) -> Validation:
+    artifact = onnx_qdq.from_qdq(model)
+    certificate = certify(artifact)
+    samples = max_batches * ort.BATCH if max_batches else RANDOM_SAMPLES
+    batches = list(ort.random_batches(model, samples, seed))
+    left_out: dict[str, str] = {}
+    reference, *others = executors(file, None, left_out)
+    found = compare(reference, others, progress.track(batches, "comparing", len(batches)), artifact, proof=certificate)
+    return Validation(tuple(found), ort.inspect(model), certificate, left_out)
+
+
+def _validate_run(
+    folder: Path, config: RunConfig, encodings: Path | None, limit: int | None, progress: Progress
+) -> Validation:
+    """Rebuilds the simulation from a configuration and model.safetensors and compares it with the files beside them."""
+    parameters, table = run_folder.load_state(folder / run_folder.STATE)
+    plain = replace(config, model=replace(config.model, weights=None), data=datasets.resolved(config.data))
+    data = datasets.load(plain.data)
+    model = models.build(plain.model.name, num_classes=plain.model.num_classes).float().eval()
+    example = next(images[:1] for images, _ in data.test)
+    network = float_network(model, example, config, [example])  # its weights are overwritten
+    job = Job(plain, data, model, network, example, progress, device_of(plain.device))
+    sim = job.simulate()
+    load_parameters(job.parameters(sim), parameters, folder / run_folder.STATE)
+    sim.load(table)
+    artifact = sim.export(example)
+    certificate = certify(artifact)
+    pair = (folder / run_folder.FLOAT, encodings or folder / run_folder.ENCODINGS)
+    left_out: dict[str, str] = {}
+    others = executors(folder / run_folder.QDQ, pair, left_out)
+    for backend in names("backends"):
+        if backend != config.backend:
+            try:
+                other = simulate(network, example, configuration.plan_of(plain), backend)
+            except MissingExtraError as error:
+                left_out[f"{backend} {SIMULATION}"] = str(error)
+                continue
+            other.model.to(job.device)
+            load_parameters(job.parameters(other), parameters, folder / run_folder.STATE)
+            other.load(table)
+            others.append(simulation_executor(other, backend, job.device))
+    agreements = compared(job, sim, artifact, certificate, others, limit or config.ptq.max_eval_batches)
+    free_scales = ort.inspect(onnx_qdq.load(folder / run_folder.QDQ))
+    return Validation(tuple(agreements), free_scales, certificate, left_out)

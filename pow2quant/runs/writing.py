@@ -1,0 +1,210 @@
+"""From a configuration to a run's folder: calibrate, snap, export, validate from the files, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pow2quant import config as configuration
+from pow2quant import run_folder
+from pow2quant.adapters import onnx_qdq
+from pow2quant.artifact import Agreement, Artifact, Table
+from pow2quant.backends.base import SILENT, Progress, Simulation
+from pow2quant.backends.base import inputs as arguments
+from pow2quant.backends.samples import sample
+from pow2quant.config import RunConfig
+from pow2quant.integer.certificate import Certificate, certify
+from pow2quant.plugins import resolve
+from pow2quant.report import document, statistics
+from pow2quant.report.html import page_of
+from pow2quant.report.network import describe
+from pow2quant.runs.executors import SIMULATION, compared, executors, runner, simulation_executor
+from pow2quant.runs.job import Job, methods_of
+from pow2quant.runs.scores import Scores, accuracies
+from pow2quant.validation import latency, ort
+
+PATIENCE = 200_000_000_000
+"""Multiply-accumulates that `ptq` gives to each of the slow executors, about a minute; `validate` gives them all."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, what report.json holds, and whether every executor agreed."""
+
+    folder: Path
+    report: dict[str, Any]
+    agreements: tuple[Agreement, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether not a single element differs."""
+        return all(a.agrees for a in self.agreements)
+
+
+def ptq(config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Result:
+    """Post-training quantization from a configuration to a run's folder.
+
+    Raises Pow2QuantError for everything that a user can mend; then `output` is as it was before.
+    """
+    started = time.monotonic()
+    with run_folder.staged(output, overwrite) as folder:
+        job, sim, steps = quantized(config, progress)
+        report, agreements = finish(job, sim, folder, [*steps, "export"])
+        report["ptq_accuracy"] = report["final_accuracy"]
+        report["duration_seconds"] = round(time.monotonic() - started, 2)
+        write_report(folder, report)
+    return Result(output, report, tuple(agreements))
+
+
+def quantized(config: RunConfig, progress: Progress) -> tuple[Job, Simulation, list[str]]:
+    """The first part of every run: what a configuration stands for, its calibrated simulation, and the steps taken."""
+    if config.ptq.methods is None:
+        config = replace(config, ptq=replace(config.ptq, methods=configuration.default_methods(config)))
+    methods_of(config)
+    job = Job.start(config, progress)
+    return job, job.quantized(), job.steps
+
+
+def score(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
+    """Quantizes as `ptq` does and evaluates the simulation on the test data; nothing is written or validated.
+
+    Returns keys of report.json: `backend`, `pipeline_steps`, the accuracies of the float network (`initial_…`) and of
+    the simulation (`final_…`), `final_sqnr_db` and `evaluated_samples`.
+    """
+    job, sim, steps = quantized(config, progress)
+    scores = Scores()
+    simulation = scores.watch(simulation_executor(sim, config.backend, job.device), noise=True)
+    for batch in scores.stream(job.test(config.ptq.max_eval_batches), runner(job.model, job.device)):
+        simulation.run(batch)
+    return (
+        {"backend": config.backend, "pipeline_steps": steps}
+        | accuracies(scores, initial="float", final=simulation.name)
+        | {
+            "final_sqnr_db": scores.sqnr_db,
+            "evaluated_samples": scores.samples,
+        }
+    )
+
+
+def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[dict[str, Any], list[Agreement]]:
+    """Checks the constraint, writes the files, reads them back and runs every executor on the test data."""
+    table = sim.encodings()
+    _check_constraint(job.config, sim, table)
+    artifact = sim.export(job.example)
+    parameters = {name: p.detach().cpu().numpy() for name, p in job.parameters(sim).items()}
+    run_folder.save_state(folder / run_folder.STATE, parameters, table)
+    _write_models(artifact, folder, job.config.encodings_version)
+    (folder / run_folder.CONFIG).write_text(configuration.dump(job.config), encoding="utf-8")
+    certificate = certify(artifact)
+    proofs = json.dumps(certificate.to_json(per_channel=True), indent=1) + "\n"
+    (folder / run_folder.CERTIFICATE).write_text(proofs, encoding="utf-8")
+    pair = (folder / run_folder.FLOAT, folder / run_folder.ENCODINGS)
+    limit = job.config.ptq.max_eval_batches
+    scores, left_out = Scores(), dict[str, str]()
+    others = [
+        replace(e, most=max(1, PATIENCE // e.work)) if e.work else e
+        for e in executors(folder / run_folder.QDQ, pair, left_out)
+    ]
+    agreements = compared(job, sim, artifact, certificate, others, limit, scores)
+    report = _report(job, artifact, certificate, scores, agreements, folder, steps)
+    if job.config.report.statistics:
+        _write_statistics(job, sim, artifact, folder)
+    timing = _latency(job, folder) if job.config.report.latency else None
+    return report | {"validation_left_out": left_out, "latency": timing}, agreements
+
+
+def _write_statistics(job: Job, sim: Simulation, artifact: Artifact, folder: Path) -> None:
+    """What the report shows of every tensor, measured on a few calibration images, and how they hang together."""
+    job.progress.note("measuring every tensor for the report")
+    table = sim.encodings()
+    samples, count = sample(sim, job.calibration(), job.config.seed)
+    tensors = {
+        name: statistics.of_tensor(table[name], seen)
+        for name, seen in samples.items()
+        if np.isfinite(seen.entering).all() and np.isfinite(seen.exact).all()
+    }
+    document = {"samples": count, "network": describe(artifact), "tensors": tensors}
+    (folder / run_folder.STATISTICS).write_text(json.dumps(document) + "\n", encoding="utf-8")
+
+
+def _latency(job: Job, folder: Path) -> dict[str, Any]:
+    files = {"float": folder / run_folder.FLOAT, "quantized": folder / run_folder.QDQ}
+    return latency.measure(files, [x.numpy() for x in arguments(job.example)])
+
+
+def _check_constraint(config: RunConfig, sim: Simulation, table: Table) -> None:
+    """The claims at the seam: the table survives loading, and every scale is exactly 2^k where that was asked for."""
+    sim.load(table)
+    if sim.encodings() != table:
+        raise AssertionError("the backend does not give back the encodings that it was given")
+    plan = configuration.plan_of(config)
+    for site in sim.sites:
+        spec = plan.spec(site)
+        if spec is not None and spec.power_of_2 and site.role != "bias":
+            table[site.name].exponent  # noqa: B018 (raises NotPowerOfTwoError)
+
+
+def _write_models(artifact: Artifact, folder: Path, version: str) -> None:
+    onnx_qdq.export_qdq(artifact, folder)
+    onnx_qdq.save(artifact.model, folder / run_folder.FLOAT)
+    resolve("exporters", f"aimet-{version}")(artifact, folder)
+
+
+def _report(
+    job: Job,
+    artifact: Artifact,
+    certificate: Certificate,
+    scores: Scores,
+    agreements: list[Agreement],
+    folder: Path,
+    steps: list[str],
+) -> dict[str, Any]:
+    quantization = job.config.quantization
+    simulated, measured = f"{job.config.backend} {SIMULATION}", ort.OPTIMIZED
+    report: dict[str, Any] = {
+        "verdict": document.verdict(agreements),
+        "quantization_type": "power_of_2" if document.is_power_of_two(artifact.encodings.values()) else "free_scale",
+        "backend": job.config.backend,
+        "model": job.config.model.name,
+        "dataset": job.config.data.dataset,
+        "pipeline_steps": steps,
+        "config": {
+            role: spec and {"bitwidth": spec.bits, "symmetric": spec.symmetric, "power_of_2": spec.power_of_2}
+            for role, spec in ((r, getattr(quantization, r)) for r in configuration.ROLES)
+        },
+        "initial_accuracy": scores.accuracy("float"),
+        "ptq_accuracy": None,
+        "final_accuracy": scores.accuracy(simulated),
+        "onnxruntime_accuracy": scores.accuracy(measured),
+    }
+    if scores.classes > 5:
+        names = (("initial", "float"), ("final", simulated), ("onnxruntime", measured))
+        report |= {f"{key}_accuracy_top5": scores.accuracy(name, 5) for key, name in names}
+    initial, final = report["initial_accuracy"], report["final_accuracy"]
+    return report | {
+        "final_sqnr_db": scores.sqnr_db,
+        "tied_logits": scores.ties(simulated),
+        "total_improvement": None if initial is None or final is None else round(final - initial, 4),
+        "evaluated_samples": scores.samples,
+        "model_size_bytes": {
+            "float": (folder / run_folder.FLOAT).stat().st_size,
+            "quantized": (folder / run_folder.QDQ).stat().st_size,
+        },
+        "validation": [a.to_json() for a in agreements],
+        "certificate": certificate.to_json(),
+        "final_quantization_details": document.details(artifact),
+        "environment": document.environment(torch.get_num_threads()),
+        "duration_seconds": None,
+    }
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Writes report.json, and report.html of it and the files beside it."""
+    (folder / run_folder.REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(page_of(folder), encoding="utf-8")
