@@ -1,0 +1,152 @@
+"""Random artifacts, built node by node: encodings that no calibration would choose, seams, and several outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pow2quant.artifact import Artifact
+from pow2quant.pow2_constraints import Encoding, IntGrid
+from tests.quantized_graphs import Graph
+
+Shape = tuple[int, ...]
+
+
+class Grower:
+    """Adds random nodes to a graph. widths: of activations; weights take 2 to 8 bits."""
+
+    def __init__(self, rng: np.random.Generator, widths: Sequence[int]) -> None:
+        self.rng, self.widths = rng, widths
+        self.g: Any = Graph()
+        self.far = 40 if rng.random() < 0.1 else 3
+        shape = (int(rng.integers(1, 5)), *map(int, rng.integers(4, 8, 2)))
+        self.tensors: list[tuple[str, Shape, int]] = []
+        k = int(rng.integers(-12, 3))
+        self.add(self.g.input("x", shape, self.encoding(k)), shape, k)
+
+    def encoding(self, k: int) -> Encoding:
+        """Near 2^k for 8 bits, sometimes far from it."""
+        bits = 8 if 8 in self.widths and self.rng.random() < 0.6 else int(self.rng.choice(self.widths))
+        grid = IntGrid(bits, bool(self.rng.integers(2)))
+        low, high = int(grid.qmin), int(grid.qmax)
+        drift = int(self.rng.integers(-self.far, self.far + 1)) if self.rng.random() < 0.15 else 0
+        zero = int(self.rng.choice([max(low, 0), (low + high) // 4 * 2, int(self.rng.integers(low, high + 1))]))
+        exponent = int(np.clip(k + 8 - bits + drift, -120, 120))
+        return Encoding(np.float32(2.0**exponent), np.int64(zero), grid)
+
+    def add(self, name: str, shape: Shape, k: int) -> None:
+        """A tensor whose values are about 2^(k + 7)."""
+        self.tensors.append((name, shape, k))
+
+    def maybe(self, k: int, share: float = 0.9) -> Encoding | None:
+        """An encoding, or None: the tensor stays float."""
+        return self.encoding(k) if self.rng.random() < share else None
+
+    def grow(self, number: int) -> None:
+        """Adds one node."""
+        name, shape, k = self.tensors[-1 if self.rng.random() < 0.8 else int(self.rng.integers(len(self.tensors)))]
+        kinds = ["conv", "conv", "relu", "sum", "sum", "product", "seam", "maximum", "average", "concat", "move", "pad"]
+        getattr(self, f"_{self.rng.choice(kinds)}")(f"n{number}", name, shape, k)
+
+    def _conv(self, name: str, x: str, shape: Shape, k: int) -> None:
+        if x not in self.g.encodings:
+            return
+        channels, out, bits = shape[0], int(self.rng.integers(1, 6)), int(self.rng.integers(2, 9))
+        depthwise = bool(self.rng.random() < 0.25)
+        out = channels if depthwise else out
+        size = int(self.rng.choice([1, 2, 3]))
+        if min(shape[1:]) < size:
+            return
+        weight = self.rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (out, 1 if depthwise else channels, size, size))
+        exponents = self.rng.integers(-bits, 2 - bits, out)
+        bias = self.rng.integers(-(2**12), 2**12, out) if self.rng.integers(2) else None
+        pad = int(self.rng.integers(2))
+        more = {"k": exponents, "bits": bits, "pads": [pad] * 4, "group": channels if depthwise else 1}
+        spread = int(np.log2(np.sqrt(weight[0].size)))
+        grid = self.maybe(k + spread)
+        self.g.layer("Conv", name, x, weight, bias, grid, **more)
+        result = f"{name}.output"
+        if grid is None and self.rng.random() < 0.8:
+            result = self.g.node("Relu", f"{name}r", [result], self.encoding(k + spread))
+        self.add(result, (out, *(n + 2 * pad - size + 1 for n in shape[1:])), k + spread)
+
+    def _relu(self, name: str, x: str, shape: Shape, k: int) -> None:
+        self.add(self.g.node("Relu", name, [x], self.maybe(k)), shape, k)
+
+    def _sum(self, name: str, x: str, shape: Shape, k: int) -> None:
+        pair = [x, self._other(shape)]
+        self.add(self.g.node(str(self.rng.choice(["Add", "Sub"])), name, pair, self.maybe(k + 1)), shape, k + 1)
+
+    def _product(self, name: str, x: str, shape: Shape, k: int) -> None:
+        other = self._other(shape)
+        more = next(t[2] for t in self.tensors if t[0] == other) + 7
+        self.add(self.g.node("Mul", name, [x, other], self.maybe(k + more)), shape, k + more)
+
+    def _other(self, shape: Shape) -> str:
+        return str(self.rng.choice([name for name, s, _ in self.tensors if s == shape]))
+
+    def _seam(self, name: str, x: str, shape: Shape, k: int) -> None:
+        """Q-DQ-Q-DQ, also with operations between that do nothing."""
+        kind = int(self.rng.integers(5))
+        if kind == 1:
+            x = self.g.node("Mul", f"{name}m", [x, self.g.constant(f"{name}.one", np.float32(1))])
+        if kind == 2:
+            x = self.g.node("Add", f"{name}a", [x, self.g.constant(f"{name}.zero", np.float32(0))])
+        if kind == 3:
+            x = self.g.node("Transpose", f"{name}t", [x], perm=[0, 2, 3, 1])
+            self.add(self.g.node("Transpose", f"{name}u", [x], self.encoding(k), perm=[0, 3, 1, 2]), shape, k)
+            return
+        if kind == 4:
+            ones = self.g.constant(f"{name}.shape", np.ones(4, np.int64))
+            x = self.g.node("Expand", f"{name}e", [x, ones])
+        self.add(self.g.node("Identity", name, [x], self.encoding(k)), shape, k)
+
+    def _maximum(self, name: str, x: str, shape: Shape, k: int) -> None:
+        if min(shape[1:]) < 3:
+            return
+        grid = self.g.encodings.get(x) if self.rng.random() < 0.7 else self.encoding(k)
+        pad = int(self.rng.integers(2))
+        more = {"kernel_shape": [2, 2], "strides": [2, 2], "pads": [pad] * 4}
+        result = self.g.node("MaxPool", name, [x], grid, **more)
+        self.add(result, (shape[0], *((n + 2 * pad - 2) // 2 + 1 for n in shape[1:])), k)
+
+    def _average(self, name: str, x: str, shape: Shape, k: int) -> None:
+        if min(shape[1:]) < 3:
+            return
+        more = {"kernel_shape": [2, int(self.rng.choice([2, 3]))], "strides": [1, 1]}
+        result = self.g.node("AveragePool", name, [x], self.maybe(k), **more)
+        self.add(result, (shape[0], shape[1] - 1, shape[2] - more["kernel_shape"][1] + 1), k)
+
+    def _concat(self, name: str, x: str, shape: Shape, k: int) -> None:
+        other, s, _ = self.tensors[
+            int(self.rng.choice([i for i, t in enumerate(self.tensors) if t[1][1:] == shape[1:]]))
+        ]
+        self.add(self.g.node("Concat", name, [x, other], self.maybe(k), axis=1), (shape[0] + s[0], *shape[1:]), k)
+
+    def _move(self, name: str, x: str, shape: Shape, k: int) -> None:
+        grid = self.g.encodings.get(x) if self.rng.random() < 0.6 else self.maybe(k)
+        result = self.g.node("Transpose", name, [x], grid, perm=[0, 1, 3, 2])
+        self.add(result, (shape[0], shape[2], shape[1]), k)
+
+    def _pad(self, name: str, x: str, shape: Shape, k: int) -> None:
+        """Zeros in front of a pool, float or quantized."""
+        pads = self.g.constant(f"{name}.pads", np.array([0, 0, 1, 1, 0, 0, 1, 1]))
+        x = self.g.node("Pad", f"{name}p", [x, pads], self.g.encodings.get(x) if self.rng.integers(2) else None)
+        result = self.g.node("MaxPool", name, [x], self.maybe(k), kernel_shape=[2, 2], strides=[2, 2])
+        self.add(result, (shape[0], *(n // 2 + 1 for n in shape[1:])), k)
+
+
+def artifact(rng: np.random.Generator, widths: Sequence[int] = range(2, 17), largest: int = 7) -> Artifact:
+    """A random artifact of up to `largest` nodes; one output, or two."""
+    grower = Grower(rng, widths)
+    for number in range(int(rng.integers(1, largest + 1))):
+        grower.grow(number)
+    names = [name for name, _, _ in grower.tensors[1:]]
+    if not names:
+        x, _, k = grower.tensors[0]
+        names = [grower.g.node("Relu", "last", [x], grower.encoding(k))]
+    outputs = dict.fromkeys([names[-1], *([str(rng.choice(names))] if rng.random() < 0.25 else [])])
+    result: Artifact = grower.g.artifact(*outputs)
+    return result
