@@ -27,7 +27,7 @@ def calibrate(sim: Simulation, batches: Iterable[Batch], roles: Collection[str])
 
     Weights take theirs from themselves. Activations are observed unquantized: in the float network when weights are
     chosen too (what rounding does to them is no property of the ranges behind), otherwise behind the weights as they
-    are quantized now. Then the exponents of near-dead channels rise until their biases fit, and the biases take the
+    are quantized now. Then the scales of near-dead channels rise until their biases fit, and the biases take the
     lattice s_in * s_w.
 
     Whatever runs the model while `batches` is being iterated is observed as well, so that an iterable may run a user's
@@ -156,7 +156,7 @@ def _activation_encoding(name: str, seen: Observed, placement: Placement) -> Enc
 
 
 def with_room_for_bias(sim: Simulation, layer: Layer, table: Mapping[str, Encoding]) -> Encoding:
-    """The weight's encoding, its exponents raised where the bias would otherwise dwarf every product.
+    """The weight's encoding, its scale raised where the bias would otherwise dwarf every product.
 
     That happens in near-dead channels: weights of 1e-8 beside a bias of 0.5. There a coarser weight loses nothing that
     the output's grid could show, while the accumulator stays within what float32 and int32 hold.
@@ -164,11 +164,16 @@ def with_room_for_bias(sim: Simulation, layer: Layer, table: Mapping[str, Encodi
     assert layer.weight is not None
     encoding = table[layer.weight.name]
     source = table.get(layer.input.name) if layer.bias is not None and layer.input is not None else None
-    if source is None or layer.bias is None or not (encoding.is_power_of_two and source.is_power_of_two):
+    if source is None or layer.bias is None:
         return encoding
     bits = encoding.grid.width + source.grid.width + 7
     limit = min(max(bits, BIAS_BITS.start), BIAS_BITS.stop - 1, sim.placement.specs[layer.bias.name].bits - 1)
     bias = np.abs(sim.parameter(layer.bias.name).detach().cpu().double().numpy())
-    needed = np.where(bias > 0, ceil_exponent(np.where(bias > 0, bias, 1)) - limit - source.exponent, -(1 << 20))
-    k = np.maximum(encoding.exponent, needed if encoding.axis is not None else needed.max())
-    return Encoding(power_of_two(k), encoding.zero_point, encoding.grid, encoding.axis)
+    if encoding.axis is None:
+        bias = bias.max()
+    if encoding.is_power_of_two and source.is_power_of_two:
+        needed = np.where(bias > 0, ceil_exponent(np.where(bias > 0, bias, 1)) - limit - source.exponent, -(1 << 20))
+        scale = power_of_two(np.maximum(encoding.exponent, needed))
+    else:
+        scale = np.maximum(encoding.scale, (bias / (2.0**limit - 1) / source.scale).astype(np.float32))
+    return Encoding(scale, encoding.zero_point, encoding.grid, encoding.axis)
