@@ -210,4 +210,4 @@ def test_list_shows_paper_and_parameters(capsys: pytest.CaptureFixture[str]) -> 
     methods = json.loads(capsys.readouterr().out)["methods"]
     assert methods["doubling"] == "A rewrite: doubles the last layer. Parameters: factor: 2.0."
     assert "Nagel et al. 2020" in methods["output_mse"]
-    assert methods["output_mse"].endswith("Parameters: candidates: 5, centered: true.")
+    assert methods["output_mse"].endswith("Parameters: candidates: 5, centered: true, bias: true.")

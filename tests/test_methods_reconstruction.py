@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,7 +18,7 @@ from pow2quant.backends.custom import CustomSimulation
 from pow2quant.errors import DataError
 from pow2quant.methods.bias_correction import BiasCorrection, clipped_normal_mean, expected_shift, shift
 from pow2quant.methods.bn_reestimation import BnReestimation, gain, norm_statistics
-from pow2quant.methods.output_mse import OutputMse, least_error
+from pow2quant.methods.output_mse import OutputMse, least_error, rounding_noise
 from pow2quant.methods.reconstruction import blocks, encode_weight, error_moments, layers, quantizing, walk
 from pow2quant.models import digits_cnn
 from pow2quant.plugins import names, resolve
@@ -181,24 +182,72 @@ def test_the_expected_shift_by_hand() -> None:
 # -- the methods -------------------------------------------------------------------------------------------------------
 
 
+def test_the_rounding_noise_by_hand() -> None:
+    """Two batches of one channel, 1, 3 and 5: mean 3, mean square 35 / 3."""
+    results = [torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[5.0]]])]
+    assert rounding_noise(results).item() == pytest.approx(35 / 3 - 9)
+    assert rounding_noise(results, centered=False).item() == pytest.approx(35 / 3)
+
+
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("per_tensor", [False, True])
-def test_the_first_layers_exponents_are_the_best_of_all_candidates(centered: bool, per_tensor: bool) -> None:
+def test_exponents_are_the_best_of_all_candidates(centered: bool, per_tensor: bool) -> None:
+    """Of the first layer and of one behind quantized ones, for the input that enters there; the biases stay."""
     sim, batches = digits(QuantPlan.default(3, 8, per_tensor))
-    before, weight = sim.encodings(), sim.parameter("conv1.weight").detach()
-    OutputMse(candidates=3, centered=centered).apply(sim, batches)
-    x = torch.from_numpy(before["x"].fake_quantize(torch.cat(batches).numpy()))
-    y = F.conv2d(torch.cat(batches), weight, padding=1)
-    now = before["conv1.weight"]
-    errors = []
-    for k in (0, -1, 1):
-        candidate = Encoding(now.scale * np.float32(2.0**k), now.zero_point, now.grid, now.axis)
-        error = F.conv2d(x, torch.from_numpy(candidate.fake_quantize(weight.numpy())), padding=1) - y
-        spread = error - error.mean((0, 2, 3), keepdim=True) if centered else error
-        errors.append(spread.double().square().sum((0, 2, 3)).numpy())
-    best = np.array([0, -1, 1])[np.argmin(np.sum(errors, 1) if per_tensor else errors, 0)]
-    assert (sim.encodings()["conv1.weight"].exponent == now.exponent + best).all()
-    assert per_tensor or best.any(), "otherwise this shows nothing"
+    before, biases = sim.encodings(), {k: v.clone() for k, v in sim.model.named_parameters() if k.endswith("bias")}
+    OutputMse(candidates=3, centered=centered, bias=False).apply(sim, batches)
+    chosen = sim.encodings()
+    moved = []
+    for step in walk(sim, batches):
+        if step.layer.module not in ("conv1", "conv4"):
+            continue
+        name = f"{step.layer.module}.weight"
+        weight, now, x = sim.parameter(name).detach(), before[name], torch.cat([x for (x,) in step.inputs])
+        errors = []
+        for k in (0, -1, 1):
+            candidate = Encoding(now.scale * np.float32(2.0**k), now.zero_point, now.grid, now.axis)
+            rounded = torch.from_numpy(candidate.fake_quantize(weight.numpy()))
+            error = F.conv2d(x.double(), (rounded - weight).double(), padding=1).transpose(0, 1).flatten(1)
+            errors.append((error.var(1, correction=0) if centered else error.square().mean(1)).numpy())
+        best = np.array([0, -1, 1])[np.argmin(np.sum(errors, 1) if per_tensor else errors, 0)]
+        assert (chosen[name].exponent == now.exponent + best).all()
+        moved.append(best.any())
+    assert len(moved) == 2
+    assert per_tensor or any(moved), "otherwise this shows nothing"
+    assert all(torch.equal(p, biases[k]) for k, p in sim.model.named_parameters() if k in biases)
+
+
+def test_biases_are_corrected_inside_the_walk() -> None:
+    """As correction after every single layer would: a second correction finds nothing to do in the last layer."""
+    sim, batches = digits(QuantPlan.default(3, 8))
+    OutputMse().apply(sim, batches)
+    *_, step = walk(sim, batches)
+    name = f"{step.layer.module}.weight"
+    results = [step.run(x, quantizing({name: sim.encodings()[name]})) for x in step.inputs]
+    mean, square = error_moments([r.detach() for r in results], step.targets)
+    assert (mean.abs() < 1e-5 + 1e-5 * square.sqrt()).all()
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_free_scales_of_near_dead_channels_get_room_for_their_biases(per_tensor: bool) -> None:
+    """Weights of 1e-9 beside a bias of 0.5."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    with torch.no_grad():
+        for parameter, value in ((model[0].weight, 1e-9), (model[0].bias, 0.5)):
+            assert isinstance(parameter, Tensor)
+            (parameter if per_tensor else parameter[1]).fill_(value)
+    plan, batch = QuantPlan.default(8, 8, per_tensor), torch.rand(8, 3, 8, 8)
+    free = {role: replace(getattr(plan, role), power_of_2=False) for role in ("weight", "input", "output", "bias")}
+    sim = simulate(model, batch, QuantPlan(**free))
+    table = sim.calibrate([batch])
+    layer = sim.placement.layers[0]
+    assert layer.input is not None
+    codes = 0.5 / (table["0.weight"].scale.astype(np.float64) * table[layer.input.name].scale)
+    assert np.max(codes) <= 2.0**30
+    with torch.no_grad():
+        noise = sim.model(batch) - model(batch)
+    assert noise.abs().max() < 0.1 * model(batch).abs().max()
 
 
 def test_rounded_weights_keep_their_grid() -> None:

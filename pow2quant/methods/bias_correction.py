@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
 from pow2quant.config import one_of
 from pow2quant.methods.reconstruction import (
+    Step,
     activation,
     error_moments,
     quantizing,
@@ -117,19 +118,25 @@ class BiasCorrection:
             _analytic(sim, progress)
             return
         for step in progress.track(walk(sim, batches), "bias_correction", len(sim.placement.layers)):
-            name = f"{step.layer.module}.bias"
-            if name not in step.parameters:
-                continue
-            encodings = sim.encodings()
-            quantize = quantizing({k: encodings[k] for k in step.parameters & encodings.keys() if k != name})
-            results, targets = [_sample(step.run(x, quantize)) for x in step.inputs], list(map(_sample, step.targets))
-            f = activation(sim, step.nodes[0]) if self.behind_activation else None
-            c = shift(results, targets, f)
-            bias = sim.parameter(name)
-            write_bias(sim, step.layer, bias - c.to(bias))
-            mean, square = error_moments(results, targets)
-            before, after = (sqnr_db(targets, s) for s in (square, square - 2 * c * mean + c**2))
-            progress.note(f"{step.layer.module}: output {before} -> {after}")
+            correct_bias(sim, step, progress, self.behind_activation)
+
+
+@torch.no_grad()
+def correct_bias(sim: Simulation, step: Step, progress: Progress = SILENT, behind_activation: bool = True) -> None:
+    """Writes a layer's corrected bias, as `BiasCorrection` says. A layer without one stays as it is."""
+    name = f"{step.layer.module}.bias"
+    if name not in step.parameters:
+        return
+    encodings = sim.encodings()
+    quantize = quantizing({k: encodings[k] for k in step.parameters & encodings.keys() if k != name})
+    results, targets = [_sample(step.run(x, quantize)) for x in step.inputs], list(map(_sample, step.targets))
+    f = activation(sim, step.nodes[0]) if behind_activation else None
+    c = shift(results, targets, f)
+    bias = sim.parameter(name)
+    write_bias(sim, step.layer, bias - c.to(bias))
+    mean, square = error_moments(results, targets)
+    before, after = (sqnr_db(targets, s) for s in (square, square - 2 * c * mean + c**2))
+    progress.note(f"{step.layer.module}: output {before} -> {after}")
 
 
 @torch.no_grad()

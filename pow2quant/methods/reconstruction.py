@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor, fx, nn
@@ -210,14 +211,15 @@ def is_rounded(sim: Simulation, layer: Layer) -> bool:
     return torch.equal(quantizing(sim.encodings())(layer.weight, weight), weight)
 
 
-def error_moments(results: Iterable[Tensor], targets: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def error_moments(results: Iterable[Tensor], targets: Iterable[Tensor] | None) -> tuple[Tensor, Tensor]:
     """Per channel E[y~ - y] and E[(y~ - y)^2] over all batches, float64 (C,) on the CPU.
 
-    results, targets: y~ and y, each (N, C, …).
+    results, targets: y~ and y, each (N, C, …); None: y is 0.
     """
     sums, squares, count = torch.zeros(()), torch.zeros(()), 0
-    for result, target in zip(results, targets, strict=True):
-        error = (result - target).transpose(0, 1).flatten(1)
+    pairs = zip(results, repeat(None)) if targets is None else zip(results, targets, strict=True)
+    for result, target in pairs:
+        error = (result if target is None else result - target).transpose(0, 1).flatten(1)
         sums = sums + error.sum(1, dtype=torch.float64).cpu()
         squares = squares + error.square().sum(1, dtype=torch.float64).cpu()
         count += error.shape[1]
