@@ -23,6 +23,9 @@ TORCHVISION = "torchvision:"
 NESTED = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which training scripts put the state dict in a checkpoint."""
 
+DIGITS_WEIGHTS = Path(__file__).parent / "weights" / "digits_cnn.safetensors"
+"""The embedded network's weights, trained by `scripts/train_digits.py`."""
+
 
 class DigitsCnn(nn.Module):
     """The embedded default for (N, 1, 8, 8): a small network with every structure that quantization has to get right.
@@ -62,6 +65,11 @@ class DigitsCnn(nn.Module):
 def digits_cnn(num_classes: int = 10) -> nn.Module:
     """The embedded default network, untrained."""
     return DigitsCnn(num_classes)
+
+
+def trained_digits_cnn() -> nn.Module:
+    """The embedded default network with the weights that the package ships, in eval mode."""
+    return build("digits-cnn", weights=DIGITS_WEIGHTS)
 
 
 def build(name: str, *, num_classes: int | None = None, weights: str | Path | None = None) -> nn.Module:

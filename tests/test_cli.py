@@ -326,17 +326,46 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
-def started(weights: Path, folder: Path) -> subprocess.Popen[str]:
-    """A run that has begun to write."""
-    process = command("ptq", "--weights", str(weights), "--output", "run", cwd=folder)
-    while not list(folder.glob(".run.*")) and process.poll() is None:
+WAITING = """
+import time
+from pathlib import Path
+import torch
+
+class Images(torch.utils.data.Dataset):
+    classes = list("0123456789")
+    def __init__(self, waits):
+        self.waits = waits
+    def __len__(self):
+        return 20
+    def __getitem__(self, index):
+        if self.waits:
+            Path(__file__).with_name("waiting").touch()
+            time.sleep(600)
+        return torch.rand(1, 8, 8), index % 10
+
+def data():
+    return Images(True), Images(True)
+"""
+
+
+def started(weights: Path, folder: Path, code: Path) -> subprocess.Popen[str]:
+    """A run that has begun to write, and waits for its data until it is ended."""
+    (code / "waiting.py").write_text(WAITING)
+    own = ("--weights", str(weights), "--data", f"{code / 'waiting.py'}:data", "--output", "run")
+    process = command("ptq", *own, cwd=folder)
+    while not (code / "waiting").exists() and process.poll() is None:
         time.sleep(0.05)
     return process
 
 
+@pytest.fixture
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("code")
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_command_leaves_nothing(weights: Path, tmp_path: Path, sent: signal.Signals) -> None:
-    process = started(weights, tmp_path)
+def test_an_interrupted_command_leaves_nothing(weights: Path, tmp_path: Path, code: Path, sent: signal.Signals) -> None:
+    process = started(weights, tmp_path, code)
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     # A shell shows 130 for both: Python itself may pass the signal on when it exits.
@@ -345,8 +374,8 @@ def test_an_interrupted_command_leaves_nothing(weights: Path, tmp_path: Path, se
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_next_run_clears_up_after_a_killed_one(weights: Path, tmp_path: Path) -> None:
-    process = started(weights, tmp_path)
+def test_the_next_run_clears_up_after_a_killed_one(weights: Path, tmp_path: Path, code: Path) -> None:
+    process = started(weights, tmp_path, code)
     process.kill()
     process.communicate(timeout=60)
     assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]

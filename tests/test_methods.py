@@ -67,7 +67,7 @@ def applied(name: str, backend: str, plan: QuantPlan) -> tuple[Simulation, list[
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    model = models.train_digits(models.digits_cnn(), datasets.load(DataConfig()), seed=0)
+    model = models.trained_digits_cnn()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     return str(path)
 

@@ -117,7 +117,7 @@ def test_the_float_network_does_not_notice(network: fx.GraphModule) -> None:
 def test_per_tensor_weights_gain_by_it() -> None:
     """The embedded network, its channels scaled apart a thousandfold where it does not notice, at 8 bits per tensor."""
     data = datasets.load(DataConfig())
-    network = fold_batch_norm(prepare(models.train_digits(models.digits_cnn(), data, seed=0), torch.rand(2, 1, 8, 8)))
+    network = fold_batch_norm(prepare(models.trained_digits_cnn(), torch.rand(2, 1, 8, 8)))
     for group in groups(network):
         if not group.clips:
             channels = network.get_parameter(f"{group.writers[0].target}.bias").shape[0]

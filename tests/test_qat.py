@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from pow2quant import cli, config, datasets, models, run_folder
-from pow2quant.config import DataConfig, RunConfig
+from pow2quant import cli, config, models, run_folder
+from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError, OutputError
 from pow2quant.runs import Result, validate
 from pow2quant.three_steps import qat
@@ -29,7 +29,7 @@ KEYS = {"initial_accuracy", "ptq_accuracy", "qat_best_accuracy", "final_accuracy
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The embedded network's weights, trained once."""
     path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    model = models.train_digits(models.digits_cnn(), datasets.load(DataConfig()), seed=0)
+    model = models.trained_digits_cnn()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     return str(path)
 

@@ -4,14 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import save_file
 
-from pow2quant import config as configuration
 from pow2quant import models
 from pow2quant.cli import main
-from pow2quant.datasets import load
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
@@ -21,9 +18,7 @@ BRIEF = {"adaround", "qdrop"}
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    torch.manual_seed(0)
-    model = models.digits_cnn()
-    models.train_digits(model, load(configuration.DataConfig()), seed=0)
+    model = models.trained_digits_cnn()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     return path
 

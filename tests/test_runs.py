@@ -14,11 +14,11 @@ from onnx import numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pow2quant import config, datasets, models, run_folder, runs
+from pow2quant import config, models, run_folder, runs
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.backends.custom import CustomSimulation
 from pow2quant.backends.prepare import prepare
-from pow2quant.config import DataConfig, QuantPlan, RunConfig
+from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.errors import ConfigError, OutputError, Pow2QuantError, UnsupportedModelError
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.lower import lower
@@ -38,7 +38,7 @@ KEYS = {
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The embedded network's weights, trained once."""
     path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    model = models.train_digits(models.digits_cnn(), datasets.load(DataConfig()), seed=0)
+    model = models.trained_digits_cnn()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     return str(path)
 

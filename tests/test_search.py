@@ -19,7 +19,6 @@ from pow2quant import config as configuration
 from pow2quant import models, prepare, simulate
 from pow2quant.cli import main
 from pow2quant.config import QuantPlan, RunConfig
-from pow2quant.datasets import load
 from pow2quant.errors import ConfigError
 from pow2quant.study import costs, latency, limits
 from pow2quant.study.candidates import configured, groups_of, uniform
@@ -34,9 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits network, trained once."""
     path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    torch.manual_seed(0)
-    model = models.digits_cnn()
-    models.train_digits(model, load(configuration.DataConfig()), seed=0)
+    model = models.trained_digits_cnn()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     return path
 

@@ -258,7 +258,7 @@ def data() -> datasets.Data:
 
 @pytest.fixture(scope="module")
 def network(data: datasets.Data) -> nn.Module:
-    return models.train_digits(models.digits_cnn(), data, seed=0)
+    return models.trained_digits_cnn()
 
 
 def trainer(network: nn.Module, data: datasets.Data, rule: str, backend: str = "custom", **more: object) -> Trainer:

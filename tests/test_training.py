@@ -41,7 +41,7 @@ def data() -> datasets.Data:
 
 @pytest.fixture(scope="module")
 def network(data: datasets.Data) -> nn.Module:
-    return models.train_digits(models.digits_cnn(), data, seed=0)
+    return models.trained_digits_cnn()
 
 
 def simulated(network: nn.Module, data: datasets.Data, bits: int = 4, backend: str = "custom") -> Simulation:

@@ -54,7 +54,7 @@ class Job:
 
     @classmethod
     def start(cls, config: RunConfig, progress: Progress) -> Job:
-        """Loads data and network, trains the embedded default, prepares. The configuration is resolved on the way."""
+        """Loads data and network, prepares. The configuration is resolved on the way."""
         be_exact()
         device = device_of(config.device)
         torch.manual_seed(config.seed)
@@ -62,8 +62,7 @@ class Job:
         data = datasets.load(config.data, config.training.batch_size)
         model = models.build(config.model.name, num_classes=config.model.num_classes, weights=config.model.weights)
         if config.model.name == "digits-cnn" and config.model.weights is None:
-            progress.note("training the embedded digits network (a few seconds)")
-            models.train_digits(model, data, seed=config.seed)
+            _weights_of_digits(model, config, data, progress)
         example = next((images[:1] for images, _ in data.calibration), None)
         if example is None:
             raise DataError("the calibration data are empty")
@@ -167,6 +166,15 @@ class Images:
 
     def __len__(self) -> int:
         return min(len(self.batches), self.limit or len(self.batches))
+
+
+def _weights_of_digits(model: nn.Module, config: RunConfig, data: datasets.Data, progress: Progress) -> None:
+    """Loads the shipped weights for the data they were trained on; for other data, trains the network here."""
+    if config.data.dataset == "digits" and config.model.num_classes in (None, 10):
+        models.load_weights(model, models.DIGITS_WEIGHTS)
+        return
+    progress.note("training the embedded digits network on other data (a few seconds)")
+    models.train_digits(model, data, seed=config.seed)
 
 
 def _absolute(config: RunConfig) -> RunConfig:
