@@ -51,8 +51,11 @@ class Choice(NamedTuple):
     parameters: Mapping[str, Any] = {}
 
 
-DEFAULT_METHODS = (Choice("output_mse"), Choice("bias_correction"))
-"""What `ptq` does for weights below 8 bits, unless it is told otherwise."""
+NARROW_METHODS = (Choice("align", {"rounds": 1}), Choice("output_mse"))
+"""What `ptq` does below 8 bits, and where a tensor has one scale, unless it is told otherwise."""
+
+EIGHT_BIT_METHODS = (Choice("bias_correction"),)
+"""What `ptq` does for weights of 8 bits with one scale per channel, unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -440,9 +443,11 @@ def plan_of(config: RunConfig) -> QuantPlan:
 
 
 def default_methods(config: RunConfig) -> tuple[Choice, ...]:
-    """The methods of a run that names none: where weights have less than 8 bits, those that are cheap and win much."""
+    """The methods of a run that names none: cheap ones that win much at its weights' width. None above 8 bits."""
     weight = config.quantization.weight
-    return DEFAULT_METHODS if weight is not None and weight.bits < 8 else ()
+    if weight is None or weight.bits > 8:
+        return ()
+    return EIGHT_BIT_METHODS if weight.bits == 8 and weight.per_channel else NARROW_METHODS
 
 
 def parameters(cls: type[T], values: Mapping[str, Any], where: str) -> T:

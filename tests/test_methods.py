@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -164,17 +165,59 @@ def configured(weights: str, methods: object, bits: int = 4) -> RunConfig:
     return config.with_values(RunConfig(), {"model.weights": weights} | values)
 
 
-def test_below_eight_bits_the_default_is_output_mse_and_bias_correction(weights: str, tmp_path: Path) -> None:
-    runs = {
+def test_the_default_follows_the_width_of_the_weights(weights: str, tmp_path: Path) -> None:
+    results = {
         label: runs.ptq(configured(weights, methods, bits), tmp_path / label)
         for label, methods, bits in (("default", None, 4), ("none", [], 4), ("eight", None, 8))
     }
-    steps = {label: run.report["pipeline_steps"][1:-1] for label, run in runs.items()}
-    assert steps == {"default": ["output_mse", "bias_correction"], "none": [], "eight": []}
-    assert runs["default"].report["final_sqnr_db"] > runs["none"].report["final_sqnr_db"] + 3
-    assert all(run.agrees for run in runs.values())
+    steps = {label: run.report["pipeline_steps"][:-1] for label, run in results.items()}
+    expected = {
+        "default": ["align", "calibrate", "output_mse"],
+        "none": ["calibrate"],
+        "eight": ["calibrate", "bias_correction"],
+    }
+    assert steps == expected
+    assert results["default"].report["final_sqnr_db"] > results["none"].report["final_sqnr_db"] + 3
+    assert all(run.agrees for run in results.values())
     names = [m.name for m in config.load(tmp_path / "default" / "config.yaml").ptq.methods or ()]
-    assert names == ["output_mse", "bias_correction"], "the run can be repeated from its configuration"
+    assert names == ["align", "output_mse"], "the run can be repeated from its configuration"
+
+
+@pytest.mark.parametrize(
+    ("bits", "per_channel", "names"),
+    [
+        (4, True, ["align", "output_mse"]),
+        (8, True, ["bias_correction"]),
+        (8, False, ["align", "output_mse"]),
+        (16, True, []),
+    ],
+)
+def test_the_default_methods(bits: int, per_channel: bool, names: list[str]) -> None:
+    values = {"quantization.weight.bitwidth": bits, "quantization.weight.per_channel": per_channel}
+    found = config.default_methods(config.with_values(RunConfig(), values))
+    assert [choice.name for choice in found] == names
+
+
+class _Notes:
+    """What a run says."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def track(self, items: Iterable[Any], title: str, total: int | None = None) -> Iterator[Any]:
+        yield from items
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_methods_that_replace_the_default_say_so(weights: str, tmp_path: Path) -> None:
+    heard = _Notes()
+    runs.ptq(configured(weights, ["bias_correction"]), tmp_path / "a", progress=heard)
+    assert [n for n in heard.notes if "replace the default (align, output_mse)" in n]
+    heard.notes.clear()
+    runs.ptq(configured(weights, ["bias_correction"], 8), tmp_path / "b", progress=heard)
+    assert not [n for n in heard.notes if "replace the default" in n]
 
 
 def test_rewrites_come_before_the_backend_and_validate_repeats_them(

@@ -66,9 +66,19 @@ def quantized(config: RunConfig, progress: Progress) -> tuple[Job, Simulation, l
     """The first part of every run: what a configuration stands for, its calibrated simulation, and the steps taken."""
     if config.ptq.methods is None:
         config = replace(config, ptq=replace(config.ptq, methods=configuration.default_methods(config)))
+    elif config.ptq.methods:
+        _note_what_is_replaced(config, progress)
     methods_of(config)
     job = Job.start(config, progress)
     return job, job.quantized(), job.steps
+
+
+def _note_what_is_replaced(config: RunConfig, progress: Progress) -> None:
+    """One line where the methods that are given leave out some of the default: the result may be worse."""
+    given = {choice.name for choice in config.ptq.methods or ()}
+    default = [choice.name for choice in configuration.default_methods(config)]
+    if not given.issuperset(default):
+        progress.note(f"the methods given replace the default ({', '.join(default)}); to keep it, name it in front")
 
 
 def score(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:

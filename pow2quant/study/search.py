@@ -351,12 +351,16 @@ class Search:
         return text.getvalue()
 
 
+METHODS = (configuration.Choice("output_mse"), configuration.Choice("bias_correction"))
+"""The default methods of a search. No rewrite is among them: one would have to know the widths that are searched."""
+
+
 def _with_methods(config: RunConfig) -> RunConfig:
     """The configuration with its methods written out; the default ones where a candidate has less than 8 bits."""
     if config.ptq.methods is not None:
         return config
     narrow = any(CANDIDATES[name].bits < 8 for name in config.search.candidates)
-    methods = configuration.DEFAULT_METHODS if narrow else ()
+    methods = METHODS if narrow else ()
     return replace(config, ptq=replace(config.ptq, methods=methods))
 
 
