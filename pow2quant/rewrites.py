@@ -196,11 +196,8 @@ def _is_neutral(graph: GraphIndex, node: onnx.NodeProto, name: str) -> bool:
 
 def _vanishes(graph: GraphIndex, node: onnx.NodeProto) -> bool:
     """Whether an executor may drop a node that moves values: it does nothing, as far as is known."""
-    if node.op_type in (*NEUTRAL, "Identity", "Dropout", "Cast", "Expand"):
-        return True
-    if node.op_type == "Transpose":
-        order = next((list(a.ints) for a in node.attribute if a.name == "perm"), [])
-        return bool(order) and order == sorted(order)
+    if node.op_type in (*NEUTRAL, "Identity", "Dropout", "Cast", "Expand", "Transpose"):
+        return True  # a Transpose moves through its neighbours until it meets its inverse
     before, after = (graph.shapes.get(name) for name in (node.input[0], node.output[0]))
     pads = graph.constants.get(node.input[1]) if node.op_type == "Pad" and len(node.input) > 1 else None
     return (before is None or after is None or before == after) and not (pads is not None and np.any(pads))

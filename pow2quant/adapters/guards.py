@@ -1,7 +1,9 @@
 """Nodes that keep onnxruntime's optimizers from changing a value: a reversible pair.
 
-Two of its optimizers do (`rewrites.py`): they need two Q/DQ pairs, or a Pad and a MaxPool, next to each other.
-A Max of a single tensor between them does nothing, and no optimizer drops it.
+Two of its optimizers do (`rewrites.py`): they need two Q/DQ pairs, or a Pad and a MaxPool, next to each other. A third
+one (QDQPropagationTransformer) repeats int8 encodings behind a node that moves values, and where the result is then
+rounded to another grid, a later one makes uint8 of all but that copy: the file does not load. A Max of a single tensor
+between them does nothing, and no optimizer drops it.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING
 from onnx import helper
 
 from pow2quant.graphs import GraphIndex
-from pow2quant.rewrites import changed_value, padded_pool
+from pow2quant.rewrites import MOVES, changed_value, padded_pool
 
 if TYPE_CHECKING:
     import onnx
@@ -32,6 +34,10 @@ def put(graph: onnx.GraphProto, table: Table) -> None:
             guarded.add((node if pad is None else pad).output[0])
     nodes = []
     for node in graph.node:
+        if _repeats_int8(node, table):
+            source = node.input[0]
+            node.input[0] = f"{source}/for/{node.output[0]}{MARK}"
+            nodes.append(helper.make_node("Max", [source], [node.input[0]], node.input[0]))
         nodes.append(node)
         result = node.output[0] if node.output else ""
         if result in guarded:
@@ -43,9 +49,20 @@ def put(graph: onnx.GraphProto, table: Table) -> None:
 
 def take(graph: onnx.GraphProto) -> None:
     """Takes away what `put` added, in place."""
-    guards = {n.input[0]: n for n in graph.node if n.op_type == "Max" and n.name.endswith(MARK)}
-    kept = [n for n in graph.node if not (n.op_type == "Max" and n.name.endswith(MARK))]
+    guards = [n for n in graph.node if n.op_type == "Max" and n.name.endswith(MARK)]
+    behind = {n.input[0]: n.output[0] for n in guards if n.input[0].endswith(MARK)}
+    ahead = {n.output[0]: n.input[0] for n in guards if not n.input[0].endswith(MARK)}
+    kept = [n for n in graph.node if n not in guards]
     for node in kept:
-        node.output[:] = [guards[name].output[0] if name in guards else name for name in node.output]
+        node.input[:] = [ahead.get(name, name) for name in node.input]
+        node.output[:] = [behind.get(name, name) for name in node.output]
     del graph.node[:]
     graph.node.extend(kept)
+
+
+def _repeats_int8(node: onnx.NodeProto, table: Table) -> bool:
+    """Whether a node moves the values of an int8 tensor, and its result has another encoding or stays float."""
+    encoding = table.get(node.input[0]) if node.input and node.op_type in (*MOVES, "MaxPool") else None
+    if encoding is None or not encoding.grid.signed or encoding.grid.width > 8:
+        return False
+    return any(table.get(name) != encoding for name in node.output)
