@@ -103,6 +103,31 @@ def test_a_float_pad_in_front_of_a_maximum_is_kept_apart_and_not_proved():
     assert onnx_qdq.from_qdq(onnx_qdq.to_qdq(artifact)).model.graph.node == artifact.model.graph.node
 
 
+@pytest.mark.parametrize("op", ["MaxPool", "Transpose"])
+@pytest.mark.parametrize("bits", [6, 10])
+def test_an_int8_tensor_that_is_moved_to_a_narrower_grid_loads_with_optimizations(op, bits):
+    g = Graph()
+    attributes = {"kernel_shape": [2, 2]} if op == "MaxPool" else {"perm": [0, 2, 1, 3]}
+    x = g.input("x", (4, 4, 4), encoding(-4, 2, 8, True))
+    artifact = g.artifact(g.node(op, "moved", [x], encoding(-6, 4, bits, True), **attributes))
+    assert _differing(artifact) == 0
+    assert onnx_qdq.from_qdq(onnx_qdq.to_qdq(artifact)).model.graph.node == artifact.model.graph.node
+
+
+@pytest.mark.parametrize("op", ["Add", "Mul"])
+def test_a_float_result_that_is_moved_before_it_is_rounded_is_not_proved(op):
+    g = Graph()
+    x = g.input("x", (2, 4, 4), encoding(2, 202))
+    computed = g.node(op, "computed", [x, x])
+    artifact = g.artifact(g.node("Transpose", "moved", [computed], encoding(11, 165), perm=[0, 1, 3, 2]))
+    assert "moved by a Transpose before it is rounded" in certify(artifact).layers[0].reason
+
+
+def test_a_moved_value_that_saturates_beyond_int32_is_not_proved():
+    artifact = _requantized(["identity"], encoding(-6, 40, 8, True), encoding(-45, -2, 16, True))
+    assert "before it saturates" in certify(artifact).layers[0].reason
+
+
 @pytest.mark.parametrize(("k_in", "k_out"), [(0, -40), (0, -56), (0, -64), (20, -126), (31, -32)])
 @pytest.mark.parametrize("op", ["Gemm", "Add", "ReduceMean"])
 def test_no_requantization_beyond_int32_is_proved_and_the_engine_never_wraps(op, k_in, k_out):

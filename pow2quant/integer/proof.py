@@ -34,6 +34,9 @@ ROUNDS_AFTER_ZERO_POINT = ("Add", "AveragePool", "Mul")
 
 INT32_MAX = 2**31 - 1
 
+PROPAGATED = ("Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+"""Operations in front of which onnxruntime's QDQPropagationTransformer may put the Q that stands behind them."""
+
 ZERO = Lattice.of_constants(np.zeros(()))
 
 
@@ -109,6 +112,7 @@ def judge(tensors: Tensors, node: onnx.NodeProto) -> Judged:
         accumulator.require_exact()
     if node.op_type in ROUNDS_AFTER_ZERO_POINT:
         _require_even_zero_point(tensors, node, accumulator)
+        _require_rounded_in_place(tensors, node, accumulator)
     _require_bounded_requantization(tensors, node, accumulator, result)
     if reason := changed_value(tensors.index, tensors.encodings, node):
         raise NotProvedError(reason, accumulator)
@@ -120,9 +124,9 @@ def _require_bounded_requantization(
 ) -> None:
     """Raises NotProvedError where what is rounded does not fit int32 or a ratio of scales is no normal float32."""
     target = tensors.target(node.output[0])
-    if accumulator is None or target is None:
-        return
     rounded = accumulator if result is None else result
+    if rounded is None or target is None:
+        return
     ratio = rounded.exponent.min() - target.exponent.max(), rounded.exponent.max() - target.exponent.min()
     if ratio[0] < EXPONENTS.start or ratio[1] >= EXPONENTS.stop:
         reason = f"a ratio of scales of 2^{ratio[0]} to 2^{ratio[1]} is no normal float32: executors multiply by it"
@@ -148,6 +152,15 @@ def _require_even_zero_point(tensors: Tensors, node: onnx.NodeProto, accumulator
         odd = int(target.zero_point[target.zero_point % 2 == 1].flat[0])
         kernel = f"onnxruntime's fused {node.op_type}"
         raise NotProvedError(f"odd zero point {odd}: {kernel} adds it before rounding ties to even", accumulator)
+
+
+def _require_rounded_in_place(tensors: Tensors, node: onnx.NodeProto, accumulator: Lattice | None) -> None:
+    """Raises NotProvedError where a float result is moved before it is rounded: an executor may exchange the two."""
+    name = node.output[0]
+    moved = next((reader for reader in tensors.index.readers.get(name, []) if reader.op_type in PROPAGATED), None)
+    if name not in tensors.encodings and tensors.rounded_to(name) is None and moved is not None:
+        kernel = f"onnxruntime may round first, in its fused {node.op_type}, which adds the zero point before"
+        raise NotProvedError(f"{name} is moved by a {moved.op_type} before it is rounded: {kernel}", accumulator)
 
 
 # Sums of products
