@@ -348,11 +348,16 @@ def data():
 """
 
 
+def hear_interrupts() -> None:
+    """A shell's background jobs, and what they start, ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def started(weights: Path, folder: Path, code: Path) -> subprocess.Popen[str]:
     """A run that has begun to write, and waits for its data until it is ended."""
     (code / "waiting.py").write_text(WAITING)
     own = ("--weights", str(weights), "--data", f"{code / 'waiting.py'}:data", "--output", "run")
-    process = command("ptq", *own, cwd=folder)
+    process = command("ptq", *own, cwd=folder, preexec_fn=hear_interrupts)
     while not (code / "waiting").exists() and process.poll() is None:
         time.sleep(0.05)
     return process

@@ -19,7 +19,7 @@ import pytest
 from pow2quant import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_SOURCES = shutil.ignore_patterns(".*", "build", "dist", "runs", "site", "*.egg-info", "__pycache__")
+PRODUCTS = {"build", "dist", "runs", "site"}  # at the root only: pow2quant/runs is a package
 PACKAGE = {
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "pow2quant").rglob("*")
@@ -50,11 +50,17 @@ def contents(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
+def not_sources(folder: str, names: list[str]) -> set[str]:
+    """What `shutil.copytree` leaves out."""
+    hidden = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")(folder, names)
+    return hidden | (PRODUCTS & set(names) if Path(folder) == ROOT else set())
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
     """From a copy of the tree: what earlier builds have left in build/ and *.egg-info would get into the archives."""
     folder = tmp_path_factory.mktemp("packaging")
-    tree = shutil.copytree(ROOT, folder / "tree", symlinks=True, ignore=NOT_SOURCES)
+    tree = shutil.copytree(ROOT, folder / "tree", symlinks=True, ignore=not_sources)
     build = (sys.executable, "-m", "build", "--no-isolation")
     run(*build, "--outdir", folder / "dist", tree, cwd=folder)
     run(*build, "--wheel", "--outdir", folder / "direct", tree, cwd=folder)
