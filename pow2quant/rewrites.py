@@ -123,6 +123,9 @@ MOVES = (
     *("Cast", "Concat", "Dropout", "Expand", "Flatten", "Identity", "Pad", "Reshape", "Resize", "Slice"),
     *("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "DepthToSpace", "SpaceToDepth"),
 )
+PROPAGATED = ("Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+"""Operations past which QDQPropagationTransformer moves a Q or repeats a DQ."""
+
 NEUTRAL = {"Add": 0.0, "Sub": 0.0, "Mul": 1.0, "Div": 1.0}
 """The constant with which an operation does nothing."""
 

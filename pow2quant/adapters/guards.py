@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from onnx import helper
 
 from pow2quant.graphs import GraphIndex
-from pow2quant.rewrites import MOVES, changed_value, padded_pool
+from pow2quant.rewrites import PROPAGATED, changed_value, padded_pool
 
 if TYPE_CHECKING:
     import onnx
@@ -62,7 +62,7 @@ def take(graph: onnx.GraphProto) -> None:
 
 def _repeats_int8(node: onnx.NodeProto, table: Table) -> bool:
     """Whether a node moves the values of an int8 tensor, and its result has another encoding or stays float."""
-    encoding = table.get(node.input[0]) if node.input and node.op_type in (*MOVES, "MaxPool") else None
+    encoding = table.get(node.input[0]) if node.input and node.op_type in PROPAGATED else None
     if encoding is None or not encoding.grid.signed or encoding.grid.width > 8:
         return False
     return any(table.get(name) != encoding for name in node.output)

@@ -17,7 +17,7 @@ from pow2quant.graphs import GraphIndex
 from pow2quant.integer.lattice import Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute
 from pow2quant.pow2_constraints.arithmetic import EXPONENTS
-from pow2quant.rewrites import changed_value
+from pow2quant.rewrites import PROPAGATED, changed_value
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,9 +33,6 @@ ROUNDS_AFTER_ZERO_POINT = ("Add", "AveragePool", "Mul")
 """Operations whose fused kernel in onnxruntime adds the zero point before it rounds."""
 
 INT32_MAX = 2**31 - 1
-
-PROPAGATED = ("Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
-"""Operations in front of which onnxruntime's QDQPropagationTransformer may put the Q that stands behind them."""
 
 ZERO = Lattice.of_constants(np.zeros(()))
 

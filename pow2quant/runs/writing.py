@@ -50,7 +50,7 @@ class Result:
 def ptq(config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Result:
     """Post-training quantization from a configuration to a run's folder.
 
-    Raises Pow2QuantError for everything that a user can mend; then `output` is as it was before.
+    Raises Pow2QuantError for everything that a user can fix; then `output` is as it was before.
     """
     started = time.monotonic()
     with run_folder.staged(output, overwrite) as folder:

@@ -54,7 +54,7 @@ class Found:
 def search(config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Found:
     """Searches a plan as `config.search` says, and runs it as `runs.ptq` would.
 
-    The run's folder also holds the plan and what led to it. Raises Pow2QuantError for everything that a user can mend,
+    The run's folder also holds the plan and what led to it. Raises Pow2QuantError for everything that a user can fix,
     a constraint that cannot be met among it; then `output` is as it was before.
     """
     started = time.monotonic()
