@@ -43,6 +43,16 @@ def differing(artifact, samples=8, flags=QUICK):
     return {name: count for name, x in got.items() if (count := int((x != expected[name]).sum()))}
 
 
+@pytest.mark.parametrize("rows", [2, 8, 16])
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_a_sum_of_short_rows_survives_the_optimizations_that_executors_are_compiled_with(rows, width):
+    g = Graph()
+    long = g.input("long", (rows, 1, width), encoding(-1, 8, 4))
+    short = g.input("short", (1, 1, width), encoding(-6, 12, 4))
+    artifact = g.artifact(g.node("Add", "sum", [short, long], encoding(-1, 8, 4)))
+    assert differing(artifact, flags=c99.FLAGS) == {}
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation(name):
     assert differing(OPERATIONS[name]()) == {}
