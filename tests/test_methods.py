@@ -11,7 +11,6 @@ from typing import Any, Protocol
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from pow2quant import config, datasets, models, plugins, runs
@@ -66,11 +65,8 @@ def applied(name: str, backend: str, plan: QuantPlan) -> tuple[Simulation, list[
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    model = models.trained_digits_cnn()
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
-    return str(path)
+def weights() -> str:
+    return str(models.DIGITS_WEIGHTS)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -242,11 +241,8 @@ def digits() -> list[Tensor]:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    model = models.trained_digits_cnn()
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
-    return str(path)
+def weights() -> str:
+    return str(models.DIGITS_WEIGHTS)
 
 
 @pytest.mark.parametrize("backend", ["custom", "aimet"])

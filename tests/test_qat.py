@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import save_file
 
 from pow2quant import cli, config, models, run_folder
 from pow2quant.config import RunConfig
@@ -26,12 +25,8 @@ KEYS = {"initial_accuracy", "ptq_accuracy", "qat_best_accuracy", "final_accuracy
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The embedded network's weights, trained once."""
-    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    model = models.trained_digits_cnn()
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
-    return str(path)
+def weights() -> str:
+    return str(models.DIGITS_WEIGHTS)
 
 
 def configured(weights: str, **values: object) -> RunConfig:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from safetensors.torch import save_file
 
 from pow2quant import models
 from pow2quant.cli import main
@@ -16,11 +15,8 @@ BRIEF = {"adaround", "qdrop"}
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    model = models.trained_digits_cnn()
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
-    return path
+def weights() -> Path:
+    return models.DIGITS_WEIGHTS
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -35,12 +35,8 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The embedded network's weights, trained once."""
-    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    model = models.trained_digits_cnn()
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
-    return str(path)
+def weights() -> str:
+    return str(models.DIGITS_WEIGHTS)
 
 
 def configured(weights: str, **values: object) -> RunConfig:

@@ -12,7 +12,6 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import nn
 
 from pow2quant import config as configuration
@@ -30,12 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The digits network, trained once."""
-    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
-    model = models.trained_digits_cnn()
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
-    return path
+def weights() -> Path:
+    return models.DIGITS_WEIGHTS
 
 
 def short(weights: Path, output: Path) -> list[str]:
