@@ -160,6 +160,11 @@ def padded_pool(graph: GraphIndex, table: Table, node: onnx.NodeProto) -> onnx.N
     return None
 
 
+def may_be_rounded_in_front(graph: GraphIndex, node: onnx.NodeProto) -> bool:
+    """Whether an optimizer may drop this node, or round in front of it what is rounded behind it."""
+    return node.op_type in PROPAGATED or (_moved(graph, node) is not None and _vanishes(graph, node))
+
+
 def _is_merged(graph: GraphIndex, table: Table, node: onnx.NodeProto, result: str) -> bool:
     """Whether nothing stays between this encoded result and an encoded tensor of another encoding in front of it."""
     between: list[onnx.NodeProto] = []

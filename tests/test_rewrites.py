@@ -114,13 +114,18 @@ def test_an_int8_tensor_that_is_moved_to_a_narrower_grid_loads_with_optimization
     assert onnx_qdq.from_qdq(onnx_qdq.to_qdq(artifact)).model.graph.node == artifact.model.graph.node
 
 
-@pytest.mark.parametrize("op", ["Add", "Mul"])
-def test_a_float_result_that_is_moved_before_it_is_rounded_is_not_proved(op):
+@pytest.mark.parametrize("op", ["Add", "Mul", "AveragePool"])
+@pytest.mark.parametrize("between", ["Transpose", "Identity", "Add"])
+def test_a_float_result_that_is_passed_on_before_it_is_rounded_is_not_proved(op, between):
     g = Graph()
     x = g.input("x", (2, 4, 4), encoding(2, 202))
-    computed = g.node(op, "computed", [x, x])
-    artifact = g.artifact(g.node("Transpose", "moved", [computed], encoding(11, 165), perm=[0, 1, 3, 2]))
-    assert "moved by a Transpose before it is rounded" in certify(artifact).layers[0].reason
+    computed = (
+        g.node(op, "computed", [x], kernel_shape=[2, 2]) if op == "AveragePool" else g.node(op, "computed", [x, x])
+    )
+    inputs = [computed, g.constant("zero", np.float32(0))] if between == "Add" else [computed]
+    attributes = {"perm": [0, 1, 3, 2]} if between == "Transpose" else {}
+    artifact = g.artifact(g.node(between, "between", inputs, encoding(11, 165), **attributes))
+    assert f"is passed on by {between} before it is rounded" in certify(artifact).layers[0].reason
 
 
 def test_a_moved_value_that_saturates_beyond_int32_is_not_proved():

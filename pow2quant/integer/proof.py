@@ -17,7 +17,7 @@ from pow2quant.graphs import GraphIndex
 from pow2quant.integer.lattice import Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute
 from pow2quant.pow2_constraints.arithmetic import EXPONENTS
-from pow2quant.rewrites import PROPAGATED, changed_value
+from pow2quant.rewrites import changed_value, may_be_rounded_in_front
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -154,10 +154,11 @@ def _require_even_zero_point(tensors: Tensors, node: onnx.NodeProto, accumulator
 def _require_rounded_in_place(tensors: Tensors, node: onnx.NodeProto, accumulator: Lattice | None) -> None:
     """Raises NotProvedError where a float result is moved before it is rounded: an executor may exchange the two."""
     name = node.output[0]
-    moved = next((reader for reader in tensors.index.readers.get(name, []) if reader.op_type in PROPAGATED), None)
+    readers = tensors.index.readers.get(name, [])
+    moved = next((reader for reader in readers if may_be_rounded_in_front(tensors.index, reader)), None)
     if name not in tensors.encodings and tensors.rounded_to(name) is None and moved is not None:
         kernel = f"onnxruntime may round first, in its fused {node.op_type}, which adds the zero point before"
-        raise NotProvedError(f"{name} is moved by a {moved.op_type} before it is rounded: {kernel}", accumulator)
+        raise NotProvedError(f"{name} is passed on by {moved.op_type} before it is rounded: {kernel}", accumulator)
 
 
 # Sums of products
