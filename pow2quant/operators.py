@@ -18,6 +18,7 @@ class Kind(Enum):
     CLIP = "like COMPUTE, but shares one quantizer with the operation in front when it is its only reader"
     PASS = "moves values; its result has its input's encoding"
     CONCAT = "its inputs share its encoding where no other reader forbids it"
+    INDEX = "its result is integers that count, without an encoding"
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,16 @@ OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), Operation(Kind.WEIGHTED)),
     **dict.fromkeys(("Relu", "Clip"), Operation(Kind.CLIP)),
     "Concat": Operation(Kind.CONCAT),
+    "ArgMax": Operation(Kind.INDEX),
     **dict.fromkeys(
-        ("MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Pad", "Resize"),
+        ("MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Pad", "Resize", "Expand", "Gather"),
         Operation(Kind.PASS),
     ),
     **dict.fromkeys(
         (
             *("Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu", "Elu", "LeakyRelu", "PRelu"),
             *("Softmax", "LayerNormalization", "AveragePool", "ReduceMean", "Add", "Sub", "Mul", "MatMul"),
+            "Constant",
         ),
         Operation(Kind.COMPUTE),
     ),

@@ -36,7 +36,8 @@ from pow2quant.backends.placement import Placement, place, tensor_name
 from pow2quant.backends.prepare import prepare
 from pow2quant.config import WIDTHS, QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError, EncodingError, FileFormatError, NotPowerOfTwoError
-from pow2quant.frontends.operators import Node, OnnxGraph, operator, weight_axis
+from pow2quant.frontends.operators import operator, weight_axis
+from pow2quant.frontends.writing import Node, OnnxGraph
 from pow2quant.operators import Kind
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose
 from pow2quant.runs import simulate
@@ -472,7 +473,7 @@ def _onnx_types(network: fx.GraphModule) -> dict[str, str]:
             sources = [a for a in node.args if hasattr(a, "meta")]
             names, shapes = (tuple(a.name for a in sources), tuple(a.meta["shape"] for a in sources))
             row.emit(module, Node(str(node.target), names, node.name, shapes, {"weight": "w", "bias": "b"}), graph)
-            types[str(node.target)] = graph.nodes[-1].op_type
+            types[str(node.target)] = graph.nodes[-1].op_type if graph.nodes else row.onnx
     return types
 
 

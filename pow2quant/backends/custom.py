@@ -78,7 +78,7 @@ class CustomSimulation:
                 continue
             self._overwrite_fused_result(model, node)
             name = f"{node.name}_quantizer"
-            model.add_submodule(name, self._quantizer(site, overwrites=node.op == "call_module"))
+            model.add_submodule(name, self._quantizer(site, overwrites=bool(node.args)))
             with graph.inserting_after(node):
                 quantized = graph.call_module(name)
             node.replace_all_uses_with(quantized)

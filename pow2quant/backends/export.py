@@ -10,9 +10,10 @@ import onnx
 from torch import Tensor, fx
 
 from pow2quant.artifact import Artifact, Table
-from pow2quant.backends.placement import Placement, tensor_name
+from pow2quant.backends.placement import Placement, tensor_name, value_type
 from pow2quant.errors import EncodingError, UnsupportedModelError
-from pow2quant.frontends.operators import OPSET, Node, OnnxGraph, operator
+from pow2quant.frontends.operators import operator
+from pow2quant.frontends.writing import OPSET, Node, OnnxGraph
 from pow2quant.operators import Kind
 
 IR_VERSION = 10
@@ -82,14 +83,17 @@ def _emit(
         own = {n: None if p is None else parameter(f"{node.target}.{n}") for n, p in module._parameters.items()}
         module._parameters = own  # type: ignore[assignment]
     parameters: dict[str, str] = {}
-    for kind in ("weight", "bias") if row.kind is Kind.WEIGHTED else ():
+    for kind in ("weight", "bias") if row.kind is Kind.WEIGHTED else filter(None, [row.stored]):
         if getattr(module, kind) is None:
             continue
-        name = f"{node.target}.{kind}"
+        name = site = f"{node.target}.{kind}"
         value = parameter(name).detach().cpu().numpy().astype(np.float32)
-        if name in table:
-            encodings[name] = table[name]
-            value = table[name].fake_quantize(value)
+        if row.stored:
+            site = tensor_name(node)
+            name = name if node.args else site
+        if site in table:
+            encodings[name] = table[site]
+            value = table[site].fake_quantize(value)
         parameters[kind] = graph.constant(name, value)
     sources = [a for a in node.args if isinstance(a, fx.Node)]
     inputs = tuple(tensor_name(a) for a in sources)
@@ -99,7 +103,8 @@ def _emit(
 
 def _value_info(node: fx.Node) -> onnx.ValueInfoProto:
     shape = ["batch" if free else int(d) for d, free in zip(node.meta["shape"], node.meta["free"], strict=True)]
-    return onnx.helper.make_tensor_value_info(tensor_name(node), onnx.TensorProto.FLOAT, shape)
+    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(str(value_type(node)).removeprefix("torch.")))
+    return onnx.helper.make_tensor_value_info(tensor_name(node), kind, shape)
 
 
 def _inputs(network: fx.GraphModule) -> list[onnx.ValueInfoProto]:

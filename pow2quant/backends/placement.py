@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+import torch
 from torch import fx, nn
 
 from pow2quant.artifact import Site
@@ -64,6 +65,11 @@ def tensor_name(node: fx.Node) -> str:
     return str(node.target) if node.op == "placeholder" else f"{node.target}.output"
 
 
+def value_type(node: fx.Node) -> torch.dtype:
+    """The type of a node's values, float32 unless the preparation says otherwise."""
+    return node.meta.get("dtype", torch.float32)  # type: ignore[no-any-return]
+
+
 def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
     """Places the quantizers of a prepared network (without batch norm). Raises ConfigError for an impossible plan."""
     for role, spec in (("input", plan.input), ("output", plan.output), ("bias", plan.bias)):
@@ -91,6 +97,9 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
             continue
         module = network.get_submodule(node.target) if node.op == "call_module" else None
         kind = _kind(module)
+        if kind is Kind.INDEX or not value_type(node).is_floating_point:
+            carried[node.name] = None
+            continue
         if kind is Kind.PASS:
             carried[node.name] = carried[node.args[0].name]
             continue

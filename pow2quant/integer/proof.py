@@ -419,7 +419,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys((*MERGES, *MOVES), _moves),
     **dict.fromkeys(FUNCTIONS, _function),
     **dict.fromkeys(("LayerNormalization", "LogSoftmax", "Softmax"), _float_sums),
-    "Constant": _nothing,
+    **dict.fromkeys(("ArgMax", "Constant", "Shape"), _nothing),
     "Mul": _product,
     "Resize": _resize,
 }

@@ -29,6 +29,7 @@ LOWER: dict[str, Lower] = {
     "ConvTranspose": convolution.lower_transposed,
     "DepthToSpace": copy.lower_depth_to_space,
     "Dropout": view.lower,
+    "Expand": copy.lower_expand,
     "Flatten": view.lower,
     "Gemm": dense.lower_gemm,
     "GlobalAveragePool": average.lower_mean,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -276,3 +277,15 @@ def _constants(graph: Lowering, node: onnx.NodeProto, index: int) -> list[Any] |
     if node.input[index] not in graph.floats:
         raise UnsupportedModelError(f"{title(node)}: {node.input[index]} is computed, not constant")
     return [int(v) for v in graph.floats[node.input[index]].ravel()]
+
+
+def lower_expand(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
+    """Expand: a constant stays one, and its readers repeat it for the batch; of another tensor codes are copied."""
+    source, target = graph.operand(node.input[0]), graph.declare(output)
+    if source.constant is not None and source.encoding == target.encoding and (low, high) == (-math.inf, math.inf):
+        shape = np.broadcast_to(source.constant, (1, *target.shape)).shape
+        graph.tensors[output] = replace(target, shape=shape, constant=np.broadcast_to(source.constant, shape))
+        return
+    shape = graph.shape(node.input[0])
+    full = (1, *target.shape)
+    _move(graph, node, output, (low, high), (np.broadcast_to(_flat(shape), full), _flat(full)))

@@ -61,14 +61,13 @@ class MatMul:
 
 
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
-    """MatMul. Raises UnsupportedModelError where shapes broadcast or the constant stands in front."""
+    """MatMul. Raises UnsupportedModelError where shapes broadcast, but for one constant matrix in front of another."""
     if node.input[1] in graph.floats:
         lower_matrix(graph, node, output, low, high, transposed=False)
         return
-    if node.input[0] in graph.floats:
-        raise UnsupportedModelError(f"{title(node)}: a constant in front; only behind it has integers")
-    a, b = (graph.read(name) for name in node.input)
-    if len(a.shape) < 2 or a.shape[:-2] != b.shape[:-2]:
+    a, b = (graph.operand(name) for name in node.input)
+    in_front = a.constant is not None and len(a.shape) == 2 and math.prod(b.shape[:-2]) == 1
+    if not in_front and (len(a.shape) < 2 or a.shape[:-2] != b.shape[:-2]):
         raise UnsupportedModelError(f"{title(node)}: {a.shape} @ {b.shape} broadcasts; equal leading dimensions do not")
     requantization = graph.requantization(np.array(a.exponent + b.exponent), graph.declare(output), low, high)
     graph.steps.append(MatMul(node.name or output, (a.name, b.name), output, requantization))

@@ -1,0 +1,97 @@
+"""Modules that move values and do not change them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Concat(nn.Module):
+    """Concatenation along `dim`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return torch.cat(tensors, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class Reshape(nn.Module):
+    """Reshape to `shape`, in which -1 stands for the dimension that holds the batch."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(int(d) for d in shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(self.shape)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}"
+
+
+class Permute(nn.Module):
+    """A permutation of the dimensions."""
+
+    def __init__(self, dims: Sequence[int]) -> None:
+        super().__init__()
+        self.dims = tuple(dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.dims).contiguous()
+
+    def extra_repr(self) -> str:
+        return f"dims={self.dims}"
+
+
+class Slice(nn.Module):
+    """x[…, start:stop:step, …] along several dimensions. stop None: to the end."""
+
+    def __init__(self, slices: Sequence[tuple[int, int, int | None, int]]) -> None:
+        """slices: (dimension, start, stop, step) for each dimension that is cut; step is positive."""
+        super().__init__()
+        self.slices = tuple(slices)
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = [slice(None)] * x.ndim
+        for dim, start, stop, step in self.slices:
+            index[dim] = slice(start, stop, step)
+        return x[tuple(index)].contiguous()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"dim {d}: {a}:{'' if b is None else b}:{s}" for d, a, b, s in self.slices)
+
+
+class ZeroPad(nn.Module):
+    """Padding with zeros; `pads` in the order of `torch.nn.functional.pad`, last dimension first."""
+
+    def __init__(self, pads: Sequence[int]) -> None:
+        super().__init__()
+        self.pads = tuple(int(p) for p in pads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.pads)
+
+    def extra_repr(self) -> str:
+        return f"pads={self.pads}"
+
+
+class NearestUpsample(nn.Module):
+    """Repeats every value `factors` times along each spatial dimension."""
+
+    def __init__(self, factors: Sequence[int]) -> None:
+        super().__init__()
+        self.factors = tuple(int(f) for f in factors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=[float(f) for f in self.factors], mode="nearest")
+
+    def extra_repr(self) -> str:
+        return f"factors={self.factors}"

@@ -1,0 +1,67 @@
+"""Modules that move values."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.writing import Node, OnnxGraph, Operator, Rows, pads_of
+
+
+def _concat(module: m.Concat, node: Node, graph: OnnxGraph) -> None:
+    graph.node("Concat", node.inputs, node.output, node.name, axis=module.dim)
+
+
+def _flatten(module: nn.Flatten, node: Node, graph: OnnxGraph) -> None:
+    graph.node("Flatten", node.inputs, node.output, node.name, axis=1)
+
+
+def _reshape(module: m.Reshape, node: Node, graph: OnnxGraph) -> None:
+    shape = graph.constant(f"{node.name}.shape", np.array(module.shape, np.int64))
+    graph.node("Reshape", [node.inputs[0], shape], node.output, node.name)
+
+
+def _permute(module: m.Permute, node: Node, graph: OnnxGraph) -> None:
+    graph.node("Transpose", node.inputs, node.output, node.name, perm=list(module.dims))
+
+
+def _slice(module: m.Slice, node: Node, graph: OnnxGraph) -> None:
+    dims, starts, stops, steps = zip(*module.slices, strict=True)
+    ends = [2**31 - 1 if stop is None else stop for stop in stops]
+    columns = {"starts": starts, "ends": ends, "axes": dims, "steps": steps}
+    names = [graph.constant(f"{node.name}.{k}", np.array(v, np.int64)) for k, v in columns.items()]
+    graph.node("Slice", [node.inputs[0], *names], node.output, node.name)
+
+
+def _zero_pad(module: m.ZeroPad, node: Node, graph: OnnxGraph) -> None:
+    rank = len(node.shapes[0])
+    before, after = [0] * rank, [0] * rank
+    for i in range(len(module.pads) // 2):
+        before[rank - 1 - i], after[rank - 1 - i] = module.pads[2 * i], module.pads[2 * i + 1]
+    pads = graph.constant(f"{node.name}.pads", np.array(pads_of(before, after), np.int64))
+    graph.node("Pad", [node.inputs[0], pads], node.output, node.name, mode="constant")
+
+
+def _upsample(module: m.NearestUpsample, node: Node, graph: OnnxGraph) -> None:
+    scales = graph.constant(f"{node.name}.scales", np.array([1, 1, *module.factors], np.float32))
+    graph.node(
+        "Resize",
+        [node.inputs[0], "", scales],
+        node.output,
+        node.name,
+        mode="nearest",
+        coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )
+
+
+ROWS: Rows = {
+    m.Concat: Operator("Concat", _concat, integers=True, proved=True),
+    nn.Flatten: Operator("Flatten", _flatten, integers=True, proved=True),
+    m.Reshape: Operator("Reshape", _reshape, integers=True, proved=True),
+    m.Permute: Operator("Transpose", _permute, integers=True, proved=True),
+    m.Slice: Operator("Slice", _slice, integers=True, proved=True),
+    m.ZeroPad: Operator("Pad", _zero_pad, integers=True, proved=True),
+    m.NearestUpsample: Operator("Resize", _upsample, integers=True, proved=True),
+}
