@@ -21,8 +21,8 @@ from families import images, with_statistics
 from pow2quant import models
 from pow2quant.backends.custom import CustomSimulation
 from pow2quant.backends.fold import fold_batch_norm
-from pow2quant.backends.prepare import prepare
 from pow2quant.config import QuantPlan
+from pow2quant.frontends.prepare import prepare
 
 BATCHES, BATCH = 8, 32
 

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from pow2quant import models
 from pow2quant.adapters import onnx_qdq
 from pow2quant.backends.fold import fold_batch_norm
-from pow2quant.backends.prepare import prepare
 from pow2quant.config import QuantPlan
 from pow2quant.errors import UnsupportedModelError
+from pow2quant.frontends.prepare import prepare
 from pow2quant.integer.certificate import certify
 from pow2quant.plugins import resolve
 from pow2quant.runs import executors, simulation_executor

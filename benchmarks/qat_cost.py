@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from pow2quant import datasets, models
 from pow2quant.backends.base import Simulation
 from pow2quant.backends.fold import fold_batch_norm
-from pow2quant.backends.prepare import prepare
 from pow2quant.config import Choice, QuantPlan, TrainingConfig
+from pow2quant.frontends.prepare import prepare
 from pow2quant.runs import simulate
 from pow2quant.training.trainer import LAYOUT, Trainer
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pow2quant.artifact import Agreement, Artifact, Site
-    from pow2quant.backends.prepare import prepare
     from pow2quant.config import QuantPlan, RunConfig, TensorSpec
     from pow2quant.errors import Pow2QuantError
+    from pow2quant.frontends.prepare import prepare
     from pow2quant.pow2_constraints import Encoding, IntGrid
     from pow2quant.quantsim import QuantizationSimModel, QuantScheme
     from pow2quant.runs import export, ptq, simulate, validate
@@ -45,7 +45,7 @@ _HOMES = {
     "Agreement": "artifact",
     "Artifact": "artifact",
     "Site": "artifact",
-    "prepare": "backends.prepare",
+    "prepare": "frontends.prepare",
     "QuantPlan": "config",
     "RunConfig": "config",
     "TensorSpec": "config",

@@ -33,10 +33,10 @@ from pow2quant.artifact import Artifact, Site, Table
 from pow2quant.backends.base import ALL, Batch, Simulation
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.placement import Placement, place, tensor_name
-from pow2quant.backends.prepare import prepare
 from pow2quant.config import WIDTHS, QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError, EncodingError, FileFormatError, NotPowerOfTwoError
 from pow2quant.frontends.operators import operator, weight_axis
+from pow2quant.frontends.prepare import prepare
 from pow2quant.frontends.writing import Node, OnnxGraph
 from pow2quant.operators import Kind
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose

@@ -14,9 +14,9 @@ from pow2quant.backends import aimet
 from pow2quant.backends.aimet import AimetSimulation, nearest_power_of_two
 from pow2quant.backends.custom import CustomSimulation
 from pow2quant.backends.fold import fold_batch_norm
-from pow2quant.backends.prepare import prepare
 from pow2quant.config import QuantPlan, RunConfig, TensorSpec, plan_of
 from pow2quant.errors import ConfigError, DataError, EncodingError, MissingExtraError, NotPowerOfTwoError
+from pow2quant.frontends.prepare import prepare
 from pow2quant.models import build
 from pow2quant.pow2_constraints import Encoding, IntGrid
 

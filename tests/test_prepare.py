@@ -1,6 +1,8 @@
 """The one preparation: function preserved, names kept, clear errors for what cannot be traced."""
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -8,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pow2quant.backends.fold import fold_batch_norm
-from pow2quant.backends.prepare import prepare
 from pow2quant.errors import ModelError, UnsupportedModelError, WeightsError
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.operators import OPERATORS
+from pow2quant.frontends.prepare import prepare
 
 
 class Functions(nn.Module):
@@ -197,7 +199,7 @@ class Sorting(nn.Module):
     [
         (Branching(), UnsupportedModelError, ["test_prepare.py", "if x.sum() > 0", "move it out of forward"]),
         (Sorting(), UnsupportedModelError, ["sort", "test_prepare.py", "torch.sort(x)[0]", "supported"]),
-        (nn.Sequential(nn.Softplus()), UnsupportedModelError, ["0", "Softplus"]),
+        (nn.Sequential(nn.Softplus()), UnsupportedModelError, ["0", "softplus"]),
         (nn.Sequential(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")), UnsupportedModelError, ["0", "reflect"]),
         (nn.Sequential(nn.AdaptiveAvgPool2d(3)), UnsupportedModelError, ["(4, 4)", "(3, 3)"]),
         (nn.Sequential(nn.Conv2d(2, 1, 3)), ModelError, ["inputs of shape (2, 1, 4, 4)"]),
@@ -266,24 +268,60 @@ def test_an_inplace_module_overwrites_too() -> None:
     same(prepare(model, x), model, x)
 
 
+class Wrapped(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("function", [lambda x: torch.div(x, 2, rounding_mode="floor"), lambda x: torch.sort(x)[0]])
+def test_nothing_is_silently_another_network(function: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"test_prepare\.py"):
+        prepare(Wrapped(function), torch.randn(1, 3, 4, 4))
+
+
+def written_later(x: Tensor) -> Tensor:
+    """A view of what is overwritten is read afterwards."""
+    y = x.tanh()
+    part = y[:, :2]
+    y.mul_(2)
+    return torch.cat([part, y], 1)
+
+
+def slice_written(x: Tensor) -> Tensor:
+    """A slice is overwritten, and the whole is read."""
+    y = x.tanh()
+    y[:, :2] = y[:, 2:4] + 1
+    return y * 2
+
+
 @pytest.mark.filterwarnings("ignore:Implicit dimension")
 @pytest.mark.parametrize(
     "function",
     [
         lambda x: torch.add(x, x.tanh(), alpha=2),
         lambda x: x.sub(x.tanh(), alpha=2),
-        lambda x: torch.div(x, 2, rounding_mode="floor"),
-        lambda x: torch.where(x > 0, x, -x),
         lambda x: F.softmax(x),
+        lambda x: 3 - x,
+        lambda x: -x / 4,
+        lambda x: torch.addcmul(x, x.tanh(), x.sigmoid(), value=0.5),
+        lambda x: torch.stack([x, x.tanh()], 1).flatten(1, 2),
+        lambda x: sum(part.relu() for part in x.unbind(1)),
+        lambda x: torch.cat(list(x.split([1, 3, 2], dim=1))[::-1], 1),
+        lambda x: x.view(int(x.shape[0]), -1)[:, 3:-2:2],
+        lambda x: F.scaled_dot_product_attention(x, x.tanh(), x, scale=0.3),
+        lambda x: x @ torch.ones(4, 5) + 1,
+        lambda x: x if x.shape[1] == 6 else -x,
+        written_later,
+        slice_written,
     ],
 )
-def test_nothing_is_silently_another_network(function: Callable[[Tensor], Tensor]) -> None:
-    class Wrapped(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return function(x)
-
-    with pytest.raises(UnsupportedModelError, match=r"test_prepare\.py|tanh|add|elu"):
-        prepare(Wrapped(), torch.randn(1, 3, 4, 4))
+def test_ways_of_writing(function: Callable[[Tensor], Tensor]) -> None:
+    model, x = Wrapped(lambda x: function(x.relu())).eval(), torch.randn(3, 6, 4, 4)
+    same(prepare(model, x), model, x)
 
 
 @pytest.mark.parametrize(
@@ -320,8 +358,80 @@ def test_networks_without_numbers_are_named(model: nn.Module) -> None:
         fold_batch_norm(prepare(model, torch.randn(2, 3, 4, 4)))
 
 
-def test_lines_of_torchvision_are_the_users() -> None:
-    import torchvision
+class Nested(nn.Module):
+    """Blocks in containers, some of which vanish."""
 
-    with pytest.raises(UnsupportedModelError, match=r"vision_transformer\.py:\d+ .*expand"):
-        prepare(torchvision.models.vit_b_32(weights=None), torch.randn(1, 3, 224, 224))
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Conv2d(4, 4, 1)
+        )
+        self.heads = nn.ModuleDict({"a": nn.Linear(4, 2), "b": nn.Linear(4, 3)})
+
+    def forward(self, x: Tensor) -> dict[str, Tensor | None]:
+        x = self.features(x).mean((2, 3))
+        return {"none": None, "a": self.heads["a"](x), "again": self.heads["a"](x), "b": self.heads["b"](x)}
+
+
+def test_containers_keep_their_type_and_their_numbers() -> None:
+    network: Any = prepare(Nested().eval(), torch.randn(2, 3, 6, 6))
+    assert isinstance(network.features, nn.Sequential)
+    assert isinstance(network.features[4], nn.Conv2d)
+    assert isinstance(network.features[3], nn.Identity)
+    assert isinstance(network.heads["b"], nn.Linear)
+    assert [name for name, _ in network.named_children()][:2] == ["features", "heads"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        torch.compile,
+        lambda net: net.half(),
+        lambda net: net.to(torch.bfloat16),
+        lambda net: nn.Sequential(nn.utils.parametrizations.weight_norm(net[0]), *net[1:]),
+        lambda net: nn.Sequential(nn.utils.weight_norm(net[0]), *net[1:]),
+        lambda net: nn.Sequential(nn.utils.parametrizations.spectral_norm(net[0]), *net[1:]),
+    ],
+)
+def test_wrapped_networks(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval(), torch.randn(2, 3, 6, 6)
+    model = wrap(copy.deepcopy(plain)).eval()
+    network = prepare(model, x)
+    assert {n.target for n in network.graph.nodes if n.op == "call_module"} == {"0", "1", "2"}
+    with torch.no_grad():
+        reference = (model.module if isinstance(model, nn.DataParallel) else model).float()(x)
+    torch.testing.assert_close(network(x), reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda net: torch.jit.trace(net, torch.randn(1, 3, 6, 6))])
+def test_scripted_networks_are_one_clear_line(make: Callable[[nn.Module], nn.Module]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"torch\.jit"):
+        prepare(make(nn.Sequential(nn.Conv2d(3, 4, 3)).eval()), torch.randn(1, 3, 6, 6))
+
+
+def test_dictionaries_and_keyword_arguments_are_inputs() -> None:
+    class Named(nn.Module):
+        def forward(self, *, left: Tensor, right: Tensor) -> Tensor:
+            return left - 2 * right
+
+    class Mapped(nn.Module):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return batch["left"] - 2 * batch["right"]
+
+    batch = {"left": torch.randn(2, 3), "right": torch.randn(2, 3)}
+    for model in (Named(), Mapped()):
+        network = prepare(model, batch)
+        torch.testing.assert_close(network(batch["left"], batch["right"]), batch["left"] - 2 * batch["right"])
+
+
+def test_loops_over_the_batch_are_named() -> None:
+    class Looping(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([row.tanh() for row in x])
+
+    with pytest.raises(UnsupportedModelError, match="depend on the batch size"):
+        prepare(Looping(), torch.randn(2, 3))

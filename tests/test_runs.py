@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from pow2quant import config, models, run_folder, runs
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.backends.custom import CustomSimulation
-from pow2quant.backends.prepare import prepare
 from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.errors import ConfigError, OutputError, Pow2QuantError, UnsupportedModelError
+from pow2quant.frontends.prepare import prepare
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.lower import lower
 from pow2quant.pow2_constraints import Encoding

@@ -15,11 +15,10 @@ from torch.fx import GraphModule
 from pow2quant.artifact import Artifact, Site, Table
 from pow2quant.backends.placement import Placement
 from pow2quant.config import QuantPlan
+from pow2quant.frontends.batches import Batch as Batch
+from pow2quant.frontends.batches import inputs as inputs
 
 T = TypeVar("T")
-
-Batch = Tensor | tuple[Tensor, ...]
-"""The inputs of one call of the network: a tensor (N, …), or one per argument."""
 
 Tap = Callable[[Site, Tensor, Tensor], Tensor]
 """(site, x, fake-quantized x) -> what flows on."""
@@ -124,8 +123,3 @@ def tapping(quantizers: Iterable[Tapped], tap: Tap) -> Iterator[None]:
     finally:
         for quantizer, old in before:
             quantizer.tap = old
-
-
-def inputs(batch: Batch) -> tuple[Tensor, ...]:
-    """The positional arguments that a batch stands for."""
-    return batch if isinstance(batch, tuple) else (batch,)

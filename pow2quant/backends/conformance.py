@@ -32,9 +32,9 @@ from pow2quant.backends.base import Backend, Simulation, Tap
 from pow2quant.backends.custom import CustomSimulation
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.placement import place
-from pow2quant.backends.prepare import prepare
 from pow2quant.config import QuantPlan, TensorSpec
 from pow2quant.errors import DataError, EncodingError, Pow2QuantError
+from pow2quant.frontends.prepare import prepare
 from pow2quant.pow2_constraints import Encoding, IntGrid, power_of_two
 
 PLAN = QuantPlan(

@@ -17,9 +17,9 @@ from pow2quant import config as configuration
 from pow2quant import datasets, models
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
 from pow2quant.backends.fold import fold_batch_norm
-from pow2quant.backends.prepare import is_prepared, prepare
 from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.errors import ConfigError, DataError
+from pow2quant.frontends.prepare import is_prepared, prepare
 from pow2quant.plugins import resolve
 
 T = TypeVar("T")

@@ -1,0 +1,139 @@
+"""Sums, differences, products and quotients of two operands, and matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.aten.layers import linear
+from pow2quant.frontends.builder import Builder, Handler
+
+
+def _binary(make: Callable[[], nn.Module], scalar: Callable[[float, bool], nn.Module]) -> Handler:
+    """Two tensors; a tensor and a number; or a tensor and one number per channel.
+
+    scalar: (number, whether it is the first operand) -> the function of the other operand.
+    """
+
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+        left, right = a.self, a.other
+        factor = b.number(getattr(a, "alpha", 1))
+        numbers = [b.number(v) for v in (left, right)]
+        if numbers[1] is not None and factor is not None and b.is_data(left):
+            return b.call(node, scalar(numbers[1] * factor, False), b.operand(node, left))
+        if factor != 1:
+            scaled = b.call(node, m.Scale(float(factor or 0)), b.operand(node, right))
+            return b.call(node, make(), b.operand(node, left), scaled)
+        if numbers[0] is not None and b.is_data(right):
+            return b.call(node, scalar(numbers[0], True), b.operand(node, right))
+        for value, other in ((right, left), (left, right)):
+            affine = _per_channel(b, node, make(), value, other, swapped=value is left)
+            if affine is not None:
+                kind = make().__class__.__name__.lower()
+                return b.call(node, affine, b.operand(node, other), kind=kind)
+        return b.call(node, make(), b.operand(node, left), b.operand(node, right))
+
+    return handler
+
+
+def _per_channel(b: Builder, node: fx.Node, op: nn.Module, value: Any, x: Any, swapped: bool) -> nn.Module | None:
+    """x * p or x ± p with one number per channel as a 1x1 depthwise convolution; None where it is something else."""
+    if b.is_data(value) or not b.is_data(x) or not isinstance(op, (m.Mul, m.Add, m.Sub)):
+        return None
+    rank, p = b.rank(x), b.tensor(node, value)
+    if rank not in (3, 4) or b.free(x)[1] or p.ndim < rank - 1:
+        return None
+    channels = b.shape(x)[1]
+    if tuple(p.shape[-(rank - 1) :]) != (channels, *[1] * (rank - 2)) or p.numel() != channels:
+        return None
+    p, one = p.detach().float().flatten(), torch.ones(channels)
+    if isinstance(op, m.Mul):
+        weight, bias = p, None
+    elif isinstance(op, m.Add):
+        weight, bias = one, p
+    else:
+        weight, bias = (-one, p) if swapped else (one, -p)
+    return m.depthwise(weight, bias, rank)
+
+
+_add = _binary(m.Add, lambda c, _: m.Scale(1.0, c))
+_sub = _binary(m.Sub, lambda c, swapped: m.Scale(-1.0, c) if swapped else m.Scale(1.0, -c))
+_mul = _binary(m.Mul, lambda c, _: m.Scale(c))
+
+
+def _rsub(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """other - alpha * self."""
+    a.self, a.other = a.other, a.self
+    number = b.number(a.self)
+    if number is not None:
+        return b.call(node, m.Scale(-float(a.alpha), number), b.operand(node, a.other))
+    return _result(_sub(b, node, a))
+
+
+def _div(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    if getattr(a, "rounding_mode", None) is not None:
+        raise b.unsupported(node, "division with a rounding mode")
+    number = b.number(a.other)
+    if number is not None:
+        return b.call(node, m.Scale(1.0 / number), b.operand(node, a.self))
+    if not b.is_data(a.other):
+        return b.call(node, m.Mul(), b.operand(node, a.self), b.hold(node, 1.0 / b.tensor(node, a.other)))
+    raise b.unsupported(node, "division by a tensor that is computed from the inputs")
+
+
+def _addcmul(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """self + value * tensor1 * tensor2."""
+    product = _result(_mul(b, node, SimpleNamespace(self=a.tensor1, other=a.tensor2)))
+    if a.value != 1:
+        product = b.call(node, m.Scale(float(a.value)), product)
+    return b.call(node, m.Add(), b.operand(node, a.self), product)
+
+
+def _matmul(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """Of two activations, or of an activation and a matrix of weights, which is a linear layer."""
+    other = getattr(a, "other", None) or getattr(a, "mat2", None)
+    left = getattr(a, "self", None)
+    if not b.is_data(other) and b.rank(other) == 2 and b.rank(left) >= 2:
+        return linear(b, node, left, b.tensor(node, other).t().contiguous(), None, None)
+    if b.rank(left) < 2 or b.rank(other) < 2:
+        raise b.unsupported(node, "a product with a vector")
+    return b.call(node, m.MatMul(), b.operand(node, left), b.operand(node, other))
+
+
+def _addmm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """self + mat1 @ mat2."""
+    plain = not b.is_data(a.mat2) and not b.is_data(a.self) and a.alpha == 1 and a.beta == 1
+    if plain and (b.rank(a.self) == 1 or b.shape(a.self)[0] == 1):
+        weight, offset = b.tensor(node, a.mat2).t().contiguous(), b.tensor(node, a.self).flatten()
+        return linear(b, node, a.mat1, weight, offset, None)
+    product = b.call(node, m.MatMul(), b.operand(node, a.mat1), b.operand(node, a.mat2))
+    bias = b.operand(node, a.self)
+    scaled = [
+        x if factor == 1 else b.call(node, m.Scale(float(factor)), x)
+        for x, factor in ((product, a.alpha), (bias, a.beta))
+    ]
+    return b.call(node, m.Add(), *scaled)
+
+
+def _result(value: Any) -> fx.Node:
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def _neg(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    return b.call(node, m.Scale(-1.0), b.operand(node, a.self))
+
+
+def _square(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    return b.call(node, m.Mul(), b.operand(node, a.self), b.operand(node, a.self))
+
+
+ROWS: dict[str, Handler] = {
+    "add": _add, "sub": _sub, "mul": _mul, "multiply": _mul, "rsub": _rsub, "div": _div, "neg": _neg,
+    "addcmul": _addcmul, "matmul": _matmul, "mm": _matmul, "bmm": _matmul, "addmm": _addmm, "square": _square,
+}  # fmt: skip

@@ -1,0 +1,147 @@
+"""Layers with weights: convolutions, linear layers, normalizations."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.builder import Builder, Handler
+
+
+def linear(b: Builder, node: fx.Node, x: Any, weight: Tensor, bias: Tensor | None, name: str | None) -> fx.Node:
+    """x @ weight.T + bias. x: (N, …, C_in); one with more than two dimensions is (N·…, C_in) between two reshapes."""
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    _set(layer, weight, bias)
+    if b.rank(x) == 2:
+        return b.call(node, layer, b.operand(node, x), name=name)
+    rows = b.call(node, m.Reshape((-1, layer.in_features)), b.operand(node, x), kind="rows")
+    result = b.call(node, layer, rows, name=name)
+    return b.call(node, m.Reshape(b.shape_with_batch(node)), result, kind="unrows")
+
+
+def _set(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Gives a layer its parameters: the user's own, so that shared ones stay shared."""
+    for role, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            setattr(layer, role, value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach().float()))
+
+
+def _weights(b: Builder, node: fx.Node, a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
+    bias = None if a.bias is None else b.parameter(node, a.bias)
+    return b.parameter(node, a.weight), bias
+
+
+def _linear(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    if b.is_data(a.weight):
+        transposed = b.call(node, m.Permute((*range(b.rank(a.weight) - 2), -1, -2)), b.operand(node, a.weight))
+        product = b.call(node, m.MatMul(), b.operand(node, a.input), transposed)
+        return product if a.bias is None else b.call(node, m.Add(), product, b.operand(node, a.bias))
+    return linear(b, node, a.input, *_weights(b, node, a), b.owner(node, a.weight))
+
+
+CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+def _conv(spatial: int) -> Handler:
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+        weight, bias = _weights(b, node, a)
+        channels = weight.shape[1] * a.groups
+        options: dict[str, Any] = {k: _tuple(getattr(a, k), spatial) for k in ("stride", "dilation")}
+        padding = a.padding if isinstance(a.padding, str) else _tuple(a.padding, spatial)
+        kind: Any = CONVOLUTIONS[spatial]
+        with torch.device("meta"):
+            layer = kind(
+                channels, weight.shape[0], tuple(weight.shape[2:]), padding=padding, groups=a.groups,
+                bias=bias is not None, **options,
+            )  # fmt: skip
+        _set(layer, weight, bias)
+        return b.call(node, layer, _batched(b, node, a.input, spatial), name=b.owner(node, a.weight))
+
+    return handler
+
+
+def _batched(b: Builder, node: fx.Node, x: Any, spatial: int) -> fx.Node:
+    if b.rank(x) != spatial + 2:
+        raise b.unsupported(node, f"a convolution of an image without a batch: {b.shape(x)}")
+    return b.operand(node, x)
+
+
+def _conv_transpose(spatial: int) -> Handler:
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+        weight, bias = _weights(b, node, a)
+        names = ("stride", "padding", "output_padding", "dilation")
+        options: dict[str, Any] = {k: _tuple(getattr(a, k), spatial) for k in names}
+        kind: Any = TRANSPOSED[spatial]
+        with torch.device("meta"):
+            layer = kind(
+                weight.shape[0], weight.shape[1] * a.groups, tuple(weight.shape[2:]), groups=a.groups,
+                bias=bias is not None, **options,
+            )  # fmt: skip
+        _set(layer, weight, bias)
+        return b.call(node, layer, _batched(b, node, a.input, spatial), name=b.owner(node, a.weight))
+
+    return handler
+
+
+def _tuple(value: Any, n: int) -> tuple[int, ...]:
+    values = [int(v) for v in value] if isinstance(value, (tuple, list)) else [int(value)]
+    return tuple(values * n if len(values) == 1 else values)
+
+
+BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def _batch_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    kind: Any = BATCH_NORMS[b.rank(a.input)]
+    affine = a.weight is not None or a.bias is not None
+    if a.running_mean is None or a.running_var is None or getattr(a, "training", False):
+        raise b.unsupported(node, "batch norm without running statistics cannot be folded")
+    mean, variance = (b.tensor(node, v).detach().float() for v in (a.running_mean, a.running_var))
+    norm = kind(len(mean), a.eps, a.momentum, affine)
+    norm.running_mean, norm.running_var = mean.clone(), variance.clone()
+    if affine:
+        _set(
+            norm,
+            b.parameter(node, a.weight) if a.weight is not None else torch.ones_like(mean),
+            b.parameter(node, a.bias) if a.bias is not None else torch.zeros_like(mean),
+        )
+    return b.call(node, norm, b.operand(node, a.input), name=b.owner(node, a.weight))
+
+
+def _batch_norm_parts(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
+    """The same as torch.export's decomposition writes it: a list whose first is the result."""
+    result = _batch_norm(b, node, a)
+    return lambda _, index: result
+
+
+def _layer_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    layer = nn.LayerNorm(a.normalized_shape, a.eps, elementwise_affine=a.weight is not None, bias=a.bias is not None)
+    if a.weight is not None:
+        _set(layer, b.parameter(node, a.weight), None if a.bias is None else b.parameter(node, a.bias))
+    elif a.bias is not None:
+        _set(layer, torch.ones(a.normalized_shape), b.parameter(node, a.bias))
+    return b.call(node, layer, b.operand(node, a.input), name=b.owner(node, a.weight))
+
+
+def _prelu(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    weight = b.parameter(node, a.weight)
+    layer = nn.PReLU(weight.numel())
+    _set(layer, weight, None)
+    return b.call(node, layer, b.operand(node, a.self), name=b.owner(node, a.weight))
+
+
+ROWS: dict[str, Handler] = {
+    "linear": _linear,
+    **{f"conv{n}d": _conv(n) for n in CONVOLUTIONS},
+    **{f"conv_transpose{n}d": _conv_transpose(n) for n in TRANSPOSED},
+    "batch_norm": _batch_norm,
+    "_native_batch_norm_legit_no_training": _batch_norm_parts,
+    "layer_norm": _layer_norm,
+    "prelu": _prelu, "_prelu_kernel": _prelu,
+}  # fmt: skip

@@ -1,0 +1,179 @@
+"""Operations that move values: reshape, permute, slice, join, pad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from torch import fx, nn
+
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.builder import Builder, Handler, Parts
+
+
+def _reshape(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """Whatever the arguments are, the result's shape says it all."""
+    if b.shape(node) == b.shape(a.self):
+        return b.operand(node, a.self)
+    shape = b.shape_with_batch(node)
+    flat = len(shape) == 2 and shape[0] == -1
+    module = nn.Flatten(1) if flat and b.shape(a.self)[0] == b.shape(node)[0] else m.Reshape(shape)
+    return b.call(node, module, b.operand(node, a.self), kind="flatten" if flat else "reshape")
+
+
+def _permute(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    dims = [int(d) % b.rank(a.self) for d in a.dims]
+    return b.operand(node, a.self) if dims == sorted(dims) else b.call(node, m.Permute(dims), b.operand(node, a.self))
+
+
+def _transpose(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    rank = b.rank(a.self)
+    i, j = (int(getattr(a, names[0], getattr(a, names[1], 0))) for names in (("dim0", "axis0"), ("dim1", "axis1")))
+    dims = list(range(rank))
+    dims[i], dims[j] = dims[j], dims[i]
+    return b.operand(node, a.self) if i % rank == j % rank else b.call(node, m.Permute(dims), b.operand(node, a.self))
+
+
+def _t(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    return b.call(node, m.Permute(range(b.rank(a.self))[::-1]), b.operand(node, a.self))
+
+
+def cut(b: Builder, node: fx.Node, x: Any, dim: int, start: int, stop: int, step: int = 1) -> fx.Node:
+    """x[…, start:stop:step, …] along `dim`; all of the batch, or an error."""
+    dim %= b.rank(x)
+    size = b.shape(x)[dim]
+    start, stop, step = slice(start, stop, step).indices(size)
+    if (start, stop, step) == (0, size, 1):
+        return b.operand(node, x)
+    if b.free(x)[dim]:
+        raise b.unsupported(node, "slicing along the batch")
+    return b.call(node, m.Slice([(dim, start, stop, step)]), b.operand(node, x))
+
+
+def _slice(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    start, stop = 0 if a.start is None else int(a.start), 2**62 if a.end is None else int(a.end)
+    return cut(b, node, a.self, int(a.dim), start, stop, int(a.step))
+
+
+def one(b: Builder, node: fx.Node, x: Any, dim: int, index: int) -> fx.Node:
+    """x[…, index, …]: without the dimension."""
+    dim %= b.rank(x)
+    if b.free(x)[dim]:
+        raise b.unsupported(node, "one element of the batch")
+    index %= b.shape(x)[dim]
+    current = cut(b, node, x, dim, index, index + 1)
+    shape = [-1 if f else d for i, (d, f) in enumerate(zip(b.shape(x), b.free(x), strict=True)) if i != dim]
+    return b.call(node, m.Reshape(shape), current)
+
+
+def _select(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    return one(b, node, a.self, int(a.dim), int(a.index))
+
+
+def _unbind(b: Builder, node: fx.Node, a: SimpleNamespace) -> Parts:
+    return lambda user, index: one(b, user, a.self, int(a.dim), index)
+
+
+def _split(b: Builder, node: fx.Node, a: SimpleNamespace) -> Parts:
+    """chunk, split, split_with_sizes: where each part begins follows from the results' shapes."""
+    dim = int(a.dim) % b.rank(a.self)
+    sizes = [int(part.shape[dim]) for part in node.meta["val"]]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    if b.free(a.self)[dim]:
+        raise b.unsupported(node, "splitting along the batch")
+    return lambda user, index: cut(b, user, a.self, dim, starts[index], starts[index] + sizes[index])
+
+
+def _concat(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    dim = int(a.dim) % b.rank(node)
+    parts = [p for p in a.tensors if b.rank(p) == b.rank(node)]
+    if b.free(node)[dim]:
+        raise b.unsupported(node, "joining along the batch")
+    return join(b, node, dim, [b.operand(node, p) for p in parts], parts)
+
+
+def join(b: Builder, node: fx.Node, dim: int, operands: Sequence[fx.Node], captured: Sequence[Any]) -> fx.Node:
+    """Concatenation; constants among the operands are repeated along the batch."""
+    data = next(o for o, p in zip(operands, captured, strict=True) if b.is_data(p))
+    whole = [
+        o if b.is_data(p) else b.call(node, m.Expand(b.free(node).index(True)), o, data)
+        for o, p in zip(operands, captured, strict=True)
+    ]
+    return whole[0] if len(whole) == 1 else b.call(node, m.Concat(dim), *whole)
+
+
+def _stack(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    dim = int(a.dim) % b.rank(node)
+    shape = list(b.shape_with_batch(node))
+    shape[dim] = 1
+    operands = [b.call(node, m.Reshape(shape), b.operand(node, p)) for p in a.tensors]
+    return join(b, node, dim, operands, a.tensors)
+
+
+def _scatter(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """A slice that is overwritten: what lies in front of it, the new values, what lies behind it."""
+    dim = int(a.dim) % b.rank(a.self)
+    if hasattr(a, "index"):
+        start, step = int(a.index) % b.shape(a.self)[dim], 1
+        stop = start + 1
+    else:
+        size = b.shape(a.self)[dim]
+        start, stop, step = slice(a.start, a.end, int(a.step)).indices(size)
+    if (start, stop, step) == (0, b.shape(a.self)[dim], 1) and not hasattr(a, "index"):
+        return b.operand(node, a.src)
+    if step != 1 or b.free(a.self)[dim]:
+        raise b.unsupported(node, "overwriting with a step, or along the batch")
+    new, captured = b.operand(node, a.src), a.src
+    if hasattr(a, "index"):
+        shape = list(b.shape_with_batch(node))
+        shape[dim] = 1
+        new = b.call(node, m.Reshape(shape), new)
+    front = [(cut(b, node, a.self, dim, 0, start), a.self)] if start else []
+    back = [(cut(b, node, a.self, dim, stop, b.shape(a.self)[dim]), a.self)] if stop < b.shape(a.self)[dim] else []
+    operands, sources = zip(*front, (new, captured), *back, strict=True)
+    return join(b, node, dim, operands, sources)
+
+
+def _expand(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    if b.shape(node) == b.shape(a.self):
+        return b.operand(node, a.self)
+    raise b.unsupported(node, f"expanding {b.shape(a.self)} to {b.shape(node)}")
+
+
+def _copy(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """The new values of something that is overwritten."""
+    if b.shape(a.src) != b.shape(a.self):
+        raise b.unsupported(node, f"overwriting {b.shape(a.self)} with {b.shape(a.src)}")
+    return b.operand(node, a.src)
+
+
+def _pad(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    value = getattr(a, "value", 0)
+    mode = getattr(a, "mode", "constant")
+    pads = [int(p) for p in a.pad]
+    if not any(pads):
+        return b.operand(node, a.self)
+    if mode != "constant" or value not in (0, None) or min(pads) < 0:
+        raise b.unsupported(node, f"padding with mode={mode!r}, value={value}, pad={tuple(pads)}; only zeros outside")
+    return b.call(node, m.ZeroPad(pads), b.operand(node, a.self), kind="pad")
+
+
+ROWS: dict[str, Handler] = {
+    **dict.fromkeys(
+        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "reshape_as", "view_as"),
+        _reshape,
+    ),
+    "permute": _permute,
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
+    **dict.fromkeys(("t", "numpy_T"), _t),
+    "slice": _slice, "select": _select, "unbind": _unbind, "narrow": lambda b, n, a: cut(
+        b, n, a.self, int(a.dim), int(a.start), int(a.start) + int(a.length)
+    ),
+    **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _split),
+    **dict.fromkeys(("cat", "concat", "concatenate"), _concat),
+    "stack": _stack, "copy": _copy,
+    **dict.fromkeys(("slice_scatter", "select_scatter"), _scatter),
+    **dict.fromkeys(("expand", "expand_as"), _expand),
+    **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
+}  # fmt: skip

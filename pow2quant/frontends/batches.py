@@ -1,0 +1,34 @@
+"""What a network is called with: one batch, however the user writes it, as a flat tuple of tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Batch = Tensor | tuple[Tensor, ...]
+"""The inputs of one call of the network: a tensor (N, …), or one per argument. Dictionaries and nested containers of
+tensors work wherever a batch is read: `inputs` gives their tensors in the order of the container."""
+
+
+def inputs(batch: Any) -> tuple[Tensor, ...]:
+    """The tensors of a batch, in the order in which the prepared network takes them."""
+    return tuple(x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
+
+
+def call_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """How `model` is called with a batch: positional and keyword arguments.
+
+    A mapping whose keys are arguments of `forward` is passed by keyword, another one as the only argument.
+    """
+    if isinstance(batch, Mapping):
+        named = inspect.signature(model.forward).parameters.values()
+        every = any(p.kind is p.VAR_KEYWORD for p in named)
+        names = {p.name for p in named if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if every or set(batch) <= names:
+            return (), dict(batch)
+        return (batch,), {}
+    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}

@@ -1,0 +1,373 @@
+"""Writes the prepared graph from a captured one, node by node; what is special about an operation is in `aten`."""
+
+from __future__ import annotations
+
+import operator as py
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
+from torch.utils import _pytree as pytree
+
+from pow2quant.errors import UnsupportedModelError
+from pow2quant.frontends import modules as m
+from pow2quant.frontends import operators
+from pow2quant.frontends.export import overwrites, source_line
+
+Parts = Callable[[fx.Node, int], fx.Node]
+"""One of an operation's several results: (the node that asks for it, which) -> it in the prepared graph."""
+
+Handler = Callable[["Builder", fx.Node, SimpleNamespace], "fx.Node | Parts"]
+"""A row of `aten`: (builder, captured node, its arguments by the names of the schema) -> the result."""
+
+SIZED = frozenset({"view", "reshape", "_unsafe_view", "expand", "unflatten", "repeat"})
+"""Operations whose size arguments may hold the batch size: their rows look at the result's shape instead."""
+
+COMPOSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Transformer, nn.TransformerEncoderLayer)
+"""Modules of PyTorch's own that are more than one operation."""
+
+
+class Builder:
+    """Writes the prepared graph.
+
+    model: the user's network (a copy). programs: it, captured for two batch sizes. rows: by operation, see `Handler`.
+    made: for every captured node that computes on data the prepared nodes written for it. results: which of them has
+    its value. new: what later readers of it read: another one, where something wrote into it.
+    constants: values that do not depend on data, by node of either capture. outputs: which of the tensors that the
+    user's network returns the prepared one returns: each once.
+    """
+
+    def __init__(
+        self, model: nn.Module, programs: tuple[ExportedProgram, ExportedProgram], rows: Mapping[str, Handler]
+    ) -> None:
+        self.model, self.programs, self.rows = model, programs, rows
+        self.graph = fx.Graph()
+        self.modules: dict[str, nn.Module] = {}
+        self.new: dict[fx.Node, fx.Node] = {}
+        self.parts: dict[fx.Node, Parts] = {}
+        self.made: dict[fx.Node, list[fx.Node]] = {}
+        self.results: dict[fx.Node, fx.Node] = {}
+        self.constants: dict[fx.Node, Any] = {}
+        self.keys: dict[fx.Node, str] = {}
+        self.twins: dict[fx.Node, fx.Node] = {}
+        self.users_modules = dict(model.named_modules(remove_duplicate=False))
+        self.taken = set(self.users_modules)
+        self.outputs: list[int] = []
+        self._current: list[fx.Node] = []
+        self._held: dict[fx.Node, fx.Node] = {}
+        self._layers: set[str] = set()
+
+    def build(self) -> fx.GraphModule:
+        """The prepared network, without shapes. Raises UnsupportedModelError, naming the user's line."""
+        first, second = self.programs
+        specs = {s.arg.name: s for s in first.graph_signature.input_specs}
+        self._layers = self._find_layers(first.graph, specs)
+        for node, twin in zip(first.graph.nodes, second.graph.nodes, strict=True):
+            self.twins[node] = twin
+            if node.op == "placeholder":
+                self._placeholder(node, twin, specs[node.name])
+            elif node.op == "output":
+                self.graph.output(self._output(node))
+            elif node.op == "get_attr":
+                self.constants[node] = getattr(first.graph_module, str(node.target))
+                self.constants[twin] = getattr(second.graph_module, str(twin.target))
+            elif all(a in self.constants for a in node.all_input_nodes):
+                self._evaluate(node, twin)
+            else:
+                self._current = self.made[node] = []
+                self._convert(node)
+        network = fx.GraphModule(self.modules, self.graph).eval()
+        network.graph.eliminate_dead_code()
+        network.delete_all_unused_submodules()
+        network.recompile()
+        return network
+
+    def _find_layers(self, graph: fx.Graph, specs: Mapping[str, InputSpec]) -> set[str]:
+        """The modules that become layers of their own name: nothing can be put inside them."""
+        found = set()
+        for node in graph.nodes:
+            if node.op == "placeholder" and specs[node.name].kind is InputKind.PARAMETER:
+                self.keys[node] = str(specs[node.name].target)
+            owner = self.users_modules.get(scope(node)) if node.op == "call_function" else None
+            if owner is not None and list(owner.parameters(recurse=False)):
+                weight = getattr(arguments(node), "weight", None)
+                found |= {self.owner(node, weight) or ""} if isinstance(weight, fx.Node) else set()
+        return found - {""}
+
+    # -- nodes -------------------------------------------------------------------------------------------------------
+
+    def _placeholder(self, node: fx.Node, twin: fx.Node, spec: InputSpec) -> None:
+        if spec.kind is InputKind.USER_INPUT:
+            if isinstance(spec.arg, ConstantArgument):
+                self.constants[node] = self.constants[twin] = spec.arg.value
+            else:
+                self.new[node] = self.results[node] = self.graph.placeholder(node.name)
+            return
+        key = str(spec.target)
+        if spec.kind is InputKind.PARAMETER:
+            value: Any = self.model.get_parameter(key)
+        else:
+            first = self.programs[0]
+            value = first.constants[key] if key in first.constants else first.state_dict[key]
+            value = value.clone() if isinstance(value, Tensor) else value
+        self.constants[node] = self.constants[twin] = value
+        self.keys[node] = key
+
+    def _evaluate(self, node: fx.Node, twin: fx.Node) -> None:
+        """An operation on constants: run now, once where both captures have the same operands."""
+        pairs = zip(node.all_input_nodes, twin.all_input_nodes, strict=True)
+        same = not self._differ(node, twin) and all(self.constants[a] is self.constants[b] for a, b in pairs)
+        try:
+            with torch.no_grad():
+                self.constants[node] = value = self._run(node)
+                self.constants[twin] = value if same else self._run(twin)
+        except Exception as error:
+            raise self.unsupported(node, f"fails on constants ({error})") from error
+
+    def _run(self, node: fx.Node) -> Any:
+        assert callable(node.target)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.constants[n])
+        kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
+        return node.target(*args, **kwargs)
+
+    @staticmethod
+    def _differ(node: fx.Node, twin: fx.Node) -> bool:
+        """Whether the two captures of an operation have different arguments, beside tensors."""
+        plain = [fx.node.map_arg((n.args, n.kwargs), lambda _: None) for n in (node, twin)]
+        return bool(plain[0] != plain[1])
+
+    def _convert(self, node: fx.Node) -> None:
+        if node.target is py.getitem:
+            self.new[node] = self.results[node] = self._part(node)
+            return
+        name = operation(node)
+        if name.startswith("_assert"):
+            return
+        handler = self.rows.get(name)
+        if handler is None:
+            raise self.unsupported(node, f"the operation {name} is not supported")
+        if name not in SIZED and self._differ(node, self.twins[node]):
+            raise self.unsupported(node, "an argument depends on the batch size")
+        try:
+            result = handler(self, node, arguments(node))
+        except UnsupportedModelError:
+            raise
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, AssertionError) as error:
+            raise self.unsupported(node, f"not understood as it is written ({error})") from error
+        if not isinstance(result, fx.Node):
+            self.parts[node] = result
+            return
+        self.new[node] = self.results[node] = result
+        if overwrites(node):
+            written = node.args[0]
+            assert isinstance(written, fx.Node)
+            self.new[written] = result
+
+    def _part(self, node: fx.Node) -> fx.Node:
+        source, index = node.args[0], node.args[1]
+        assert isinstance(source, fx.Node)
+        assert isinstance(index, int)
+        if source not in self.parts:
+            raise self.unsupported(node, "indexing of something that is no list of tensors")
+        return self.parts[source](node, index)
+
+    def _output(self, node: fx.Node) -> Any:
+        self._current = []
+        results: list[fx.Node] = []
+        for i, leaf in enumerate(x for x in pytree.tree_leaves(node.args[0]) if isinstance(x, fx.Node)):
+            if leaf not in self.new:
+                raise UnsupportedModelError(
+                    "the network must return tensors that are computed from its inputs; one of them is a constant"
+                )
+            if self.new[leaf] not in results:
+                results.append(self.new[leaf])
+                self.outputs.append(i)
+        if not results:
+            raise UnsupportedModelError("the network returns no tensor")
+        spec = self.programs[0].call_spec.out_spec
+        return results[0] if spec is not None and spec.is_leaf() else tuple(results)
+
+    # -- what rows use -----------------------------------------------------------------------------------------------
+
+    def call(
+        self, node: fx.Node, module: nn.Module, *args: fx.Node, name: str | None = None, kind: str | None = None
+    ) -> fx.Node:
+        """Adds a call of `module`, under the name of the user's module, or one made of the scope and `kind`."""
+        module.__class__ = m.EXACT.get(type(module), type(module))
+        if hasattr(module, "inplace"):
+            module.inplace = False  # type: ignore[assignment]
+        kind = kind or type(module).__name__.lower()
+        target = self._name(node, kind) if name is None else self._free(name)
+        if not isinstance(module, m.BATCH_NORMS):
+            operators.check(module, f"{target}{source_line(node)}")
+        self.modules[target] = module.eval()
+        made = self.graph.call_module(target, args)
+        self._current.append(made)
+        return made
+
+    def _name(self, node: fx.Node, kind: str) -> str:
+        path = scope(node)
+        owner = self.users_modules.get(path)
+        if owner is not None and path and _is_one_operation(owner) and not list(owner.parameters(recurse=False)):
+            return self._free(path)
+        while path in self._layers:
+            path = path.rpartition(".")[0]
+        base, count = f"{path}.{kind}" if path else kind, 0
+        name = base
+        while name in self.taken or name in self.modules:
+            count += 1
+            name = f"{base}_{count}"
+        self.taken.add(name)
+        return name
+
+    def _free(self, name: str) -> str:
+        """The name, or, where it is taken by an earlier call, the name with a number."""
+        if name not in self.modules:
+            return name
+        count = 1
+        while f"{name}_{count}" in self.taken:
+            count += 1
+        self.taken.add(f"{name}_{count}")
+        return f"{name}_{count}"
+
+    def is_data(self, value: Any) -> bool:
+        """Whether an argument is computed from the network's inputs."""
+        return isinstance(value, fx.Node) and value not in self.constants
+
+    def operand(self, node: fx.Node, value: Any) -> fx.Node:
+        """A tensor argument in the prepared graph; a constant one becomes a module that holds it."""
+        if isinstance(value, fx.Node) and value in self.new:
+            return self.new[value]
+        if isinstance(value, fx.Node) and value in self.constants:
+            return self._hold(node, value)
+        raise self.unsupported(node, "an operand is not a tensor")
+
+    def _hold(self, node: fx.Node, value: fx.Node) -> fx.Node:
+        if value not in self._held:
+            name = self.keys.get(value)
+            name = None if name is None or name in self.taken else name
+            self._held[value] = self.hold(node, self.tensor(node, value), name)
+        return self._held[value]
+
+    def hold(self, node: fx.Node, tensor: Tensor, name: str | None = None) -> fx.Node:
+        """A constant as a node of the prepared graph."""
+        return self.call(node, m.Constant(tensor.detach().float()), name=name, kind="constant")
+
+    def tensor(self, node: fx.Node, value: Any) -> Tensor:
+        """A constant tensor that has no row per image, or equal ones (then one row, that broadcasts)."""
+        first, second = self.constants[value], self.constants[self.twins[value]]
+        if first is second or (first.shape == second.shape and torch.equal(first, second)):
+            result: Tensor = torch.as_tensor(first)
+            return result
+        if first.ndim == second.ndim:
+            free = [d for d in range(first.ndim) if first.shape[d] != second.shape[d]]
+            if len(free) == 1:
+                rows = [t.narrow(free[0], 0, 1) for t in (first, second)]
+                if all(torch.equal(t, rows[0].expand_as(t)) for t in (first, second)):
+                    return rows[0].clone()
+        raise self.unsupported(node, "a constant depends on the batch size")
+
+    def parameter(self, node: fx.Node, value: Any) -> nn.Parameter:
+        """A weight: the user's own parameter, so that it stays shared, or one made of a constant."""
+        if not isinstance(value, fx.Node) or value not in self.constants:
+            raise self.unsupported(node, "a weight is computed from the network's inputs")
+        held = self.constants[value]
+        if isinstance(held, nn.Parameter):
+            return held
+        return nn.Parameter(self.tensor(node, value).detach().float())
+
+    def number(self, value: Any) -> float | None:
+        """A constant with a single value, or None."""
+        if isinstance(value, (bool, int, float)):
+            return float(value)
+        if isinstance(value, fx.Node) and value in self.constants:
+            held, twin = self.constants[value], self.constants[self.twins[value]]
+            single = [
+                float(torch.as_tensor(v).detach()) for v in (held, twin) if not isinstance(v, Tensor) or v.numel() == 1
+            ]
+            if len(single) == 2 and single[0] == single[1]:
+                return single[0]
+        return None
+
+    def owner(self, node: fx.Node, weight: Any) -> str | None:
+        """The name for a layer: the module that has `weight`, if that holds no other modules."""
+        path = scope(node)
+        owner = self.users_modules.get(path)
+        held = self.constants.get(weight)
+        if owner is not None and path and _is_one_operation(owner):
+            return path
+        own = [] if owner is None or not path or _children(owner) else owner.parameters(recurse=False)
+        if any(p is held for p in own):
+            return path
+        path = self.keys.get(weight, "").rpartition(".")[0]
+        owner = self.users_modules.get(path)
+        return path if path and owner is not None and not _children(owner) else None
+
+    @staticmethod
+    def shape(node: Any) -> tuple[int, ...]:
+        """The shape of a captured node, for the smaller batch."""
+        return tuple(int(d) for d in node.meta["val"].shape)
+
+    def rank(self, node: Any) -> int:
+        """The number of dimensions of a captured node."""
+        return len(self.shape(node))
+
+    def free(self, node: Any) -> tuple[bool, ...]:
+        """Which dimensions of a captured node grow with the batch."""
+        return tuple(a != b for a, b in zip(self.shape(node), self.shape(self.twins[node]), strict=True))
+
+    def shape_with_batch(self, node: fx.Node) -> tuple[int, ...]:
+        """The node's shape with -1 for the one dimension that grows with the batch."""
+        shape = [-1 if free else d for d, free in zip(self.shape(node), self.free(node), strict=True)]
+        if shape.count(-1) > 1:
+            raise self.unsupported(node, f"more than one dimension grows with the batch: {self.shape(node)}")
+        return tuple(shape)
+
+    def unsupported(self, node: fx.Node, why: str) -> UnsupportedModelError:
+        """The error for a captured node, with the user's module and line."""
+        where = scope(node)
+        return UnsupportedModelError(
+            f"{f'{where}: ' if where else ''}{node.name}{source_line(node)}: {why}. Write it with supported operations "
+            "(`pow2quant list --operators`) or keep this part outside the network."
+        )
+
+
+def operation(node: fx.Node) -> str:
+    """The name of an operation without namespace, overload and the mark of writing in place."""
+    packet = getattr(node.target, "overloadpacket", None)
+    name = str(packet).rpartition(".")[2] if packet is not None else getattr(node.target, "__name__", str(node.target))
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+def arguments(node: fx.Node) -> SimpleNamespace:
+    """All arguments of an operation by the names of its schema."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return SimpleNamespace(args=node.args, **node.kwargs)
+    names = [a.name for a in schema.arguments]
+    values: dict[str, Any] = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    values |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return SimpleNamespace(**values)
+
+
+def scope(node: fx.Node) -> str:
+    """The user's module in whose forward a captured node stands."""
+    stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
+    paths: Sequence[str] = [path for path, _ in stack.values()]
+    return str(paths[-1]).partition("@")[0] if paths else ""
+
+
+def _is_one_operation(module: nn.Module) -> bool:
+    """Whether a module is PyTorch's own for one operation, or a subclass that computes as it does."""
+    forward = type(module).forward
+    own = getattr(forward, "__module__", "") or ""
+    return own.startswith("torch.nn.") and not isinstance(module, COMPOSED) and not _children(module)
+
+
+def _children(module: nn.Module) -> list[str]:
+    """The names of the modules inside, without those that compute a parameter."""
+    return [name for name, _ in module.named_children() if name != "parametrizations"]

@@ -1,0 +1,111 @@
+"""Whether a prepared network computes what the user's does: operation by operation, on the user's own values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pow2quant.errors import ModelError, UnsupportedModelError
+from pow2quant.frontends.builder import Builder, operation, scope
+from pow2quant.frontends.export import first_line, source_line
+
+
+def close(value: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ by rounding only, as far as that can be told from their size."""
+    if value.shape != expected.shape:
+        return False
+    if not expected.numel():
+        return True
+    scale = float(expected.abs().max())
+    return torch.allclose(
+        value.float(), expected.float(), rtol=tolerance, atol=0.1 * tolerance * scale + 1e-12, equal_nan=True
+    )
+
+
+class Lockstep:
+    """Runs the captured network, and beside each of its operations the prepared nodes that stand for it.
+
+    These get the user's values, so rounding differences do not add up through a deep network; and nothing is kept
+    longer than something reads it.
+    """
+
+    def __init__(self, builder: Builder, network: fx.GraphModule) -> None:
+        self.builder, self.network = builder, network
+        self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self.prepared: dict[fx.Node, Any] = {}
+        self.users: dict[fx.Node, Any] = {}
+        self._kept = set(network.graph.nodes)
+
+    def run(self, batch: tuple[Tensor, ...]) -> None:
+        """Compares on one batch of the first capture's size. Raises UnsupportedModelError, naming the operation."""
+        given = iter(batch)
+        graph = self.builder.programs[0].graph
+        last, last_prepared = self._last_uses(graph)
+        for node in graph.nodes:
+            if node.op == "placeholder" and node in self.builder.results:
+                value = next(given).clone()
+                self._set(self.builder.results[node], value)
+                self.users[node] = value
+            elif node in self.builder.made:
+                self._step(node)
+            for gone in last.get(node, ()):
+                self.users.pop(gone, None)
+            for gone in last_prepared.get(node, ()):
+                self.prepared.pop(gone, None)
+
+    def _set(self, prepared: fx.Node, value: Any) -> None:
+        self.prepared[prepared] = value
+        if isinstance(value, Tensor):
+            self.shapes[prepared.name] = (value.shape, value.dtype)
+
+    def _step(self, node: fx.Node) -> None:
+        made = [n for n in self.builder.made[node] if n in self._kept]
+        for step in made:
+            module = self.network.get_submodule(str(step.target))
+            args = fx.node.map_arg(step.args, lambda n: self.prepared[n])
+            self._set(step, module(*args))
+        try:
+            expected = self._captured(node)
+        except Exception as error:
+            raise ModelError(f"{scope(node)}: {node.name}{source_line(node)} fails: {first_line(error)}") from error
+        self.users[node] = expected
+        result = self.builder.results.get(node)
+        if result is None or result not in made:
+            return
+        value = self.prepared[result]
+        if isinstance(expected, Tensor) and not close(value, expected, 1e-3):
+            raise UnsupportedModelError(
+                f"{scope(node)}: {node.name}{source_line(node)}: {operation(node)} is not prepared as it is written "
+                "(an argument that is not supported); please write it in another way"
+            )
+        self._set(result, expected)
+
+    def _captured(self, node: fx.Node) -> Any:
+        assert callable(node.target)
+
+        def value(n: fx.Node) -> Any:
+            return self.builder.constants[n] if n in self.builder.constants else self.users[n]
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        return node.target(*args, **kwargs)
+
+    def _last_uses(self, graph: fx.Graph) -> tuple[dict[fx.Node, list[fx.Node]], dict[fx.Node, list[fx.Node]]]:
+        """For every captured node what nothing reads behind it: captured values, and prepared ones."""
+        last: dict[fx.Node, fx.Node] = {}
+        last_prepared: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            for read in node.all_input_nodes:
+                last[read] = node
+            for step in self.builder.made.get(node, ()):
+                for read in step.all_input_nodes:
+                    last_prepared[read] = node
+        return _inverted(last), _inverted(last_prepared)
+
+
+def _inverted(last: dict[fx.Node, fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for read, node in last.items():
+        found.setdefault(node, []).append(read)
+    return found

@@ -1,0 +1,228 @@
+"""Capturing a network with `torch.export`, once for each of two batch sizes.
+
+Both captures are static: every shape is a number, and what differs between them is what the batch size decides. So a
+`-1`, a constant with one row per image, or a loop over the batch is found by comparing, and nothing is symbolic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import operator as py
+import re
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from pow2quant.errors import ModelError, UnsupportedModelError
+from pow2quant.frontends.batches import call_arguments
+
+SIZES = (2, 3)
+"""The batch sizes of the two captures."""
+
+TORCH = str(Path(torch.__file__).parent / "_")[:-1]
+"""The folder of PyTorch's own files, with the separator behind it (torchvision lies beside it)."""
+
+HERE = str(Path(__file__).parent)
+
+LOGGERS = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes", "torch._dynamo")
+
+WRAPPERS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A float32 copy on the CPU, in eval mode, without DataParallel and torch.compile around it.
+
+    Raises UnsupportedModelError for scripted and traced modules, ModelError for what cannot be copied.
+    """
+    while isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        wrapper: Any = model
+        model = wrapper._orig_mod if hasattr(wrapper, "_orig_mod") else wrapper.module
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    if scripted:
+        raise UnsupportedModelError(
+            f"{scripted[0] or 'the network'}: is a scripted or traced module (torch.jit), whose code cannot be read; "
+            "pass the module that it was made from"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = copy.deepcopy(model, _computed_parameters(model))
+            if not isinstance(model, fx.GraphModule):
+                model.eval()
+            return model.float().cpu()
+    except Exception as error:  # a user's __deepcopy__ may raise anything
+        raise ModelError(f"the network cannot be copied: {first_line(error)}") from error
+
+
+def _computed_parameters(model: nn.Module) -> dict[int, Tensor]:
+    """Copies of tensors that a module computes from its parameters before it runs (`weight_norm`), by id.
+
+    A deep copy takes them from here, because it refuses tensors that have a history.
+    """
+    held = [x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor)]
+    return {id(x): x.detach().clone() for x in held if x.grad_fn is not None}
+
+
+def capture(model: nn.Module, batches: tuple[Any, Any]) -> tuple[ExportedProgram, ExportedProgram]:
+    """The network's operations for two batches of different sizes; both graphs have the same nodes in the same order.
+
+    Raises ModelError when the network fails on the batches, UnsupportedModelError (with the user's line) when its
+    operations depend on data or on the batch size.
+    """
+    programs = [_export(model, batch) for batch in batches]
+    if any(_writes_into_views(p.graph) for p in programs):
+        with _quiet():
+            programs = [p.run_decompositions({}) for p in programs]
+    for program in programs:
+        program.graph.eliminate_dead_code()
+    first, second = programs
+    names = [[str(n.target) for n in p.graph.nodes if n.op == "call_function"] for p in programs]
+    if names[0] != names[1]:
+        raise UnsupportedModelError(
+            f"the network's operations depend on the batch size ({len(names[0])} for {SIZES[0]} inputs, "
+            f"{len(names[1])} for {SIZES[1]}): it loops over the batch, or branches on it; write it for any batch size"
+        )
+    return first, second
+
+
+def _export(model: nn.Module, batch: Any) -> ExportedProgram:
+    args, kwargs = call_arguments(model, batch)
+    try:
+        with torch.no_grad(), _quiet():
+            program = torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:
+        _check_runs(model, batch)
+        what = "Control flow must not depend on tensors: move it out of forward, or quantize the parts on their own."
+        raise UnsupportedModelError(
+            f"the network cannot be captured by torch.export{_user_line(error)}: {first_line(error)} {what}"
+        ) from error
+    _inline(program.graph_module)
+    return program
+
+
+def _check_runs(model: nn.Module, batch: Any) -> None:
+    """Raises ModelError when the network fails on the batch, in plain PyTorch."""
+    args, kwargs = call_arguments(model, batch)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
+        raise ModelError(
+            f"the network fails on inputs of shape {shapes}{_user_line(error)}: {first_line(error)} "
+            "It must take any batch size."
+        ) from error
+
+
+def _inline(module: fx.GraphModule) -> None:
+    """Puts the operations of `with torch.autocast(…)` and `with torch.no_grad()` where the block stands."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or getattr(node.target, "__name__", str(node.target)) not in WRAPPERS:
+            continue
+        at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")
+        holder = node.args[at]
+        inner = getattr(module, str(holder.target))
+        _inline(inner)
+        with graph.inserting_before(node):
+            results = _inlined(graph, inner.graph, list(node.args[at + 1 :]))
+        for user in list(node.users):
+            if user.target is not py.getitem:
+                continue
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not holder.users:
+            graph.erase_node(holder)
+
+
+def _inlined(graph: fx.Graph, inner: fx.Graph, given: list[Any]) -> Any:
+    """Copies the nodes of `inner`, called with `given`, to where `graph` inserts; returns its results."""
+    env: dict[fx.Node, Any] = {}
+    for step in inner.nodes:
+        if step.op == "placeholder":
+            env[step] = given.pop(0)
+        elif step.op == "output":
+            return fx.node.map_arg(step.args[0], lambda n: env[n])
+        else:
+            env[step] = graph.node_copy(step, lambda n: env[n])
+    return ()
+
+
+def _writes_into_views(graph: fx.Graph) -> bool:
+    """Whether something is overwritten that is read later under another name: through a view, or as a view's base."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    root: dict[fx.Node, fx.Node] = {}
+    family: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        base = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        root[node] = root[base] if base is not None and _is_alias(node) else node
+        family.setdefault(root[node], []).append(node)
+    for node in graph.nodes:
+        if not overwrites(node):
+            continue
+        for alias in family[root[node.args[0]]]:
+            stale = alias is not node.args[0] and order[alias] < order[node]
+            if stale and any(order[user] > order[node] for user in alias.users):
+                return True
+    return False
+
+
+def _is_alias(node: fx.Node) -> bool:
+    """Whether the result shares memory with the first argument."""
+    if node.target is py.getitem:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.returns) and schema.returns[0].alias_info is not None
+
+
+def overwrites(node: fx.Node) -> bool:
+    """Whether the operation writes into its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it, torch.export neither logs nor warns: what matters is in its errors."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def first_line(error: BaseException) -> str:
+    """An error's text as one sentence."""
+    text = str(error).strip().splitlines()
+    line = text[0].strip() if text else type(error).__name__
+    return line if line.endswith(".") else f"{line}."
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost line of the traceback that is neither PyTorch's nor ours."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((TORCH, HERE))]
+    frames = [f for f in frames if f.line and not f.filename.startswith("<")]
+    return f' at {frames[-1].filename}:{frames[-1].lineno} "{frames[-1].line}"' if frames else ""
+
+
+def source_line(node: fx.Node) -> str:
+    """Where a node stands in the user's code: ' (file.py:12 "x = torch.svd(x)")', or nothing."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in \S+\n\s*(.+)', node.meta.get("stack_trace") or "")
+    frames = [f for f in frames if not f[0].startswith(TORCH)]
+    return ' ({}:{} "{}")'.format(*frames[-1]) if frames else ""

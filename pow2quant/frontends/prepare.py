@@ -1,0 +1,124 @@
+"""One preparation for every backend: the user's network as a graph of modules from `operators.OPERATORS`.
+
+Submodule names are kept. Functions (`F.relu`, `+`, `torch.cat`, `x.mean`, …) become modules named after the module in
+whose `forward` they stand (`layer1.0.add`); a module that is called twice is written twice (`layer1.0.relu_1`), its
+parameters stay shared. Dropout and identities go. Batch norm stays where it is: `fold.fold_batch_norm` is a rewrite.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from pow2quant.errors import ModelError, UnsupportedModelError, WeightsError
+from pow2quant.frontends.aten import ROWS
+from pow2quant.frontends.batches import call_arguments, inputs
+from pow2quant.frontends.builder import Builder
+from pow2quant.frontends.checks import Lockstep, close
+from pow2quant.frontends.containers import restore_containers
+from pow2quant.frontends.export import SIZES, capture, unwrapped
+
+PREPARED = "pow2quant_prepared"
+
+
+def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
+    """The network as a float graph of modules, in eval mode, with `shape`, `free` and `dtype` in each `node.meta`.
+
+    model: left unchanged; the result holds copies. example: inputs of one call, (N, …) each; what counts is their
+    shapes and types, and how large their values are.
+    Raises UnsupportedModelError (node, source line, what can be done), WeightsError for weights that are not finite,
+    ModelError when the network fails on the example.
+    """
+    _check_finite(model)
+    model = unwrapped(model)
+    batches = tuple(_of_size(example, n) for n in SIZES)
+    programs = capture(model, (batches[0], batches[1]))
+    builder = Builder(model, programs, ROWS)
+    network = builder.build()
+    _check_same(builder, network, model, batches)
+    restore_containers(network, model)
+    network.meta[PREPARED] = True
+    return network
+
+
+def is_prepared(network: nn.Module) -> bool:
+    """Whether `prepare` made it."""
+    return isinstance(network, fx.GraphModule) and PREPARED in network.meta
+
+
+def _check_same(builder: Builder, network: fx.GraphModule, model: nn.Module, batches: tuple[Any, ...]) -> None:
+    """The claim of this file, checked on random data: the prepared network computes what the user's does.
+
+    Each operation is compared on the user's own values at one batch size, the whole network at the other; on the way
+    every node gets its shapes.
+    """
+    with torch.no_grad():
+        first = Lockstep(builder, network)
+        first.run(inputs(batches[0]))
+        args, kwargs = call_arguments(model, pytree.tree_map(_cloned, batches[1]))
+        returned = inputs(model(*args, **kwargs))
+        whole = Shapes(network)
+        result = inputs(whole.run(*inputs(batches[1])))
+    for node in network.graph.nodes:
+        if node.op == "output":
+            continue
+        small, large = (s[node.name] for s in (first.shapes, whole.shapes))
+        node.meta["shape"] = tuple(small[0])
+        node.meta["free"] = tuple(a != b for a, b in zip(small[0], large[0], strict=True))
+        node.meta["dtype"] = small[1]
+    expected = [returned[i] for i in builder.outputs]
+    if not all(close(a, b, 1e-2) for a, b in zip(result, expected, strict=True)):
+        raise UnsupportedModelError(
+            "the network does not compute the same when it is captured: what forward does depends on more than its "
+            "inputs"
+        )
+
+
+class Shapes(fx.Interpreter):
+    """Runs a network and notes every node's shape and type, by name."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs one node."""
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n.name] = (value.shape, value.dtype)
+        return value
+
+
+def _cloned(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ModelError(
+                f"{name}: has no shape yet (a lazy module); run the network on an example once, then save it"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise WeightsError(f"{name}: the weights hold NaN or infinity")
+
+
+def _of_size(example: Any, n: int) -> Any:
+    """n samples of the example's shape and size of values, each another; integers (tokens) keep the example's rows."""
+    generator = torch.Generator().manual_seed(0)
+
+    def varied(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        x = x.detach().cpu()
+        if not x.is_floating_point():
+            return x[torch.arange(n) % len(x)].clone()
+        first = x[:1].float()
+        spread = float(first.abs().max()) or 1.0
+        return first + 0.5 * spread * torch.randn(n, *x.shape[1:], generator=generator)
+
+    return pytree.tree_map(varied, example)
