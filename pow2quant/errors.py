@@ -4,7 +4,7 @@ Pow2QuantError                     one clear line; the command line prints it an
 ├── ConfigError                    a key or value of a configuration, a flag, a plug-in name
 ├── DataError                      an empty data set, NaN in calibration data, a wrong folder
 ├── ModelError                     a network that cannot be built
-│   ├── UnsupportedModelError      an operator or control flow that cannot be traced or quantized
+│   ├── UnsupportedModelError      an operator or control flow that cannot be captured or quantized
 │   └── WeightsError               a state dict that does not fit, NaN in a layer's weights
 ├── EncodingError                  an encoding that is impossible or belongs to another model
 │   └── NotPowerOfTwoError         a scale that is not exactly 2^k

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pow2quant.backends.prepare import PREPARED
 from torch import Tensor, fx, nn
 
 from pow2quant import QuantPlan, simulate
 from pow2quant.adapters import onnx_qdq
 from pow2quant.errors import UnsupportedModelError
+from pow2quant.frontends.prepare import PREPARED
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.lower import lower
 from pow2quant.runs.executors import simulation_executor

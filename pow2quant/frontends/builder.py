@@ -149,7 +149,7 @@ class Builder:
             return
         handler = self.rows.get(name)
         if handler is None:
-            raise self.unsupported(node, f"the operation {name} is not supported")
+            raise self.unsupported(node, f"{name}() is not supported")
         if name not in SIZED and self._differ(node, self.twins[node]):
             raise self.unsupported(node, "an argument depends on the batch size")
         try:
@@ -259,16 +259,18 @@ class Builder:
 
     def tensor(self, node: fx.Node, value: Any) -> Tensor:
         """A constant tensor that has no row per image, or equal ones (then one row, that broadcasts)."""
+        result: Tensor
         first, second = self.constants[value], self.constants[self.twins[value]]
         if first is second or (first.shape == second.shape and torch.equal(first, second)):
-            result: Tensor = torch.as_tensor(first)
+            result = torch.as_tensor(first)
             return result
         if first.ndim == second.ndim:
             free = [d for d in range(first.ndim) if first.shape[d] != second.shape[d]]
             if len(free) == 1:
                 rows = [t.narrow(free[0], 0, 1) for t in (first, second)]
                 if all(torch.equal(t, rows[0].expand_as(t)) for t in (first, second)):
-                    return rows[0].clone()
+                    result = rows[0].clone()
+                    return result
         raise self.unsupported(node, "a constant depends on the batch size")
 
     def parameter(self, node: fx.Node, value: Any) -> nn.Parameter:

@@ -20,11 +20,11 @@ def restore_containers(network: fx.GraphModule, model: nn.Module) -> None:
         kind = next((k for k in CONTAINERS if isinstance(user, k)), None)
         if kind is None or type(holder) is not nn.Module or not path:
             continue
-        kept = dict(holder._modules)
-        names = [n for n in user._modules if n in kept or kind is not nn.ModuleDict]
-        filled = {name: kept.pop(name, None) or nn.Identity() for name in names}
-        container = kind()
-        container._modules.update({**filled, **kept})
+        container, kept = kind(), {name: x for name, x in holder._modules.items() if x is not None}
+        for name in user._modules:
+            if name in kept or kind is not nn.ModuleDict:
+                container._modules[name] = kept.pop(name, nn.Identity())
+        container._modules.update(kept)
         container.training = holder.training
         network.set_submodule(path, container)
 
