@@ -21,29 +21,60 @@ class Kind(Enum):
     INDEX = "its result is integers that count, without an encoding"
 
 
+class Double(Enum):
+    """Whether an operation of a QDQ file is computed in double, and rounded to float32 once."""
+
+    NEVER = "in float32, by onnxruntime's choice of kernels or by ours"
+    BETWEEN = "where it stands between two that are, or beside one, and nothing is rounded between them"
+    ABOVE_8_BITS = "unless its input and its result have 8 bits, on which float32 agrees with it"
+    ALWAYS = "two libraries' float32 kernels differ in the last bit"
+
+
 @dataclass(frozen=True)
 class Operation:
     """A row: what is true of one ONNX operation, whoever computes it."""
 
     kind: Kind
+    double: Double = Double.NEVER
 
 
 OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), Operation(Kind.WEIGHTED)),
-    **dict.fromkeys(("Relu", "Clip"), Operation(Kind.CLIP)),
-    "Concat": Operation(Kind.CONCAT),
+    **dict.fromkeys(("Relu", "Clip"), Operation(Kind.CLIP, Double.BETWEEN)),
+    "Concat": Operation(Kind.CONCAT, Double.BETWEEN),
     "ArgMax": Operation(Kind.INDEX),
+    **dict.fromkeys(("MaxPool", "Flatten", "Resize", "ReduceMax", "ReduceMin"), Operation(Kind.PASS)),
+    **dict.fromkeys(("Reshape", "Transpose", "Slice", "Pad", "Expand", "Gather"), Operation(Kind.PASS, Double.BETWEEN)),
     **dict.fromkeys(
-        ("MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Pad", "Resize", "Expand", "Gather"),
-        Operation(Kind.PASS),
+        (
+            "HardSigmoid",
+            "HardSwish",
+            "Gelu",
+            "Elu",
+            "LeakyRelu",
+            "PRelu",
+            "Erf",
+            "AveragePool",
+            "Cast",
+            "Constant",
+            "CumSum",
+        ),
+        Operation(Kind.COMPUTE),
     ),
     **dict.fromkeys(
         (
-            *("Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu", "Elu", "LeakyRelu", "PRelu"),
-            *("Softmax", "LayerNormalization", "AveragePool", "ReduceMean", "Add", "Sub", "Mul", "MatMul"),
-            "Constant",
+            *("Add", "Sub", "Mul", "MatMul", "Neg", "Abs", "Sign", "Floor", "Ceil", "Round", "Max", "Min", "Where"),
+            *("Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "ReduceMean", "ReduceSum"),
         ),
-        Operation(Kind.COMPUTE),
+        Operation(Kind.COMPUTE, Double.BETWEEN),
+    ),
+    **dict.fromkeys(("Sigmoid", "Tanh"), Operation(Kind.COMPUTE, Double.ABOVE_8_BITS)),
+    **dict.fromkeys(
+        (
+            *("Softmax", "LogSoftmax", "LayerNormalization", "Exp", "Log", "Sqrt", "Div", "Pow", "Sin", "Cos"),
+            *("ReduceLogSumExp", "ReduceProd"),
+        ),
+        Operation(Kind.COMPUTE, Double.ALWAYS),
     ),
 }
 """By ONNX operation type (domain `ai.onnx`)."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.operators import OPERATORS
 from tests.prepared import Sketch, outcome
 
-MAPS, ROWS, VECTORS, TOKENS = (8, 6, 6), (8, 12), (8,), (6,)
-"""What an operation reads: (C, H, W), (C, L) or (C) behind a layer, or integers."""
+VOLUMES, MAPS, ROWS, VECTORS, TOKENS = (8, 4, 4, 4), (8, 6, 6), (8, 12), (8,), (6,)
+"""What an operation reads: (C, D, H, W), (C, H, W), (C, L) or (C) behind a layer, or integers."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,25 @@ CASES: dict[str, Case] = {
     "Sub from a constant": Case(lambda s, x: s("op", m.Sub(), s("c", constant(1, 8, 1)), x), ROWS),
     "MatMul with a constant": Case(lambda s, x: s("op", m.MatMul(), x, s("c", constant(12, 5))), ROWS),
     "MatMul of a constant": Case(lambda s, x: s("op", m.MatMul(), s("c", constant(5, 8)), x), ROWS),
+    "Add": Case(lambda s, x: s("op", m.Add(), x, s("y", nn.Conv2d(8, 8, 1), x))),
+    "Sub": Case(lambda s, x: s("op", m.Sub(), x, s("y", nn.Conv2d(8, 8, 1), x))),
+    "Mul": Case(lambda s, x: s("op", m.Mul(), x, s("y", nn.Conv2d(8, 8, 1), x))),
+    "Div": Case(lambda s, x: s("op", m.Div(), x, s("y", nn.Conv2d(8, 8, 1), x)), integers=False, proved=False),
+    "MatMul": Case(lambda s, x: s("op", m.MatMul(), x, s("y", m.Permute((0, 1, 3, 2)), x))),
+    "Maximum": Case(lambda s, x: s("op", m.Maximum(), x, s("y", nn.Conv2d(8, 8, 1), x))),
+    "Minimum": Case(lambda s, x: s("op", m.Minimum(), x, s("y", nn.Conv1d(8, 8, 1), x)), ROWS),
+    "Choose": Case(
+        lambda s, x: s("op", m.Choose(torch.rand(1, 1, 12) > 0.5), x, s("y", nn.Conv1d(8, 8, 1), x)),
+        ROWS,
+        integers=False,
+    ),
+    "Select": Case(
+        lambda s, x: s("op", m.Select(), s("c", m.Compare("Greater", 0), x), x, s("y", nn.Conv1d(8, 8, 1), x)),
+        ROWS,
+        integers=False,
+        proved=False,
+    ),
+    "Linear": Case(lambda s, x: s("op", nn.Linear(8, 4), x), VECTORS),
     "Concat with an expanded constant": Case(
         lambda s, x: s("op", m.Concat(2), s("e", m.Expand(), s("c", constant(1, 8, 1)), x), x), ROWS
     ),
@@ -47,10 +69,78 @@ CASES: dict[str, Case] = {
     "ArgMax": Case(lambda s, x: (x, s("op", m.ArgMax(1, keepdim=False), x)), integers=False),
 }
 
+FUNCTIONS = [
+    *(m.Abs(), m.Sign(), m.Floor(), m.Ceil(), m.Round(), m.Sqrt(), m.Rsqrt(), m.Reciprocal(), m.Exp(), m.Exp(0.7)),
+    *(m.Log(), m.Log(1.4426950408889634, 1.0), m.Pow(3), m.Pow(0.5), m.Pow(-1), m.Sin(), m.Cos(), m.Erf()),
+    *(m.FloorDivide(2), m.FloorDivide(0.3), m.Remainder(2), m.Remainder(0.3), m.Softplus(), m.Softplus(2.5)),
+    *(m.LogSigmoid(), m.Mish(), m.Softsign(), m.Tanhshrink(), m.ScaledELU(1.0507, 1.6733), m.ScaledELU(1, 1.3, 1.3)),
+    *(m.Softshrink(0.5), m.Threshold(0.1, 20.0), m.Threshold(0.5, 0, magnitude=True), m.Compare("LessOrEqual", 0.3)),
+    *(m.Clamp(0.1, None), m.Clamp(None, 1), m.Clamp(-2, -0.5), m.Compare("Equal", 0), m.Compare("Greater", 0)),
+]
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    """The module with random parameters."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+def resized(size: int, mode: str = "linear", **options: Any) -> Callable[[Tensor], Tensor]:
+    if mode == "bicubic":
+        return lambda x: F.interpolate(x[..., None], size=(size, 1), mode=mode)[..., 0]
+    return lambda x: F.interpolate(x, size=size, mode=mode, **options)
+
+
+torch.manual_seed(0)
+MASK = torch.rand(1, 1, 6, 6) > 0.5
+CAUSAL = torch.triu(torch.full((6, 6), -torch.inf), 1)
+ON_MAPS = [
+    *(nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-1, 2), m.Sigmoid(), m.Tanh(), nn.Hardsigmoid(), m.HardSwish(), m.SiLU()),
+    *(m.GELU(), m.ELU(), nn.LeakyReLU(0.1), nn.PReLU(8), m.Scale(0.7, -0.2), m.Masked(MASK, 0.0), m.Masked(MASK, -3)),
+    *(m.Sum((2, 3), keepdim=False), m.Sum((1,), keepdim=True), m.Mean((1,), keepdim=True)),
+    *(m.Largest((2, 3), keepdim=False), m.Largest((1,), keepdim=True), m.Least((2,), keepdim=False)),
+    *(m.LogSumExp((1,), keepdim=False), m.Product((1,), keepdim=False), m.Variance((2, 3), keepdim=False)),
+    *(m.Variance((1,), True, 0, root=True), m.Norm((1,), True), m.Norm((2, 3), False, 1), m.CumSum(1)),
+    *(m.Softmax(1), m.LogSoftmax(1), m.MaskedSoftmax(-1, 0.353), m.MaskedSoftmax(-1, 0.353, CAUSAL)),
+    *(m.Normalize((1,)), m.RMSNorm([6, 6]), randomized(m.RMSNorm([6], 1e-6)), randomized(m.LayerNorm([8, 6, 6]))),
+    *(randomized(m.GroupNorm(2, 8)), m.GroupNorm(8, 8, affine=False), m.LocalResponseNorm(3, k=2.0)),
+    *(m.Take(3, [2, 1, 0, 1, 2, 3, 4, 5, 4, 3]), m.Take(2, [5, 4, 3, 2, 1, 0]), m.Take(1, [0, 0, 0, 1, 1, 1, 5])),
+    *(m.ConstantPad((1, 1, 1, 1), 1.0), m.ConstantPad((1, 0), -0.3), m.ZeroPad((1, 2, -1, 1))),
+    *(m.NearestUpsample((2, 3)), m.Slice([(2, 1, None, 2)]), m.Permute((0, 2, 3, 1)), nn.Flatten()),
+    *(nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.ConvTranspose2d(8, 4, 3, 2, 1, 1, groups=2)),
+    *(m.Resample.of([resized(12), resized(12)], (6, 6)), m.Resample.of([None, resized(11)], (6, 6))),
+    *(m.Resample.of([resized(9, align_corners=True)], (6,)), m.Resample.of([resized(13, "bicubic")], (6,))),
+]
+"""Modules of one map behind a layer."""
+
+ON_ROWS = [nn.MaxPool1d(2), nn.AvgPool1d(3, 2, 1), nn.ConvTranspose1d(8, 4, 3, 2, 1, 1), m.Reshape((-1, 4, 24))]
+ON_VOLUMES = [
+    *(nn.MaxPool3d(2), nn.AvgPool3d(2), nn.ConvTranspose3d(8, 3, 2, 2), nn.Conv3d(8, 3, 3, padding=1, groups=1)),
+    m.Resample.of([resized(7), resized(3), resized(5)], (4, 4, 4)),
+]
+
+
+def module_case(module: nn.Module, shape: tuple[int, ...] = MAPS) -> Case:
+    """A case whose flags are those of the module's row."""
+    row = OPERATORS[type(module)]
+    integers = row.integers and shape != VOLUMES
+    return Case(lambda s, x: s("op", module, x), shape, integers=integers, proved=row.proved)
+
+
+CASES |= {repr(module): module_case(module) for module in (*FUNCTIONS, *ON_MAPS)}
+CASES |= {repr(module): module_case(module, ROWS) for module in ON_ROWS}
+CASES |= {repr(module): module_case(module, VOLUMES) for module in ON_VOLUMES}
+
 
 def front(shape: tuple[int, ...]) -> nn.Module | None:
     """The layer in front, so that what is read is a result."""
-    layers = {4: nn.Conv2d(3, 8, 3, padding=1), 3: nn.Conv1d(3, 8, 3, padding=1), 2: nn.Linear(3, 8)}
+    layers = {
+        5: nn.Conv3d(3, 8, 3, padding=1),
+        4: nn.Conv2d(3, 8, 3, padding=1),
+        3: nn.Conv1d(3, 8, 3, padding=1),
+        2: nn.Linear(3, 8),
+    }
     return None if shape == TOKENS else layers[len(shape) + 1]
 
 
@@ -72,3 +162,22 @@ def test_operation(name, tmp_path):
     found.pop("integers", None)
     assert set(found.values()) == {0}, found
     assert len(found) == (4 if case.integers else 2)
+
+
+@pytest.mark.parametrize("module", [f for f in FUNCTIONS if not isinstance(f, m.Erf)], ids=repr)  # no Erf in double
+def test_functions_at_16_bits(module, tmp_path):
+    torch.manual_seed(0)
+    sketch = Sketch("x")
+    result = sketch("op", module, sketch("front", nn.Linear(3, 8), *sketch.inputs))
+    batches = [(torch.randn(n, 3),) for n in (200, 200, 2000)]
+    found = outcome(sketch.network(result, torch.randn(2, 3)), batches, tmp_path, bits=16)
+    found.pop("proved")
+    assert set(found.values()) == {0}, found
+    assert len(found) == 4
+
+
+def test_every_operation_has_a_case():
+    tried = {type(module) for module in (*FUNCTIONS, *ON_MAPS, *ON_ROWS, *ON_VOLUMES)}
+    sources = Path(__file__).read_text(encoding="utf-8")
+    missing = [cls.__name__ for cls in OPERATORS if cls not in tried and f"{cls.__name__}(" not in sources]
+    assert missing == []

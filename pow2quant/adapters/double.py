@@ -2,10 +2,12 @@
 
 Two libraries' float32 LayerNormalization differ in the last bits, and once in 10^5 elements that moves a rounding to
 the grid; in double it does so once in 10^13. The float model of an artifact keeps the plain operators, which tools for
-targets understand; in a QDQ file they are widened. (Measured with onnxruntime 1.31 over every code of 8 and 16 bits:
+targets understand; in a QDQ file they are widened, together with what stands between or beside them and is not rounded
+to a grid. `operators.OPERATIONS` says which are. (Measured with onnxruntime 1.31 over every code of 8 and 16 bits:
 plain 8-bit Sigmoid, Tanh and Gelu agree with float64 rounded once; the inner Sigmoid of SiLU does not, nor does
 LayerNormalization, nor anything on 16 bits. Of Softmax every row of codes is another input: float32 misses results just
-beside a tie, and QLinearSoftmax, into which 8-bit Softmax is fused, misses others. onnxruntime has no Gelu in double.)
+beside a tie, and QLinearSoftmax, into which 8-bit Softmax is fused, misses others. onnxruntime has no Gelu, Elu or Erf
+in double.)
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from onnx import NodeProto, TensorProto, helper
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from pow2quant.graphs import GraphIndex
+from pow2quant.operators import OPERATIONS, Double, Kind, Operation
 
+if TYPE_CHECKING:
     import onnx
 
     from pow2quant.artifact import Table
@@ -27,29 +30,39 @@ WIDE = "/double"
 AGAIN = "/again"
 """Stands in front of `WIDE` where a widened result, rounded, is widened again."""
 
-ALWAYS = ("LayerNormalization", "Softmax")
-UNLESS_8_BITS = ("Elu", "Sigmoid", "Tanh")
+NOT_FLOAT = ("Shape", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "Not", "And", "Or")
+"""Operations whose results are no floats."""
+
+_UNKNOWN = Operation(Kind.COMPUTE)
 
 
 def widen(graph: onnx.GraphProto, table: Table) -> None:
     """Puts Casts around the functions that need it, in place. table: encodings by tensor name."""
     wide = _chosen(graph, table)
-    nodes: list[NodeProto] = []
-    inner = {n for node in wide for n in node.output if n not in table and _stays_inside(graph, n, wide)}
-    results = {name for node in wide for name in node.output} - inner
+    if not wide:
+        return
+    exact = _without_fraction(graph)
+    index = GraphIndex(graph)
+    results = {name for node in graph.node if node.output[0] in wide for name in node.output} - exact
+    inner = {n for n in results if n not in table and _stays_inside(index, n, wide)}
     cast: dict[str, str] = {}
+    nodes: list[NodeProto] = []
     for node in graph.node:
-        if node not in wide:
+        if node.output[0] not in wide:
             nodes.append(node)
             continue
         for i, name in enumerate(node.input):
-            if name and name not in cast and name not in inner:
+            if not name or name in exact:
+                continue
+            if name not in cast and name not in inner:
                 cast[name] = name + (AGAIN if name in results else "") + WIDE
                 nodes.append(_cast(name, cast[name], TensorProto.DOUBLE))
-            node.input[i] = cast.get(name, name + WIDE) if name else name
-        (result,) = node.output
-        node.output[0] = result + WIDE
+            node.input[i] = cast.get(name, name + WIDE)
         nodes.append(node)
+        (result,) = node.output
+        if result in exact:
+            continue
+        node.output[0] = result + WIDE
         if result not in inner:
             nodes.append(_cast(result + WIDE, result, TensorProto.FLOAT))
     del graph.node[:]
@@ -66,27 +79,49 @@ def narrow(graph: onnx.GraphProto) -> None:
     graph.node.extend(kept)
 
 
-def _chosen(graph: onnx.GraphProto, table: Table) -> list[NodeProto]:
-    """The nodes to widen: functions by the rule above, and the Mul behind the inner Sigmoid of a SiLU."""
-    wide = [n for n in graph.node if n.op_type in ALWAYS or (n.op_type in UNLESS_8_BITS and not _on_8_bits(n, table))]
-    inner = {n.output[0]: n.input[0] for n in wide if n.op_type == "Sigmoid" and n.output[0] not in table}
-    silus = [n for n in graph.node if n.op_type == "Mul" and any(inner.get(a) == b for a, b in _orders(n.input))]
-    return wide + silus
+def _chosen(graph: onnx.GraphProto, table: Table) -> set[str]:
+    """The nodes to widen, by their first result: those that need it, and what an unrounded tensor joins to them."""
+    index = GraphIndex(graph)
+    pending = [node for node in graph.node if _needs_double(node, table, index)]
+    wide = {node.output[0] for node in pending}
+    while pending:
+        node = pending.pop()
+        beside = [index.producers[n] for n in node.input if n in index.producers and n not in table]
+        beside += [reader for n in node.output if n not in table for reader in index.readers.get(n, [])]
+        for other in beside:
+            if other.output[0] in wide or OPERATIONS.get(other.op_type, _UNKNOWN).double is Double.NEVER:
+                continue
+            wide.add(other.output[0])
+            pending.append(other)
+    return wide
 
 
-def _orders(names: Sequence[str]) -> tuple[tuple[str, str], tuple[str, str]]:
-    a, b = names
-    return (a, b), (b, a)
+def _needs_double(node: NodeProto, table: Table, index: GraphIndex) -> bool:
+    double = OPERATIONS.get(node.op_type, _UNKNOWN).double
+    if node.op_type == "MatMul":
+        return any(name in index.parameters and name not in table for name in node.input)
+    return double is Double.ALWAYS or (double is Double.ABOVE_8_BITS and not _on_8_bits(node, table))
 
 
 def _on_8_bits(node: NodeProto, table: Table) -> bool:
     return all(name in table and table[name].grid.width <= 8 for name in (node.input[0], node.output[0]))
 
 
-def _stays_inside(graph: onnx.GraphProto, name: str, wide: list[NodeProto]) -> bool:
-    readers = [n for n in graph.node if name in n.input]
-    outputs = {value.name for value in graph.output}
-    return bool(readers) and name not in outputs and all(n in wide for n in readers)
+def _without_fraction(graph: onnx.GraphProto) -> set[str]:
+    """The tensors that hold integers or truth values."""
+    found = {t.name for t in graph.initializer if t.data_type != TensorProto.FLOAT}
+    found |= {v.name for v in graph.input if v.type.tensor_type.elem_type != TensorProto.FLOAT}
+    moves = {name for name, row in OPERATIONS.items() if row.kind in (Kind.PASS, Kind.CONCAT)}
+    for node in graph.node:
+        counts = OPERATIONS.get(node.op_type, _UNKNOWN).kind is Kind.INDEX or node.op_type in NOT_FLOAT
+        if counts or (node.op_type in moves and node.input and node.input[0] in found):
+            found.update(node.output)
+    return found
+
+
+def _stays_inside(index: GraphIndex, name: str, wide: set[str]) -> bool:
+    readers = index.readers.get(name, [])
+    return bool(readers) and name not in index.outputs and all(n.output[0] in wide for n in readers)
 
 
 def _cast(source: str, target: str, to: int) -> NodeProto:

@@ -18,6 +18,7 @@ from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.placement import Placement, place
 from pow2quant.config import QuantPlan
 from pow2quant.errors import EncodingError
+from pow2quant.frontends.modules import CONVOLUTIONS
 
 
 class QuantizedLayer(nn.Module):
@@ -37,13 +38,14 @@ class QuantizedLayer(nn.Module):
         bias = self.bias if self.bias_quantizer is None else self.bias_quantizer(self.bias)
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, bias)
-        if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        if isinstance(layer, CONVOLUTIONS):
             convolved: Tensor = layer._conv_forward(x, weight, bias)
             return convolved
-        transposed = F.conv_transpose1d if isinstance(layer, nn.ConvTranspose1d) else F.conv_transpose2d
-        return transposed(
+        convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.ndim - 3]
+        transposed: Tensor = convolve(
             x, weight, bias, layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation
         )
+        return transposed
 
     def extra_repr(self) -> str:
         return repr(self.layer)

@@ -11,10 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from pow2quant.backends.base import Batch
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.frontends.modules import BATCH_NORMS, Reshape, depthwise
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
+from pow2quant.frontends.modules import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, Reshape, depthwise
 
 
 def fold_batch_norm(network: fx.GraphModule, batches: Iterable[Batch] = ()) -> fx.GraphModule:

@@ -10,12 +10,14 @@ import math
 from torch import nn
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.frontends.rows import arithmetic, constants, functions, normalization, pooling, shape, weighted
+from pow2quant.frontends.modules import CONVOLUTIONS, TRANSPOSED
+from pow2quant.frontends.rows import arithmetic, composed, constants, functions, normalization, pooling, shape, weighted
 from pow2quant.frontends.writing import Operator, Rows, many
 
 OPERATORS: Rows = {
     **weighted.ROWS,
     **functions.ROWS,
+    **composed.ROWS,
     **normalization.ROWS,
     **pooling.ROWS,
     **arithmetic.ROWS,
@@ -31,25 +33,25 @@ def operator(module: nn.Module) -> Operator | None:
 
 def weight_axis(module: nn.Module) -> int | None:
     """The output-channel axis of a weighted module's weight; None where one scale per channel is not expressible."""
-    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d)):
+    if isinstance(module, TRANSPOSED):
         return 1 if module.groups == 1 else None
     return 0
 
 
 def _constraints(module: nn.Module) -> str | None:
     """Why this configuration of a known module cannot be quantized, or None."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.padding_mode != "zeros":
+    if isinstance(module, CONVOLUTIONS) and module.padding_mode != "zeros":
         return f"padding_mode={module.padding_mode!r}, only with 'zeros'"
-    if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d)) and module.return_indices:
+    if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)) and module.return_indices:
         return "return_indices=True"
     if (
-        isinstance(module, (nn.AvgPool1d, nn.AvgPool2d))
+        isinstance(module, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d))
         and module.ceil_mode
         and module.count_include_pad
         and any(many(module.padding, 1))
     ):
         return "ceil_mode=True and count_include_pad=True (executors disagree about the last window's divisor)"
-    if isinstance(module, nn.AvgPool2d) and module.divisor_override is not None:
+    if isinstance(module, (nn.AvgPool2d, nn.AvgPool3d)) and module.divisor_override is not None:
         return "divisor_override is set"
     if isinstance(module, nn.Softmax) and module.dim is None:
         return "dim=None"

@@ -51,6 +51,7 @@ Emit = Callable[[Any, Node, OnnxGraph], None]
 class Operator:
     """A row: which ONNX operation a module is (of several, the one that is quantized), and how it is written.
 
+    own: how the module treats encodings, where that is not what the operation does.
     stored: the parameter whose values the result has; it is stored on the result's grid.
     integers: the engine and C compute it, on integers alone. proved: the certificate proves that every executor gives
     the same result, where sums stay within its bounds; where it does not, the claim is "observed".
@@ -59,13 +60,14 @@ class Operator:
     onnx: str
     emit: Emit
     stored: str | None = None
+    own: Kind | None = None
     integers: bool = False
     proved: bool = False
 
     @property
     def kind(self) -> Kind:
         """How it treats encodings."""
-        return Kind.COMPUTE if self.stored else OPERATIONS[self.onnx].kind
+        return self.own or OPERATIONS[self.onnx].kind
 
 
 Rows = dict[type[nn.Module], Operator]

@@ -207,11 +207,17 @@ class Lowering:
             self.steps.append(Copy.whole(node.name or output, source, target, requantization))
         elif self._is_function(core):
             lower_function(self, node, core, low, high)
+        elif self._reads_float(core):
+            raise UnsupportedModelError(f"{core.name}: is computed in float, in several steps, and has no integers")
         elif core.op_type in LOWER:
             LOWER[core.op_type](self, core, output, low, high)
         else:
-            known = ", ".join(sorted({*LOWER, *SHAPED_LIKE_INPUT}))
-            raise UnsupportedModelError(f"{title(core)}: has no integers; lowered are {known}")
+            raise UnsupportedModelError(f"{title(core)}: has no integers; `pow2quant list --operators` says which have")
+
+    def _reads_float(self, node: onnx.NodeProto) -> bool:
+        """Whether a node reads what another node of the same module computes and does not round."""
+        data = node.input[:1] if node.op_type in ("Expand", "Reshape") else node.input
+        return any(n.startswith(f"{node.name}.") and n not in self.floats and n not in self.tensors for n in data)
 
     def _peeled(self, node: onnx.NodeProto) -> tuple[onnx.NodeProto | None, float, float]:
         """The node behind fused ReLUs and clips (None: there is an encoded tensor), and the real ends of these."""

@@ -331,6 +331,18 @@ def _require_sharp_quotient(n: int, total: Lattice, target: Encoding, accumulato
         )
 
 
+def _total(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """Sums over some axes."""
+    total = tensors.encoded(node.input[0]).times(max(_counts(tensors, node)))
+    return total, total
+
+
+def _choice(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """Values of the second or of the third input."""
+    a, b = (tensors.lattice(name).collapsed() for name in node.input[1:])
+    return None, a | b
+
+
 def _counts(tensors: Tensors, node: onnx.NodeProto) -> list[int]:
     """By which numbers of values an average divides."""
     if node.op_type == "AveragePool":
@@ -404,12 +416,26 @@ def _unknown(tensors: Tensors, node: onnx.NodeProto) -> Judged:
 MERGES = ("Clip", "Concat", "Max", "Min")
 MOVES = (
     *("DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GlobalMaxPool", "Identity", "MaxPool"),
-    *("Pad", "Relu", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"),
+    *(
+        "Pad",
+        "ReduceMax",
+        "ReduceMin",
+        "Relu",
+        "Reshape",
+        "Slice",
+        "SpaceToDepth",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    ),
 )
 KEEP_AXES = ("Clip", "Dropout", "GlobalMaxPool", "Identity", "Max", "MaxPool", "Min", "Relu")
 FUNCTIONS = (
-    *("Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Sigmoid", "Softplus"),
-    "Tanh",
+    *("Abs", "Cast", "Ceil", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu"),
+    *("Log", "Mish", "Neg", "PRelu", "Pow", "Round", "Sigmoid", "Sign", "Sin", "Softplus", "Sqrt", "Tanh"),
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
 )
 
 RULES: dict[str, Rule] = {
@@ -421,6 +447,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("LayerNormalization", "LogSoftmax", "Softmax"), _float_sums),
     **dict.fromkeys(("ArgMax", "Constant", "Shape"), _nothing),
     "Mul": _product,
+    "ReduceSum": _total,
     "Resize": _resize,
+    "Where": _choice,
 }
 """How each operation is judged; any other is not proved."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -95,3 +96,34 @@ class NearestUpsample(nn.Module):
 
     def extra_repr(self) -> str:
         return f"factors={self.factors}"
+
+
+class Take(nn.Module):
+    """x[…, indices, …] along `dim`: repetitions, mirrored borders, turns, and whatever else a list of places says."""
+
+    def __init__(self, dim: int, indices: Sequence[int]) -> None:
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("indices", torch.tensor([int(i) for i in indices], dtype=torch.int64))
+
+    indices: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(self.dim, self.indices)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, indices={len(self.indices)}"
+
+
+class ConstantPad(nn.Module):
+    """Padding with `value`; `pads` in the order of `torch.nn.functional.pad`, last dimension first."""
+
+    def __init__(self, pads: Sequence[int], value: float) -> None:
+        super().__init__()
+        self.pads, self.value = tuple(int(p) for p in pads), float(np.float32(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.pads, value=self.value)
+
+    def extra_repr(self) -> str:
+        return f"pads={self.pads}, value={self.value}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.writing import Formula, Node, OnnxGraph, Operator, Rows, formula
+from pow2quant.operators import Kind
 
 
 def _constant(module: m.Constant, node: Node, graph: OnnxGraph) -> None:
@@ -30,6 +31,6 @@ def _argmax(f: Formula, module: m.ArgMax, x: str) -> str:
 ROWS: Rows = {
     m.Constant: Operator("Constant", _constant, stored="value", integers=True, proved=True),
     m.Expand: Operator("Expand", _expand, integers=True, proved=True),
-    m.Embedding: Operator("Gather", _embedding, stored="weight", proved=True),
+    m.Embedding: Operator("Gather", _embedding, stored="weight", own=Kind.COMPUTE, proved=True),
     m.ArgMax: Operator("ArgMax", formula(_argmax), proved=True),
 }

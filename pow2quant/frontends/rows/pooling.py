@@ -1,14 +1,14 @@
-"""Pools and means."""
+"""Pools."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.writing import Emit, Node, OnnxGraph, Operator, Rows, many, pads_of
+from pow2quant.frontends.rows.composed import product
+from pow2quant.frontends.writing import Emit, Formula, Node, OnnxGraph, Operator, Rows, formula, many, pads_of
 
 
 def _pool(op: str, spatial: int) -> Emit:
@@ -31,15 +31,31 @@ def _pool(op: str, spatial: int) -> Emit:
     return emit
 
 
-def _mean(module: m.Mean, node: Node, graph: OnnxGraph) -> None:
-    axes = graph.constant(f"{node.name}.axes", np.array(module.dims, np.int64))
-    graph.node("ReduceMean", [node.inputs[0], axes], node.output, node.name, keepdims=int(module.keepdim))
+def _resample(module: m.Resample, node: Node, graph: OnnxGraph) -> None:
+    sizes = list(node.shapes[0])
+
+    def write(f: Formula, module: m.Resample, x: str) -> str:
+        for dim in module.dims:
+            inner = sizes[len(sizes) + dim + 1 :]
+            values = module.weight(dim).cpu().numpy()
+            weight = f.floats(values if inner else values.T)
+            if len(inner) > 1:
+                x = f("Reshape", x, f.integers([0, *sizes[1 : len(sizes) + dim + 1], -1]))
+            x = product(f, weight, x) if inner else product(f, x, weight)
+            sizes[dim] = len(module.weight(dim))
+            if len(inner) > 1:
+                x = f("Reshape", x, f.integers([0, *sizes[1:]]))
+        return f("Div", x, f.number(module.divisor))
+
+    formula(write)(module, node, graph)
 
 
 ROWS: Rows = {
+    m.Resample: Operator("Div", _resample),
     nn.AvgPool1d: Operator("AveragePool", _pool("AveragePool", 1), integers=True, proved=True),
     nn.AvgPool2d: Operator("AveragePool", _pool("AveragePool", 2), integers=True, proved=True),
-    m.Mean: Operator("ReduceMean", _mean, integers=True, proved=True),
+    nn.AvgPool3d: Operator("AveragePool", _pool("AveragePool", 3), proved=True),
+    nn.MaxPool3d: Operator("MaxPool", _pool("MaxPool", 3), proved=True),
     nn.MaxPool1d: Operator("MaxPool", _pool("MaxPool", 1), integers=True, proved=True),
     nn.MaxPool2d: Operator("MaxPool", _pool("MaxPool", 2), integers=True, proved=True),
 }

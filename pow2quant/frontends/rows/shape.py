@@ -6,7 +6,8 @@ import numpy as np
 from torch import nn
 
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.writing import Node, OnnxGraph, Operator, Rows, pads_of
+from pow2quant.frontends.writing import Formula, Node, OnnxGraph, Operator, Rows, formula, pads_of
+from pow2quant.operators import Kind
 
 
 def _concat(module: m.Concat, node: Node, graph: OnnxGraph) -> None:
@@ -34,13 +35,20 @@ def _slice(module: m.Slice, node: Node, graph: OnnxGraph) -> None:
     graph.node("Slice", [node.inputs[0], *names], node.output, node.name)
 
 
-def _zero_pad(module: m.ZeroPad, node: Node, graph: OnnxGraph) -> None:
+def _take(f: Formula, module: m.Take, x: str) -> str:
+    return f("Gather", x, f.integers(module.indices.tolist()), axis=module.dim)
+
+
+def _pad(module: m.ZeroPad | m.ConstantPad, node: Node, graph: OnnxGraph) -> None:
     rank = len(node.shapes[0])
     before, after = [0] * rank, [0] * rank
     for i in range(len(module.pads) // 2):
         before[rank - 1 - i], after[rank - 1 - i] = module.pads[2 * i], module.pads[2 * i + 1]
     pads = graph.constant(f"{node.name}.pads", np.array(pads_of(before, after), np.int64))
-    graph.node("Pad", [node.inputs[0], pads], node.output, node.name, mode="constant")
+    inputs = [node.inputs[0], pads]
+    if isinstance(module, m.ConstantPad):
+        inputs.append(graph.constant(f"{node.name}.value", np.float32(module.value)))
+    graph.node("Pad", inputs, node.output, node.name, mode="constant")
 
 
 def _upsample(module: m.NearestUpsample, node: Node, graph: OnnxGraph) -> None:
@@ -57,11 +65,13 @@ def _upsample(module: m.NearestUpsample, node: Node, graph: OnnxGraph) -> None:
 
 
 ROWS: Rows = {
+    m.Take: Operator("Gather", formula(_take), integers=True, proved=True),
+    m.ConstantPad: Operator("Pad", _pad, own=Kind.COMPUTE, integers=True, proved=True),
     m.Concat: Operator("Concat", _concat, integers=True, proved=True),
     nn.Flatten: Operator("Flatten", _flatten, integers=True, proved=True),
     m.Reshape: Operator("Reshape", _reshape, integers=True, proved=True),
     m.Permute: Operator("Transpose", _permute, integers=True, proved=True),
     m.Slice: Operator("Slice", _slice, integers=True, proved=True),
-    m.ZeroPad: Operator("Pad", _zero_pad, integers=True, proved=True),
+    m.ZeroPad: Operator("Pad", _pad, integers=True, proved=True),
     m.NearestUpsample: Operator("Resize", _upsample, integers=True, proved=True),
 }

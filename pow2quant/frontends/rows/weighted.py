@@ -65,5 +65,7 @@ ROWS: Rows = {
     nn.Conv2d: Operator("Conv", _conv, integers=True, proved=True),
     nn.ConvTranspose1d: Operator("ConvTranspose", _conv_transpose, integers=True, proved=True),
     nn.ConvTranspose2d: Operator("ConvTranspose", _conv_transpose, integers=True, proved=True),
+    nn.Conv3d: Operator("Conv", _conv, proved=True),
+    nn.ConvTranspose3d: Operator("ConvTranspose", _conv_transpose, proved=True),
     nn.Linear: Operator("Gemm", _linear, integers=True, proved=True),
 }

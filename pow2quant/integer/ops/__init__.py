@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pow2quant.integer.ops import average, convolution, copy, dense, matmul, maximum, product, sum, view
+from pow2quant.integer.ops import average, convolution, copy, dense, extreme, matmul, maximum, product, sum, view
 
 if TYPE_CHECKING:
     import onnx
@@ -31,15 +31,20 @@ LOWER: dict[str, Lower] = {
     "Dropout": view.lower,
     "Expand": copy.lower_expand,
     "Flatten": view.lower,
+    "Gather": copy.lower_gather,
     "Gemm": dense.lower_gemm,
     "GlobalAveragePool": average.lower_mean,
     "GlobalMaxPool": maximum.lower,
     "Identity": view.lower,
     "MatMul": matmul.lower,
+    "Max": extreme.lower,
     "MaxPool": maximum.lower,
+    "Min": extreme.lower,
     "Mul": product.lower,
     "Pad": copy.lower_pad,
+    "ReduceMax": maximum.lower,
     "ReduceMean": average.lower_mean,
+    "ReduceSum": average.lower_mean,
     "Reshape": view.lower,
     "Resize": copy.lower_resize,
     "Slice": copy.lower_slice,

@@ -1,4 +1,4 @@
-"""AveragePool, GlobalAveragePool, ReduceMean: an exact sum, and one division that rounds half to even."""
+"""AveragePool, GlobalAveragePool, ReduceMean, ReduceSum: an exact sum, and one division that rounds half to even."""
 
 from __future__ import annotations
 
@@ -96,12 +96,21 @@ def lower_pool(graph: Lowering, node: onnx.NodeProto, output: str, low: float, h
 
 
 def lower_mean(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
-    """GlobalAveragePool or ReduceMean over any dimensions but the batch: a mean over the last ones, moved there."""
+    """GlobalAveragePool, ReduceMean or ReduceSum over any dimensions but the batch."""
     x, target = graph.read(node.input[0]), graph.declare(output)
+    source, window = reduced(graph, node, output)
+    requantization = graph.requantization(np.array(x.exponent), target, low, high)
+    count = np.array(1 if node.op_type == "ReduceSum" else math.prod(window.kernel))
+    graph.steps.append(Average(node.name or output, (source,), output, window, count, requantization))
+
+
+def reduced(graph: Lowering, node: onnx.NodeProto, output: str) -> tuple[str, Window]:
+    """The tensor with the reduced dimensions moved to its end, and the window that covers them."""
+    x = graph.read(node.input[0])
     rank = len(x.shape) + 1
     axes = _axes(graph, node, rank)
     if 0 in axes:
-        raise UnsupportedModelError(f"{title(node)}: averages over the batch")
+        raise UnsupportedModelError(f"{title(node)}: reduces the batch")
     name, source = node.name or output, x.name
     kept = [a for a in range(1, rank) if a not in axes]
     order = [*kept, *axes]
@@ -111,9 +120,7 @@ def lower_mean(graph: Lowering, node: onnx.NodeProto, output: str, low: float, h
         graph.declare(source, view.shape, x.encoding)
         graph.steps.append(Copy(name, (x.name,), source, (Part.of(0, view, np.arange(x.size).reshape(view.shape)),)))
     length = math.prod(x.shape[a - 1] for a in axes)
-    window = Window.of(onnx.helper.make_node("AveragePool", [], []), [length], [length])
-    requantization = graph.requantization(np.array(x.exponent), target, low, high)
-    graph.steps.append(Average(name, (source,), output, window, np.array(length), requantization))
+    return source, Window.of(onnx.helper.make_node("AveragePool", [], []), [length], [length])
 
 
 def _axes(graph: Lowering, node: onnx.NodeProto, rank: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Operations that only move codes: Concat, Transpose, Slice, Split, Pad, Resize (nearest), DepthToSpace."""
+"""Operations that only move codes: Concat, Transpose, Slice, Gather, Split, Pad, Resize (nearest), DepthToSpace."""
 
 from __future__ import annotations
 
@@ -170,13 +170,13 @@ def _flat(shape: tuple[int, ...]) -> NDArray[np.int64]:
 
 
 def _move(
-    graph: Lowering, node: onnx.NodeProto, output: str, ends: tuple[float, float], move: Move, fill: bool = False
+    graph: Lowering, node: onnx.NodeProto, output: str, ends: tuple[float, float], move: Move, fill: int | None = None
 ) -> None:
     """Adds a copy of the first input; `move` sees shapes with their batch of one."""
     source, target = graph.read(node.input[0]), graph.declare(output)
     requantization = unless_idle(source, graph.requantization(np.array(source.exponent), target, *ends))
     part = Part.of(0, *move, requantization)
-    graph.steps.append(Copy(node.name or output, (source.name,), output, (part,), fill=target.zero if fill else None))
+    graph.steps.append(Copy(node.name or output, (source.name,), output, (part,), fill=fill))
 
 
 def lower_transpose(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
@@ -222,12 +222,49 @@ def lower_split(graph: Lowering, node: onnx.NodeProto, output: str, low: float, 
         start += length
 
 
+def lower_gather(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
+    """Gather with constant indices: a copy for every run of indices that are equally far apart."""
+    shape, indices = graph.shape(node.input[0]), graph.floats.get(node.input[1])
+    axis = attribute(node, "axis", 0) % len(shape)
+    if node.input[0] in graph.floats or indices is None or indices.ndim != 1 or axis == 0:
+        raise UnsupportedModelError(f"{title(node)}: only constant places, in one dimension behind the batch")
+    source, target = graph.read(node.input[0]), graph.declare(output)
+    rule = unless_idle(source, graph.requantization(np.array(source.exponent), target, low, high))
+    places = indices.astype(np.int64) % shape[axis]
+    full = _flat((*shape[:axis], len(places), *shape[axis + 1 :]))
+    before = (slice(None),) * axis
+    parts = []
+    for start, stop in _runs(places):
+        run = places[start:stop]
+        step = int(run[1] - run[0]) if len(run) > 1 else 1
+        first, last = int(run[0]), int(run[-1]) + (1 if step >= 0 else -1)
+        if step == 0:
+            one = _flat(shape)[(*before, slice(first, first + 1))]
+            read = np.broadcast_to(one, full[(*before, slice(start, stop))].shape)
+        else:
+            read = _flat(shape)[(*before, slice(first, None if last < 0 else last, step))]
+        parts.append(Part.of(0, read, full[(*before, slice(start, stop))], rule))
+    graph.steps.append(Copy(node.name or output, (source.name,), output, tuple(parts)))
+
+
+def _runs(places: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Where runs of places begin and end that are equally far apart."""
+    runs, start = [], 0
+    while start < len(places):
+        stop = min(start + 2, len(places))
+        while stop < len(places) and places[stop] - places[stop - 1] == places[start + 1] - places[start]:
+            stop += 1
+        runs.append((start, stop))
+        start = stop
+    return runs
+
+
 def lower_pad(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
-    """Pad with zeros. Negative pads cut."""
+    """Pad with a constant. Negative pads cut."""
     shape = graph.shape(node.input[0])
     value = graph.floats.get(node.input[2]) if len(node.input) > 2 and node.input[2] else np.zeros(())
-    if attribute(node, "mode", b"constant") != b"constant" or value is None or float(value) != 0:
-        raise UnsupportedModelError(f"{title(node)}: pads with something else than zeros")
+    if attribute(node, "mode", b"constant") != b"constant" or value is None:
+        raise UnsupportedModelError(f"{title(node)}: pads with something else than a constant")
     pads, axes = _constants(graph, node, 1) or [], _constants(graph, node, 3)
     axes = list(range(len(shape))) if axes is None else [a % len(shape) for a in axes]
     before, after = ([0] * len(shape) for _ in range(2))
@@ -236,7 +273,9 @@ def lower_pad(graph: Lowering, node: onnx.NodeProto, output: str, low: float, hi
     read = _flat(shape)[tuple(slice(max(0, -b), n - max(0, -a)) for b, a, n in zip(before, after, shape, strict=True))]
     full = tuple(n + b + a for n, b, a in zip(shape, before, after, strict=True))
     write = _flat(full)[tuple(slice(max(0, b), n - max(0, a)) for b, a, n in zip(before, after, full, strict=True))]
-    _move(graph, node, output, (low, high), (read, write), fill=True)
+    encoding = graph.declare(output).encoding
+    fill = int(encoding.quantize(np.float32(np.clip(value, low, high))))
+    _move(graph, node, output, (low, high), (read, write), fill)
 
 
 def lower_resize(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:

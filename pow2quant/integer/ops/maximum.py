@@ -1,4 +1,4 @@
-"""MaxPool and GlobalMaxPool: the largest code of a window is the code of the largest value."""
+"""MaxPool, GlobalMaxPool and ReduceMax: the largest code of a window is the code of the largest value."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_layer import ctype
 from pow2quant.integer.nodes import Window, attribute, title
+from pow2quant.integer.ops.average import reduced
 from pow2quant.integer.ops.copy import Copy, unless_idle
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from pow2quant.integer.c_layer import Layer
     from pow2quant.integer.lower import Lowering
-    from pow2quant.integer.program import Codes, Program
+    from pow2quant.integer.program import Codes, Program, Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +56,23 @@ class Maximum:
 
 
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
-    """MaxPool or GlobalMaxPool; a requantization behind it where the encoding changes."""
+    """MaxPool, GlobalMaxPool or ReduceMax; a requantization behind it where the encoding changes."""
     if len(node.output) > 1 and node.output[1]:
         raise UnsupportedModelError(f"{title(node)}: its indices have no integers")
     x, target = graph.read(node.input[0]), graph.declare(output)
+    if node.op_type == "ReduceMax":
+        source, window = reduced(graph, node, output)
+        _add(graph, node.name or output, graph.read(source), target, window, low, high)
+        return
     kernel = x.shape[1:] if node.op_type == "GlobalMaxPool" else attribute(node, "kernel_shape", [])
     window = Window.of(node, kernel, x.shape[1:], target.shape[1:])
-    name = node.name or output
+    _add(graph, node.name or output, x, target, window, low, high)
+
+
+def _add(graph: Lowering, name: str, x: Tensor, target: Tensor, window: Window, low: float, high: float) -> None:
     requantization = unless_idle(x, graph.requantization(np.array(x.exponent), target, low, high))
     if requantization is None:
-        graph.steps.append(Maximum(name, (x.name,), output, window))
+        graph.steps.append(Maximum(name, (x.name,), target.name, window))
         return
     between = graph.declare(f"{name}.maximum", target.shape, x.encoding)
     graph.steps.append(Maximum(name, (x.name,), between.name, window))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pow2quant.integer.c_layer import Layer
     from pow2quant.integer.lower import Lowering
-    from pow2quant.integer.program import Codes, Program, Requantization
+    from pow2quant.integer.program import Codes, Program, Requantization, Tensor
 
 LARGEST_SHIFT = 40
 """Codes of 16 bits, this far apart, still add up within 64 bits."""
@@ -65,10 +65,16 @@ class Sum:
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
     """Add or Sub. Raises UnsupportedModelError where the scales are further apart than 64 bits can hold."""
     a, b = (graph.operand(name) for name in node.input)
+    exponent, shifts = aligned(node, a, b)
+    requantization = graph.requantization(np.array(exponent), graph.declare(output), low, high)
+    names = (a.name, b.name)
+    graph.steps.append(Sum(node.name or output, names, output, shifts, node.op_type == "Sub", requantization))
+
+
+def aligned(node: onnx.NodeProto, a: Tensor, b: Tensor) -> tuple[int, tuple[int, int]]:
+    """The finer exponent of two operands, and the shifts that bring both to it. Raises UnsupportedModelError."""
     exponent = min(a.exponent, b.exponent)
     shifts = (a.exponent - exponent, b.exponent - exponent)
     if max(shifts) > LARGEST_SHIFT:
         raise UnsupportedModelError(f"{title(node)}: scales 2^{max(shifts)} apart; at most 2^{LARGEST_SHIFT}")
-    requantization = graph.requantization(np.array(exponent), graph.declare(output), low, high)
-    names = (a.name, b.name)
-    graph.steps.append(Sum(node.name or output, names, output, shifts, node.op_type == "Sub", requantization))
+    return exponent, shifts

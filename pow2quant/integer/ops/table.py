@@ -15,6 +15,7 @@ import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.nodes import attribute, title
+from pow2quant.operators import OPERATIONS, Double
 
 if TYPE_CHECKING:
     import onnx
@@ -78,10 +79,20 @@ def lower_function(graph: Lowering, node: onnx.NodeProto, core: onnx.NodeProto, 
     if x.encoding.grid.width > LARGEST:
         raise UnsupportedModelError(f"{title(core)}: a table over {x.encoding.grid.width} bits; at most {LARGEST}")
     real = x.encoding.dequantize(np.arange(x.low, x.high + 1))
-    values = np.asarray(_evaluate(graph, core, source, real))
-    values = np.clip(values, low, high).astype(np.float32)
+    if _is_double(graph, core):
+        real = real.astype(np.float64)
+    with np.errstate(over="ignore", divide="ignore"):
+        values = np.asarray(_evaluate(graph, core, source, real))
+        values = np.clip(values, low, high).astype(np.float32)
     table = target.encoding.quantize(values)
     graph.steps.append(Table(node.name or target.name, (x.name,), target.name, table))
+
+
+def _is_double(graph: Lowering, node: onnx.NodeProto) -> bool:
+    """Whether the function is computed in double as a whole: where it has a node that is."""
+    row = OPERATIONS.get(node.op_type)
+    inner = (graph.producers[n] for n in node.input if n not in graph.tensors and n in graph.producers)
+    return (row is not None and row.double is Double.ALWAYS) or any(_is_double(graph, other) for other in inner)
 
 
 def _evaluate(graph: Lowering, node: onnx.NodeProto, source: str, real: NDArray[np.float32]) -> Any:
@@ -134,25 +145,49 @@ def _sigmoid(node: onnx.NodeProto, x: Any) -> Any:
 
 
 def _clip(node: onnx.NodeProto, x: Any, *ends: Any) -> Any:
-    return np.clip(x, *ends) if len(ends) == 2 else np.maximum(x, *ends)
+    """The ends that are given, in their order; a missing lower one has no name."""
+    lower = bool(len(node.input) > 1 and node.input[1])
+    for bound, function in zip(ends, (np.maximum, np.minimum) if lower else (np.minimum,), strict=False):
+        x = function(x, bound)
+    return x
 
 
 SHAPED_LIKE_INPUT: dict[str, Callable[..., Any]] = {
+    "Abs": lambda node, x: np.abs(x),
     "Add": lambda node, a, b: a + b,
+    "Cast": lambda node, x: x.astype(np.float32),
+    "Ceil": lambda node, x: np.ceil(x),
     "Clip": _clip,
+    "Cos": lambda node, x: np.cos(x.astype(np.float64)),
     "Div": lambda node, a, b: a / b,
     "Elu": _elu,
+    "Equal": lambda node, a, b: a == b,
     "Erf": lambda node, x: _erf(x.astype(np.float64)),
     "Exp": lambda node, x: np.exp(x.astype(np.float64)),
+    "Floor": lambda node, x: np.floor(x),
     "Gelu": _gelu,
+    "Greater": lambda node, a, b: a > b,
+    "GreaterOrEqual": lambda node, a, b: a >= b,
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": lambda node, x: x * np.clip(x * np.float32(1 / 6) + np.float32(0.5), 0, 1),
     "LeakyRelu": lambda node, x: np.where(x < 0, x * np.float32(attribute(node, "alpha", 0.01)), x),
+    "Less": lambda node, a, b: a < b,
+    "LessOrEqual": lambda node, a, b: a <= b,
+    "Log": lambda node, x: np.log(x.astype(np.float64)),
+    "Max": lambda node, *values: np.maximum.reduce(np.broadcast_arrays(*values)),
+    "Min": lambda node, *values: np.minimum.reduce(np.broadcast_arrays(*values)),
     "Mul": lambda node, a, b: a * b,
+    "Neg": lambda node, x: -x,
     "PRelu": lambda node, x, slope: np.where(x < 0, x * slope, x),
+    "Pow": lambda node, a, b: np.power(a.astype(np.float64), b),
     "Relu": lambda node, x: np.maximum(x, 0),
     "Sigmoid": _sigmoid,
+    "Round": lambda node, x: np.rint(x),
+    "Sign": lambda node, x: np.sign(x),
+    "Sin": lambda node, x: np.sin(x.astype(np.float64)),
+    "Sqrt": lambda node, x: np.sqrt(x.astype(np.float64)),
     "Sub": lambda node, a, b: a - b,
     "Tanh": lambda node, x: np.tanh(x.astype(np.float64)),
+    "Where": lambda node, condition, a, b: np.where(condition, a, b),
 }
 """The standard's functions by ONNX name; real values in float32, or float64 behind one that is computed so."""

@@ -1,0 +1,114 @@
+"""Functions of one tensor that ONNX, or an executor in double, has no operation for: written as several."""
+
+from __future__ import annotations
+
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.modules.rounded import TINY
+from pow2quant.frontends.writing import Formula, Operator, Rows, formula, plain
+
+
+def not_below(f: Formula, x: str, bound: float) -> str:
+    """max(x, bound)."""
+    return f("Max", x, f.number(bound))
+
+
+def nonzero(f: Formula, x: str) -> str:
+    """x, zeros replaced by a tiny number."""
+    return f("Where", f("Equal", x, f.number(0)), f.number(TINY), x)
+
+
+def times(f: Formula, x: str, factor: float) -> str:
+    """factor * x; nothing where the factor is one."""
+    return x if factor == 1 else f("Mul", x, f.number(factor))
+
+
+def product(f: Formula, a: str, b: str) -> str:
+    """a @ b, and a node that does nothing: onnxruntime's MatMulScaleFusion would round a factor behind to float32."""
+    return f("Max", f("MatMul", a, b))
+
+
+def _softplus(f: Formula, x: str) -> str:
+    decayed = f("Exp", f("Neg", f("Abs", x)))
+    return f("Add", not_below(f, x, 0), f("Log", f("Add", decayed, f.number(1))))
+
+
+def _log(f: Formula, module: m.Log, x: str) -> str:
+    x = f("Add", x, f.number(module.offset)) if module.offset else x
+    return times(f, f("Log", not_below(f, x, TINY)), module.factor)
+
+
+def _pow(f: Formula, module: m.Pow, x: str) -> str:
+    x = x if module.exponent.is_integer() else not_below(f, x, 0)
+    return f("Pow", nonzero(f, x) if module.exponent < 0 else x, f.number(module.exponent))
+
+
+def _rsqrt(f: Formula, module: m.Rsqrt, x: str) -> str:
+    return f("Div", f.number(1), f("Sqrt", not_below(f, x, TINY)))
+
+
+def _floor_divide(f: Formula, module: m.FloorDivide, x: str) -> str:
+    return f("Floor", f("Div", x, f.number(module.divisor)))
+
+
+def _remainder(f: Formula, module: m.Remainder, x: str) -> str:
+    return f("Sub", x, f("Mul", _floor_divide(f, module, x), f.number(module.divisor)))
+
+
+def _scaled_elu(f: Formula, module: m.ScaledELU, x: str) -> str:
+    narrowed = f("Div", f("Min", x, f.number(0)), f.number(module.width))
+    negative = f("Mul", f("Sub", f("Exp", narrowed), f.number(1)), f.number(module.alpha))
+    return f("Mul", f("Add", not_below(f, x, 0), negative), f.number(module.scale))
+
+
+def _softshrink(f: Formula, module: m.Softshrink, x: str) -> str:
+    return f("Sub", x, f("Clip", x, f.number(-module.bound), f.number(module.bound)))
+
+
+def _threshold(f: Formula, module: m.Threshold, x: str) -> str:
+    larger = f("Greater", f("Abs", x) if module.magnitude else x, f.number(module.threshold))
+    return f("Where", larger, x, f.number(module.value))
+
+
+def _clamp(f: Formula, module: m.Clamp, x: str) -> str:
+    bounds = ["" if bound is None else f.number(bound) for bound in (module.low, module.high)]
+    return f("Clip", x, *(bounds if bounds[1] else bounds[:1]))
+
+
+def _compare(f: Formula, module: m.Compare, x: str) -> str:
+    return f("Cast", f(module.relation, x, f.number(module.number)), to=1)
+
+
+ROWS: Rows = {
+    m.Abs: Operator("Abs", plain("Abs"), integers=True),
+    m.Sign: Operator("Sign", plain("Sign"), integers=True),
+    m.Floor: Operator("Floor", plain("Floor"), integers=True),
+    m.Ceil: Operator("Ceil", plain("Ceil"), integers=True),
+    m.Round: Operator("Round", plain("Round"), integers=True),
+    m.Sin: Operator("Sin", plain("Sin"), integers=True),
+    m.Cos: Operator("Cos", plain("Cos"), integers=True),
+    m.Erf: Operator("Erf", plain("Erf"), integers=True),
+    m.Exp: Operator("Exp", formula(lambda f, module, x: f("Exp", times(f, x, module.factor))), integers=True),
+    m.Log: Operator("Log", formula(_log), integers=True),
+    m.Pow: Operator("Pow", formula(_pow), integers=True),
+    m.Sqrt: Operator("Sqrt", formula(lambda f, module, x: f("Sqrt", not_below(f, x, 0))), integers=True),
+    m.Rsqrt: Operator("Div", formula(_rsqrt), integers=True),
+    m.Reciprocal: Operator("Div", formula(lambda f, module, x: f("Div", f.number(1), nonzero(f, x))), integers=True),
+    m.FloorDivide: Operator("Floor", formula(_floor_divide), integers=True),
+    m.Remainder: Operator("Sub", formula(_remainder), integers=True),
+    m.Softplus: Operator(
+        "Div",
+        formula(lambda f, module, x: f("Div", _softplus(f, times(f, x, module.beta)), f.number(module.beta))),
+        integers=True,
+    ),
+    m.LogSigmoid: Operator("Neg", formula(lambda f, module, x: f("Neg", _softplus(f, f("Neg", x)))), integers=True),
+    m.Mish: Operator("Mul", formula(lambda f, module, x: f("Mul", x, f("Tanh", _softplus(f, x)))), integers=True),
+    m.Softsign: Operator(
+        "Div", formula(lambda f, module, x: f("Div", x, f("Add", f("Abs", x), f.number(1)))), integers=True
+    ),
+    m.Tanhshrink: Operator("Sub", formula(lambda f, module, x: f("Sub", x, f("Tanh", x))), integers=True),
+    m.ScaledELU: Operator("Mul", formula(_scaled_elu), integers=True),
+    m.Softshrink: Operator("Sub", formula(_softshrink), integers=True, proved=True),
+    m.Threshold: Operator("Where", formula(_threshold), integers=True),
+    m.Clamp: Operator("Clip", formula(_clamp), integers=True, proved=True),
+    m.Compare: Operator("Cast", formula(_compare), integers=True),
+}
