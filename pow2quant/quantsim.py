@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import ModelProto, version_converter
 
-from pow2quant.adapters import aimet_config, aimet_encodings, files, onnx_qdq
+from pow2quant.adapters import aimet_config, aimet_encodings, onnx_qdq
 from pow2quant.artifact import Artifact, Site, Table
 from pow2quant.backends.base import ALL, Batch, Simulation
 from pow2quant.backends.fold import fold_batch_norm
@@ -41,6 +41,7 @@ from pow2quant.frontends.writing import Node, OnnxGraph
 from pow2quant.operators import Kind
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose
 from pow2quant.runs import simulate
+from pow2quant.saving import write
 
 if TYPE_CHECKING:
     import os
@@ -193,7 +194,7 @@ class QuantizationSimModel:
 
     def save_encodings_to_json(self, path: str | os.PathLike[str], filename_prefix: str) -> None:
         """Writes `<path>/<filename_prefix>.json`: the encodings named after the modules, as AIMET does (0.6.1)."""
-        files.write(Path(path) / f"{filename_prefix}.json", self._torch_named().encode())
+        write(Path(path) / f"{filename_prefix}.json", self._torch_named().encode())
 
     @property
     def onnx(self) -> _OnnxExporter:
@@ -227,7 +228,7 @@ class QuantizationSimModel:
         if export_model:
             onnx_qdq.save(artifact.model, Path(path) / f"{filename_prefix}.onnx")
         _write_encodings(artifact, stem.with_name(f"{stem.name}.encodings"), encoding_version)
-        files.write(stem.with_name(f"{stem.name}_torch.encodings"), self._torch_named().encode())
+        write(stem.with_name(f"{stem.name}_torch.encodings"), self._torch_named().encode())
 
     # -- what the aimet backend does differently ---------------------------------------------------------------------
 
@@ -614,4 +615,4 @@ def _renamed(artifact: Artifact, arguments: dict[str, Any]) -> Artifact:
 
 def _write_encodings(artifact: Artifact, path: Path, version: str) -> None:
     parameters = {tensor.name for tensor in artifact.model.graph.initializer}
-    files.write(path, aimet_encodings.dumps(artifact.encodings, parameters, version).encode())
+    write(path, aimet_encodings.dumps(artifact.encodings, parameters, version).encode())

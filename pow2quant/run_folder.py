@@ -1,107 +1,29 @@
-"""A run's folder: written beside and renamed, and the quantized state in it."""
+"""A run's folder: its files, and the quantized state in it."""
 
 from __future__ import annotations
 
-import errno
-import glob
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pow2quant import saving
 from pow2quant.artifact import Table
-from pow2quant.errors import EncodingError, FileFormatError, OutputError
+from pow2quant.errors import EncodingError, FileFormatError
 from pow2quant.pow2_constraints import Encoding, IntGrid
 
 REPORT, CONFIG, STATE, CERTIFICATE = "report.json", "config.yaml", "model.safetensors", "certificate.json"
 STATISTICS = "statistics.json"
 QDQ, FLOAT, ENCODINGS = "model.onnx", "model_float.onnx", "model.encodings"
 
-_OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
-
-@contextmanager
-def staged(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into that becomes `target` when all went well, and vanishes otherwise.
-
-    Raises OutputError when target exists (unless it is an empty folder, or a run and `overwrite` is set), or when the
-    folder or the disk does not allow writing; an existing run is then still as it was.
-    """
-    target = target.resolve()
-    _clear_after_killed_runs(target)
-    _check_free(target, overwrite)
-    staging = target.with_name(f".{target.name}.{os.getpid()}.{uuid4().hex[:8]}.partial")
-    try:
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
-    try:
-        yield staging
-        _check_free(target, overwrite)  # another run may have come first
-        _replace(staging, target)
-    except OSError as error:
-        if error.errno not in _OUTPUT_ERRORS:
-            raise
-        raise OutputError(f"{target}: cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _clear_after_killed_runs(target: Path) -> None:
-    """Removes what runs that were killed left beside the target, and puts back a run that one was about to replace."""
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*") if target.parent.is_dir() else ():
-        pid, *_, kind = left.name.removeprefix(f".{target.name}.").split(".")
-        if kind not in ("partial", "old") or not pid.isdigit() or _is_alive(int(pid)):
-            continue
-        if kind == "old" and not target.exists():
-            left.rename(target)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name == "nt":  # where signal 0 is no question but Ctrl-C
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _check_free(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise OutputError(f"{target}: is a file; the output must be a folder")
-    if not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(f"{target}: exists already; choose another --output, or replace it with --overwrite")
-    if not (target / REPORT).is_file():
-        raise OutputError(f"{target}: holds no {REPORT}, so it is no run of pow2quant and is not overwritten")
-
-
-def _replace(staging: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        target.rename(old)
-    try:
-        staging.rename(target)
-    except BaseException:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def staged(target: Path, overwrite: bool = False) -> AbstractContextManager[Path]:
+    """A folder to write into that becomes the run `target`; see `saving.staged`."""
+    return saving.staged(target, REPORT, overwrite=overwrite)
 
 
 def save_state(path: Path, parameters: Mapping[str, NDArray[Any]], table: Table) -> None:

@@ -46,6 +46,7 @@ FLOORS = {
     "pow2quant.graphs": 2,
     "pow2quant.rewrites": 2,
     "pow2quant.pow2_constraints": 1,
+    "pow2quant.saving": 1,
     "pow2quant.errors": 1,
     "pow2quant.plugins": 1,
 }
@@ -54,6 +55,7 @@ DOORS = {  # the only imports between two rooms of one floor
     ("pow2quant", "pow2quant.quantsim"),
     ("pow2quant.__main__", "pow2quant.cli"),
     ("pow2quant.plugins", "pow2quant.errors"),
+    ("pow2quant.saving", "pow2quant.errors"),
     ("pow2quant.three_steps", "pow2quant.runs"),
     ("pow2quant.training", "pow2quant.methods"),
     ("pow2quant.backends", "pow2quant.frontends"),

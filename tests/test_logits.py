@@ -20,6 +20,7 @@ from pow2quant.logits import cat, fold
 from pow2quant.logits.analysis import KINDS, Analysis, Subject, calibration_error, paired
 from pow2quant.logits.cat import Correction
 from pow2quant.logits.choose import best, candidates, judged
+from pow2quant.study import correction as corrections
 from pow2quant.validation import ort
 
 
@@ -236,3 +237,30 @@ def test_a_runs_logits_are_written_for_every_correction(
     assert main([*command, "--overwrite"]) == 0
     assert main(["logits", str(tmp_path)]) == 2
     assert "holds no model.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["correct", "logits"])
+def test_overwriting_that_fails_loses_nothing(
+    run: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was there stays until the new is complete, whenever the command ends before that."""
+    lists = ["--alpha", "0.5", "--num-clusters", "1", "--pca-dim", "3", "--max-eval-batches", "1", "--quiet"]
+    arguments = [command, str(run), *lists, "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    monkeypatch.setattr(Analysis, "finish", interrupted)
+    monkeypatch.setattr(corrections, "evaluated", interrupted)
+    assert main([*arguments, "--overwrite"]) == 130
+    assert {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+def interrupted(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_correction_without_fold_takes_the_folded_network_of_an_earlier_one_away(run: Path, tmp_path: Path) -> None:
+    lists = ["--alpha", "1", "--num-clusters", "1", "--pca-dim", "3", "--max-eval-batches", "1", "--quiet"]
+    (tmp_path / "mine").touch()
+    for more in (["--fold"], ["--overwrite"]):
+        assert main(["correct", str(run), *lists, "--output", str(tmp_path), *more]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["correction.json", "correction.safetensors", "mine"]

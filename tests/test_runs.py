@@ -191,7 +191,7 @@ def test_an_existing_run_is_replaced_only_when_asked(weights: str, tmp_path: Pat
 
 def test_a_folder_that_is_no_run_is_never_overwritten(weights: str, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(OutputError, match="no run of pow2quant"):
+    with pytest.raises(OutputError, match="holds no report"):
         runs.ptq(configured(weights), tmp_path, overwrite=True)
     assert (tmp_path / "precious.txt").read_text() == "mine"
 

@@ -227,6 +227,26 @@ def test_a_database_that_cannot_be_used_is_one_clear_line(url: str, words: str) 
     assert "secret" not in str(caught.value)
 
 
+def test_no_locks_stay_beside_a_database_that_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "study.db").write_text("not a database" * 100)
+    with pytest.raises(OutputError, match="cannot be used"):
+        Ledger(f"sqlite:///{tmp_path / 'study.db'}", "name", TEN, "fingerprint")
+    assert [p.name for p in tmp_path.iterdir()] == ["study.db"]
+
+
+def test_workers_that_are_gone_leave_no_locks(tmp_path: Path) -> None:
+    make = partial(Ledger, f"sqlite:///{tmp_path / 'study.db'}", "name", TEN, "fingerprint")
+    script = "import os, sys; from tests.test_studies import *; Ledger(sys.argv[1], 'name', TEN, 'fingerprint').claim()"
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    subprocess.run([sys.executable, "-c", f"{script}; os.kill(os.getpid(), 9)", url], check=False)
+    ledger = make()
+    claim = ledger.claim()
+    assert claim is not None
+    assert claim.number == 0
+    ledger.close()
+    assert [p.name for p in (tmp_path / "study.db.locks").iterdir()] == ["name-record"]
+
+
 def test_a_sampler_draws_within_the_ranges_and_repeats_itself(tmp_path: Path) -> None:
     grid = ((given("n=2..8"), given("x=0.5:1.5"), given("r=1e-5:1e-2:log"), given("k=a,b")),)
     found = []

@@ -1,4 +1,4 @@
-"""What every format needs: atomic writing, checked pairing of a model with its table, and a place for lost grids.
+"""What every format needs: checked pairing of a model with its table, and a place for lost grids.
 
 A format cannot hold every grid: AIMET's JSON knows no narrow grid, ONNX no 5-bit integers. Such a format writes what it
 can, and beside it, under the key `GRIDS`, the exact grid and axis of those tensors that a plain reader would get wrong.
@@ -6,18 +6,16 @@ can, and beside it, under the key `GRIDS`, the exact grid and axis of those tens
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
-from pow2quant.errors import EncodingError, FileFormatError, OutputError
+from pow2quant.errors import EncodingError, FileFormatError
 from pow2quant.pow2_constraints import Encoding, IntGrid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -31,23 +29,6 @@ OPSET = 21
 
 IR_VERSION = 10
 """The file format's version that belongs to it."""
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name in its folder, made if need be, and renames it.
-
-    Raises OutputError, and leaves no temporary file, when the folder or the disk does not allow it.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def lost_grids(table: Table, plain: Mapping[str, Encoding]) -> dict[str, Any]:

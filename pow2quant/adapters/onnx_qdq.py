@@ -37,11 +37,11 @@ from pow2quant.adapters.files import (
     exact_grids,
     lost_grids,
     parameter_codes,
-    write,
 )
 from pow2quant.artifact import Artifact
 from pow2quant.errors import EncodingError, FileFormatError, OutputError, UnsupportedModelError
 from pow2quant.pow2_constraints import Encoding, IntGrid
+from pow2quant.saving import write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

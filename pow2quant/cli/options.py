@@ -116,6 +116,6 @@ def fresh(command: str) -> Path:
 def keep(document: Mapping[str, Any], output: Path | None, name: str) -> None:
     """Writes the result as a file too, where a folder was given."""
     if output is not None:
-        from pow2quant.adapters.files import write
+        from pow2quant.saving import write
 
         write(output / name, json.dumps(document, indent=2).encode())

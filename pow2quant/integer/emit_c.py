@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pow2quant.integer.c_layer import BLOCK, Array, Layer, comment, ctype, fitted, numbers, plain, shape
-from pow2quant.integer.folder import staged
 from pow2quant.integer.lower import lower
 from pow2quant.integer.memory import NARROW, WIDE, Needs, Spot, place
 from pow2quant.integer.pack import sample_codes
 from pow2quant.integer.run import run
+from pow2quant.saving import staged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pow2quant.integer.certificate import certify
-from pow2quant.integer.folder import staged
 from pow2quant.integer.lower import lower
 from pow2quant.integer.pack_readme import readme
 from pow2quant.integer.program import Requantization
 from pow2quant.integer.run import trace
 from pow2quant.integer.ternary import Ternary
+from pow2quant.saving import staged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pow2quant.adapters.files import write
 from pow2quant.errors import DataError, FileFormatError
+from pow2quant.saving import write
 
 Logits = NDArray[np.float32]
 """(N, classes)."""

@@ -18,7 +18,7 @@ def compare(folders: Sequence[Path], output: Path) -> Path:
 
     Raises FileFormatError for a folder without a readable report; OutputError when the page cannot be written.
     """
-    from pow2quant.adapters.files import write
+    from pow2quant.saving import write
 
     runs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
 

@@ -115,7 +115,7 @@ def rebuild(folder: Path, output: Path | None = None) -> Path:
 
     Raises FileFormatError when there is no report.json, or it is no report; OutputError when it cannot be written.
     """
-    from pow2quant.adapters.files import write
+    from pow2quant.saving import write
 
     page = guarded(folder / run_folder.REPORT, lambda: page_of(folder))
     target = (output or folder) / "report.html"

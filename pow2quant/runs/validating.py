@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from pow2quant.plugins import names
 from pow2quant.runs.executors import SIMULATION, compared, executors, simulation_executor
 from pow2quant.runs.job import Job, device_of, float_network, simulate
 from pow2quant.runs.reopening import load_parameters
+from pow2quant.saving import scratch
 from pow2quant.validation import ort
 from pow2quant.validation.agreement import compare
 
@@ -83,10 +83,10 @@ def validate(
     if encodings is not None:
         table = aimet_encodings.load(encodings, aimet_encodings.channel_axes(model))
         model = onnx_qdq.to_qdq(aimet_encodings.apply(model, table))
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         file = source
         if encodings is not None:
-            file = Path(folder) / run_folder.QDQ
+            file = folder / run_folder.QDQ
             onnx_qdq.save(model, file)
         return _validate_file(file, model, max_batches, seed, progress)
 

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pow2quant.adapters.files import write
 from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.plugins import names
+from pow2quant.saving import write
 from pow2quant.study.figures import COLOURS, MARKERS, blank, png
 from pow2quant.study.ledger import Plan
 from pow2quant.study.space import axis

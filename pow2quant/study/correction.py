@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 from pow2quant import config as configuration
 from pow2quant import run_folder, runs
 from pow2quant.adapters import onnx_qdq
-from pow2quant.adapters.files import write
 from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import RunConfig
 from pow2quant.errors import DataError, FileFormatError, OutputError
@@ -26,6 +24,7 @@ from pow2quant.logits.analysis import Analysis, Subject, paired
 from pow2quant.logits.cat import Correction, Logits
 from pow2quant.logits.choose import Candidate, Judged, best, candidates, judged
 from pow2quant.logits.fold import alone, folded
+from pow2quant.saving import added, staged, write
 from pow2quant.validation import ort
 
 CORRECTION, RECORD, FOLDED = "correction.safetensors", "correction.json", "model_corrected.onnx"
@@ -76,20 +75,18 @@ def correct(
     _, exact, quantized = _joined(fitting)
     found = judged(quantized, exact, every, seed)
     taken = best(found).candidate
-    for old in present:
-        (folder / old).unlink()
     record: dict[str, Any] = {"fitted_images": len(exact), "candidates": [_plain(j) for j in found]}
     if not taken.alpha:
         return Corrected(found, None, record | {"chosen": None}, [])
     correction = cat.fit(quantized, exact, *taken, seed=seed)
     record |= {"chosen": taken._asdict(), "test": evaluated(correction, tests)}
-    cat.save(correction, folder / CORRECTION)
-    written = [folder / CORRECTION]
-    if fold:
-        record["onnxruntime"] = _folded(run, correction, folder / FOLDED, quantized)
-        written.append(folder / FOLDED)
-    write(folder / RECORD, json.dumps(record, indent=1).encode())
-    return Corrected(found, correction, record, [*written, folder / RECORD])
+    with added(folder, present) as staging:
+        cat.save(correction, staging / CORRECTION)
+        if fold:
+            record["onnxruntime"] = _folded(run, correction, staging / FOLDED, quantized)
+        write(staging / RECORD, json.dumps(record, indent=1).encode())
+    names = (CORRECTION, *([FOLDED] if fold else []), RECORD)
+    return Corrected(found, correction, record, [folder / name for name in names])
 
 
 def evaluated(correction: Correction, tests: Iterable[Triple]) -> dict[str, Any]:
@@ -155,15 +152,14 @@ def analyse(
         if not given:
             every = [best(judged(quantized, exact, every, seed)).candidate]
             every = [c if c.alpha else Candidate(0.0, 1, 1) for c in every]
-        corrections = [cat.fit(quantized, exact, *c, seed=seed) for c in every]
+        corrections = [cat.fit(quantized, exact, *c, seed=seed) for c in dict.fromkeys(every)]
     subject = _subject(run)
     root, folders, summaries = output or run, [], []
     with ExitStack() as stack:
         analyses = []
         for correction in corrections:
             folder = root / f"results_{subject.suffix(correction)}"
-            _make_way(folder, overwrite)
-            staging = stack.enter_context(run_folder.staged(folder))
+            staging = stack.enter_context(staged(folder, "logits_*_metadata.csv", overwrite=overwrite))
             analyses.append(stack.enter_context(closing(Analysis(staging, subject, correction))))
             folders.append(folder)
         for batch in tests:
@@ -171,15 +167,6 @@ def analyse(
                 analysis.add(*batch)
         summaries = [analysis.finish() for analysis in analyses]
     return Analysed(folders, summaries)
-
-
-def _make_way(folder: Path, overwrite: bool) -> None:
-    """Removes an earlier analysis, and nothing else."""
-    if not folder.is_dir() or not overwrite:
-        return
-    if not any(folder.glob("logits_*_metadata.csv")):
-        raise OutputError(f"{folder}: is no analysis of logits and is not overwritten")
-    shutil.rmtree(folder)
 
 
 def _subject(run: Path) -> Subject:

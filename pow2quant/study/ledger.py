@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
-from pow2quant.errors import ConfigError, MissingExtraError, OutputError
+from pow2quant.errors import ConfigError, MissingExtraError, OutputError, Pow2QuantError
 from pow2quant.study.locks import AdvisoryLock, FileLock, Lock, Locks, held
 from pow2quant.study.space import Combination, Grid, Label, Range, combinations
 
@@ -77,6 +78,10 @@ class Ledger:
         optuna = _optuna()
         self._locks = locks(self.url, self.name)
         self._alive: Lock | None = None
+        with _no_folder_beside_what_is_refused(self.url):
+            self._open(optuna)
+
+    def _open(self, optuna: Any) -> None:
         try:
             with self._locked():
                 self._study = optuna.create_study(
@@ -151,7 +156,7 @@ class Ledger:
     def close(self) -> None:
         """This worker is gone: what it has not finished is nobody's."""
         if self._alive is not None:
-            self._alive.free()
+            self._alive.drop()
             self._alive = None
 
     def _locked(self) -> AbstractContextManager[None]:
@@ -182,7 +187,7 @@ class Ledger:
         lock = self._locks(f"worker {worker}")
         if not lock.take():
             return False
-        lock.free()
+        lock.drop()
         return True
 
     def _taken(self, handle: Any, grid: int, attempts: int) -> Claim:
@@ -255,12 +260,28 @@ def _key(grid: int, combination: Mapping[str, Label]) -> str:
 def locks(url: str, study: str) -> Locks:
     """The locks that belong to a database. Raises ConfigError for one that is neither SQLite nor PostgreSQL."""
     if url.startswith("sqlite:///"):
-        folder = Path(f"{url.removeprefix('sqlite:///')}.locks")
+        folder = _folder(url)
         return lambda name: FileLock(folder / f"{study} {name}".replace(" ", "-"))
     if re.match(r"postgres(ql)?(\+\w+)?://", url):
         plain = re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", url)
         return lambda name: AdvisoryLock(plain, f"pow2quant {study} {name}")
     raise ConfigError(f"--storage {_shown(url)}: legal: sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE")
+
+
+def _folder(url: str) -> Path:
+    return Path(f"{url.removeprefix('sqlite:///')}.locks")
+
+
+@contextmanager
+def _no_folder_beside_what_is_refused(url: str) -> Iterator[None]:
+    """Takes the folder of locks away again where it was made for a database that cannot be used."""
+    made = url.startswith("sqlite:///") and not _folder(url).exists()
+    try:
+        yield
+    except Pow2QuantError:
+        if made:
+            shutil.rmtree(_folder(url), ignore_errors=True)
+        raise
 
 
 def _dialect(url: str) -> str:

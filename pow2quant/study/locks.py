@@ -5,6 +5,7 @@ Neither knows timeouts or clocks: a lock is free when its process, its machine o
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ class Lock(Protocol):
 
     def free(self) -> None:
         """Gives it back."""
+        ...
+
+    def drop(self) -> None:
+        """Gives it back for good: its name is not used again, and its file goes."""
         ...
 
 
@@ -65,6 +70,11 @@ class FileLock:
             self._connection.close()
             self._connection = None
 
+    def drop(self) -> None:
+        if self._connection is not None and os.name != "nt":  # Windows does not remove an open file
+            self._path.unlink(missing_ok=True)
+        self.free()
+
 
 class AdvisoryLock:
     """A session's advisory lock on a connection of its own: PostgreSQL frees it when the connection ends."""
@@ -94,6 +104,9 @@ class AdvisoryLock:
             with suppress(Exception):  # a connection that is lost has no lock either
                 self._connection.close()
             self._connection = None
+
+    def drop(self) -> None:
+        self.free()
 
 
 @contextmanager

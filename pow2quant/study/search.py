@@ -17,12 +17,12 @@ import torch
 
 from pow2quant import config as configuration
 from pow2quant import run_folder
-from pow2quant.adapters.files import write
 from pow2quant.artifact import Artifact
 from pow2quant.backends.base import SILENT, Progress, Simulation
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.runs import Job, Result, finish, write_report
+from pow2quant.saving import write
 from pow2quant.study import costs, latency, limits
 from pow2quant.study.candidates import CANDIDATES, Group, Plan, configured, groups_of, sorted_names, uniform
 from pow2quant.study.costs import Chip, LayerShape

@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from pow2quant import config as configuration
-from pow2quant.adapters.files import write
 from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.report import comparison
+from pow2quant.saving import write
 from pow2quant.study.figures import figures
 from pow2quant.study.ledger import SAMPLERS, Entry, Ledger, Plan
 from pow2quant.study.space import Axis, Range, axis, combinations, given

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pow2quant.errors import FileFormatError, OutputError
+from pow2quant.errors import FileFormatError
+from pow2quant.saving import write
 
 STRUCTURE = "pow2quant.structure"
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes beside, waits for the disk, renames: whoever reads sees the old file or the new one.
-
-    Raises OutputError when the folder or the disk does not allow it.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def dump(path: Path, state: Any) -> None:

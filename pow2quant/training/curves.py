@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pow2quant.errors import MissingExtraError
-from pow2quant.training.checkpoint import write
+from pow2quant.saving import write
 
 METRICS, CURVES, BOARD = "training_metrics.json", "training_curves.png", "tensorboard"
 

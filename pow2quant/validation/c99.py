@@ -6,7 +6,6 @@ import ctypes
 import os
 import shutil
 import subprocess
-import tempfile
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from pow2quant.errors import DataError, MissingExtraError, UnsupportedModelError
 from pow2quant.integer.emit_c import code
 from pow2quant.integer.lower import lower
 from pow2quant.integer.run import dequantize, quantize
+from pow2quant.saving import scratch
 from pow2quant.validation.agreement import Executor
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Library:
         return self._compiled("traced.c", {"traced.c": TRACED})
 
     def _compiled(self, source: str, more: dict[str, str]) -> ctypes.CDLL:
-        with tempfile.TemporaryDirectory(prefix="pow2quant-c-") as folder:
+        with scratch() as folder:
             for name, text in (code(self.program) | more).items():
                 Path(folder, name).write_text(text, encoding="utf-8")
             library = Path(folder, "model.so")
