@@ -239,7 +239,10 @@ class QuantPlan:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network. name: `digits-cnn`, `torchvision:resnet18` or `file.py:factory`; weights: a state dict's file."""
+    """Which network.
+
+    name: `digits-cnn`, `torchvision:resnet18`, `timm:NAME` or `file.py:factory`. weights: a state dict's file.
+    """
 
     name: Annotated[str, _TEXT] = "digits-cnn"
     num_classes: Annotated[int | None, _COUNT] = None

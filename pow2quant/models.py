@@ -20,6 +20,7 @@ from pow2quant.errors import ModelError, WeightsError
 from pow2quant.plugins import names, resolve
 
 TORCHVISION = "torchvision:"
+TIMM = "timm:"
 NESTED = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which training scripts put the state dict in a checkpoint."""
 
@@ -75,8 +76,8 @@ def trained_digits_cnn() -> nn.Module:
 def build(name: str, *, num_classes: int | None = None, weights: str | Path | None = None) -> nn.Module:
     """A network in eval mode.
 
-    name: `digits-cnn` or another plug-in's name, `torchvision:NAME` (architecture only, nothing is downloaded), or
-    `path/to/file.py:factory`. num_classes goes to every factory that takes it; others decide themselves.
+    name: `digits-cnn` or another plug-in's name, `torchvision:NAME` or, where timm is installed, `timm:NAME`
+    (architecture only, nothing is downloaded), or `path/to/file.py:factory`. num_classes goes to every factory that takes it; others decide themselves.
     weights: a file for `load_weights`; without it the network is as its factory made it.
 
     torchvision's GoogLeNet and Inception come without auxiliary heads and without `transform_input`: for torchvision's
@@ -87,6 +88,8 @@ def build(name: str, *, num_classes: int | None = None, weights: str | Path | No
     """
     if name.startswith(TORCHVISION):
         model = _from_torchvision(name.removeprefix(TORCHVISION), num_classes)
+    elif name.startswith(TIMM):
+        model = _from_timm(name.removeprefix(TIMM), num_classes)
     elif is_in_file(name):
         factory = from_file(name, ModelError)
         with users_code(name, ModelError):
@@ -182,12 +185,25 @@ def _from_torchvision(name: str, num_classes: int | None) -> nn.Module:
     return model
 
 
+def _from_timm(name: str, num_classes: int | None) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ModelError(f"{TIMM}{name}: needs timm, which is not installed: pip install timm ({error})") from None
+    if name not in timm.list_models():
+        near = [TIMM + known for known in get_close_matches(name, timm.list_models(), n=3)]
+        raise ModelError(f"unknown model {TIMM + name!r}; did you mean {', '.join(near) or 'another'}?")
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    model: nn.Module = timm.create_model(name, pretrained=False, **options)
+    return model
+
+
 def _unknown(name: str) -> ModelError:
     from torchvision import models
 
     ours = [*sorted(names("models")), *(TORCHVISION + known for known in models.list_models(module=models))]
     near = get_close_matches(name, ours, n=3) or get_close_matches(TORCHVISION + name, ours, n=3)
-    known = ", ".join([*sorted(names("models")), f"{TORCHVISION}NAME", "path/to/file.py:factory"])
+    known = ", ".join([*sorted(names("models")), f"{TORCHVISION}NAME", f"{TIMM}NAME", "path/to/file.py:factory"])
     hint = f"did you mean {', '.join(near)}? " if near else ""
     return ModelError(f"unknown model {name!r}; {hint}known: {known}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
 import re
 
@@ -83,7 +84,7 @@ def test_torchvision(name, classes):
         ("resnet18", "torchvision:resnet18"),
         ("torchvision:resnet19", "torchvision:resnet18"),
         ("torchvision:fasterrcnn_resnet50_fpn", "unknown model"),
-        ("qqq", "known: digits-cnn, torchvision:NAME, path/to/file.py:factory"),
+        ("qqq", "known: digits-cnn, torchvision:NAME, timm:NAME, path/to/file.py:factory"),
     ],
 )
 def test_an_unknown_name_gets_a_hint(name, hint):
@@ -309,3 +310,11 @@ def test_files_that_are_no_weights(tmp_path):
         ("counts.pt", "counts.pt: holds no state dict"),
     ]:
         assert expected in complaint(WeightsError, models.load_weights, net(), tmp_path / name)
+
+
+def test_timm_is_used_where_it_is_installed_and_asked_for_where_not() -> None:
+    if importlib.util.find_spec("timm") is None:
+        assert "pip install timm" in complaint(ModelError, models.build, "timm:resnet18")
+    else:
+        assert sum(p.numel() for p in models.build("timm:resnet18", num_classes=7).parameters()) > 0
+        assert "timm:resnet18" in complaint(ModelError, models.build, "timm:resnet1")

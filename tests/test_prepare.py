@@ -435,3 +435,17 @@ def test_loops_over_the_batch_are_named() -> None:
 
     with pytest.raises(UnsupportedModelError, match="depend on the batch size"):
         prepare(Looping(), torch.randn(2, 3))
+
+
+def test_rounding_that_grows_through_the_network_is_not_a_difference() -> None:
+    class Growing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh((self.conv(x).sigmoid() - 0.5) * 3e6)
+
+    model, x = Growing().eval(), torch.randn(2, 3, 4, 4)
+    network = prepare(model, x)
+    assert next(network.parameters()).dtype == torch.float32

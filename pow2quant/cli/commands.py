@@ -330,7 +330,7 @@ def list_(
 
 
 ALSO = (
-    "models are also torchvision:NAME (torchvision:resnet18) and path/to/file.py:factory",
+    "models are also torchvision:NAME (torchvision:resnet18), timm:NAME and path/to/file.py:factory",
     "datasets are also path/to/file.py:function",
 )
 

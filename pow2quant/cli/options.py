@@ -37,7 +37,7 @@ AsJson = Annotated[bool, Option("--json", help="Print one JSON document and noth
 ConfigFile = Annotated[Path | None, Option(help="YAML with everything below; flags override it.")]
 Output = Annotated[Path | None, Option(help="Folder to write; default: runs/<command>-<time>.")]
 Backend = Annotated[str | None, Option("--backend", help="custom (pure PyTorch) or aimet (Qualcomm's QuantSim).")]
-Model = Annotated[str | None, Option(help="digits-cnn, torchvision:NAME, or path/to/file.py:factory.")]
+Model = Annotated[str | None, Option(help="digits-cnn, torchvision:NAME, timm:NAME, or path/to/file.py:factory.")]
 Weights = Annotated[str | None, Option(help="State dict: .pt, .pth or .safetensors.")]
 Classes = Annotated[int | None, Option(help="Passed to the network's factory.")]
 DataSet = Annotated[str | None, Option(help="digits, cifar10, mnist, imagefolder, or path/to/file.py:function.")]
