@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tracemalloc
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from pow2quant import models
 from pow2quant.cli import main
 from pow2quant.errors import DataError, FileFormatError
 from pow2quant.logits import cat, fold
-from pow2quant.logits.analysis import KINDS, Analysis, Subject, calibration_error, paired
+from pow2quant.logits.analysis import KINDS, Analysis, Subject, calibration_error
 from pow2quant.logits.cat import Correction
 from pow2quant.logits.choose import best, candidates, judged
 from pow2quant.study import correction as corrections
+from pow2quant.logits.paired import interval, paired
 from pow2quant.validation import ort
 
 
@@ -167,6 +169,25 @@ def test_statistics_by_hand() -> None:
     assert (mean, error) == (0.25, 0.25)
     confidence, right = np.array([0.9, 0.91, 0.5], np.float32), np.array([True, False, True])
     assert calibration_error(confidence, right) == pytest.approx((abs(1 - 1.81) + 0.5) / 3, abs=1e-6)
+
+
+def test_the_interval_of_no_change_by_hand() -> None:
+    low, high = interval(np.zeros(450))
+    assert (low, high) == pytest.approx((-1.959964 / 452, 1.959964 / 452))
+    assert interval(np.ones(1)) == (pytest.approx(1 / 3 - 1.959964 * np.sqrt((2 / 3 - 1 / 9) / 3)), 1.0)
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0.01, 0.01), (0.02, 0.1), (0.1, 0.1), (0.05, 0.4)])
+def test_the_interval_holds_the_truth_95_times_in_100(better: float, worse: float) -> None:
+    """Exactly, over every outcome of 60 images that become right or wrong with these probabilities."""
+    count, held = 60, 0.0
+    for up in range(count + 1):
+        for down in range(count - up + 1):
+            ways = comb(count, up) * comb(count - up, down)
+            probability = ways * better**up * worse**down * (1 - better - worse) ** (count - up - down)
+            low, high = interval(np.repeat([1.0, -1.0, 0.0], [up, down, count - up - down]))
+            held += probability * (low <= better - worse <= high)
+    assert held > 0.935
 
 
 def test_logits_stream_through_little_memory(tmp_path: Path) -> None:

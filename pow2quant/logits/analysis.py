@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pow2quant.logits.cat import Correction, Logits
 from pow2quant.logits.confidence import calibration_error
+from pow2quant.logits.paired import paired
 
 KINDS = ("fullprecision", "quantized", "corrected")
 
@@ -167,9 +168,3 @@ def _write(file: IO[str], first: int, labels: NDArray[np.int64], logits: Logits)
 def whole_of(network: Network) -> dict[str, NDArray[Any]]:
     """The numbers of all images, (N,) each."""
     return {name: np.concatenate(getattr(network, name)) for name in ("top1", "margin", "confidence")}
-
-
-def paired(differences: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean and standard error of differences of the same images."""
-    count = len(differences)
-    return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")

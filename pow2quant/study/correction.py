@@ -20,11 +20,12 @@ from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import RunConfig
 from pow2quant.errors import DataError, FileFormatError, OutputError
 from pow2quant.logits import cat
-from pow2quant.logits.analysis import Analysis, Subject, paired
+from pow2quant.logits.analysis import Analysis, Subject
 from pow2quant.logits.cat import Correction, Logits
 from pow2quant.logits.choose import Candidate, Judged, best, candidates, judged
 from pow2quant.logits.fold import alone, folded
 from pow2quant.saving import added, staged, write
+from pow2quant.logits.paired import paired
 from pow2quant.validation import ort
 
 CORRECTION, RECORD, FOLDED = "correction.safetensors", "correction.json", "model_corrected.onnx"
