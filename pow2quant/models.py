@@ -77,7 +77,8 @@ def build(name: str, *, num_classes: int | None = None, weights: str | Path | No
     """A network in eval mode.
 
     name: `digits-cnn` or another plug-in's name, `torchvision:NAME` or, where timm is installed, `timm:NAME`
-    (architecture only, nothing is downloaded), or `path/to/file.py:factory`. num_classes goes to every factory that takes it; others decide themselves.
+    (architecture only, nothing is downloaded), or `path/to/file.py:factory`. num_classes goes to every factory that
+    takes it; others decide themselves.
     weights: a file for `load_weights`; without it the network is as its factory made it.
 
     torchvision's GoogLeNet and Inception come without auxiliary heads and without `transform_input`: for torchvision's

@@ -428,6 +428,12 @@ def test_dictionaries_and_keyword_arguments_are_inputs() -> None:
         torch.testing.assert_close(network(batch["left"], batch["right"]), batch["left"] - 2 * batch["right"])
 
 
+def test_a_network_that_cannot_be_captured_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UnsupportedModelError):
+        prepare(Branching(), torch.randn(1, 3))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_loops_over_the_batch_are_named() -> None:
     class Looping(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

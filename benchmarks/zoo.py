@@ -1,0 +1,202 @@
+"""Networks of other people, W8A8, with random weights: does every executor give the simulation's bits?
+
+    python benchmarks/zoo.py NETWORKS.py [NAME or GROUP …] --results zoo.jsonl [--page docs/zoo.md] [--timeout 180]
+
+NETWORKS.py defines `ZOO`, a dictionary of name -> (group, factory, shapes of the inputs without the batch, kind), kind
+being "img" (smoothed noise), "tok" (integers below 100) or anything else (normal noise). What its factories need (timm,
+transformers, ...) must be installed; pow2quant needs none of it. Each network runs in a process of its own; results are
+appended to a file of JSON lines, and a network that stands there is not run again. --page writes the table.
+
+Batch norm statistics are estimated on a batch of noise: random weights make any input as good as any other. The engine
+and the C run where one input costs few enough operations (--engine-macs, --c-macs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from pow2quant import QuantPlan, prepare, simulate
+from pow2quant.adapters import onnx_qdq
+from pow2quant.config import from_file
+from pow2quant.errors import ModelError, Pow2QuantError
+from pow2quant.integer.certificate import certify
+from pow2quant.plugins import resolve
+from pow2quant.runs.executors import simulation_executor
+from pow2quant.validation.agreement import compare
+
+
+def batch(shapes: tuple[tuple[int, ...], ...], kind: str, count: int, seed: int) -> Any:
+    """Inputs of one call, `count` samples."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(shape: tuple[int, ...]) -> Tensor:
+        if kind == "tok":
+            return torch.randint(0, 100, (count, *shape), generator=generator)
+        x = torch.randn(count, *shape, generator=generator)
+        if kind == "img" and len(shape) == 3 and shape[1] >= 16:
+            coarse = torch.randn(count, shape[0], shape[1] // 8, shape[2] // 8, generator=generator)
+            x = F.interpolate(coarse, shape[1:], mode="bilinear") + 0.3 * x
+        return x
+
+    if kind == "dict":
+        return {"x": torch.randn(count, 5, generator=generator)}
+    made = tuple(one(s) for s in shapes)
+    return made[0] if len(made) == 1 else made
+
+
+def with_statistics(model: nn.Module, inputs: Any) -> nn.Module:
+    """Sets every batch norm's statistics to those of one batch, where the network can be run in training mode."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        with torch.no_grad():
+            model(*(inputs if isinstance(inputs, tuple) else (inputs,))) if norms else None
+    except Exception:  # a network that takes no batch of this size is judged by `prepare`
+        pass
+    return model.eval()
+
+
+def try_one(network: tuple[str, Any, Any, str], options: argparse.Namespace) -> dict[str, Any]:
+    """One network: what each executor says, or why there is none."""
+    _, factory, shapes, kind = network
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = with_statistics(factory(), batch(shapes, kind, 4, 1))
+    example = batch(shapes, kind, 4, 2)
+    prepared = prepare(model, example)
+    sim = simulate(prepared, example, QuantPlan.default(), backend="custom")
+    sim.calibrate([example, batch(shapes, kind, 4, 5)])
+    artifact = sim.export(example)
+    proof = certify(artifact)
+    tests = [[x.numpy() for x in pytree.tree_leaves(batch(shapes, kind, 2, seed))] for seed in (7, 8)]
+    found: dict[str, Any] = {"proved": [sum(y.proved for y in proof.layers), len(proof.layers)], "executors": {}}
+    reference = simulation_executor(sim, "custom", torch.device("cpu"))
+    found["distinct"] = len(np.unique(reference.run(tests[0])[0]))
+    with tempfile.TemporaryDirectory() as folder:
+        path = onnx_qdq.export_qdq(artifact, Path(folder))
+        for name, limit in (("onnxruntime", None), ("engine", options.engine_macs), ("c", options.c_macs)):
+            try:
+                made = resolve("validators", name)(path, None)
+            except Pow2QuantError as error:
+                found["executors"][name] = f"left out: {error}"
+                continue
+            if limit is not None and max(e.work for e in made) > limit:
+                found["executors"][name] = "left out: too large for this benchmark"
+                continue
+            agreements = compare(reference, made, tests if limit is None else tests[:1], artifact, proof=proof)
+            found["executors"][name] = [[a.differing, a.elements, a.claim] for a in agreements]
+            if not all(a.agrees for a in agreements):
+                found["first"] = next(str(a.first_diverging) for a in agreements if a.first_diverging)
+    differs = any(a[0] for e in found["executors"].values() if isinstance(e, list) for a in e)
+    return {"result": "differs" if differs else "exact", **found}
+
+
+def child(network: tuple[str, Any, Any, str], options: argparse.Namespace, answer: Any) -> None:
+    """What a process of its own runs: sends one dictionary."""
+    try:
+        answer.send(try_one(network, options))
+    except Pow2QuantError as error:
+        answer.send({"result": "refused", "reason": str(error)})
+    except BaseException as error:
+        answer.send({"result": "traceback", "reason": repr(error), "traceback": traceback.format_exc()})
+
+
+def guarded(network: tuple[str, Any, Any, str], options: argparse.Namespace) -> dict[str, Any]:
+    """`try_one` in a process of its own, within the time limit."""
+    started = time.perf_counter()
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(network, options, theirs))
+    process.start()
+    theirs.close()
+    try:
+        result = ours.recv() if ours.poll(options.timeout) else {"result": "timeout"}
+    except EOFError:
+        result = {"result": "crash"}
+    process.kill()
+    process.join()
+    return {**result, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """The table of the documentation, in Markdown."""
+    count = Counter(r["result"] for r in results)
+    lines = [
+        "# Networks of other people",
+        "",
+        f"`benchmarks/zoo.py` on {len(results)} networks with random weights, W8A8, `custom` backend, "
+        f"torch {torch.__version__}, Python {platform.python_version()}: **{count['exact']} exact** (0 differing "
+        "elements in onnxruntime without and with its optimizations, and in the engine and the C where they run), "
+        + ", ".join(f"{n} {kind}" for kind, n in sorted(count.items()) if kind != "exact")
+        + ". Refused is one clear line; the reasons stand below.",
+        "",
+        "| group | networks | exact | engine runs | C runs |",
+        "|---|---|---|---|---|",
+    ]
+    for group in dict.fromkeys(r["group"] for r in results):
+        own = [r for r in results if r["group"] == group]
+        runs = [sum(isinstance(r.get("executors", {}).get(e), list) for r in own) for e in ("engine", "c")]
+        lines.append(f"| {group} | {len(own)} | {sum(r['result'] == 'exact' for r in own)} | {runs[0]} | {runs[1]} |")
+    lines += ["", "| not exact | | why |", "|---|---|---|"]
+    for r in results:
+        if r["result"] != "exact":
+            why = str(r.get("reason") or r.get("first") or "").split(". Write it with")[0]
+            lines.append(f"| {r['name']} | {r['result']} | {_shown(why)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(text: str) -> str:
+    """One line for a table, without folders of this machine."""
+    words = [w.rpartition("/")[2] if w.count("/") > 1 else w for w in text.replace("|", "\\|").split()]
+    return " ".join(words)[:300]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks")
+    parser.add_argument("names", nargs="*", help="names or groups; all without them")
+    parser.add_argument("--results", type=Path, default=Path("zoo.jsonl"))
+    parser.add_argument("--page", type=Path)
+    parser.add_argument("--timeout", type=float, default=180)
+    parser.add_argument("--engine-macs", type=float, default=4e7)
+    parser.add_argument("--c-macs", type=float, default=1e7)
+    options = parser.parse_args()
+    zoo = from_file(f"{options.networks}:ZOO", ModelError)
+    done = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
+    for name, network in zoo.items():
+        wanted = not options.names or name in options.names or network[0] in options.names
+        if wanted and name not in {r["name"] for r in done}:
+            done.append({"name": name, "group": network[0], **guarded(network, options)})
+            with options.results.open("a") as file:
+                file.write(json.dumps(done[-1]) + "\n")
+            print(
+                f"{done[-1]['result']:9s} {name:45s} {done[-1]['seconds']:6.1f} s  {done[-1].get('reason', '')[:150]}",
+                flush=True,
+            )
+    if options.page:
+        order = {name: i for i, name in enumerate(zoo)}
+        options.page.write_text(page(sorted(done, key=lambda r: order.get(r["name"], len(order)))))
+    print(", ".join(f"{n} {kind}" for kind, n in Counter(r["result"] for r in done).items()))
+    raise SystemExit(0 if all(r["result"] in ("exact", "refused", "timeout") for r in done) else 1)
+
+
+if __name__ == "__main__":
+    main()
