@@ -21,8 +21,8 @@ from pow2quant.logits import cat, fold
 from pow2quant.logits.analysis import KINDS, Analysis, Subject, calibration_error
 from pow2quant.logits.cat import Correction
 from pow2quant.logits.choose import best, candidates, judged
-from pow2quant.study import correction as corrections
 from pow2quant.logits.paired import interval, paired
+from pow2quant.study import correction as corrections
 from pow2quant.validation import ort
 
 

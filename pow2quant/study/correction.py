@@ -24,8 +24,8 @@ from pow2quant.logits.analysis import Analysis, Subject
 from pow2quant.logits.cat import Correction, Logits
 from pow2quant.logits.choose import Candidate, Judged, best, candidates, judged
 from pow2quant.logits.fold import alone, folded
-from pow2quant.saving import added, staged, write
 from pow2quant.logits.paired import paired
+from pow2quant.saving import added, staged, write
 from pow2quant.validation import ort
 
 CORRECTION, RECORD, FOLDED = "correction.safetensors", "correction.json", "model_corrected.onnx"
