@@ -43,7 +43,7 @@ OPERATIONS: dict[str, Operation] = {
     **dict.fromkeys(("Relu", "Clip"), Operation(Kind.CLIP, Double.BETWEEN)),
     "Concat": Operation(Kind.CONCAT, Double.BETWEEN),
     "ArgMax": Operation(Kind.INDEX),
-    **dict.fromkeys(("MaxPool", "Flatten", "Resize", "ReduceMax", "ReduceMin"), Operation(Kind.PASS)),
+    **dict.fromkeys(("MaxPool", "Flatten", "Resize", "ReduceMax", "ReduceMin", "TopK"), Operation(Kind.PASS)),
     **dict.fromkeys(("Reshape", "Transpose", "Slice", "Pad", "Expand", "Gather"), Operation(Kind.PASS, Double.BETWEEN)),
     **dict.fromkeys(
         (

@@ -102,7 +102,7 @@ ON_MAPS = [
     *(m.Largest((2, 3), keepdim=False), m.Largest((1,), keepdim=True), m.Least((2,), keepdim=False)),
     *(m.LogSumExp((1,), keepdim=False), m.Product((1,), keepdim=False), m.Variance((2, 3), keepdim=False)),
     *(m.Variance((1,), True, 0, root=True), m.Norm((1,), True), m.Norm((2, 3), False, 1), m.CumSum(1)),
-    *(m.Softmax(1), m.LogSoftmax(1), m.MaskedSoftmax(-1, 0.353), m.MaskedSoftmax(-1, 0.353, CAUSAL)),
+    *(m.TopK(3, 2), m.Softmax(1), m.LogSoftmax(1), m.MaskedSoftmax(-1, 0.353), m.MaskedSoftmax(-1, 0.353, CAUSAL)),
     *(m.Normalize((1,)), m.RMSNorm([6, 6]), randomized(m.RMSNorm([6], 1e-6)), randomized(m.LayerNorm([8, 6, 6]))),
     *(randomized(m.GroupNorm(2, 8)), m.GroupNorm(8, 8, affine=False), m.LocalResponseNorm(3, k=2.0)),
     *(m.Take(3, [2, 1, 0, 1, 2, 3, 4, 5, 4, 3]), m.Take(2, [5, 4, 3, 2, 1, 0]), m.Take(1, [0, 0, 0, 1, 1, 1, 5])),

@@ -27,6 +27,9 @@ Handler = Callable[["Builder", fx.Node, SimpleNamespace], "fx.Node | Parts"]
 SIZED = frozenset({"view", "reshape", "_unsafe_view", "expand", "unflatten", "repeat"})
 """Operations whose size arguments may hold the batch size: their rows look at the result's shape instead."""
 
+BY_SHAPE = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill", "zero"})
+"""Operations of which the first operand's shape counts, not its values."""
+
 COMPOSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Transformer, nn.TransformerEncoderLayer)
 """Modules of PyTorch's own that are more than one operation."""
 
@@ -77,6 +80,9 @@ class Builder:
                 self.constants[twin] = getattr(second.graph_module, str(twin.target))
             elif all(a in self.constants for a in node.all_input_nodes):
                 self._evaluate(node, twin)
+            elif node.op == "call_function" and operation(node) in BY_SHAPE:
+                for one in (node, twin):
+                    self.constants[one] = self._by_shape(one)
             else:
                 self._current = self.made[node] = []
                 self._convert(node)
@@ -133,6 +139,21 @@ class Builder:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.constants[n])
         kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
         return node.target(*args, **kwargs)
+
+    def _by_shape(self, node: fx.Node) -> Any:
+        """What an operation makes that reads its first operand's shape only."""
+        data = node.args[0]
+        assert isinstance(data, fx.Node)
+        held, self.constants[data] = (
+            self.constants.get(data),
+            torch.zeros(data.meta["val"].shape, dtype=data.meta["val"].dtype),
+        )
+        try:
+            return self._run(node)
+        finally:
+            del self.constants[data]
+            if held is not None:
+                self.constants[data] = held
 
     @staticmethod
     def _differ(node: fx.Node, twin: fx.Node) -> bool:
@@ -245,6 +266,15 @@ class Builder:
         if isinstance(value, fx.Node) and value in self.constants:
             return self._hold(node, value)
         raise self.unsupported(node, "an operand is not a tensor")
+
+    def tensor_or_number(self, node: fx.Node, value: Any) -> fx.Node:
+        """An operand that may be a number."""
+        number = self.number(value)
+        return self.operand(node, value) if number is None else self.hold(node, torch.tensor(number))
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The user's module in whose forward a captured node stands."""
+        return self.users_modules.get(scope(node))
 
     def _hold(self, node: fx.Node, value: fx.Node) -> fx.Node:
         if value not in self._held:

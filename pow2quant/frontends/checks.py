@@ -82,7 +82,7 @@ class Lockstep:
                 f"{scope(node)}: {node.name}{source_line(node)}: {operation(node)} is not prepared as it is written "
                 "(an argument that is not supported); please write it in another way"
             )
-        self._set(result, expected)
+        self._set(result, expected.to(value.dtype) if isinstance(expected, Tensor) else expected)
 
     def _captured(self, node: fx.Node) -> Any:
         assert callable(node.target)

@@ -416,20 +416,8 @@ def _unknown(tensors: Tensors, node: onnx.NodeProto) -> Judged:
 MERGES = ("Clip", "Concat", "Max", "Min")
 MOVES = (
     *("DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GlobalMaxPool", "Identity", "MaxPool"),
-    *(
-        "Pad",
-        "ReduceMax",
-        "ReduceMin",
-        "Relu",
-        "Reshape",
-        "Slice",
-        "SpaceToDepth",
-        "Split",
-        "Squeeze",
-        "Tile",
-        "Transpose",
-        "Unsqueeze",
-    ),
+    *("Pad", "ReduceMax", "ReduceMin", "Relu", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile"),
+    *("TopK", "Transpose", "Unsqueeze"),
 )
 KEEP_AXES = ("Clip", "Dropout", "GlobalMaxPool", "Identity", "Max", "MaxPool", "Min", "Relu")
 FUNCTIONS = (

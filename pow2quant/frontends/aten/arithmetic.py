@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.aten.layers import linear
+from pow2quant.frontends.aten.normalization import normalized
 from pow2quant.frontends.builder import Builder, Handler
 
 
@@ -46,7 +47,7 @@ def _per_channel(b: Builder, node: fx.Node, op: nn.Module, value: Any, x: Any, s
     if b.is_data(value) or not b.is_data(x) or not isinstance(op, (m.Mul, m.Add, m.Sub)):
         return None
     rank, p = b.rank(x), b.tensor(node, value)
-    if rank not in (3, 4) or b.free(x)[1] or p.ndim < rank - 1:
+    if rank not in (3, 4, 5) or b.free(x)[1] or p.ndim < rank - 1:
         return None
     channels = b.shape(x)[1]
     if tuple(p.shape[-(rank - 1) :]) != (channels, *[1] * (rank - 2)) or p.numel() != channels:
@@ -76,14 +77,22 @@ def _rsub(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
 
 
 def _div(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    if getattr(a, "rounding_mode", None) is not None:
-        raise b.unsupported(node, "division with a rounding mode")
     number = b.number(a.other)
+    if getattr(a, "rounding_mode", None) is not None:
+        if a.rounding_mode != "floor" or number is None:
+            raise b.unsupported(node, f"a division with rounding_mode={a.rounding_mode!r}; only 'floor', by a number")
+        return b.call(node, m.FloorDivide(number), b.operand(node, a.self))
+    whole = normalized(b, node, a) if b.is_data(a.other) and b.is_data(a.self) else None
+    if whole is not None:
+        return b.call(node, whole, b.operand(node, a.self))
     if number is not None:
         return b.call(node, m.Scale(1.0 / number), b.operand(node, a.self))
     if not b.is_data(a.other):
         return b.call(node, m.Mul(), b.operand(node, a.self), b.hold(node, 1.0 / b.tensor(node, a.other)))
-    raise b.unsupported(node, "division by a tensor that is computed from the inputs")
+    if b.number(a.self) is not None:
+        reciprocal = b.call(node, m.Reciprocal(), b.operand(node, a.other))
+        return reciprocal if b.number(a.self) == 1 else b.call(node, m.Scale(b.number(a.self) or 0.0), reciprocal)
+    return b.call(node, m.Div(), b.operand(node, a.self), b.operand(node, a.other))
 
 
 def _addcmul(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
@@ -134,6 +143,7 @@ def _square(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
 
 
 ROWS: dict[str, Handler] = {
-    "add": _add, "sub": _sub, "mul": _mul, "multiply": _mul, "rsub": _rsub, "div": _div, "neg": _neg,
+    "add": _add, "sub": _sub, "mul": _mul, "multiply": _mul, "rsub": _rsub, "neg": _neg,
+    **dict.fromkeys(("div", "divide", "true_divide"), _div),
     "addcmul": _addcmul, "matmul": _matmul, "mm": _matmul, "bmm": _matmul, "addmm": _addmm, "square": _square,
 }  # fmt: skip

@@ -1,7 +1,8 @@
-"""Functions of one tensor: activations, clipping, softmax, means; and operations that do nothing in eval mode."""
+"""Functions of one tensor, and operations that do nothing in eval mode."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,74 +13,133 @@ from pow2quant.frontends import modules as m
 from pow2quant.frontends.builder import Builder, Handler
 
 
-def _input(a: SimpleNamespace) -> Any:
+def given(a: SimpleNamespace) -> Any:
     """The first operand, which schemas call `self` or `input`."""
     return getattr(a, "self", None) if hasattr(a, "self") else a.input
 
 
-def _unary(make: Callable[[SimpleNamespace], nn.Module], kind: str | None = None) -> Handler:
-    return lambda b, node, a: b.call(node, make(a), b.operand(node, _input(a)), kind=kind)
+def unary(make: Callable[[SimpleNamespace], nn.Module], kind: str | None = None) -> Handler:
+    """A row of a function of one tensor."""
+    return lambda b, node, a: b.call(node, make(a), b.operand(node, given(a)), kind=kind)
 
 
 def _same(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    return b.operand(node, _input(a))
+    return b.operand(node, given(a))
 
 
 def _cast(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    """A change of type or device; the network computes in float32 everywhere."""
-    if not node.meta["val"].is_floating_point():
-        raise b.unsupported(node, f"a cast to {node.meta['val'].dtype}")
-    return b.operand(node, _input(a))
+    """A change of type or device; the network computes in float32 everywhere, and counts in whatever integers."""
+    before, after = (n.meta["val"].dtype for n in (given(a), node))
+    if before.is_floating_point and not after.is_floating_point:
+        raise b.unsupported(node, f"a cast to {after}")
+    if after.is_floating_point and not before.is_floating_point and before.itemsize > 1:
+        raise b.unsupported(node, f"a cast of integers, {before}, to {after}")
+    return b.operand(node, given(a))
 
 
 def _clamp(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    low, high = (b.number(getattr(a, k, None)) for k in ("min", "max"))
-    for bound in (getattr(a, "min", None), getattr(a, "max", None)):
-        if bound is not None and b.number(bound) is None:
-            raise b.unsupported(node, "clamp() with bounds that are no numbers")
+    bounds = [getattr(a, k, None) for k in ("min", "max")]
+    low, high = (b.number(bound) for bound in bounds)
+    x = b.operand(node, a.self)
+    if any(bound is not None and b.number(bound) is None for bound in bounds):
+        for bound, module in zip(bounds, (m.Maximum(), m.Minimum()), strict=True):
+            x = x if bound is None else b.call(node, module, x, b.tensor_or_number(node, bound))
+        return x
     if low == 0 and high is None:
-        return b.call(node, nn.ReLU(), b.operand(node, a.self))
-    if low is None or high is None:
-        raise b.unsupported(node, "clamp() needs both bounds (or min=0)")
-    return b.call(node, nn.Hardtanh(low, high), b.operand(node, a.self), kind="clamp")
+        return b.call(node, nn.ReLU(), x)
+    if low is not None and high is not None and low <= 0 <= high:
+        return b.call(node, nn.Hardtanh(low, high), x, kind="clamp")
+    return b.call(node, m.Clamp(low, high), x)
 
 
 def _hardtanh(a: SimpleNamespace) -> nn.Module:
     low, high = float(a.min_val), float(a.max_val)
+    if not low <= 0 <= high:
+        return m.Clamp(low, high)
     return nn.ReLU6() if (low, high) == (0.0, 6.0) else nn.Hardtanh(low, high)
 
 
-def _elu(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    if a.scale != 1 or a.input_scale != 1:
-        raise b.unsupported(node, "elu() with a scale")
-    return b.call(node, nn.ELU(float(a.alpha)), b.operand(node, a.self))
+def _elu(a: SimpleNamespace) -> nn.Module:
+    """scale * (x where positive, else alpha * (exp(input_scale * x) - 1))."""
+    alpha, scale, width = float(a.alpha), float(getattr(a, "scale", 1)), float(getattr(a, "input_scale", 1))
+    return nn.ELU(alpha) if scale == width == 1 else m.ScaledELU(scale, alpha, 1 / width)
 
 
-def _mean(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    rank = b.rank(a.self)
-    dims = getattr(a, "dim", None)
-    dims = sorted(int(d) % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank)))
-    if any(b.free(a.self)[d] for d in dims):
-        raise b.unsupported(node, "a mean over the batch")
-    return b.call(node, m.Mean(dims, bool(getattr(a, "keepdim", False))), b.operand(node, a.self), kind="mean")
+SELU_ALPHA, SELU_SCALE = 1.6732632423543772, 1.0507009873554805
+"""Of Klambauer et al., 2017."""
+
+
+def _pow(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    base, exponent = b.number(a.self), b.number(a.exponent)
+    if base is not None and base > 0:
+        return b.call(node, m.Exp(math.log(base)), b.operand(node, a.exponent))
+    if exponent is None:
+        raise b.unsupported(node, "a power with an exponent that is computed from the inputs")
+    x = b.operand(node, a.self)
+    if exponent in (1, 2):
+        return x if exponent == 1 else b.call(node, m.Mul(), x, x)
+    known: dict[float, type[nn.Module]] = {0.5: m.Sqrt, -0.5: m.Rsqrt, -1.0: m.Reciprocal}
+    return b.call(node, known[exponent]() if exponent in known else m.Pow(exponent), x, kind="pow")
+
+
+def _by_number(make: Callable[[float], nn.Module], what: str) -> Handler:
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+        number = b.number(a.other)
+        if number is None:
+            raise b.unsupported(node, f"{what} by a tensor")
+        return b.call(node, make(number), b.operand(node, a.self))
+
+    return handler
+
+
+def _glu(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """The first half times the sigmoid of the second."""
+    dim = int(a.dim) % b.rank(a.self)
+    half = b.shape(a.self)[dim] // 2
+    x = b.operand(node, a.self)
+    front, back = (b.call(node, m.Slice([(dim, at, at + half, 1)]), x, kind="part") for at in (0, half))
+    return b.call(node, m.Mul(), front, b.call(node, nn.Sigmoid(), back, kind="gate"))
 
 
 ROWS: dict[str, Handler] = {
-    "relu": _unary(lambda a: nn.ReLU()),
-    "relu6": _unary(lambda a: nn.ReLU6()),
-    "hardtanh": _unary(_hardtanh),
-    "sigmoid": _unary(lambda a: nn.Sigmoid()),
-    "tanh": _unary(lambda a: nn.Tanh()),
-    "hardsigmoid": _unary(lambda a: nn.Hardsigmoid()),
-    "hardswish": _unary(lambda a: nn.Hardswish()),
-    "silu": _unary(lambda a: nn.SiLU()),
-    "gelu": _unary(lambda a: nn.GELU(a.approximate)),
-    "leaky_relu": _unary(lambda a: nn.LeakyReLU(float(a.negative_slope))),
-    "elu": _elu,
-    "softmax": _unary(lambda a: nn.Softmax(int(a.dim))),
-    "_softmax": _unary(lambda a: nn.Softmax(int(a.dim))),
+    "relu": unary(lambda a: nn.ReLU()),
+    "relu6": unary(lambda a: nn.ReLU6()),
+    "hardtanh": unary(_hardtanh),
+    "sigmoid": unary(lambda a: nn.Sigmoid()),
+    "tanh": unary(lambda a: nn.Tanh()),
+    "hardsigmoid": unary(lambda a: nn.Hardsigmoid()),
+    "hardswish": unary(lambda a: nn.Hardswish()),
+    "silu": unary(lambda a: nn.SiLU()),
+    "gelu": unary(lambda a: nn.GELU(a.approximate)),
+    "leaky_relu": unary(lambda a: nn.LeakyReLU(float(a.negative_slope))),
+    "rrelu": unary(lambda a: nn.LeakyReLU((float(a.lower) + float(a.upper)) / 2)),
+    "elu": unary(_elu),
+    "celu": unary(lambda a: m.ScaledELU(1.0, float(a.alpha), float(a.alpha))),
+    "selu": unary(lambda a: m.ScaledELU(SELU_SCALE, SELU_ALPHA)),
+    "mish": unary(lambda a: nn.Mish()),
+    "softplus": unary(lambda a: m.Softplus(float(a.beta))),
+    "log_sigmoid": unary(lambda a: nn.LogSigmoid()),
+    "softshrink": unary(lambda a: m.Softshrink(float(a.lambd))),
+    "hardshrink": unary(lambda a: m.Threshold(float(a.lambd), 0.0, magnitude=True)),
+    "threshold": unary(lambda a: m.Threshold(float(a.threshold), float(a.value))),
+    "glu": _glu,
     "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp, "clip": _clamp,
-    "mean": _mean,
+    "abs": unary(lambda a: m.Abs()), "absolute": unary(lambda a: m.Abs()),
+    "sqrt": unary(lambda a: m.Sqrt()),
+    "rsqrt": unary(lambda a: m.Rsqrt()),
+    "reciprocal": unary(lambda a: m.Reciprocal()),
+    "exp": unary(lambda a: m.Exp()),
+    "exp2": unary(lambda a: m.Exp(math.log(2))),
+    "log": unary(lambda a: m.Log()),
+    "log1p": unary(lambda a: m.Log(offset=1.0)),
+    "log2": unary(lambda a: m.Log(1 / math.log(2))),
+    "log10": unary(lambda a: m.Log(1 / math.log(10))),
+    "sin": unary(lambda a: m.Sin()), "cos": unary(lambda a: m.Cos()), "erf": unary(lambda a: m.Erf()),
+    "sign": unary(lambda a: m.Sign()), "sgn": unary(lambda a: m.Sign()),
+    "floor": unary(lambda a: m.Floor()), "ceil": unary(lambda a: m.Ceil()), "round": unary(lambda a: m.Round()),
+    "pow": _pow,
+    "remainder": _by_number(m.Remainder, "a remainder of a division"),
+    "floor_divide": _by_number(m.FloorDivide, "a division that is rounded down"),
     **dict.fromkeys(("to", "type_as", "_to_copy"), _cast),
     **dict.fromkeys(
         (

@@ -16,7 +16,7 @@ def linear(b: Builder, node: fx.Node, x: Any, weight: Tensor, bias: Tensor | Non
     """x @ weight.T + bias. x: (N, …, C_in); one with more than two dimensions is (N·…, C_in) between two reshapes."""
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    _set(layer, weight, bias)
+    equip(layer, weight, bias)
     if b.rank(x) == 2:
         return b.call(node, layer, b.operand(node, x), name=name)
     rows = b.call(node, m.Reshape((-1, layer.in_features)), b.operand(node, x), kind="rows")
@@ -24,7 +24,7 @@ def linear(b: Builder, node: fx.Node, x: Any, weight: Tensor, bias: Tensor | Non
     return b.call(node, m.Reshape(b.shape_with_batch(node)), result, kind="unrows")
 
 
-def _set(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:
+def equip(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:
     """Gives a layer its parameters: the user's own, so that shared ones stay shared."""
     for role, value in (("weight", weight), ("bias", bias)):
         if value is not None:
@@ -52,15 +52,15 @@ def _conv(spatial: int) -> Handler:
     def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         weight, bias = _weights(b, node, a)
         channels = weight.shape[1] * a.groups
-        options: dict[str, Any] = {k: _tuple(getattr(a, k), spatial) for k in ("stride", "dilation")}
-        padding = a.padding if isinstance(a.padding, str) else _tuple(a.padding, spatial)
+        options: dict[str, Any] = {k: numbers(getattr(a, k), spatial) for k in ("stride", "dilation")}
+        padding = a.padding if isinstance(a.padding, str) else numbers(a.padding, spatial)
         kind: Any = CONVOLUTIONS[spatial]
         with torch.device("meta"):
             layer = kind(
                 channels, weight.shape[0], tuple(weight.shape[2:]), padding=padding, groups=a.groups,
                 bias=bias is not None, **options,
             )  # fmt: skip
-        _set(layer, weight, bias)
+        equip(layer, weight, bias)
         return b.call(node, layer, _batched(b, node, a.input, spatial), name=b.owner(node, a.weight))
 
     return handler
@@ -76,20 +76,21 @@ def _conv_transpose(spatial: int) -> Handler:
     def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         weight, bias = _weights(b, node, a)
         names = ("stride", "padding", "output_padding", "dilation")
-        options: dict[str, Any] = {k: _tuple(getattr(a, k), spatial) for k in names}
+        options: dict[str, Any] = {k: numbers(getattr(a, k), spatial) for k in names}
         kind: Any = TRANSPOSED[spatial]
         with torch.device("meta"):
             layer = kind(
                 weight.shape[0], weight.shape[1] * a.groups, tuple(weight.shape[2:]), groups=a.groups,
                 bias=bias is not None, **options,
             )  # fmt: skip
-        _set(layer, weight, bias)
+        equip(layer, weight, bias)
         return b.call(node, layer, _batched(b, node, a.input, spatial), name=b.owner(node, a.weight))
 
     return handler
 
 
-def _tuple(value: Any, n: int) -> tuple[int, ...]:
+def numbers(value: Any, n: int) -> tuple[int, ...]:
+    """One for each of n dimensions, from one or as many."""
     values = [int(v) for v in value] if isinstance(value, (tuple, list)) else [int(value)]
     return tuple(values * n if len(values) == 1 else values)
 
@@ -106,7 +107,7 @@ def _batch_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     norm = kind(len(mean), a.eps, a.momentum, affine)
     norm.running_mean, norm.running_var = mean.clone(), variance.clone()
     if affine:
-        _set(
+        equip(
             norm,
             b.parameter(node, a.weight) if a.weight is not None else torch.ones_like(mean),
             b.parameter(node, a.bias) if a.bias is not None else torch.zeros_like(mean),
@@ -123,16 +124,16 @@ def _batch_norm_parts(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
 def _layer_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     layer = nn.LayerNorm(a.normalized_shape, a.eps, elementwise_affine=a.weight is not None, bias=a.bias is not None)
     if a.weight is not None:
-        _set(layer, b.parameter(node, a.weight), None if a.bias is None else b.parameter(node, a.bias))
+        equip(layer, b.parameter(node, a.weight), None if a.bias is None else b.parameter(node, a.bias))
     elif a.bias is not None:
-        _set(layer, torch.ones(a.normalized_shape), b.parameter(node, a.bias))
+        equip(layer, torch.ones(a.normalized_shape), b.parameter(node, a.bias))
     return b.call(node, layer, b.operand(node, a.input), name=b.owner(node, a.weight))
 
 
 def _prelu(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     weight = b.parameter(node, a.weight)
     layer = nn.PReLU(weight.numel())
-    _set(layer, weight, None)
+    equip(layer, weight, None)
     return b.call(node, layer, b.operand(node, a.self), name=b.owner(node, a.weight))
 
 

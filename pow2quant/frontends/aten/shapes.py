@@ -9,6 +9,8 @@ from typing import Any
 from torch import fx, nn
 
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.aten.indexing import bordered
+from pow2quant.frontends.aten.layers import numbers
 from pow2quant.frontends.builder import Builder, Handler, Parts
 
 
@@ -33,6 +35,22 @@ def _transpose(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     dims = list(range(rank))
     dims[i], dims[j] = dims[j], dims[i]
     return b.operand(node, a.self) if i % rank == j % rank else b.call(node, m.Permute(dims), b.operand(node, a.self))
+
+
+def _movedim(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    rank = b.rank(a.self)
+    sources, targets = ([int(d) % rank for d in numbers(v, 1)] for v in (a.source, a.destination))
+    order = [d for d in range(rank) if d not in sources]
+    for target, source in sorted(zip(targets, sources, strict=True)):
+        order.insert(target, source)
+    return (
+        b.operand(node, a.self) if order == sorted(order) else b.call(node, m.Permute(order), b.operand(node, a.self))
+    )
+
+
+def _matrix_transposed(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    rank = b.rank(a.self)
+    return b.call(node, m.Permute((*range(rank - 2), rank - 1, rank - 2)), b.operand(node, a.self))
 
 
 def _t(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
@@ -93,6 +111,15 @@ def _concat(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return join(b, node, dim, [b.operand(node, p) for p in parts], parts)
 
 
+def _along(dim: int) -> Handler:
+    """hstack and the like: a concatenation along a dimension, the first one for vectors."""
+
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+        return _concat(b, node, SimpleNamespace(tensors=a.tensors, dim=dim if b.rank(node) > 1 else 0))
+
+    return handler
+
+
 def join(b: Builder, node: fx.Node, dim: int, operands: Sequence[fx.Node], captured: Sequence[Any]) -> fx.Node:
     """Concatenation; constants among the operands are repeated along the batch."""
     data = next(o for o, p in zip(operands, captured, strict=True) if b.is_data(p))
@@ -135,12 +162,6 @@ def _scatter(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return join(b, node, dim, operands, sources)
 
 
-def _expand(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    if b.shape(node) == b.shape(a.self):
-        return b.operand(node, a.self)
-    raise b.unsupported(node, f"expanding {b.shape(a.self)} to {b.shape(node)}")
-
-
 def _copy(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     """The new values of something that is overwritten."""
     if b.shape(a.src) != b.shape(a.self):
@@ -154,9 +175,13 @@ def _pad(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     pads = [int(p) for p in a.pad]
     if not any(pads):
         return b.operand(node, a.self)
-    if mode != "constant" or value not in (0, None) or min(pads) < 0:
-        raise b.unsupported(node, f"padding with mode={mode!r}, value={value}, pad={tuple(pads)}; only zeros outside")
-    return b.call(node, m.ZeroPad(pads), b.operand(node, a.self), kind="pad")
+    x = b.operand(node, a.self)
+    if mode != "constant":
+        return bordered(b, node, x, b.shape(a.self), pads, mode)
+    number = 0.0 if value is None else b.number(value)
+    if number is None:
+        raise b.unsupported(node, "padding with a value that is computed from the inputs")
+    return b.call(node, m.ConstantPad(pads, number) if number else m.ZeroPad(pads), x, kind="pad")
 
 
 ROWS: dict[str, Handler] = {
@@ -167,6 +192,9 @@ ROWS: dict[str, Handler] = {
     "permute": _permute,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
     **dict.fromkeys(("t", "numpy_T"), _t),
+    **dict.fromkeys(("movedim", "moveaxis"), _movedim),
+    **dict.fromkeys(("mT", "adjoint", "mH"), _matrix_transposed),
+    "hstack": _along(1), "vstack": _along(0), "dstack": _along(2),
     "slice": _slice, "select": _select, "unbind": _unbind, "narrow": lambda b, n, a: cut(
         b, n, a.self, int(a.dim), int(a.start), int(a.start) + int(a.length)
     ),
@@ -174,6 +202,5 @@ ROWS: dict[str, Handler] = {
     **dict.fromkeys(("cat", "concat", "concatenate"), _concat),
     "stack": _stack, "copy": _copy,
     **dict.fromkeys(("slice_scatter", "select_scatter"), _scatter),
-    **dict.fromkeys(("expand", "expand_as"), _expand),
     **dict.fromkeys(("pad", "constant_pad_nd"), _pad),
 }  # fmt: skip

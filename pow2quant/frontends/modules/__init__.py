@@ -84,6 +84,7 @@ from pow2quant.frontends.modules.shape import (
     Reshape,
     Slice,
     Take,
+    TopK,
     ZeroPad,
 )
 from pow2quant.frontends.modules.weighted import CONVOLUTIONS, TRANSPOSED, depthwise
@@ -165,6 +166,7 @@ __all__ = [
     "Tanh",
     "Tanhshrink",
     "Threshold",
+    "TopK",
     "Variance",
     "ZeroPad",
     "depthwise",

@@ -127,3 +127,17 @@ class ConstantPad(nn.Module):
 
     def extra_repr(self) -> str:
         return f"pads={self.pads}, value={self.value}"
+
+
+class TopK(nn.Module):
+    """The `count` largest values along `dim`, or the least ones, in order."""
+
+    def __init__(self, count: int, dim: int, largest: bool = True) -> None:
+        super().__init__()
+        self.count, self.dim, self.largest = count, dim, largest
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.topk(x, self.count, self.dim, self.largest).values
+
+    def extra_repr(self) -> str:
+        return f"count={self.count}, dim={self.dim}, largest={self.largest}"

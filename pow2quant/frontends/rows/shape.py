@@ -64,7 +64,14 @@ def _upsample(module: m.NearestUpsample, node: Node, graph: OnnxGraph) -> None:
     )
 
 
+def _topk(module: m.TopK, node: Node, graph: OnnxGraph) -> None:
+    count = graph.constant(f"{node.name}.count", np.array([module.count], np.int64))
+    graph.node("TopK", [node.inputs[0], count], node.output, node.name, axis=module.dim, largest=int(module.largest))
+    graph.nodes[-1].output.append(f"{node.name}.places")
+
+
 ROWS: Rows = {
+    m.TopK: Operator("TopK", _topk, proved=True),
     m.Take: Operator("Gather", formula(_take), integers=True, proved=True),
     m.ConstantPad: Operator("Pad", _pad, own=Kind.COMPUTE, integers=True, proved=True),
     m.Concat: Operator("Concat", _concat, integers=True, proved=True),

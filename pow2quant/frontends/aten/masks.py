@@ -1,0 +1,85 @@
+"""Comparisons, and choices between two tensors: a truth value is a 0 or a 1."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import fx
+
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.builder import Builder, Handler
+
+MIRRORED = {"Greater": "Less", "GreaterOrEqual": "LessOrEqual", "Less": "Greater", "LessOrEqual": "GreaterOrEqual"}
+
+
+def _compare(relation: str) -> Handler:
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+        number, x, kind = b.number(a.other), a.self, relation
+        if number is None and b.number(a.self) is not None:
+            number, x, kind = b.number(a.self), a.other, MIRRORED.get(relation, relation)
+        if number is not None:
+            return b.call(node, m.Compare(kind, number), b.operand(node, x))
+        difference = b.call(node, m.Sub(), b.operand(node, a.self), b.operand(node, a.other))
+        return b.call(node, m.Compare(relation, 0.0), difference)
+
+    return handler
+
+
+def _not_equal(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    equal = _compare("Equal")(b, node, a)
+    assert isinstance(equal, fx.Node)
+    return b.call(node, m.Scale(-1.0, 1.0), equal)
+
+
+def _not(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    return b.call(node, m.Scale(-1.0, 1.0), b.operand(node, a.self))
+
+
+def _and(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    return b.call(node, m.Minimum(), b.operand(node, a.self), b.operand(node, a.other))
+
+
+def _or(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    return b.call(node, m.Maximum(), b.operand(node, a.self), b.operand(node, a.other))
+
+
+def choose(b: Builder, node: fx.Node, condition: Any, x: Any, y: Any) -> fx.Node:
+    """x where the condition is true, else y; tensors or numbers."""
+    if b.is_data(condition):
+        return b.call(node, m.Select(), b.operand(node, condition), *(b.tensor_or_number(node, v) for v in (x, y)))
+    mask = b.tensor(node, condition).bool()
+    for value, other, where in ((x, y, mask), (y, x, ~mask)):
+        number = b.number(value)
+        if number is not None and b.is_data(other) and b.shape(other) == b.shape(node):
+            return b.call(node, m.Masked(where, number), b.operand(node, other))
+    return b.call(node, m.Choose(mask), *(b.tensor_or_number(node, v) for v in (x, y)))
+
+
+def _where(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    return choose(b, node, a.condition, a.self, a.other)
+
+
+def _masked_fill(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    return choose(b, node, a.mask, a.value, a.self)
+
+
+def _triangle(keep: Any) -> Handler:
+    """Only what lies above, or below, a diagonal of the last two dimensions."""
+
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+        outside = keep(torch.ones(b.shape(a.self)[-2:]), int(a.diagonal)) == 0
+        return b.call(node, m.Masked(outside, 0.0), b.operand(node, a.self))
+
+    return handler
+
+
+ROWS: dict[str, Handler] = {
+    "gt": _compare("Greater"), "ge": _compare("GreaterOrEqual"), "lt": _compare("Less"),
+    "le": _compare("LessOrEqual"), "eq": _compare("Equal"), "ne": _not_equal,
+    **dict.fromkeys(("logical_not", "bitwise_not"), _not),
+    **dict.fromkeys(("logical_and", "bitwise_and", "__and__"), _and),
+    **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _or),
+    "where": _where, "masked_fill": _masked_fill, "tril": _triangle(torch.tril), "triu": _triangle(torch.triu),
+}  # fmt: skip

@@ -1,0 +1,114 @@
+"""Softmax and the norms, also where PyTorch computes them in several operations."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.aten.layers import ROWS as LAYERS
+from pow2quant.frontends.aten.layers import equip
+from pow2quant.frontends.builder import Builder, Handler, arguments, operation
+
+HIDES = -1e3
+"""A mask that adds this, or less, takes a value out of a softmax."""
+
+
+def _softmax(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """With the masks in front of it: minus infinity has no code, so nothing is rounded between."""
+    x, factor, mask = _unmasked(b, node, a.self)
+    if mask is None:
+        return b.call(node, nn.Softmax(int(a.dim)), b.operand(node, a.self))
+    return b.call(node, m.MaskedSoftmax(int(a.dim), factor, mask), b.operand(node, x), kind="softmax")
+
+
+def _unmasked(b: Builder, node: fx.Node, x: Any) -> tuple[Any, float, Tensor | None]:
+    """What stands in front of masks and factors: (tensor, factor, mask), x = factor * tensor + mask."""
+    factor, mask = 1.0, None
+    while isinstance(x, fx.Node) and x.op == "call_function" and len(x.users) == 1:
+        name, a = operation(x), arguments(x)
+        added = _added(b, node, x, name, a)
+        number = b.number(a.other) if name in ("mul", "div") and b.is_data(a.self) else None
+        if added is not None:
+            mask = factor * added if mask is None else mask + factor * added
+        elif number:
+            factor = factor * number if name == "mul" else factor / number
+        else:
+            break
+        x = a.self
+    return x, factor, mask
+
+
+def _added(b: Builder, node: fx.Node, x: fx.Node, name: str, a: SimpleNamespace) -> Tensor | None:
+    """The mask that an operation adds, or None."""
+    if name not in ("masked_fill", "add") or not b.is_data(a.self) or b.shape(a.self) != b.shape(x):
+        return None
+    if name == "masked_fill" and not b.is_data(a.mask) and (b.number(a.value) or 0) <= HIDES:
+        return torch.zeros(()).masked_fill(b.tensor(node, a.mask).bool(), -torch.inf)
+    if name == "add" and isinstance(a.other, fx.Node) and not b.is_data(a.other) and a.alpha == 1:
+        value = b.tensor(node, a.other).float()
+        return value if bool((value <= HIDES).any()) else None
+    return None
+
+
+def _log_softmax(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    return b.call(node, nn.LogSoftmax(int(a.dim)), b.operand(node, a.self))
+
+
+def _group_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    layer = nn.GroupNorm(int(a.num_groups), b.shape(a.input)[1], a.eps, affine=a.weight is not None)
+    if a.weight is not None:
+        equip(layer, b.parameter(node, a.weight), None if a.bias is None else b.parameter(node, a.bias))
+    return b.call(node, layer, b.operand(node, a.input), name=b.owner(node, a.weight))
+
+
+def _instance_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
+    """A group norm with one channel in each group; with the running statistics, a batch norm."""
+    if not a.use_input_stats:
+        return LAYERS["batch_norm"](b, node, SimpleNamespace(**vars(a), training=False))
+    return _group_norm(b, node, SimpleNamespace(**vars(a), num_groups=b.shape(a.input)[1]))
+
+
+def _rms_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    layer = nn.RMSNorm(list(a.normalized_shape), a.eps, elementwise_affine=a.weight is not None)
+    if a.weight is not None:
+        equip(layer, b.parameter(node, a.weight), None)
+    return b.call(node, layer, b.operand(node, a.input), name=b.owner(node, a.weight))
+
+
+def _cosine_similarity(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    first, second = (
+        b.call(node, m.Normalize([int(a.dim) % b.rank(x)], float(a.eps)), b.operand(node, x)) for x in (a.x1, a.x2)
+    )
+    return b.call(node, m.Sum([int(a.dim) % b.rank(a.x1)], keepdim=False), b.call(node, m.Mul(), first, second))
+
+
+def normalized(b: Builder, node: fx.Node, a: SimpleNamespace) -> nn.Module | None:
+    """x / |x| as `F.normalize` writes it, or a module of PyTorch's that ends in a division; None for another."""
+    owner = b.module(node)
+    if isinstance(owner, nn.LocalResponseNorm):
+        return m.LocalResponseNorm(owner.size, owner.alpha, owner.beta, owner.k)
+    divisor, eps = a.other, 0.0
+    while isinstance(divisor, fx.Node) and divisor.op == "call_function":
+        name, inner = operation(divisor), arguments(divisor)
+        if name in ("linalg_vector_norm", "norm") and inner.self is a.self and inner.keepdim:
+            order = getattr(inner, "ord", getattr(inner, "p", 2))
+            dims = [inner.dim] if isinstance(inner.dim, int) else inner.dim
+            return m.Normalize([int(d) % b.rank(a.self) for d in dims], eps) if order == 2 and dims else None
+        if name == "add" and operation(inner.self) == "abs" and arguments(inner.self).self is a.self:
+            return m.Softsign() if b.number(inner.other) == 1 else None
+        if name not in ("expand", "expand_as", "clamp_min"):
+            return None
+        eps = eps if name != "clamp_min" else float(b.number(inner.min) or 0.0)
+        divisor = inner.self
+    return None
+
+
+ROWS: dict[str, Handler] = {
+    "softmax": _softmax, "_softmax": _softmax, "log_softmax": _log_softmax, "_log_softmax": _log_softmax,
+    "group_norm": _group_norm, "instance_norm": _instance_norm, "rms_norm": _rms_norm,
+    "cosine_similarity": _cosine_similarity,
+}  # fmt: skip

@@ -1,0 +1,106 @@
+"""Products along named dimensions, as permutations around one matrix product."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+from torch import fx
+
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.aten.layers import linear
+from pow2quant.frontends.builder import Builder, Handler
+
+
+def _einsum(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """Of one or two operands."""
+    inputs, _, output = a.equation.replace(" ", "").partition("->")
+    names = inputs.split(",")
+    if not output:
+        output = "".join(sorted(c for c in set(inputs) - {","} if inputs.count(c) == 1))
+    plain = "." not in a.equation and all(len(set(n)) == len(n) for n in names)
+    if len(names) not in (1, 2) or not plain:
+        raise b.unsupported(node, f"einsum({a.equation!r}): one or two operands, without dots and diagonals")
+    operands = [b.operand(node, t) for t in a.tensors]
+    sizes = {c: (b.shape(t)[i], b.free(t)[i]) for n, t in zip(names, a.tensors, strict=True) for i, c in enumerate(n)}
+    if len(names) == 1:
+        return _permuted(b, node, *_summed(b, node, operands[0], names[0], output), output)
+    for i, other in ((0, 1), (1, 0)):
+        operands[i], names[i] = _summed(b, node, operands[i], names[i], output + names[other])
+    return _product(b, node, operands, names, output, sizes)
+
+
+Sizes = dict[str, tuple[int, bool]]
+"""By a dimension's letter its size, and whether it grows with the batch."""
+
+
+def _summed(b: Builder, node: fx.Node, x: fx.Node, names: str, kept: str) -> tuple[fx.Node, str]:
+    """Sums over the dimensions that nothing else names."""
+    gone = [i for i, c in enumerate(names) if c not in kept]
+    if not gone:
+        return x, names
+    return b.call(node, m.Sum(gone, keepdim=False), x), "".join(c for c in names if c in kept)
+
+
+def _permuted(b: Builder, node: fx.Node, x: fx.Node, names: str, wanted: str) -> fx.Node:
+    order = [names.index(c) for c in wanted]
+    return x if order == sorted(order) else b.call(node, m.Permute(order), x)
+
+
+def _product(
+    b: Builder, node: fx.Node, operands: list[fx.Node], names: list[str], output: str, sizes: Sizes
+) -> fx.Node:
+    """(shared, rows, summed) @ (shared, summed, columns)."""
+    first, second = names
+    shared = "".join(c for c in output if c in first and c in second)
+    rows = "".join(c for c in output if c in first and c not in second)
+    columns = "".join(c for c in output if c in second and c not in first)
+    summed = "".join(c for c in first if c in second and c not in output)
+    left = _grouped(b, node, operands[0], first, (*shared, rows, summed), sizes)
+    right = _grouped(b, node, operands[1], second, (*shared, summed, columns), sizes)
+    product = b.call(node, m.MatMul(), left, right)
+    apart = _split(b, node, product, (*shared, rows, columns), sizes)
+    return _permuted(b, node, apart, shared + rows + columns, output)
+
+
+def _grouped(b: Builder, node: fx.Node, x: fx.Node, names: str, groups: tuple[str, ...], sizes: Sizes) -> fx.Node:
+    """Dimensions in another order, neighbours joined; an empty group is a dimension of one."""
+    x = _permuted(b, node, x, names, "".join(groups))
+    if all(len(g) == 1 for g in groups):
+        return x
+    return b.call(node, m.Reshape([_size(g, sizes) for g in groups]), x)
+
+
+def _split(b: Builder, node: fx.Node, x: fx.Node, groups: tuple[str, ...], sizes: Sizes) -> fx.Node:
+    if all(len(g) == 1 for g in groups):
+        return x
+    return b.call(node, m.Reshape([_size(c, sizes) for g in groups for c in g]), x)
+
+
+def _size(group: str, sizes: Sizes) -> int:
+    return -1 if any(sizes[c][1] for c in group) else math.prod(sizes[c][0] for c in group)
+
+
+def _baddbmm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """beta * self + alpha * batch1 @ batch2."""
+    product = b.call(node, m.MatMul(), b.operand(node, a.batch1), b.operand(node, a.batch2))
+    terms = [(b.operand(node, a.self), a.beta), (product, a.alpha)]
+    scaled = [x if factor == 1 else b.call(node, m.Scale(float(factor)), x) for x, factor in terms]
+    return b.call(node, m.Add(), *scaled)
+
+
+def _bilinear(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """sum of x1[i] * weight[o, i, j] * x2[j]: a linear layer of x1, and a product with x2."""
+    if b.rank(a.input1) != 2:
+        raise b.unsupported(node, "bilinear() of more than vectors")
+    weight = b.parameter(node, a.weight)
+    outputs, first, second = weight.shape
+    matrix = weight.detach().permute(0, 2, 1).reshape(outputs * second, first).contiguous()
+    rows = linear(b, node, a.input1, matrix, None, None)
+    rows = b.call(node, m.Reshape((-1, outputs, second)), rows)
+    column = b.call(node, m.Reshape((-1, second, 1)), b.operand(node, a.input2))
+    result = b.call(node, m.Reshape((-1, outputs)), b.call(node, m.MatMul(), rows, column))
+    return result if a.bias is None else b.call(node, m.Add(), result, b.operand(node, a.bias))
+
+
+ROWS: dict[str, Handler] = {"einsum": _einsum, "baddbmm": _baddbmm, "bilinear": _bilinear}

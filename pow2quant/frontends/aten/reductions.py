@@ -1,0 +1,118 @@
+"""Sums, means, extremes and norms over dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+from torch import fx, nn
+
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.builder import Builder, Handler, Parts
+
+
+def dimensions(b: Builder, node: fx.Node, a: SimpleNamespace) -> list[int]:
+    """Over which dimensions: all where none are named. Raises UnsupportedModelError for the batch."""
+    rank, dims = b.rank(a.self), getattr(a, "dim", None)
+    wanted: Sequence[int] = [dims] if isinstance(dims, int) else (dims or range(rank))
+    found = sorted(int(d) % rank for d in wanted)
+    if any(b.free(a.self)[d] for d in found):
+        raise b.unsupported(node, "a sum, mean, norm or extreme over the batch")
+    return found
+
+
+def _reduction(make: Callable[[list[int], bool], nn.Module], kind: str | None = None) -> Handler:
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+        module = make(dimensions(b, node, a), bool(getattr(a, "keepdim", False)))
+        return b.call(node, module, b.operand(node, a.self), kind=kind)
+
+    return handler
+
+
+def _spread(root: bool) -> Handler:
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+        correction = getattr(a, "correction", None)
+        if hasattr(a, "unbiased"):
+            correction = 1 if a.unbiased else 0
+        dims, keepdim = dimensions(b, node, a), bool(getattr(a, "keepdim", False))
+        module = m.Variance(dims, keepdim, 1.0 if correction is None else float(correction), root)
+        return b.call(node, module, b.operand(node, a.self), kind="std" if root else "var")
+
+    return handler
+
+
+def _norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    order = getattr(a, "ord", getattr(a, "p", 2))
+    order, x = 2 if order is None else order, b.operand(node, a.self)
+    dims, keepdim = dimensions(b, node, a), bool(getattr(a, "keepdim", False))
+    if order == float("inf"):
+        return b.call(node, m.Largest(dims, keepdim), b.call(node, m.Abs(), x), kind="norm")
+    if order not in (1, 2):
+        raise b.unsupported(node, f"a norm of order {order}; 1, 2 and infinity are supported")
+    return b.call(node, m.Norm(dims, keepdim, int(order)), x)
+
+
+def _extreme(of_one: type[m.Reduction], of_two: type[nn.Module]) -> Handler:
+    """max and min: of two tensors; along a dimension, with its places; or of everything."""
+
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node | Parts:
+        if hasattr(a, "other"):
+            return b.call(node, of_two(), b.tensor_or_number(node, a.self), b.tensor_or_number(node, a.other))
+        dims, keepdim = dimensions(b, node, a), bool(getattr(a, "keepdim", False))
+        if not hasattr(a, "dim"):
+            return b.call(node, of_one(dims, keepdim), b.operand(node, a.self))
+
+        def part(user: fx.Node, index: int) -> fx.Node:
+            x = b.operand(user, a.self)
+            if index == 0:
+                return b.call(user, of_one(dims, keepdim), x)
+            return b.call(user, m.ArgMax(dims[0], keepdim), x if of_one is m.Largest else _negated(b, user, x))
+
+        return part
+
+    return handler
+
+
+def _negated(b: Builder, node: fx.Node, x: fx.Node) -> fx.Node:
+    return b.call(node, m.Scale(-1.0), x)
+
+
+def _arg(sign: int) -> Handler:
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+        if a.dim is None:
+            raise b.unsupported(node, "the place of the largest value of all; name a dimension")
+        (dim,) = dimensions(b, node, a)
+        x = b.operand(node, a.self)
+        return b.call(node, m.ArgMax(dim, bool(a.keepdim)), x if sign > 0 else _negated(b, node, x))
+
+    return handler
+
+
+def _topk(b: Builder, node: fx.Node, a: SimpleNamespace) -> Parts:
+    dim = int(a.dim) % b.rank(a.self)
+
+    def part(user: fx.Node, index: int) -> fx.Node:
+        if index or b.free(a.self)[dim] or not a.sorted:
+            raise b.unsupported(user, "topk(): the places, the batch, or unsorted values")
+        return b.call(user, m.TopK(int(a.k), dim, bool(a.largest)), b.operand(user, a.self))
+
+    return part
+
+
+def _cumsum(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    (dim,) = dimensions(b, node, a)
+    return b.call(node, m.CumSum(dim), b.operand(node, a.self))
+
+
+ROWS: dict[str, Handler] = {
+    "mean": _reduction(m.Mean, "mean"),
+    "sum": _reduction(m.Sum),
+    "amax": _reduction(m.Largest), "amin": _reduction(m.Least),
+    "max": _extreme(m.Largest, m.Maximum), "min": _extreme(m.Least, m.Minimum),
+    "maximum": _extreme(m.Largest, m.Maximum), "minimum": _extreme(m.Least, m.Minimum),
+    "fmax": _extreme(m.Largest, m.Maximum), "fmin": _extreme(m.Least, m.Minimum),
+    "var": _spread(root=False), "std": _spread(root=True),
+    "linalg_vector_norm": _norm, "norm": _norm,
+    "logsumexp": _reduction(m.LogSumExp), "prod": _reduction(m.Product),
+    "argmax": _arg(1), "argmin": _arg(-1), "topk": _topk, "cumsum": _cumsum,
+}  # fmt: skip
