@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pow2quant.frontends.prepare import prepare
     from pow2quant.pow2_constraints import Encoding, IntGrid
     from pow2quant.quantsim import QuantizationSimModel, QuantScheme
-    from pow2quant.runs import export, ptq, simulate, validate
+    from pow2quant.runs import Result, export, ptq, quantize, simulate, validate
     from pow2quant.three_steps import qat
 
 __version__ = "0.1.0"
@@ -29,6 +29,7 @@ __all__ = [
     "QuantPlan",
     "QuantScheme",
     "QuantizationSimModel",
+    "Result",
     "RunConfig",
     "Site",
     "TensorSpec",
@@ -37,6 +38,7 @@ __all__ = [
     "prepare",
     "ptq",
     "qat",
+    "quantize",
     "simulate",
     "validate",
 ]
@@ -53,6 +55,8 @@ _HOMES = {
     "export": "runs",
     "ptq": "runs",
     "qat": "three_steps",
+    "quantize": "runs",
+    "Result": "runs",
     "simulate": "runs",
     "validate": "runs",
     "QuantScheme": "quantsim",

@@ -163,6 +163,7 @@ _STD = Legal(
     lambda v: len(v) > 0 and all(math.isfinite(s) and s > 0 for s in v),
 )
 _RANGE = one_of(lambda: CHOOSERS)
+_TASK = one_of(lambda: names("tasks"))
 _BACKEND = one_of(lambda: names("backends"))
 _VERSION = one_of(lambda: ENCODINGS_VERSIONS)
 _DEVICE = Legal(lambda: "cpu, cuda or cuda:N", lambda v: re.fullmatch(r"cpu|cuda(:\d+)?", v) is not None)
@@ -371,7 +372,11 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. `RunConfig()` is the embedded default: digits, 8-bit weights and activations, 32-bit biases."""
+    """A whole run. `RunConfig()` is the embedded default: digits, 8-bit weights and activations, 32-bit biases.
+
+    task: what the network is for; None: what its data look like. metric: by which it is judged first: one of the task's
+    own, `torchmetrics:NAME`, or `file.py:function`.
+    """
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -380,6 +385,8 @@ class RunConfig:
     training: TrainingConfig = TrainingConfig()
     search: SearchConfig = SearchConfig()
     report: ReportConfig = ReportConfig()
+    task: Annotated[str | None, _TASK] = None
+    metric: Annotated[str | None, _TEXT] = None
     backend: Annotated[str, _BACKEND] = "custom"
     seed: Annotated[int, _SEED] = 0
     device: Annotated[str, _DEVICE] = "cpu"

@@ -1,34 +1,35 @@
 """Data by name: batches for calibration, training and test, checked on the way out.
 
-What `dataset` may be: `digits`, `cifar10`, `mnist`, `imagefolder`, a plug-in's name, or `path/to/file.py:function`.
-Each is a function, of the `DataConfig` if it takes an argument, that returns a finished `Data`, or (train, test) or
-(calibration, train, test) as torch data sets whose items are (float32 image (C, H, W), class index).
+What `dataset` may be: `digits`, `cifar10`, `mnist`, `imagefolder`, a plug-in's name, `path/to/file.py:function`, or a
+file of arrays (`.npz`, `.npy`). Each function, of the `DataConfig` if it takes an argument, returns a finished `Data`,
+or data in a form that `sources` knows: (train, test) or (calibration, train, test) as torch data sets, a DataLoader, …
 """
 
 from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 from pow2quant.config import DataConfig, from_file, is_in_file, users_code
 from pow2quant.errors import ConfigError, DataError
 from pow2quant.plugins import names, resolve
+from pow2quant.reading import check_labels, last_line
+from pow2quant.sources import SHUFFLE_SEED as SHUFFLE_SEED
+from pow2quant.sources import Data as Data
+from pow2quant.sources import data_of
 
 Batch = tuple[Tensor, Tensor]
 """Images, float32 (N, C, H, W), and their classes, int64 (N,)."""
-
-SHUFFLE_SEED = 20240917
-"""Orders the calibration images, whatever the run's seed: the same images calibrate every run."""
 
 HELD_OUT = 5
 """Every fifth image of a class is for test where a folder has no split of its own."""
@@ -44,53 +45,33 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """What a data set's name implies where the configuration says nothing."""
 
 
-class Batches(Protocol):
-    """What can be iterated again and again, such as a DataLoader or a list of batches."""
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def __len__(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Data:
-    """Everything a run reads.
-
-    calibration: all training images without augmentation, in one fixed shuffled order; take as many batches as needed.
-    train: shuffled by torch's global generator, augmented where the data set says so, without an incomplete last batch.
-    test: in the data set's own order. input_shape: of one image, (C, H, W).
-    """
-
-    calibration: Batches
-    train: Batches
-    test: Batches
-    num_classes: int
-    class_names: tuple[str, ...]
-    input_shape: tuple[int, ...]
-
-
-def load(config: DataConfig, train_batch_size: int | None = None) -> Data:
+def load(config: DataConfig, train_batch_size: int | None = None, given: Any = None) -> Data:
     """The data that a configuration asks for; `train` in batches of `train_batch_size` where that is given.
 
+    given: data in a form that `sources` knows, in place of what `config.dataset` names.
     Raises DataError, naming the path and the layout it should have, or what is wrong with a batch; ConfigError for an
     unknown data set or a normalization that does not fit the images.
     """
     config, name = resolved(config), config.dataset
-    if is_in_file(name):
+    if given is not None:
+        made = given
+    elif name.startswith("python:"):
+        raise DataError(f"{name}: were given in Python as an object; name data that can be read again (--data)")
+    elif is_in_file(name):
         function = from_file(name, DataError)
         with users_code(name, DataError):
             made = _call(function, config)
+    elif name.endswith((".npz", ".npy")):
+        made = _arrays(Path(name))
     elif name in names("datasets"):
         made = _call(resolve("datasets", name), config)
     else:
-        known = ", ".join([*sorted(names("datasets")), "path/to/file.py:function"])
+        known = ", ".join([*sorted(names("datasets")), "path/to/file.py:function", "arrays.npz", "arrays.npy"])
         raise ConfigError(f"data.dataset: {name!r} is unknown; known: {known}")
-    if isinstance(made, Data):
-        return _checked(made, name)
-    if not isinstance(made, tuple) or len(made) not in (2, 3):
-        got = f"{len(made)} things" if isinstance(made, tuple) else f"a {type(made).__name__}"
-        raise DataError(f"{name}: expected Data, (train, test) or (calibration, train, test), got {got}")
-    return _data(name, (made[0], *made[-2:]), config, train_batch_size or config.batch_size)
+    in_memory = isinstance(made, tuple) and isinstance(made[-1], Images)
+    return data_of(
+        made, name, config.batch_size, train_batch_size or config.batch_size, 0 if in_memory else config.workers
+    )
 
 
 def resolved(config: DataConfig) -> DataConfig:
@@ -128,7 +109,7 @@ class Images(Dataset[Batch]):
         where = self.config.path or self.config.dataset
         if len(self.pixels) != len(self.labels):
             raise DataError(f"{where}: {len(self.pixels)} images but {len(self.labels)} labels")
-        _check_labels(self.labels, len(self.classes), where)
+        check_labels(self.labels, len(self.classes), where)
         _normalization(self.config, self.pixels.shape[1])
 
     def __len__(self) -> int:
@@ -170,7 +151,7 @@ def mnist(config: DataConfig) -> tuple[Images, Images]:
         parts = [MNIST(str(path), train=train, download=False) for train in (True, False)]
     except Exception as error:  # torchvision asserts and raises whatever it likes about a damaged file
         layout = "expected MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte, complete"
-        raise DataError(f"{path}: {layout} ({_last_line(error)})") from None
+        raise DataError(f"{path}: {layout} ({last_line(error)})") from None
     train, test = (Images(p.data[:, None], p.targets.long(), tuple(map(str, range(10))), config) for p in parts)
     return train, test
 
@@ -262,12 +243,30 @@ def _jittered(pixels: Tensor, margin: int = 4) -> Tensor:
     return cropped.permute(0, 3, 1, 2).contiguous()
 
 
+def _arrays(path: Path) -> Any:
+    """The arrays of a file: X of .npy; of .npz `train_x` and `test_x` (with `train_y`, `test_y`), or any columns."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:  # numpy and zipfile raise whatever they like about a damaged file
+        raise DataError(f"{path}: not a file of arrays ({last_line(error)})") from None
+    if not {"train_x", "test_x"} <= arrays.keys():
+        return arrays
+    train, test = ([arrays[key] for key in (f"{part}_x", f"{part}_y") if key in arrays] for part in ("train", "test"))
+    return tuple(TensorDataset(*map(torch.from_numpy, part)) for part in (train, test))
+
+
 def _cifar_archive(path: Path) -> tuple[Batch, Batch]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in ("train_x", "train_y", "test_x", "test_y")}
     except Exception as error:  # numpy and zipfile raise whatever they like about a damaged file
-        raise DataError(f"{path}: expected train_x, train_y, test_x, test_y ({_last_line(error)})") from None
+        raise DataError(f"{path}: expected train_x, train_y, test_x, test_y ({last_line(error)})") from None
     train, test = (_bytes(arrays[f"{part}_x"], arrays[f"{part}_y"], path) for part in ("train", "test"))
     return train, test
 
@@ -283,7 +282,7 @@ def _cifar_batches(folder: Path) -> tuple[Batch, Batch]:
         except OSError:
             raise DataError(f"{path}: is missing; expected data_batch_1 ... data_batch_5 and test_batch") from None
         except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path}: not a CIFAR-10 batch ({_last_line(error)})") from None
+            raise DataError(f"{path}: not a CIFAR-10 batch ({last_line(error)})") from None
 
     images, labels = zip(*(read(f"data_batch_{i}") for i in range(1, 6)), strict=True)
     return (torch.cat(images), torch.cat(labels)), read("test_batch")
@@ -315,7 +314,7 @@ def _folder(root: Path, transform: Any, layout: str) -> Any:
     try:
         return ImageFolder(str(root), transform=transform, loader=_image)
     except FileNotFoundError as error:
-        raise DataError(f"{root}: {_last_line(error).split('. ')[0]}; expected {layout}") from None
+        raise DataError(f"{root}: {last_line(error).split('. ')[0]}; expected {layout}") from None
 
 
 def _image(path: str) -> Any:
@@ -325,7 +324,7 @@ def _image(path: str) -> Any:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({_last_line(error)})") from None
+        raise DataError(f"{path}: not a readable image ({last_line(error)})") from None
 
 
 def _split(targets: list[int]) -> tuple[list[int], list[int]]:
@@ -342,130 +341,3 @@ def _split(targets: list[int]) -> tuple[list[int], list[int]]:
 def _call(function: Callable[..., Any], config: DataConfig) -> Any:
     parameters = inspect.signature(function).parameters.values()
     return function(config) if any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters) else function()
-
-
-def _data(name: str, parts: tuple[Any, Any, Any], config: DataConfig, train_batch_size: int) -> Data:
-    for part, dataset in zip(("calibration", "training", "test"), parts, strict=True):
-        if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
-            raise DataError(f"{name}: the {part} set is a {type(dataset).__name__}, not a torch Dataset with a length")
-        if not len(dataset):
-            raise DataError(f"{name}: the {part} set is empty")
-    calibration, train, test = parts
-    order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(SHUFFLE_SEED)).tolist()
-    options: dict[str, Any] = {"num_workers": 0 if isinstance(train, Images) else config.workers}
-    options["collate_fn"] = _collated
-    own = torch.Generator()  # without one, reading test data would take numbers from the generator that orders training
-    last = len(train) > train_batch_size
-    classes = _classes(train, test, name)
-    data = Data(
-        calibration=DataLoader(Subset(calibration, order), config.batch_size, generator=own, **options),
-        train=DataLoader(train, train_batch_size, shuffle=True, drop_last=last, **options),
-        test=DataLoader(test, config.batch_size, generator=own, **options),
-        num_classes=len(classes),
-        class_names=classes,
-        input_shape=tuple(np.shape(_first(test, name))),
-    )
-    return _checked(data, name)
-
-
-def _first(dataset: Any, name: str) -> Tensor:
-    """The first image."""
-    try:
-        image, _ = dataset[0]
-    except Exception as error:
-        raise _data_error(error, name) from error
-    if not isinstance(image, Tensor):
-        raise DataError(f"{name}: its images are {type(image).__name__}, not tensors (torchvision: add ToTensor)")
-    return image
-
-
-def _collated(items: Any) -> Any:
-    return items if isinstance(items, tuple) else default_collate(items)
-
-
-def _classes(train: Any, test: Any, name: str) -> tuple[str, ...]:
-    """The training set's class names, or "0", "1", ... up to the largest label of both sets."""
-    while isinstance(train, Subset) and not hasattr(train, "classes"):
-        train = train.dataset
-    if hasattr(train, "classes"):
-        return tuple(map(str, train.classes))
-    labels = _labels(train)
-    if labels is None:
-        raise DataError(f"{name}: how many classes? Give the training set `classes`, a list of names, or return Data")
-    if np.ndim(labels) != 1 or not len(labels):
-        raise DataError(f"{name}: expected items (image, class index), got labels of shape {np.shape(labels)}")
-    others = _labels(test)  # a few images for calibration need not have the last classes
-    known = [labels] if others is None or np.ndim(others) != 1 else [labels, others]
-    return tuple(map(str, range(max(int(max(each)) for each in known) + 1)))
-
-
-def _labels(dataset: Any) -> Any:
-    """All labels of a data set that has them at hand, otherwise None."""
-    if isinstance(dataset, TensorDataset):
-        return dataset.tensors[-1]
-    return [pair[1] for pair in dataset] if isinstance(dataset, list) else getattr(dataset, "targets", None)
-
-
-def _checked(data: Data, name: str) -> Data:
-    parts: dict[str, Any] = {}
-    for part in ("calibration", "train", "test"):
-        batches = getattr(data, part)
-        if not (isinstance(batches, Sized) and hasattr(batches, "__iter__")):
-            raise DataError(f"{name}: {part} can be iterated once only; expected a DataLoader or a list of batches")
-        if not len(batches):
-            raise DataError(f"{name}: {part} is empty")
-        parts[part] = _Checked(cast(Batches, batches), f"{name}: {part}", data.num_classes)
-    return replace(data, **parts)
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """Batches that are as `Batch` says, or a DataError."""
-
-    batches: Batches
-    name: str
-    num_classes: int
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches = enumerate(self.batches)
-        while True:
-            try:
-                index, (images, labels) = next(batches)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise _data_error(error, self.name) from error
-            yield self._batch(images, labels, f"{self.name}, batch {index}")
-
-    def _batch(self, images: Any, labels: Any, where: str) -> Batch:
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise DataError(f"{where}: expected float32 images (N, C, H, W), got {kind}")
-        if not torch.isfinite(images).all():
-            raise DataError(f"{where}: holds NaN or infinity")
-        labels = torch.as_tensor(labels)
-        if labels.shape != images.shape[:1] or labels.is_floating_point():
-            raise DataError(f"{where}: expected {len(images)} class indices, got {tuple(labels.shape)} {labels.dtype}")
-        _check_labels(labels, self.num_classes, where)
-        return images.float(), labels.long()
-
-
-def _check_labels(labels: Tensor, num_classes: int, where: str) -> None:
-    wrong = labels[(labels < 0) | (labels >= num_classes)]
-    if len(wrong):
-        raise DataError(f"{where}: label {int(wrong[0])} is no class; legal: 0 to {num_classes - 1}")
-
-
-def _data_error(error: Exception, name: str) -> DataError:
-    """One line for whatever came out of a data set, perhaps through a DataLoader's worker process."""
-    line = _last_line(error)
-    if isinstance(error, DataError):
-        return DataError(line.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: "))
-    return DataError(f"{name}: {type(error).__name__}: {line}")
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

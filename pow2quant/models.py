@@ -20,6 +20,9 @@ from pow2quant.errors import ModelError, WeightsError
 from pow2quant.plugins import names, resolve
 
 TORCHVISION = "torchvision:"
+PYTHON = "python:"
+"""In front of the name of what was given as an object: a run's configuration says so, and cannot bring it back."""
+
 TIMM = "timm:"
 NESTED = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which training scripts put the state dict in a checkpoint."""
@@ -87,6 +90,11 @@ def build(name: str, *, num_classes: int | None = None, weights: str | Path | No
     Raises ModelError for an unknown name, or naming the file where the user's factory fails; WeightsError for weights
     that do not fit or are not finite.
     """
+    if name.startswith(PYTHON):
+        raise ModelError(
+            f"{name}: was given in Python as an object; name a network that can be made again "
+            "(--model file.py:factory), or use the run's files: model.onnx, report.json"
+        )
     if name.startswith(TORCHVISION):
         model = _from_torchvision(name.removeprefix(TORCHVISION), num_classes)
     elif name.startswith(TIMM):

@@ -1,7 +1,7 @@
 """What can be chosen by name, and where it lives. Adding one is a file and a row, or an entry point of a package.
 
 Entry point groups: `pow2quant.backends`, `pow2quant.methods`, `pow2quant.exporters`, `pow2quant.validators`,
-`pow2quant.models`, `pow2quant.datasets`.
+`pow2quant.tasks`, `pow2quant.models`, `pow2quant.datasets`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,15 @@ TABLES: dict[str, dict[str, str]] = {
         "onnxruntime": "pow2quant.validation.ort:executors",
         "engine": "pow2quant.validation.engine:executors",
         "c": "pow2quant.validation.c99:executors",
+    },
+    "tasks": {
+        "classification": "pow2quant.tasks.classification:Classification",
+        "multi-label": "pow2quant.tasks.multilabel:MultiLabel",
+        "segmentation": "pow2quant.tasks.segmentation:Segmentation",
+        "image-to-image": "pow2quant.tasks.images:ImageToImage",
+        "regression": "pow2quant.tasks.regression:Regression",
+        "detection": "pow2quant.tasks.detection:Detection",
+        "none": "pow2quant.tasks.none:Unlabelled",
     },
     "models": {
         "digits-cnn": "pow2quant.models:digits_cnn",

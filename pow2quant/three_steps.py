@@ -47,7 +47,7 @@ def qat(
         staged = run_folder.staged(output, overwrite) if processes.leads else nullcontext()
         with staged as folder:
             job, sim, steps = quantized(config, progress)
-            ptq_accuracy = job.accuracy(sim.model)
+            ptq_accuracy = job.score(sim.model)
             trainer = Trainer(
                 sim=sim,
                 parameters=job.parameters(sim),
@@ -75,7 +75,7 @@ def qat(
                 shutil.copytree(checkpoints / curves.BOARD, folder / curves.BOARD)
             write_report(folder, report)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    return Result(output, report, tuple(agreements))
+    return Result(output, report, tuple(agreements), sim)
 
 
 def _check_checkpoints(folder: Path, resume: bool, overwrite: bool) -> None:

@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from pow2quant import __version__, models, plugins
+from pow2quant import __version__, models, plugins, progress
 from pow2quant.cli import console, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -542,7 +542,7 @@ def test_list_says_what_to_install(
 def test_stages_without_a_terminal_are_a_few_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "PATIENCE", 0.02)
+    monkeypatch.setattr(progress, "PATIENCE", 0.02)
     stage = console.Console().track(range(40), "thinking", 40)
     for _ in stage:
         time.sleep(0.01)
@@ -623,7 +623,7 @@ def _on_a_terminal(show: Callable[[console.Console], None]) -> str:
 
 
 def test_durations() -> None:
-    assert [console.duration(s) for s in (0.04, 59.9, 60, 3599, 7500)] == [
+    assert [progress.duration(s) for s in (0.04, 59.9, 60, 3599, 7500)] == [
         "0.0 s",
         "59.9 s",
         "1 min 00 s",

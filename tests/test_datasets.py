@@ -438,12 +438,10 @@ def nan(): return both((X[0], 0), (X[0] / 0, 1))
 def label(): return both((X[0], 0), (X[1], 2))
 def raw(): return both((X[0].byte(), 0))
 def pictures(): return both(("a picture", 0))
-def floats(): return both((X[0], 0.5))
 def failing(): return both((X[0], 0), None)
-def classless(): return both((X[0], 0), classes=None)
 def empty(): return Items([], ["a"]), Items([], ["a"])
 def endless(): return iter([]), iter([])
-def single(): return TensorDataset(X, Y)
+def text(): return "data/"
 def once(): return Data(iter([]), iter([]), iter([]), 3, ("a", "b", "c"), (1, 2, 2))
 def none(): return Data([], [], [], 3, ("a", "b", "c"), (1, 2, 2))
 def broken(): return 1 / 0
@@ -477,14 +475,12 @@ def test_a_function_in_a_file(user):
     [
         ("nan", "data.py:nan: calibration, batch 0: holds NaN or infinity"),
         ("label", "label 2 is no class; legal: 0 to 1"),
-        ("floats", "calibration, batch 0: expected 1 class indices, got (1,) torch.float64"),
-        ("raw", "expected float32 images (N, C, H, W), got torch.uint8"),
-        ("pictures", "its images are str, not tensors"),
+        ("raw", "calibration, batch 0: expected float32, got torch.uint8; scale it as in training"),
+        ("pictures", "calibration, batch 0: holds a str where the network takes a tensor (images: add ToTensor)"),
         ("failing", "data.py:failing: calibration: TypeError: "),
-        ("classless", "how many classes? Give the training set `classes`"),
         ("empty", "the calibration set is empty"),
-        ("endless", "the calibration set is a list_iterator, not a torch Dataset with a length"),
-        ("single", "expected Data, (train, test) or (calibration, train, test), got a TensorDataset"),
+        ("endless", "data.py:endless: calibration is empty"),
+        ("text", "calibration: is a str; expected a DataLoader or another iterable of batches, a Dataset, arrays"),
         ("once", "calibration can be iterated once only; expected a DataLoader or a list of batches"),
         ("none", "data.py:none: calibration is empty"),
         ("broken", "ZeroDivisionError: division by zero"),

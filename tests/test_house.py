@@ -33,6 +33,7 @@ FLOORS = {
     "pow2quant.methods": 4,
     "pow2quant.validation": 4,
     "pow2quant.report": 4,
+    "pow2quant.tasks": 4,
     "pow2quant.backends": 3,
     "pow2quant.frontends": 3,
     "pow2quant.integer": 3,
@@ -40,6 +41,8 @@ FLOORS = {
     "pow2quant.models": 3,
     "pow2quant.run_folder": 3,
     "pow2quant.datasets": 3,
+    "pow2quant.sources": 3,
+    "pow2quant.reading": 3,
     "pow2quant.config": 2,
     "pow2quant.artifact": 2,
     "pow2quant.operators": 2,
@@ -48,6 +51,7 @@ FLOORS = {
     "pow2quant.pow2_constraints": 1,
     "pow2quant.saving": 1,
     "pow2quant.errors": 1,
+    "pow2quant.progress": 1,
     "pow2quant.plugins": 1,
 }
 DOORS = {  # the only imports between two rooms of one floor
@@ -57,6 +61,9 @@ DOORS = {  # the only imports between two rooms of one floor
     ("pow2quant.plugins", "pow2quant.errors"),
     ("pow2quant.saving", "pow2quant.errors"),
     ("pow2quant.three_steps", "pow2quant.runs"),
+    ("pow2quant.datasets", "pow2quant.sources"),
+    ("pow2quant.datasets", "pow2quant.reading"),
+    ("pow2quant.sources", "pow2quant.reading"),
     ("pow2quant.training", "pow2quant.methods"),
     ("pow2quant.backends", "pow2quant.frontends"),
     ("pow2quant.study", "pow2quant.runs"),
@@ -71,6 +78,9 @@ TORCH_ROOMS = LEFT | {
     "pow2quant.runs",
     "pow2quant.models",
     "pow2quant.datasets",
+    "pow2quant.sources",
+    "pow2quant.reading",
+    "pow2quant.tasks",
 }
 TORCH = {"torch", "torchvision", "safetensors.torch"}
 AIMET = {"aimet_torch", "aimet_common"}

@@ -116,7 +116,7 @@ def ptq(
     console = console_of(verbose, quiet, as_json)
     from pow2quant import runs
 
-    result = runs.ptq(chosen, output or fresh("ptq"), overwrite=overwrite, progress=console)
+    result = runs.quantize(config=chosen, output=output or fresh("ptq"), overwrite=overwrite, progress=console)
     show_run(console, result)
     return 0 if result.agrees else 1
 
@@ -363,18 +363,10 @@ def _parameters(method: Any) -> str:
 
 def show_run(console: Console, result: Result) -> None:
     """Accuracies, agreements, verdict and sizes of a finished run; with --json its report."""
+    from pow2quant.report import summary
+
     r = result.report
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f} %"
-
-    top5 = any(key.endswith("_top5") for key in r)
-    steps = [("after PTQ", "ptq"), ("best of training", "qat_best")] if "qat_best_accuracy" in r else []
-    rows = [
-        [label, percent(r.get(f"{key}_accuracy")), *([percent(r.get(f"{key}_accuracy_top5"))] if top5 else [])]
-        for label, key in (("float", "initial"), *steps, ("simulation", "final"), ("onnxruntime", "onnxruntime"))
-    ]
-    console.table(["accuracy", "top-1", *(["top-5"] if top5 else [])], rows)
+    console.table(*summary.scores(r))
     console.say()
     show_agreements(console, result.agreements)
     show_left_out(console, r["validation_left_out"])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+from pow2quant.progress import Bars
 
 if TYPE_CHECKING:
     from rich.console import Console as Rich
@@ -20,12 +21,9 @@ T = TypeVar("T")
 _NUMBER = re.compile(r"-$|[-+]?\d")
 """How a number begins, or what stands for one."""
 
-PATIENCE = 15.0
-"""Seconds until a stage without a terminal says how far it is; then again whenever as much time has passed anew."""
-
 
 @dataclass
-class Console:
+class Console(Bars):
     """Progress, notes and results of one command.
 
     quiet: no progress and no notes. as_json: `out` gets one JSON document and nothing else.
@@ -37,34 +35,12 @@ class Console:
 
     def track(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
         """Passes items on; shows a bar with the time left on a terminal, else a few lines."""
-        if self.quiet:
-            yield from items
-            return
-        started = time.monotonic()
-        if sys.stderr.isatty():
-            from rich.console import Console as Rich
-            from rich.progress import track
-
-            yield from track(items, title, total=total, console=Rich(stderr=True), transient=True)
-        else:
-            yield from self._counted(items, title, total)
-        self.note(f"{title}: {duration(time.monotonic() - started)}")
-
-    def _counted(self, items: Iterable[T], title: str, total: int | None) -> Iterator[T]:
-        self.note(f"{title} ...")
-        started, due = time.monotonic(), PATIENCE
-        for done, item in enumerate(items, start=1):
-            yield item
-            passed = time.monotonic() - started
-            if passed >= due and done != total:
-                due = 2 * passed
-                left = f" of {total}, {duration(passed / done * (total - done))} left" if total else " done"
-                self.note(f"{title}: {done}{left}")
+        return iter(items) if self.quiet else super().track(items, title, total)
 
     def note(self, text: str) -> None:
         """One line of information."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            super().note(text)
 
     @property
     def draws(self) -> bool:
@@ -128,14 +104,6 @@ class Console:
         from rich.console import Console as Rich
 
         return Rich(file=self.out, markup=False, highlight=False)
-
-
-def duration(seconds: float) -> str:
-    """`0.4 s`, `3 min 20 s`, `2 h 05 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def show_agreements(console: Console, agreements: Sequence[Agreement]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,12 @@ def verdict(agreements: Sequence[Agreement]) -> str:
         f"DIFFERS: {worst.differing:,} of {worst.elements:,} output elements by up to {worst.max_lsb:g} LSB in "
         f"{worst.executor}{at}{why}"
     )
+
+
+def sentence(report: Mapping[str, Any]) -> str:
+    """A report's verdict as text, whichever form it has."""
+    found = report["verdict"]
+    return str(found["text"] if isinstance(found, Mapping) else found)
 
 
 def is_power_of_two(encodings: Iterable[Encoding]) -> bool:

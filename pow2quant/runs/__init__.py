@@ -2,19 +2,24 @@
 
 from pow2quant.runs.executors import executors, simulation_executor
 from pow2quant.runs.exporting import export
-from pow2quant.runs.job import Job, simulate
+from pow2quant.runs.job import Given, Job, simulate
+from pow2quant.runs.quantizing import quantize
 from pow2quant.runs.reopening import reopened, responses
+from pow2quant.runs.result import Result, Verdict
 from pow2quant.runs.validating import Validation, validate
-from pow2quant.runs.writing import Result, finish, ptq, quantized, score, write_report
+from pow2quant.runs.writing import finish, ptq, quantized, score, write_report
 
 __all__ = [
+    "Given",
     "Job",
     "Result",
     "Validation",
+    "Verdict",
     "executors",
     "export",
     "finish",
     "ptq",
+    "quantize",
     "quantized",
     "reopened",
     "responses",

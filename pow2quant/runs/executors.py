@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pow2quant.artifact import Agreement, Artifact, Site
-from pow2quant.backends.base import Simulation
+from pow2quant.backends.base import Simulation, inputs
 from pow2quant.errors import MissingExtraError, NotPowerOfTwoError, UnsupportedModelError
 from pow2quant.integer.certificate import Certificate
 from pow2quant.plugins import names, resolve
@@ -47,10 +47,10 @@ def compared(
 ) -> list[Agreement]:
     """The simulation against other executors, on the test data.
 
-    scores: counts hits on the way, where they are wanted.
+    scores: judges on the way, where that is wanted.
     """
     simulation = simulation_executor(sim, job.config.backend, job.device)
-    batches: Iterable[Arrays] = ([images.numpy()] for images, _ in job.test(limit))
+    batches: Iterable[Arrays] = ([x.numpy() for x in inputs(batch)] for batch, _ in job.test(limit))
     if scores is not None:
         others = [scores.watch(e) for e in others]
         simulation = scores.watch(simulation, noise=True)
@@ -65,8 +65,7 @@ def runner(model: nn.Module, device: torch.device) -> Callable[[Arrays], list[ND
     def run(batch: Arrays) -> list[NDArray[np.float32]]:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             result = model(*(torch.from_numpy(np.asarray(x)).to(device) for x in batch))
-        results = result if isinstance(result, (tuple, list)) else [result]
-        return [r.cpu().numpy() for r in results]
+        return [r.cpu().numpy() for r in inputs(result)]
 
     return run
 

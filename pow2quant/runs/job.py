@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from pow2quant import config as configuration
 from pow2quant import datasets, models
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.config import QuantPlan, RunConfig
-from pow2quant.errors import ConfigError, DataError
+from pow2quant.errors import ConfigError, DataError, ModelError
+from pow2quant.frontends.batches import call_arguments, inputs
+from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.prepare import is_prepared, prepare
 from pow2quant.plugins import resolve
+from pow2quant.reading import Batches, Checked, Signature
+from pow2quant.runs.scores import Noise, arrays_of
+from pow2quant.tasks.base import Task
+from pow2quant.tasks.choosing import task_of
 
 T = TypeVar("T")
 
@@ -40,35 +47,78 @@ def simulate(network: nn.Module, example: Batch, plan: QuantPlan | None = None, 
     return sim
 
 
+@dataclass(frozen=True)
+class Given:
+    """What is handed over as an object, in place of what a configuration names; None: what it names.
+
+    data: in a form that `sources` knows. methods: rewrites and methods in order. metric: what `tasks.own` takes.
+    """
+
+    model: nn.Module | None = None
+    data: Any = None
+    methods: Sequence[Any] | None = None
+    metric: Any = None
+
+
+NOTHING = Given()
+"""All is as the configuration says."""
+
+
 @dataclass
 class Job:
-    """What a configuration stands for: a float network, its preparation, and data."""
+    """What a configuration stands for: a float network, its preparation, and data.
+
+    model: as the user wrote it, called with a flat sequence of tensors. example: inputs of one call, of one sample.
+    """
 
     config: RunConfig
     data: datasets.Data
     model: nn.Module
     network: fx.GraphModule
     example: Batch
+    task: Task
     progress: Progress
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    given: Given = NOTHING
 
     @classmethod
-    def start(cls, config: RunConfig, progress: Progress) -> Job:
+    def start(cls, config: RunConfig, progress: Progress, given: Given = NOTHING) -> Job:
         """Loads data and network, prepares. The configuration is resolved on the way."""
         be_exact()
         device = device_of(config.device)
         torch.manual_seed(config.seed)
         config = _absolute(replace(config, data=datasets.resolved(config.data)))
-        data = datasets.load(config.data, config.training.batch_size)
-        model = models.build(config.model.name, num_classes=config.model.num_classes, weights=config.model.weights)
-        if config.model.name == "digits-cnn" and config.model.weights is None:
+        data = datasets.load(config.data, config.training.batch_size, given.data)
+        model = network_of(config, given)
+        if given.model is None and config.model.name == "digits-cnn" and config.model.weights is None:
             _weights_of_digits(model, config, data, progress)
-        example = next((images[:1] for images, _ in data.calibration), None)
-        if example is None:
-            raise DataError("the calibration data are empty")
-        calibration = Images(data.calibration, config.ptq.calibration_batches)
-        network = float_network(model, example, config, calibration, progress)
-        return cls(config, data, model.float().eval(), network, example, progress, device)
+        return cls.of(config, data, model, progress, given, device)
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        data: datasets.Data,
+        model: nn.Module,
+        progress: Progress,
+        given: Given = NOTHING,
+        device: torch.device | None = None,
+        batches: int | None = None,
+    ) -> Job:
+        """The job of a float network (in eval mode, on the CPU) and its data.
+
+        batches: rewrites see at most so many; None: all that calibrate.
+        """
+        data = data.with_parts(lambda part: replace(part, signature=Signature.of(model)))
+        called, shapes, targets = first_call(model, data)
+        task = task_of(config.task, given.metric or config.metric, targets, shapes[1])
+        data = data.with_parts(lambda part: replace(part, check=task.check, shapes=shapes[0]))
+        calibration = Images(data.calibration, batches or config.ptq.calibration_batches)
+        network = float_network(model, called, config, calibration, progress, given)
+        flat = inputs(called)
+        example = flat[0] if len(flat) == 1 else flat
+        own = model if isinstance(called, Tensor) else Flat(model, called)
+        return cls(config, data, own, network, example, task, progress, device or torch.device("cpu"), given)
 
     def simulate(self) -> Simulation:
         """The backend's simulation of the prepared network, on the device."""
@@ -81,25 +131,32 @@ class Job:
         """The simulation, calibrated and behind its methods."""
         sim = self.simulate()
         sim.calibrate(self.progress.track(self.calibration(), "calibrating", len(self.calibration())))
-        for _, method in methods_of(self.config)[1]:
+        for _, method in methods_of(self.config, self.given)[1]:
             call(method.apply, sim, self.calibration(), progress=self.progress)
         return sim
 
     @property
     def steps(self) -> list[str]:
         """What leads to `quantized`, by name."""
-        rewrites, methods = methods_of(self.config)
+        rewrites, methods = methods_of(self.config, self.given)
         return [*(name for name, _ in rewrites), "calibrate", *(name for name, _ in methods)]
 
     @torch.no_grad()
-    def accuracy(self, model: nn.Module) -> float:
-        """Top-1 of the network or of a simulation's model on the test data, in per cent."""
-        right = total = 0
+    def score(self, model: nn.Module) -> float:
+        """The leading metric of the network or of a simulation's model on the test data.
+
+        Without targets, the SQNR of its first output against the float network's, in dB.
+        """
         size = min(len(self.data.test), self.config.ptq.max_eval_batches or len(self.data.test))
-        for images, labels in self.progress.track(islice(self.data.test, size), "evaluating", size):
-            right += int((model(images.to(self.device)).argmax(1).cpu() == labels).sum())
-            total += len(labels)
-        return round(100 * right / total, 4)
+        counter = self.task.metrics[0].counter() if self.task.metrics else Noise()
+        for batch, targets in self.progress.track(islice(self.data.test, size), "evaluating", size):
+            arguments = [x.to(self.device) for x in inputs(batch)]
+            outputs = [x.cpu().numpy() for x in inputs(model(*arguments))]
+            if not self.task.metrics:
+                targets = inputs(self.model(*arguments))[0]
+            counter.add(outputs, arrays_of(targets))
+        value = counter.value()
+        return 0.0 if value is None else value
 
     def parameters(self, sim: Simulation) -> dict[str, Tensor]:
         """The network's own parameters and buffers in the simulation, by name (a backend may have further ones)."""
@@ -113,21 +170,24 @@ class Job:
         """The calibration images, batch by batch."""
         return Images(self.data.calibration, self.config.ptq.calibration_batches)
 
-    def test(self, limit: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Test images and labels, batch by batch."""
+    def test(self, limit: int | None) -> Iterator[tuple[Batch, Any]]:
+        """Test inputs and targets, batch by batch."""
         total = min(len(self.data.test), limit or len(self.data.test))
         return self.progress.track(islice(self.data.test, total), "evaluating all executors", total)
 
 
-def methods_of(config: RunConfig) -> tuple[Named, Named]:
-    """The rewrites and the methods that a configuration names, in order.
+def methods_of(config: RunConfig, given: Given = NOTHING) -> tuple[Named, Named]:
+    """The rewrites and the methods that a configuration names, or that are given, in order.
 
     Raises ConfigError for a parameter that one does not have, and for a rewrite behind a method.
     """
     rewrites: Named = []
     methods: Named = []
-    for name, values in config.ptq.methods or ():
-        made = configuration.parameters(resolve("methods", name), values, f"ptq.methods.{name}")
+    named = [
+        (name, configuration.parameters(resolve("methods", name), values, f"ptq.methods.{name}"))
+        for name, values in (config.ptq.methods or () if given.methods is None else ())
+    ]
+    for name, made in named or [(type(each).__name__, each) for each in given.methods or ()]:
         if not hasattr(made, "rewrite"):
             methods.append((name, made))
         elif methods:
@@ -144,24 +204,76 @@ def call(step: Callable[..., T], subject: Any, batches: Iterable[Batch], **offer
 
 
 def float_network(
-    model: nn.Module, example: Batch, config: RunConfig, batches: Iterable[Batch], progress: Progress = SILENT
+    model: nn.Module,
+    example: Any,
+    config: RunConfig,
+    batches: Iterable[Batch],
+    progress: Progress = SILENT,
+    given: Given = NOTHING,
 ) -> fx.GraphModule:
     """The network that is simulated: prepared, batch norm folded, rewritten."""
     network = fold_batch_norm(prepare(model, example))
     plan = configuration.plan_of(config)
-    for _, rewrite in methods_of(config)[0]:
+    for _, rewrite in methods_of(config, given)[0]:
         network = call(rewrite.rewrite, network, batches, progress=progress, plan=plan)
     return network
 
 
+def network_of(config: RunConfig, given: Given = NOTHING) -> nn.Module:
+    """The float network, float32 on the CPU and in eval mode; one that is given stays as it was."""
+    if given.model is not None:
+        models.check_finite(given.model.state_dict(), config.model.name)
+        return unwrapped(given.model)
+    name, classes, weights = config.model.name, config.model.num_classes, config.model.weights
+    return unwrapped(models.build(name, num_classes=classes, weights=weights))
+
+
+def first_call(model: nn.Module, data: datasets.Data) -> tuple[Any, tuple[Any, Any], Any]:
+    """The first calibration sample as the network is called with it, the shapes of inputs and outputs, and targets.
+
+    Shapes are those of one sample, without the batch; targets those of the first test batch.
+    Raises DataError for data that are empty, ModelError when the network fails on the sample.
+    """
+    first = next(cast(Checked, data.calibration).structured(), None)
+    if first is None:
+        raise DataError("the calibration data are empty")
+    sample = pytree.tree_map(lambda x: x[:1], first[0])
+    args, kwargs = call_arguments(model, sample)
+    try:
+        with torch.no_grad():
+            outputs = inputs(model(*args, **kwargs))
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs(sample))
+        raise ModelError(f"the network fails on a sample of {shapes}: {' '.join(str(error).split())[:300]}") from error
+    if not outputs:
+        raise ModelError("the network returns no tensor")
+    targets = next((targets for _, targets in data.test), None)
+    return sample, ([tuple(x.shape[1:]) for x in inputs(sample)], [tuple(x.shape[1:]) for x in outputs]), targets
+
+
+class Flat(nn.Module):
+    """A network that takes its inputs in a row, whatever containers it is written for, and returns tensors in a row."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        """example: inputs as `model` is called with them."""
+        super().__init__()
+        self.model = model
+        self.structure = pytree.tree_structure(example)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        args, kwargs = call_arguments(self.model, pytree.tree_unflatten(tensors, self.structure))
+        results = inputs(self.model(*args, **kwargs))
+        return results[0] if len(results) == 1 else results
+
+
 @dataclass(frozen=True)
 class Images:
-    """The images of the first `limit` batches (None: all), again and again."""
+    """The inputs of the first `limit` batches (None: all), again and again."""
 
-    batches: datasets.Batches
+    batches: Batches
     limit: int | None
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Batch]:
         return (images for images, _ in islice(self.batches, self.limit))
 
     def __len__(self) -> int:

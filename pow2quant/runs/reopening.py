@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pow2quant import config as configuration
 from pow2quant import run_folder
-from pow2quant.backends.base import SILENT, Progress, Simulation
+from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
 from pow2quant.config import RunConfig
-from pow2quant.errors import FileFormatError
+from pow2quant.errors import ConfigError, FileFormatError
 from pow2quant.runs.executors import runner
 from pow2quant.runs.job import Job
 
@@ -36,13 +36,19 @@ def reopened(folder: Path, config: RunConfig | None = None, progress: Progress =
 
 
 def responses(
-    job: Job, sim: Simulation, batches: Iterable[tuple[Tensor, Tensor]]
+    job: Job, sim: Simulation, batches: Iterable[tuple[Batch, Any]]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]:
-    """Labels (N,), and the logits of the float network and of the simulation, (N, classes), batch by batch."""
+    """Labels (N,), and the logits of the float network and of the simulation, (N, classes), batch by batch.
+
+    Raises ConfigError where the task is not classification.
+    """
+    if job.task.name != "classification":
+        raise ConfigError(f"task: {job.task.name} has no logits of classes; this is for classification")
     exact, quantized = runner(job.model, job.device), runner(sim.model, job.device)
-    for images, labels in batches:
-        inputs = [images.numpy()]
-        yield labels.numpy(), exact(inputs)[0], quantized(inputs)[0]
+    for batch, labels in batches:
+        arrays = [x.numpy() for x in inputs(batch)]
+        indices = labels.argmax(1) if labels.ndim == 2 else labels
+        yield indices.numpy(), exact(arrays)[0], quantized(arrays)[0]
 
 
 def load_parameters(own: dict[str, Tensor], parameters: dict[str, NDArray[Any]], path: Path) -> None:

@@ -1,89 +1,130 @@
-"""Accuracies and quantization noise, counted while the executors run."""
+"""What a task's metrics say of each executor, and quantization noise, counted while the executors run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from pow2quant.frontends.batches import inputs
+from pow2quant.tasks.base import Averaged, Counter, Metric, Task
 from pow2quant.validation.agreement import Executor
 
-Arrays = Sequence[NDArray[np.float32]]
+Arrays = Sequence[NDArray[Any]]
+
+FLOAT = "float"
+"""What the float network is called among the executors."""
 
 
 @dataclass
 class Scores:
-    """Top-1 and top-5 hits by executor, and the power of the quantization noise, while batches stream by."""
+    """Counts by executor and metric, and the power of the quantization noise, while batches stream by.
 
-    classes: int = 0
+    judged: the executors that are; None: all.
+    """
+
+    task: Task
+    judged: Collection[str] | None = None
     samples: int = 0
-    hits: dict[str, list[int]] = field(default_factory=dict)
-    tied: dict[str, int] = field(default_factory=dict)
-    signal: float = 0.0
-    noise: float = 0.0
-    labels: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    counters: dict[str, dict[str, Counter]] = field(default_factory=dict)
+    noise: Noise = field(default_factory=lambda: Noise())
+    running: bool = False
+    targets: Any = None
     expected: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
-    def stream(self, batches: Iterable[tuple[Tensor, Tensor]], network: Callable[[Arrays], Arrays]) -> Iterator[Arrays]:
-        """Yields the images; notes labels and float logits for what runs on them next."""
-        for images, labels in batches:
-            inputs = [images.numpy()]
-            self.labels, self.expected = labels.numpy(), network(inputs)[0]
-            self.classes = self.expected.shape[-1]
-            self.samples += len(self.labels)
-            self._count("float", self.expected)
-            self.signal += float(np.square(self.expected, dtype=np.float64).sum())
-            yield inputs
-        self.labels = np.empty(0, np.int64)  # what runs from now on is no evaluation
+    def stream(self, batches: Iterable[tuple[Any, Any]], network: Callable[[Arrays], Arrays]) -> Iterator[Arrays]:
+        """Yields the inputs; notes targets and float outputs for what runs on them next."""
+        for batch, targets in batches:
+            arrays = [x.numpy() for x in inputs(batch)]
+            self.targets = arrays_of(targets)
+            outputs = network(arrays)
+            self.expected, self.running = outputs[0], True
+            self.samples += len(arrays[0])
+            self._count(FLOAT, outputs)
+            yield arrays
+        self.running = False  # what runs from now on is no evaluation
 
     def watch(self, executor: Executor, noise: bool = False) -> Executor:
-        """The executor, its hits counted as it runs."""
+        """The executor, judged as it runs."""
+        if self.judged is not None and executor.name not in self.judged:
+            return executor
 
         def run(batch: Arrays) -> Arrays:
             outputs = executor.run(batch)
-            if not self.labels.size:
-                return outputs
-            self._count(executor.name, outputs[0])
-            if noise:
-                self.noise += float(np.square(outputs[0] - self.expected, dtype=np.float64).sum())
+            if self.running:
+                self._count(executor.name, outputs)
+                if noise:
+                    self.noise.add(outputs, self.expected)
             return outputs
 
         return replace(executor, run=run)
 
-    def _count(self, name: str, logits: NDArray[np.float32]) -> None:
-        if logits.ndim != 2:
+    def _count(self, name: str, outputs: Arrays) -> None:
+        if self.targets is None:
             return
-        labels = self.labels[: len(logits), None]  # a slow executor may have been given fewer
-        order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-        best = order == labels
-        first = np.take_along_axis(logits, order[:, :2], 1)
-        tied = int((first[:, 0] == first[:, -1]).sum()) if first.shape[1] > 1 else 0
-        self.tied[name] = self.tied.get(name, 0) + tied
-        hits = self.hits.setdefault(name, [0, 0])
-        hits[0] += int(best[:, 0].sum())
-        hits[1] += int(best.any(1).sum())
+        metrics = (*self.task.metrics, *self.task.diagnostics)
+        counters = self.counters.setdefault(name, {m.name: m.counter() for m in metrics})
+        for counter in counters.values():
+            counter.add(outputs, self.targets)
 
-    def accuracy(self, name: str, top: int = 1) -> float | None:
-        """Per cent of samples whose label is among the `top` (1 or 5) largest logits."""
-        hits = self.hits.get(name)
-        return None if hits is None or not self.samples else round(100 * hits[top == 5] / self.samples, 4)
+    def value(self, executor: str, metric: Metric) -> float | None:
+        """What a metric says of an executor; None where it was not judged."""
+        counters = self.counters.get(executor)
+        return None if counters is None else counters[metric.name].value()
 
-    def ties(self, name: str) -> float | None:
-        """Per cent of samples whose largest logit is not alone: which class is named then is an accident."""
-        return round(100 * self.tied[name] / self.samples, 4) if name in self.tied and self.samples else None
+    def keyed(self, **executors: str) -> dict[str, float | None]:
+        """`<when>_<key>` for executors by when, of the metrics that have keys in report.json."""
+        return {
+            f"{when}_{metric.key}": self.value(name, metric)
+            for metric in self.task.metrics
+            if metric.key
+            for when, name in executors.items()
+        }
 
-    @property
-    def sqnr_db(self) -> float | None:
-        """Logits of the simulation against the float network's, in dB; None where they are equal."""
+    def metrics(self, **executors: str) -> dict[str, dict[str, Any]]:
+        """By metric: its direction and unit, and the values of executors by key; the leading metric first."""
+        return {
+            metric.name: {
+                **{key: self.value(name, metric) for key, name in executors.items()},
+                "higher_is_better": metric.higher_is_better,
+                "unit": metric.unit,
+            }
+            for metric in self.task.metrics
+        }
+
+    def diagnostic(self, executor: str, name: str) -> float | None:
+        """What one of the task's diagnostics says of an executor; None where the task has no such."""
+        return next((self.value(executor, m) for m in self.task.diagnostics if m.name == name), None)
+
+    def per_sample(self, executor: str) -> NDArray[np.float64] | None:
+        """The leading metric of each sample, (N,), where it is a mean of them; in the metric's unit."""
+        leading = self.task.metrics[0].name if self.task.metrics else ""
+        counter = self.counters.get(executor, {}).get(leading)
+        return counter.factor * counter.per_sample() if isinstance(counter, Averaged) and counter.parts else None
+
+
+@dataclass
+class Noise:
+    """The power of what quantization adds to the first output, and that of the output itself."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+
+    def add(self, outputs: Arrays, expected: NDArray[np.float32]) -> None:
+        """A batch, and the first output of the float network for it."""
+        self.signal += float(np.square(expected, dtype=np.float64).sum())
+        self.noise += float(np.square(outputs[0] - expected, dtype=np.float64).sum())
+
+    def value(self) -> float | None:
+        """Signal to noise in dB; None where nothing differs."""
         return round(10 * float(np.log10(self.signal / self.noise)), 3) if self.noise and self.signal else None
 
 
-def accuracies(scores: Scores, **executors: str) -> dict[str, float | None]:
-    """`<key>_accuracy` of executors by key; top-5 too, where there are more than 5 classes."""
-    found = {f"{key}_accuracy": scores.accuracy(name) for key, name in executors.items()}
-    if scores.classes > 5:
-        found |= {f"{key}_accuracy_top5": scores.accuracy(name, 5) for key, name in executors.items()}
-    return found
+def arrays_of(targets: Any) -> Any:
+    """Arrays in place of tensors, in whatever containers."""
+    return pytree.tree_map(lambda x: x.cpu().numpy() if isinstance(x, Tensor) else x, targets)

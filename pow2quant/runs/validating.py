@@ -8,7 +8,7 @@ from pathlib import Path
 from onnx import ModelProto
 
 from pow2quant import config as configuration
-from pow2quant import datasets, models, run_folder
+from pow2quant import datasets, run_folder
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.artifact import Agreement
 from pow2quant.backends.base import SILENT, Progress
@@ -17,7 +17,7 @@ from pow2quant.errors import ConfigError, FileFormatError, MissingExtraError
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import names
 from pow2quant.runs.executors import SIMULATION, compared, executors, simulation_executor
-from pow2quant.runs.job import Job, device_of, float_network, simulate
+from pow2quant.runs.job import Job, device_of, network_of, simulate
 from pow2quant.runs.reopening import load_parameters
 from pow2quant.saving import scratch
 from pow2quant.validation import ort
@@ -108,15 +108,12 @@ def _validate_run(
     """Rebuilds the simulation from a configuration and model.safetensors and compares it with the files beside them."""
     parameters, table = run_folder.load_state(folder / run_folder.STATE)
     plain = replace(config, model=replace(config.model, weights=None), data=datasets.resolved(config.data))
-    data = datasets.load(plain.data)
-    model = models.build(plain.model.name, num_classes=plain.model.num_classes).float().eval()
-    example = next(images[:1] for images, _ in data.test)
-    network = float_network(model, example, config, [example])  # its weights are overwritten
-    job = Job(plain, data, model, network, example, progress, device_of(plain.device))
-    sim = job.simulate()
+    device = device_of(plain.device)
+    job = Job.of(plain, datasets.load(plain.data), network_of(plain), progress, device=device, batches=1)
+    sim = job.simulate()  # its weights are overwritten
     load_parameters(job.parameters(sim), parameters, folder / run_folder.STATE)
     sim.load(table)
-    artifact = sim.export(example)
+    artifact = sim.export(job.example)
     certificate = certify(artifact)
     pair = (folder / run_folder.FLOAT, encodings or folder / run_folder.ENCODINGS)
     left_out: dict[str, str] = {}
@@ -124,7 +121,7 @@ def _validate_run(
     for backend in names("backends"):
         if backend != config.backend:
             try:
-                other = simulate(network, example, configuration.plan_of(plain), backend)
+                other = simulate(job.network, job.example, configuration.plan_of(plain), backend)
             except MissingExtraError as error:
                 left_out[f"{backend} {SIMULATION}"] = str(error)
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,51 +25,46 @@ from pow2quant.report import document, statistics
 from pow2quant.report.html import page_of
 from pow2quant.report.network import describe
 from pow2quant.runs.executors import SIMULATION, compared, executors, runner, simulation_executor
-from pow2quant.runs.job import Job, methods_of
-from pow2quant.runs.scores import Scores, accuracies
+from pow2quant.runs.job import NOTHING, Given, Job, methods_of
+from pow2quant.runs.result import Result
+from pow2quant.runs.scores import FLOAT, Scores
 from pow2quant.validation import latency, ort
 
 PATIENCE = 200_000_000_000
 """Multiply-accumulates that `ptq` gives to each of the slow executors, about a minute; `validate` gives them all."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """A finished run: its folder, what report.json holds, and whether every executor agreed."""
-
-    folder: Path
-    report: dict[str, Any]
-    agreements: tuple[Agreement, ...]
-
-    @property
-    def agrees(self) -> bool:
-        """Whether not a single element differs."""
-        return all(a.agrees for a in self.agreements)
-
-
-def ptq(config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Result:
+def ptq(
+    config: RunConfig,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+    given: Given = NOTHING,
+) -> Result:
     """Post-training quantization from a configuration to a run's folder.
 
+    given: objects in place of what the configuration names.
     Raises Pow2QuantError for everything that a user can fix; then `output` is as it was before.
     """
     started = time.monotonic()
     with run_folder.staged(output, overwrite) as folder:
-        job, sim, steps = quantized(config, progress)
+        job, sim, steps = quantized(config, progress, given)
         report, agreements = finish(job, sim, folder, [*steps, "export"])
         report["ptq_accuracy"] = report["final_accuracy"]
         report["duration_seconds"] = round(time.monotonic() - started, 2)
         write_report(folder, report)
-    return Result(output, report, tuple(agreements))
+    return Result(output, report, tuple(agreements), sim)
 
 
-def quantized(config: RunConfig, progress: Progress) -> tuple[Job, Simulation, list[str]]:
+def quantized(config: RunConfig, progress: Progress, given: Given = NOTHING) -> tuple[Job, Simulation, list[str]]:
     """The first part of every run: what a configuration stands for, its calibrated simulation, and the steps taken."""
-    if config.ptq.methods is None:
+    if config.ptq.methods is None and given.methods is None:
         config = replace(config, ptq=replace(config.ptq, methods=configuration.default_methods(config)))
     elif config.ptq.methods:
         _note_what_is_replaced(config, progress)
-    methods_of(config)
-    job = Job.start(config, progress)
+    methods_of(config, given)
+    job = Job.start(config, progress, given)
     return job, job.quantized(), job.steps
 
 
@@ -84,19 +79,20 @@ def _note_what_is_replaced(config: RunConfig, progress: Progress) -> None:
 def score(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     """Quantizes as `ptq` does and evaluates the simulation on the test data; nothing is written or validated.
 
-    Returns keys of report.json: `backend`, `pipeline_steps`, the accuracies of the float network (`initial_…`) and of
-    the simulation (`final_…`), `final_sqnr_db` and `evaluated_samples`.
+    Returns keys of report.json: `backend`, `pipeline_steps`, `task`, `metrics`, the accuracies of the float network
+    (`initial_…`) and of the simulation (`final_…`), `final_sqnr_db` and `evaluated_samples`.
     """
     job, sim, steps = quantized(config, progress)
-    scores = Scores()
+    scores = Scores(job.task)
     simulation = scores.watch(simulation_executor(sim, config.backend, job.device), noise=True)
     for batch in scores.stream(job.test(config.ptq.max_eval_batches), runner(job.model, job.device)):
         simulation.run(batch)
     return (
-        {"backend": config.backend, "pipeline_steps": steps}
-        | accuracies(scores, initial="float", final=simulation.name)
+        {"backend": config.backend, "pipeline_steps": steps, "task": job.task.name}
+        | scores.keyed(initial=FLOAT, final=simulation.name)
         | {
-            "final_sqnr_db": scores.sqnr_db,
+            "metrics": scores.metrics(float=FLOAT, quantized=simulation.name),
+            "final_sqnr_db": scores.noise.value(),
             "evaluated_samples": scores.samples,
         }
     )
@@ -116,7 +112,8 @@ def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[d
     (folder / run_folder.CERTIFICATE).write_text(proofs, encoding="utf-8")
     pair = (folder / run_folder.FLOAT, folder / run_folder.ENCODINGS)
     limit = job.config.ptq.max_eval_batches
-    scores, left_out = Scores(), dict[str, str]()
+    judged = (FLOAT, f"{job.config.backend} {SIMULATION}", ort.OPTIMIZED)
+    scores, left_out = Scores(job.task, judged), dict[str, str]()
     others = [
         replace(e, most=max(1, PATIENCE // e.work)) if e.work else e
         for e in executors(folder / run_folder.QDQ, pair, left_out)
@@ -188,18 +185,19 @@ def _report(
             role: spec and {"bitwidth": spec.bits, "symmetric": spec.symmetric, "power_of_2": spec.power_of_2}
             for role, spec in ((r, getattr(quantization, r)) for r in configuration.ROLES)
         },
-        "initial_accuracy": scores.accuracy("float"),
+        "task": job.task.name,
+        "metric": job.task.metrics[0].name if job.task.metrics else None,
+        "metrics": scores.metrics(float=FLOAT, quantized=simulated, onnxruntime=measured),
+        "initial_accuracy": None,
         "ptq_accuracy": None,
-        "final_accuracy": scores.accuracy(simulated),
-        "onnxruntime_accuracy": scores.accuracy(measured),
+        "final_accuracy": None,
+        "onnxruntime_accuracy": None,
+        **scores.keyed(initial=FLOAT, final=simulated, onnxruntime=measured),
     }
-    if scores.classes > 5:
-        names = (("initial", "float"), ("final", simulated), ("onnxruntime", measured))
-        report |= {f"{key}_accuracy_top5": scores.accuracy(name, 5) for key, name in names}
     initial, final = report["initial_accuracy"], report["final_accuracy"]
     return report | {
-        "final_sqnr_db": scores.sqnr_db,
-        "tied_logits": scores.ties(simulated),
+        "final_sqnr_db": scores.noise.value(),
+        "tied_logits": scores.diagnostic(simulated, "tied_logits"),
         "total_improvement": None if initial is None or final is None else round(final - initial, 4),
         "evaluated_samples": scores.samples,
         "model_size_bytes": {

@@ -70,7 +70,9 @@ def search(config: RunConfig, output: Path, *, overwrite: bool = False, progress
         report["search"] = document
         report["duration_seconds"] = round(time.monotonic() - started, 2)
         write_report(folder, report)
-    return Found(Result(output, report, tuple(agreements)), chosen, tuple(work.points.values()), document["layers"])
+    return Found(
+        Result(output, report, tuple(agreements), sim), chosen, tuple(work.points.values()), document["layers"]
+    )
 
 
 @dataclass
@@ -116,7 +118,7 @@ class Search:
             raise ConfigError(f"{config.search.latency_table}: {error}") from None
         work.problem = Problem(names, quantities)
         work._check_costs()
-        work.initial = job.accuracy(job.model)
+        work.initial = job.score(job.model)
         work._quantize()
         work.measure(config.search.sensitivity)
         return work
@@ -274,7 +276,7 @@ class Search:
         return self.points[key]
 
     def _add(self, plan: Plan, kind: str, sim: Simulation) -> None:
-        accuracy = replace(self.job, progress=SILENT).accuracy(sim.model)
+        accuracy = replace(self.job, progress=SILENT).score(sim.model)
         values = {name: self.problem.value(name, plan) for name in self.problem.quantities}
         self.points[tuple(plan.values())] = Point(kind, dict(plan), accuracy, values.pop("loss", 0.0), values)
 

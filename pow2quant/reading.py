@@ -1,0 +1,226 @@
+"""Reading a batch, whatever people put into it: the network's inputs, and the targets beside them.
+
+A batch is a tensor or array; a tuple or list whose first elements are inputs; or a dictionary, whose keys are the names
+of the network's arguments or common ones (`image`, `label`). Numbers become float32, or stay integers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pow2quant.errors import DataError
+
+INPUTS = ("x", "input", "inputs", "image", "images", "img", "data", "features", "pixel_values")
+TARGETS = ("y", "label", "labels", "target", "targets", "mask", "masks", "classes")
+"""Keys under which data sets commonly keep what goes into a network, and what should come out."""
+
+Batch = tuple[Any, Any]
+"""Inputs, float32 or integer (N, …): a tensor, or a tuple of several; and targets: None where there are none."""
+
+
+class Batches(Protocol):
+    """What can be iterated again and again, such as a DataLoader or a list of batches."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a network is called with. names: of its arguments, in order; required: how many have no default.
+
+    variadic: it takes any number (`*args`).
+    """
+
+    names: tuple[str, ...] = ()
+    required: int = 1
+    variadic: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Signature:
+        """The signature of the network's `forward`."""
+        found = inspect.signature(model.forward).parameters.values()
+        named = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        required = sum(p.default is p.empty for p in named)
+        variadic = any(p.kind is p.VAR_POSITIONAL for p in found)
+        return cls(tuple(p.name for p in named), max(1, required), variadic and not required)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Batches as `read` gives them, or a DataError that names the batch.
+
+    name: of the data, for errors. classes: how many the targets may name, where that is known. check: takes targets,
+    the number of samples and what to call the batch; returns the targets as they should be. shapes: of one sample of
+    every input; None: those of the first batch.
+    """
+
+    batches: Batches
+    name: str
+    signature: Signature = Signature()
+    classes: int = 0
+    check: Callable[[Any, int, str], Any] | None = None
+    shapes: list[tuple[int, ...]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for inputs, targets in self.structured():
+            tensors = tuple(x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
+            yield tensors[0] if len(tensors) == 1 else tensors, targets
+
+    def structured(self) -> Iterator[tuple[Any, Any]]:
+        """The batches with inputs as the network is called with them: a tensor, a tuple or a dictionary."""
+        batches, index, shapes = iter(self.batches), 0, self.shapes
+        while True:
+            where = f"{self.name}, batch {index}"
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except Exception as error:
+                raise data_error(error, self.name) from error
+            inputs, targets = read(batch, self.signature, where)
+            shapes = _same_shapes(inputs, shapes, where)
+            yield inputs, self._targets(targets, inputs, where)
+            index += 1
+
+    def _targets(self, targets: Any, inputs: Any, where: str) -> Any:
+        size = next(len(x) for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))
+        if self.classes and isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():
+            check_labels(targets, self.classes, where)
+        return targets if self.check is None or targets is None else self.check(targets, size, where)
+
+
+def read(batch: Any, signature: Signature, where: str) -> tuple[Any, Any]:
+    """The network's inputs, as it is called with them, and the targets (None where there are none).
+
+    Raises DataError, which begins with `where`, for what cannot be an input: not finite, no tensor, bytes, no samples.
+    """
+    if isinstance(batch, Mapping):
+        inputs, targets = _from_mapping(batch, signature, where)
+    elif isinstance(batch, (tuple, list)):
+        inputs, targets = _from_sequence(batch, signature, where)
+    else:
+        inputs, targets = batch, None
+    return pytree.tree_map(lambda x: _input(x, where), inputs), _targets_of(targets)
+
+
+def check_labels(labels: Tensor, classes: int, where: str) -> None:
+    """Raises DataError for a label that is no class."""
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise DataError(f"{where}: label {int(wrong[0])} is no class; legal: 0 to {classes - 1}")
+
+
+def data_error(error: Exception, name: str) -> DataError:
+    """One line for whatever came out of a data set, perhaps through a DataLoader's worker process."""
+    line = last_line(error)
+    if isinstance(error, DataError):
+        return DataError(line.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: "))
+    return DataError(f"{name}: {type(error).__name__}: {line}")
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _from_mapping(batch: Mapping[str, Any], signature: Signature, where: str) -> tuple[Any, Any]:
+    named = [n for i, n in enumerate(signature.names) if n in batch and (i < signature.required or n not in TARGETS)]
+    if len(named) < signature.required:
+        named = [] if signature.required > 1 else [next((key for key in INPUTS if key in batch), "")]
+    if not named or not named[0]:
+        if signature.required > 1 or not all(isinstance(x, (Tensor, np.ndarray)) for x in batch.values()):
+            raise DataError(
+                f"{where}: a dictionary with the keys {', '.join(map(str, batch))}; the network's arguments are "
+                f"{', '.join(signature.names) or 'unnamed'}: name the keys so"
+            )
+        return dict(batch), None
+    rest = {key: value for key, value in batch.items() if key not in named}
+    known = [key for key in TARGETS if key in rest]
+    targets = rest[known[0]] if known else next(iter(rest.values())) if len(rest) == 1 else rest or None
+    if len(named) == 1:
+        return batch[named[0]], targets
+    return {name: batch[name] for name in named}, targets
+
+
+def _from_sequence(batch: Sequence[Any], signature: Signature, where: str) -> tuple[Any, Any]:
+    if not batch:
+        raise DataError(f"{where}: is empty")
+    first = batch[0]
+    count = 1
+    if isinstance(first, Mapping):
+        inputs, other = _from_mapping(first, signature, where)
+        batch = (inputs, other) if len(batch) == 1 and other is not None else (inputs, *batch[1:])
+    elif isinstance(first, (tuple, list)) and any(isinstance(x, (Tensor, np.ndarray)) for x in first):
+        inputs = tuple(first)
+    else:
+        count = len(batch) - _has_labels(batch) if signature.variadic else signature.required
+        if len(batch) < count:
+            raise DataError(
+                f"{where}: holds {len(batch)} tensors; the network takes {count} ({', '.join(signature.names[:count])})"
+            )
+        inputs = first if count == 1 else tuple(batch[:count])
+    rest = batch[count:]
+    return inputs, None if not rest else rest[0] if len(rest) == 1 else tuple(rest)
+
+
+def _has_labels(batch: Sequence[Any]) -> bool:
+    """Whether the last element looks like class indices."""
+    last = batch[-1]
+    return len(batch) > 1 and isinstance(last, (Tensor, np.ndarray)) and last.ndim == 1
+
+
+def _input(x: Any, where: str) -> Tensor:
+    if isinstance(x, np.ndarray) and x.dtype.kind in "fiub":
+        x = torch.from_numpy(np.array(x, order="C"))
+    if not isinstance(x, Tensor):
+        raise DataError(f"{where}: holds a {type(x).__name__} where the network takes a tensor (images: add ToTensor)")
+    tensor: Tensor = x.detach().cpu()
+    if not tensor.ndim or not len(tensor):
+        raise DataError(f"{where}: has the shape {tuple(tensor.shape)}, so no samples; expected (N, ...)")
+    if tensor.is_floating_point():
+        tensor = tensor.float()
+        if not torch.isfinite(tensor).all():
+            raise DataError(f"{where}: holds NaN or infinity")
+    elif tensor.dtype not in (torch.int32, torch.int64, torch.bool):
+        raise DataError(
+            f"{where}: expected float32, got {tensor.dtype}; scale it as in training (pixels: x.float() / 255)"
+        )
+    return tensor
+
+
+def _targets_of(targets: Any) -> Any:
+    """Arrays and lists of numbers as tensors on the CPU, of float32 or integers; all else as it is."""
+
+    def tensor(x: Any) -> Any:
+        if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "fiub":
+            x = torch.from_numpy(np.array(x))
+        if not isinstance(x, Tensor):
+            return x
+        x = x.detach().cpu()
+        return x.float() if x.is_floating_point() else x.long() if x.dtype != torch.bool else x
+
+    if isinstance(targets, (list, tuple)) and targets and all(isinstance(x, (int, float)) for x in targets):
+        targets = torch.tensor(targets)
+    return pytree.tree_map(tensor, targets)
+
+
+def _same_shapes(inputs: Any, expected: list[tuple[int, ...]] | None, where: str) -> list[tuple[int, ...]]:
+    """The shapes of a sample. Raises DataError where they are not those of the batches before."""
+    shapes = [tuple(x.shape[1:]) for x in pytree.tree_leaves(inputs)]
+    if expected is not None and shapes != expected:
+        words = [", ".join(f"(N, {', '.join(map(str, shape))})" for shape in each) for each in (shapes, expected)]
+        raise DataError(f"{where}: has the shape {words[0]}, batches before it {words[1]}; all must be of one shape")
+    return shapes

@@ -1,0 +1,112 @@
+"""A run in a few lines: for a terminal, and for a notebook's cell."""
+
+from __future__ import annotations
+
+import html as escaping
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pow2quant import run_folder
+from pow2quant.report import document
+
+WORST = 5
+"""So many layers are named, those with the least signal to noise."""
+
+WORDS = {"top1": "top-1", "top5": "top-5", "pixel_accuracy": "pixels", "label_accuracy": "labels", "miou": "mIoU"}
+"""What metrics are called on a screen, where that is not their name."""
+
+EXECUTORS = {
+    "float": "float",
+    "ptq": "after PTQ",
+    "qat_best": "best of training",
+    "quantized": "simulation",
+    "onnxruntime": "onnxruntime",
+}
+"""Whose values report.json has of each metric, in the order of the work."""
+
+
+def scores(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """What the task's metrics say of each executor, as a table: its header and its rows; no rows without metrics."""
+    metrics: Mapping[str, Any] = report.get("metrics") or {}
+    task = report.get("task", "")
+    header = ["accuracy" if task == "classification" else task, *(WORDS.get(name, name) for name in metrics)]
+    if not metrics:
+        return header, []
+    rows = [
+        [label, *(number(m.get(key), m.get("unit", "")) for m in metrics.values())]
+        for key, label in EXECUTORS.items()
+        if any(m.get(key) is not None for m in metrics.values())
+    ]
+    return header, rows
+
+
+def number(value: float | None, unit: str) -> str:
+    """Two decimals of per cent and dB, four digits of all else; `-` for nothing."""
+    if value is None:
+        return "-"
+    return f"{value:.2f} {unit}" if unit else f"{value:.4g}"
+
+
+def worst(folder: Path, count: int = WORST) -> list[tuple[str, float]]:
+    """The tensors with the least signal to noise against the float network, in dB; none without statistics."""
+    file = folder / run_folder.STATISTICS
+    if not file.is_file():
+        return []
+    tensors = json.loads(file.read_text(encoding="utf-8"))["tensors"]
+    found = {name: t.get("network_sqnr_db", t.get("sqnr_db")) for name, t in tensors.items()}
+    known = [(name, db) for name, db in found.items() if db is not None]
+    return sorted(known, key=lambda pair: pair[1])[:count]
+
+
+def facts(report: Mapping[str, Any]) -> dict[str, str]:
+    """The sentences about a run, by label."""
+    sqnr, sizes = report.get("final_sqnr_db"), report["model_size_bytes"]
+    return {
+        "verdict": document.sentence(report),
+        "certificate": report["certificate"]["sentence"],
+        "outputs": "equal to float" if sqnr is None else f"{sqnr} dB SQNR against float",
+        "size": f"{sizes['quantized']:,} bytes (float: {sizes['float']:,})",
+    }
+
+
+def text(report: Mapping[str, Any], folder: Path) -> str:
+    """A run in plain lines: verdict, certificate, scores, and the layers that lose most."""
+    lines = [f"{label}: {value}" for label, value in facts(report).items()]
+    header, rows = scores(report)
+    lines += ["", *_aligned([header, *rows])] if rows else []
+    found = worst(folder)
+    lines += ["", "least signal to noise:", *_aligned([[f"  {n}", f"{db:.1f} dB"] for n, db in found])] if found else []
+    return "\n".join(lines)
+
+
+def html(report: Mapping[str, Any], folder: Path) -> str:
+    """The same as HTML."""
+    agrees = not any(a["differing"] for a in report["validation"])
+    colour = "#2a7d2a" if agrees else "#b3261e"
+    lines = "".join(
+        f"<div{f' style=color:{colour}' if label == 'verdict' else ''}><b>{label}</b>: {_safe(value)}</div>"
+        for label, value in facts(report).items()
+    )
+    header, rows = scores(report)
+    tables = _table(header, rows) if rows else ""
+    found = worst(folder)
+    if found:
+        tables += _table(["least signal to noise", "dB"], [[name, f"{db:.1f}"] for name, db in found])
+    return f"<div>{lines}{tables}</div>"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = "".join(f"<th>{_safe(cell)}</th>" for cell in header)
+    body = "".join(f"<tr>{''.join(f'<td>{_safe(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _safe(value: str) -> str:
+    return escaping.escape(value)

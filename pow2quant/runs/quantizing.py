@@ -1,0 +1,190 @@
+"""One call from a network and data to a quantized network and its verdict."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pow2quant import config as configuration
+from pow2quant.backends.base import SILENT, Progress
+from pow2quant.config import Choice, RunConfig
+from pow2quant.errors import ConfigError
+from pow2quant.models import PYTHON
+from pow2quant.plugins import names, resolve
+from pow2quant.progress import Bars
+from pow2quant.runs.job import Given
+from pow2quant.runs.result import Result
+from pow2quant.runs.writing import ptq
+
+BITS, BACKEND, TARGETS = "w8a8", "custom", ("onnxruntime",)
+
+
+def quantize(
+    model: nn.Module | str | os.PathLike[str] | None = None,
+    data: Any = None,
+    bits: str = BITS,
+    methods: Any = None,
+    metric: Any = None,
+    task: str | None = None,
+    backend: str = BACKEND,
+    target: str | None = None,
+    config: RunConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    progress: bool | Progress = True,
+    *,
+    overwrite: bool = False,
+) -> Result:
+    """Quantizes a network so that every scale is 2^k, and checks in every executor that the result is the same.
+
+    `pow2quant ptq` is a configuration and this call: both give the same bits.
+
+    Args:
+        model: an `nn.Module` (left as it is), the path of a float ONNX file, or a name as for `--model`. Default: the
+            embedded network, on its own data.
+        data: a DataLoader or another iterable of batches, a Dataset, arrays `(X, y)`, a name as for `--data`, or a pair
+            (calibration, evaluation) of these. A batch is a tensor or an array, `(x, y)`, or a dictionary; targets are
+            only needed for a metric.
+        bits: of weights and activations, from `w2a2` to `w16a16`; the network's input keeps at least 8.
+        methods: names, objects such as `AdaRound(iterations=100)`, or `{"adaround": {"iterations": 100}}`, applied in
+            order; `"none"` for plain rounding. Default: what is good for the bits.
+        metric: what to judge by first: one of the task's own by name, `torchmetrics:NAME`, `file.py:function`, a
+            function of all outputs and all targets, or an object with `update` and `compute`.
+        task: classification, multi-label, segmentation, regression, image-to-image, detection, or none. Default: what
+            the data look like.
+        backend: custom (pure PyTorch) or aimet.
+        target: whose arithmetic is meant; onnxruntime's is the only one so far.
+        config: everything else: a `RunConfig`, its values as nested dictionaries, or a YAML file. What it says of bits
+            and backend holds unless these are given too.
+        output: the run's folder; default: a temporary one, which goes with the result. `result.save(folder)` keeps it.
+        progress: show bars; or an object with `track` and `note`.
+        overwrite: replace an existing run in `output`.
+
+    Raises Pow2QuantError, one line, for everything that can be fixed.
+    """
+    if target not in (None, *TARGETS):
+        raise ConfigError(f"target: {target!r} is unknown; known: {', '.join(TARGETS)}")
+    chosen, own = _methods_of(methods)
+    base = _base(config)
+    values = _model_values(model, data) | _bits_of(bits, config) | {"task": task, "ptq.methods": chosen}
+    values["backend"] = backend if backend != BACKEND or config is None else None
+    values["metric"] = metric if isinstance(metric, str) else None
+    base = configuration.with_values(base, {key: value for key, value in values.items() if value is not None})
+    given = Given(
+        model=model if isinstance(model, nn.Module) else None,
+        data=None if data is None or _is_name(data) else data,
+        methods=own,
+        metric=None if isinstance(metric, str) else metric,
+    )
+    shown = SILENT if progress is False else Bars() if progress is True else progress
+    if output is not None:
+        return ptq(base, Path(output), overwrite=overwrite, progress=shown, given=given)
+    folder = Temporary()
+    return replace(ptq(base, folder.path / "run", progress=shown, given=given), keeps=folder)
+
+
+class Temporary:
+    """A folder that goes when this object goes."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="pow2quant-"))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+def _base(config: Any) -> RunConfig:
+    if config is None:
+        return RunConfig()
+    if isinstance(config, RunConfig):
+        return config
+    if isinstance(config, Mapping):
+        return configuration.from_mapping(config)
+    if isinstance(config, (str, os.PathLike)):
+        return configuration.load(config)
+    raise ConfigError(f"config: expected a RunConfig, a mapping or a YAML file, got a {type(config).__name__}")
+
+
+def _is_name(data: Any) -> bool:
+    return isinstance(data, (str, os.PathLike))
+
+
+def _model_values(model: Any, data: Any) -> dict[str, Any]:
+    """The keys of the configuration that say which network and which data."""
+    values: dict[str, Any] = {}
+    if isinstance(model, nn.Module):
+        values["model.name"] = f"{PYTHON}{type(model).__name__}"
+        if data is None:
+            raise ConfigError("data: needed for calibration; give a DataLoader, arrays, or a name such as 'digits'")
+    elif _is_name(model):
+        values["model.name"] = os.fspath(model)
+    elif model is not None:
+        what = f"the class {model.__name__}; make one" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ConfigError(f"model: expected an nn.Module, a name or a path, got {what}")
+    if _is_name(data):
+        folder = Path(data).is_dir()
+        values |= {"data.dataset": "imagefolder", "data.path": str(data)} if folder else {"data.dataset": str(data)}
+    elif data is not None:
+        values["data.dataset"] = f"{PYTHON}{type(data).__name__}"
+    return values
+
+
+def _bits_of(bits: Any, config: Any) -> dict[str, Any]:
+    """The keys of the configuration that say how many bits."""
+    if bits == BITS and config is not None:
+        return {}
+    found = re.fullmatch(r"w(\d+)a(\d+)", bits.lower()) if isinstance(bits, str) else None
+    if found is None:
+        raise ConfigError(f"bits: {bits!r} is not legal; legal: wNaM, such as 'w8a8' or 'w4a8', N and M from 2 to 16")
+    weight, activation = map(int, found.groups())
+    return {
+        "quantization.weight.bitwidth": weight,
+        "quantization.output.bitwidth": activation,
+        "quantization.input.bitwidth": max(8, activation),
+    }
+
+
+def _methods_of(methods: Any) -> tuple[list[Any] | None, list[Any] | None]:
+    """What the configuration says of methods, and the objects that stand in for it where one has no name there."""
+    if methods is None:
+        return None, None
+    if isinstance(methods, (str, Mapping)) or not isinstance(methods, Sequence):
+        methods = [] if methods == "none" else [methods]
+    choices = [_choice_of(method) for method in methods]
+    if all(choices):
+        return [{c.name: dict(c.parameters)} for c in choices if c], None
+    made = [
+        each
+        if choice is None
+        else configuration.parameters(resolve("methods", choice.name), choice.parameters, f"methods.{choice.name}")
+        for each, choice in zip(methods, choices, strict=True)
+    ]
+    return None, made
+
+
+def _choice_of(method: Any) -> Choice | None:
+    """A method by the name under which it is installed; None for an object that has none."""
+    if isinstance(method, str):
+        return Choice(method)
+    if isinstance(method, Choice):
+        return method
+    if isinstance(method, Mapping) and len(method) == 1:
+        ((name, parameters),) = method.items()
+        return Choice(name, dict(parameters or {}))
+    if isinstance(method, type) or not (hasattr(method, "apply") or hasattr(method, "rewrite")):
+        raise ConfigError(
+            f"methods: {method!r} is no method; give a name ({', '.join(sorted(names('methods')))}), "
+            "{name: {parameter: value}}, or an object with apply(simulation, batches)"
+        )
+    place = f"{type(method).__module__}:{type(method).__qualname__}"
+    name = next((name for name, known in names("methods").items() if known == place), None)
+    if name is None or not is_dataclass(method):
+        return None
+    keys = {"bits": "bitwidth"}
+    return Choice(name, {keys.get(f.name, f.name): getattr(method, f.name) for f in fields(method) if f.init})

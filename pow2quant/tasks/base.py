@@ -1,0 +1,113 @@
+"""What a task is, and what its metrics count with. Everything outside this package knows only this file.
+
+A task is made for a network by the shapes of its outputs for one sample, such as `((10,),)`; its methods see batches:
+outputs are float32 arrays (N, …), targets what the data give beside the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pow2quant.errors import DataError
+
+Array = NDArray[Any]
+Outputs = Sequence[NDArray[np.float32]]
+Shapes = Sequence[tuple[int, ...]]
+
+
+class Counter(Protocol):
+    """Counts one metric of one executor while batches stream by."""
+
+    def add(self, outputs: Outputs, targets: Any) -> None:
+        """A batch of outputs and their targets, arrays in place of tensors."""
+        ...
+
+    def value(self) -> float | None:
+        """The metric over all batches so far; None where it has no value, as over none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number by which a network is judged. counter: makes a fresh one; unit: behind the number, such as `%`.
+
+    key: of report.json's `initial_<key>`, `final_<key>`, … where it has such keys.
+    """
+
+    name: str
+    counter: Callable[[], Counter]
+    higher_is_better: bool = True
+    unit: str = ""
+    key: str = ""
+
+    def text(self, value: float | None) -> str:
+        """The value as it is shown: two decimals of per cent or dB, four digits of all else."""
+        if value is None:
+            return "-"
+        return f"{value:.2f} {self.unit}" if self.unit else f"{value:.4g}"
+
+    def better(self, one: float, other: float) -> bool:
+        """Whether the first value is better."""
+        return one > other if self.higher_is_better else one < other
+
+
+class Task(Protocol):
+    """What a network is for.
+
+    metrics: the first one leads. diagnostics: measured beside them, without a good direction. loss: the default
+    criterion, a name that torch knows.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]: ...
+
+    @property
+    def diagnostics(self) -> tuple[Metric, ...]: ...
+
+    @property
+    def loss(self) -> str: ...
+
+    def check(self, targets: Any, samples: int, where: str) -> Any:
+        """Targets as metrics and loss read them. Raises DataError, which begins with `where`, for others."""
+        ...
+
+
+@dataclass
+class Averaged:
+    """The mean of `of(outputs, targets)`, one row (N, …) per sample, times `factor`; keeps each sample's own mean."""
+
+    of: Callable[[Outputs, Any], Array]
+    factor: float = 1.0
+    parts: list[Array] = field(default_factory=list)
+
+    def add(self, outputs: Outputs, targets: Any) -> None:
+        found = self.of(outputs, targets)
+        self.parts.append(found.reshape(len(found), -1).mean(1, dtype=np.float64))
+
+    def value(self) -> float | None:
+        return round(self.factor * float(self.per_sample().mean()), 4) if self.parts else None
+
+    def per_sample(self) -> Array:
+        """The mean of each sample, (N,), in order; without the factor."""
+        return np.concatenate(self.parts)
+
+
+def tensor_of(targets: Any, where: str, expected: str) -> Tensor:
+    """The targets, if they are a tensor. Raises DataError that says what was expected."""
+    if not isinstance(targets, Tensor):
+        raise DataError(f"{where}: expected {expected}, got a {type(targets).__name__}")
+    return targets
+
+
+def wrong(targets: Tensor, where: str, expected: str) -> DataError:
+    """The error for targets of another shape or type."""
+    return DataError(f"{where}: expected {expected}, got {tuple(targets.shape)} {str(targets.dtype).partition('.')[2]}")

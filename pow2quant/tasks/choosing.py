@@ -1,0 +1,60 @@
+"""Which task a network's data are for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pow2quant.errors import ConfigError
+from pow2quant.plugins import names, resolve
+from pow2quant.tasks.base import Metric, Shapes, Task
+from pow2quant.tasks.own import metric_of
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A task whose metrics begin with the user's own."""
+
+    task: Task
+    metrics: tuple[Metric, ...]
+
+    @property
+    def name(self) -> str:
+        return self.task.name
+
+    @property
+    def diagnostics(self) -> tuple[Metric, ...]:
+        return self.task.diagnostics
+
+    @property
+    def loss(self) -> str:
+        return self.task.loss
+
+    def check(self, targets: Any, samples: int, where: str) -> Any:
+        """See `Task.check`."""
+        return self.task.check(targets, samples, where)
+
+
+def task_of(name: str | None, metric: Any, targets: Any, shapes: Shapes) -> Task:
+    """The task by name, or the first in the order of `plugins.TABLES` that the data fit; the metric leads its metrics.
+
+    targets: of one batch; shapes: of one sample's outputs. metric: None, or what `own.metric_of` takes.
+    Raises ConfigError for an unknown name, a task that needs a metric, and a metric that nothing can be compared with.
+    """
+    task: Task = resolve("tasks", name or _fitting(targets, shapes, metric is not None))(shapes)
+    if metric is None:
+        if name is not None and not task.metrics and name != "none":
+            raise ConfigError(f"task: {name} has no metric of its own; give --metric file.py:function")
+        return task
+    if targets is None or task.name == "none":
+        raise ConfigError("metric: the data have no targets to compare with")
+    own = metric_of(metric, task.metrics)
+    return Judged(task, (own, *(m for m in task.metrics if m.name != own.name)))
+
+
+def _fitting(targets: Any, shapes: Shapes, judged: bool) -> str:
+    if targets is None:
+        return "none"
+    known = [name for name in names("tasks") if name not in ("none", "detection")]
+    fitting = (name for name in known if resolve("tasks", name).fits(targets, shapes))
+    return next(fitting, "detection" if judged else "none")

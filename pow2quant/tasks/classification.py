@@ -1,0 +1,79 @@
+"""Classification: one class for each sample; top-1 and, beyond five classes, top-5."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pow2quant.reading import check_labels
+from pow2quant.tasks.base import Array, Averaged, Metric, Outputs, Shapes, tensor_of, wrong
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Class indices (N,), or a probability for every class (N, C); logits (N, C), or one of two classes (N, 1)."""
+
+    shapes: Shapes
+    name: str = "classification"
+    loss: str = "CrossEntropyLoss"
+
+    @property
+    def classes(self) -> int:
+        """Of one logit there are two."""
+        return max(2, self.shapes[0][-1])
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        top1 = Metric("top1", partial(Averaged, hits, 100), unit="%", key="accuracy")
+        top5 = Metric("top5", partial(Averaged, partial(hits, top=5), 100), unit="%", key="accuracy_top5")
+        return (top1, top5) if self.classes > 5 else (top1,)
+
+    @property
+    def diagnostics(self) -> tuple[Metric, ...]:
+        return (Metric("tied_logits", partial(Averaged, ties, 100), unit="%"),)
+
+    def check(self, targets: Any, samples: int, where: str) -> Any:
+        expected = f"{samples} class indices"
+        labels = tensor_of(targets, where, expected)
+        if tuple(labels.shape) == (samples, self.classes) and labels.is_floating_point():
+            return labels
+        if tuple(labels.shape) == (samples, 1):
+            labels = labels[:, 0]
+        if tuple(labels.shape) != (samples,) or labels.is_floating_point():
+            raise wrong(labels, where, expected)
+        check_labels(labels, self.classes, where)
+        return labels.long()
+
+    @classmethod
+    def fits(cls, targets: Any, shapes: Shapes) -> bool:
+        """Whether the data look like this task."""
+        if not isinstance(targets, Tensor) or len(shapes[0]) != 1:
+            return False
+        if targets.is_floating_point():
+            rows = targets.ndim == 2 and targets.shape[1:] == shapes[0] and shapes[0][0] > 1
+            return rows and bool((targets >= 0).all() and ((targets.sum(1) - 1).abs() < 1e-4).all())
+        indices = targets.ndim == 1 or (targets.ndim == 2 and targets.shape[1] == 1)
+        return indices and (shapes[0][0] > 1 or int(targets.max()) <= 1)
+
+
+def hits(outputs: Outputs, targets: Array, top: int = 1) -> Array:
+    """Whether the class of each sample is among its `top` largest logits (the first of equal ones)."""
+    logits = outputs[0]
+    labels = targets.argmax(1) if targets.ndim == 2 else targets
+    if logits.shape[1] == 1:
+        single: Array = (logits[:, 0] > 0) == (labels > 0)
+        return single
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :top]
+    found: Array = (order == labels[:, None]).any(1)
+    return found
+
+
+def ties(outputs: Outputs, targets: Array) -> Array:
+    """Whether the largest logit is not alone: which class is named then is an accident."""
+    logits = outputs[0]
+    found: Array = (logits == logits.max(1, keepdims=True)).sum(1) > 1
+    return found

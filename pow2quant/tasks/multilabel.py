@@ -1,0 +1,71 @@
+"""Multi-label classification: any number of classes for each sample; F1 and the share of labels that are right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pow2quant.tasks.base import Array, Averaged, Metric, Outputs, Shapes, tensor_of, wrong
+
+
+@dataclass(frozen=True)
+class MultiLabel:
+    """Targets 0 or 1 for every class (N, C); logits (N, C), or probabilities where all lie in [0, 1]."""
+
+    shapes: Shapes
+    name: str = "multi-label"
+    loss: str = "BCEWithLogitsLoss"
+    diagnostics: tuple[Metric, ...] = ()
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return (
+            Metric("f1", F1, unit="%"),
+            Metric("label_accuracy", partial(Averaged, right, 100), unit="%"),
+        )
+
+    def check(self, targets: Any, samples: int, where: str) -> Any:
+        expected = f"0 or 1 for each of {self.shapes[0][-1]} classes, {(samples, *self.shapes[0])}"
+        labels = tensor_of(targets, where, expected)
+        if tuple(labels.shape) != (samples, *self.shapes[0]) or not bool(((labels == 0) | (labels == 1)).all()):
+            raise wrong(labels, where, expected)
+        return labels.float()
+
+    @classmethod
+    def fits(cls, targets: Any, shapes: Shapes) -> bool:
+        """Whether the data look like this task."""
+        if not isinstance(targets, Tensor) or len(shapes[0]) != 1 or tuple(targets.shape[1:]) != shapes[0]:
+            return False
+        return bool(((targets == 0) | (targets == 1)).all())
+
+
+def predicted(logits: Array) -> Array:
+    """Which classes a batch of outputs names."""
+    probabilities = bool(logits.size) and logits.min() >= 0 and logits.max() <= 1
+    found: Array = logits > (0.5 if probabilities else 0.0)
+    return found
+
+
+def right(outputs: Outputs, targets: Array) -> Array:
+    """Whether each label is right."""
+    found: Array = predicted(outputs[0]) == (targets > 0.5)
+    return found
+
+
+class F1:
+    """2 TP / (2 TP + FP + FN) over all samples and classes, in per cent."""
+
+    def __init__(self) -> None:
+        self.both = self.either = 0
+
+    def add(self, outputs: Outputs, targets: Array) -> None:
+        named, meant = predicted(outputs[0]), targets > 0.5
+        self.both += int(np.logical_and(named, meant).sum())
+        self.either += int(named.sum()) + int(meant.sum())
+
+    def value(self) -> float | None:
+        return round(200 * self.both / self.either, 4) if self.either else None

@@ -1,0 +1,99 @@
+"""Segmentation: one class for each pixel (or token); mean intersection over union, and pixel accuracy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pow2quant.errors import DataError
+from pow2quant.tasks.base import Array, Metric, Outputs, Shapes, tensor_of, wrong
+
+IGNORED = 255
+"""The class of pixels that do not count, besides negative ones."""
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """Masks of class indices (N, …); logits (N, C, …), or (N, …, C), or one of two classes (N, 1, …)."""
+
+    shapes: Shapes
+    name: str = "segmentation"
+    loss: str = "CrossEntropyLoss"
+    diagnostics: tuple[Metric, ...] = ()
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return (
+            Metric("miou", partial(Confusion, miou), unit="%"),
+            Metric("pixel_accuracy", partial(Confusion, pixel_accuracy), unit="%"),
+        )
+
+    def check(self, targets: Any, samples: int, where: str) -> Any:
+        shape = self.shapes[0]
+        expected = f"masks of class indices {(samples, *shape[1:])}"
+        masks = tensor_of(targets, where, expected)
+        if masks.ndim == len(shape) + 1 and masks.shape[1] == 1:
+            masks = masks[:, 0]
+        if masks.is_floating_point() and not bool((masks == masks.round()).all()):
+            raise wrong(masks, where, expected)
+        if len(shape) < 2 or tuple(masks.shape) not in ((samples, *shape[1:]), (samples, *shape[:-1])):
+            raise wrong(masks, where, expected)
+        classes = max(2, shape[0] if tuple(masks.shape[1:]) == shape[1:] else shape[-1])
+        masks = masks.long()
+        odd = masks[(masks >= classes) & (masks != IGNORED)]
+        if len(odd):
+            raise DataError(f"{where}: class {int(odd[0])} in a mask; legal: 0 to {classes - 1}, {IGNORED} is ignored")
+        return masks
+
+    @classmethod
+    def fits(cls, targets: Any, shapes: Shapes) -> bool:
+        """Whether the data look like this task."""
+        if not isinstance(targets, Tensor) or len(shapes[0]) < 2:
+            return False
+        masks = targets[:, 0] if targets.ndim == len(shapes[0]) + 1 and targets.shape[1] == 1 else targets
+        if tuple(masks.shape[1:]) not in (shapes[0][1:], shapes[0][:-1]):
+            return False
+        return not masks.is_floating_point() or bool(((masks == 0) | (masks == 1)).all())
+
+
+class Confusion:
+    """How often a pixel of one class is named as another: a matrix (C, C), and a number that follows from it."""
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
+        self.matrix = np.zeros((0, 0), np.int64)
+
+    def add(self, outputs: Outputs, targets: Array) -> None:
+        named, classes = named_classes(outputs[0], targets)
+        if not self.matrix.size:
+            self.matrix = np.zeros((classes, classes), np.int64)
+        counted = (targets >= 0) & (targets < classes)
+        pairs = targets[counted].astype(np.int64) * classes + named[counted]
+        self.matrix += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+    def value(self) -> float | None:
+        return round(100 * self.of(self.matrix), 4) if self.matrix.any() else None
+
+
+def named_classes(logits: Array, targets: Array) -> tuple[Array, int]:
+    """The class of each pixel, and how many classes there are."""
+    axis = 1 if logits.shape[:1] + logits.shape[2:] == targets.shape else logits.ndim - 1
+    if logits.shape[axis] == 1:
+        return (np.squeeze(logits, axis) > 0).astype(np.int64), 2
+    return logits.argmax(axis), logits.shape[axis]
+
+
+def miou(matrix: Array) -> float:
+    """Intersection over union, the mean over the classes that occur in masks or results."""
+    both = np.diag(matrix)
+    either = matrix.sum(0) + matrix.sum(1) - both
+    return float((both[either > 0] / either[either > 0]).mean())
+
+
+def pixel_accuracy(matrix: Array) -> float:
+    """The share of pixels whose class is right."""
+    return float(np.diag(matrix).sum() / matrix.sum())

@@ -1,0 +1,330 @@
+"""One call from Python: every form of data, the bits of the command line, and one clear line for everything else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import pow2quant
+from pow2quant import config, models, reading, sources
+from pow2quant.cli import main
+from pow2quant.errors import ConfigError, DataError, ModelError
+from pow2quant.methods.adaround import AdaRound
+from pow2quant.methods.bias_correction import BiasCorrection
+from pow2quant.reading import Signature
+
+QUICK = {"report": {"statistics": False, "latency": False}, "ptq": {"calibration_batches": 4}}
+SOURCE = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(3, 4)
+
+    def forward(self, x, y):
+        return torch.relu(self.a(x)) + self.b(y)
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    return make()
+
+
+def classifier():
+    return seeded(lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ))
+
+
+def segmenter(): return seeded(lambda: nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)))
+def regressor(): return seeded(lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1)))
+def two(): return seeded(TwoInputs)
+
+
+def images(n=24): return torch.rand(n, 1, 8, 8)
+def loader(*tensors): return DataLoader(TensorDataset(*tensors), 8, shuffle=True)
+def labelled(): return seeded(lambda: loader(images(), torch.randint(0, 3, (24,))))
+def masked(): return seeded(lambda: loader(images(), torch.randint(0, 2, (24, 8, 8))))
+def numbers(): return seeded(lambda: loader(torch.rand(24, 5), torch.rand(24)))
+def pairs(): return seeded(lambda: loader(torch.rand(24, 5), torch.rand(24, 3), torch.randint(0, 4, (24,))))
+def unlabelled(): return seeded(lambda: loader(images()))
+"""
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    file = tmp_path_factory.mktemp("mine") / "mine.py"
+    file.write_text(SOURCE)
+    names: dict[str, Any] = {}
+    exec(compile(SOURCE, str(file), "exec"), names)
+    return file, names
+
+
+def quick(model: Any, data: Any, **more: Any) -> pow2quant.Result:
+    return pow2quant.quantize(model, data, config=QUICK, progress=False, **more)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "task", "metric"),
+    [
+        ("classifier", "labelled", "classification", "top1"),
+        ("segmenter", "masked", "segmentation", "miou"),
+        ("regressor", "numbers", "regression", "mae"),
+        ("two", "pairs", "classification", "top1"),
+        ("classifier", "unlabelled", "none", None),
+    ],
+)
+def test_both_doors_give_the_same_bits(
+    model: str, data: str, task: str, metric: str | None, mine: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    file, names = mine
+    here = quick(names[model](), names[data]())
+    (tmp_path / "quick.yaml").write_text(json.dumps(QUICK))
+    arguments = ["ptq", "--model", f"{file}:{model}", "--data", f"{file}:{data}", "--config", tmp_path / "quick.yaml"]
+    assert main([*map(str, arguments), "--output", str(tmp_path / "there"), "--quiet"]) == 0
+    for name in ("model.onnx", "model_float.onnx", "model.encodings", "model.safetensors"):
+        assert (here.folder / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
+    there = json.loads((tmp_path / "there" / "report.json").read_text())
+    for key in ("metrics", "task", "metric", "final_sqnr_db", "verdict"):
+        assert here.report[key] == there[key], key
+    assert (here.report["task"], here.report["metric"]) == (task, metric)
+    assert here.agrees
+    assert here.verdict.agrees
+    batch = next(iter(names[data]()))
+    inputs = batch[: 2 if model == "two" else 1]
+    with torch.no_grad():
+        assert here.model(*inputs).shape == names[model]()(*inputs).shape
+
+
+def test_the_embedded_default_is_the_command_line_s(tmp_path: Path) -> None:
+    here = pow2quant.quantize(models.trained_digits_cnn(), "digits", config=QUICK, progress=False)
+    named = pow2quant.quantize(config=QUICK, progress=False, output=tmp_path / "named")
+    assert (here.folder / "model.onnx").read_bytes() == (named.folder / "model.onnx").read_bytes()
+    assert named.folder == tmp_path / "named"
+    assert here.report["metrics"]["top1"]["quantized"] == here.report["final_accuracy"] > 97
+
+
+def test_a_result_is_saved_exported_and_shown(mine: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    _, names = mine
+    model = names["classifier"]().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = pow2quant.quantize(model, names["labelled"](), progress=False)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert result.encodings["0.weight"].is_power_of_two
+    saved = result.save(tmp_path / "run")
+    assert (saved / "model.onnx").read_bytes() == (result.folder / "model.onnx").read_bytes()
+    assert result.export("c", tmp_path / "c").exists()
+    text, html = repr(result), result._repr_html_()
+    for word in (str(result.verdict)[:40], "top-1", "onnxruntime", "least signal to noise", "0.weight"):
+        assert word in text, word
+        assert word in html, word
+    sim = result.simulation
+    again = sim.calibrate([x for x, _ in names["labelled"]()])
+    assert again.keys() == result.encodings.keys()
+    folder = result.folder
+    del result, sim
+    assert not folder.exists()
+
+
+class Dicts(Dataset[Any]):
+    def __init__(self, key: str = "label") -> None:
+        self.key = key
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": torch.full((1, 8, 8), index / 16), self.key: index % 3}
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        for i in range(16):
+            yield torch.full((1, 8, 8), i / 16), i % 3
+
+
+X, Y = torch.rand(16, 1, 8, 8), torch.arange(16) % 3
+FORMS: dict[str, Any] = {
+    "loader": lambda: DataLoader(TensorDataset(X, Y), 4),
+    "pair of loaders": lambda: (DataLoader(TensorDataset(X, Y), 4), DataLoader(TensorDataset(X, Y), 8)),
+    "dataset": lambda: TensorDataset(X, Y),
+    "arrays": lambda: (X.double().numpy(), Y.numpy().astype(np.int32)),
+    "columns": lambda: {"image": X, "label": Y},
+    "tuples": lambda: [(X[:8], Y[:8]), (X[8:], Y[8:])],
+    "lists": lambda: [[X[:8], Y[:8]], [X[8:], Y[8:]]],
+    "numpy batches": lambda: [(X[i : i + 8].numpy(), Y[i : i + 8].numpy()) for i in (0, 8)],
+    "half": lambda: [(X.half(), Y)],
+    "bfloat16": lambda: [(X.bfloat16(), Y)],
+    "samples": lambda: [(x, int(y)) for x, y in zip(X, Y, strict=True)],
+    "dict loader": lambda: DataLoader(Dicts(), 4),
+    "generator": lambda: ((X[i : i + 4], Y[i : i + 4]) for i in range(0, 16, 4)),
+    "stream": lambda: DataLoader(Stream(), 4),
+    "pair": lambda: ([X[:8], X[8:]], (X, Y)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_data_as_people_have_them(form: str) -> None:
+    data = sources.data_of(FORMS[form](), form, 8, 8)
+    for part in (data.calibration, data.test):
+        for _ in range(2):
+            batches = list(part)
+            assert sum(len(x) for x, _ in batches) == 16
+            assert all(x.shape[1:] == (1, 8, 8) and x.dtype == torch.float32 for x, _ in batches)
+    labels = torch.cat([y for _, y in data.test])
+    assert sorted(labels.tolist()) == sorted(Y.tolist())
+
+
+def test_a_shuffling_loader_is_the_same_in_every_pass_and_takes_no_numbers() -> None:
+    for generator in (None, torch.Generator()):
+        loader = DataLoader(TensorDataset(X, Y), 4, shuffle=True, generator=generator)
+        data = sources.data_of(loader, "loader", 8, 8)
+        torch.manual_seed(3)
+        first, second = (torch.cat([x for x, _ in data.test]) for _ in range(2))
+        assert torch.equal(first, second)
+        assert not torch.equal(first, X)
+        drawn = torch.rand(1)
+        torch.manual_seed(3)
+        assert torch.equal(drawn, torch.rand(1))
+
+
+ONE, TWO = Signature(("x",), 1), Signature(("x", "y"), 2)
+OPTIONAL = Signature(("x", "mask"), 1)
+A, B = torch.rand(2, 5), torch.rand(2, 3)
+LABELS = torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("batch", "signature", "inputs", "targets"),
+    [
+        (A, ONE, 1, None),
+        ([A], ONE, 1, None),
+        ((A, LABELS), ONE, 1, LABELS),
+        ((A, LABELS), OPTIONAL, 1, LABELS),
+        ((A, B), TWO, 2, None),
+        ((A, B, LABELS), TWO, 2, LABELS),
+        (((A, B), LABELS), TWO, 2, LABELS),
+        ({"x": A, "y": B, "label": LABELS}, TWO, 2, LABELS),
+        (({"x": A, "y": B}, LABELS), TWO, 2, LABELS),
+        ({"image": A, "target": LABELS}, ONE, 1, LABELS),
+        ({"x": A, "labels": LABELS}, Signature(("x", "labels"), 1), 1, LABELS),
+        ({"x": A, "mask": B}, OPTIONAL, 1, B),
+        ([A, [0, 1]], ONE, 1, LABELS),
+    ],
+)
+def test_inputs_and_targets_are_told_apart(batch: Any, signature: Signature, inputs: int, targets: Any) -> None:
+    found, beside = reading.read(batch, signature, "here")
+    leaves = [found] if isinstance(found, Tensor) else [*(found.values() if isinstance(found, dict) else found)]
+    assert [x.shape for x in leaves] == [A.shape, B.shape][:inputs]
+    assert beside is None if targets is None else torch.equal(beside, targets)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ([X, X / 0], "batch 1: holds NaN or infinity"),
+        ([(X * 255).byte()], "batch 0: expected float32, got torch.uint8; scale it as in training"),
+        ([X, X[:, :, :4]], "batch 1: has the shape (N, 1, 4, 8), batches before it (N, 1, 8, 8)"),
+        ([X, X[:0]], "batch 1: has the shape (0, 1, 8, 8), so no samples"),
+        ([], "is empty"),
+        ([("a",)], "batch 0: holds a str where the network takes a tensor"),
+        (7, "is a int; expected a DataLoader or another iterable of batches"),
+        ([(X, Y + 1)], "label 3 is no class; legal: 0 to 2"),
+        ([{"picture": X, "name": "n"}], "a dictionary with the keys picture, name; the network's arguments are input"),
+        ((X, Y[:3]), "arrays of different lengths: 16, 3"),
+    ],
+)
+def test_data_that_cannot_be_used_are_one_line(data: Any, expected: str, mine: tuple[Path, dict[str, Any]]) -> None:
+    with pytest.raises(DataError) as raised:
+        quick(mine[1]["classifier"](), data)
+    assert expected in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "expected"),
+    [
+        ({"bits": "8"}, ConfigError, "bits: '8' is not legal; legal: wNaM"),
+        ({"bits": "w99a8"}, ConfigError, "quantization.weight.bitwidth: 99 is not legal"),
+        ({"target": "mars"}, ConfigError, "target: 'mars' is unknown; known: onnxruntime"),
+        ({"methods": ["adarund"]}, ConfigError, "ptq.methods"),
+        ({"methods": [7]}, ConfigError, "methods: 7 is no method; give a name (aciq, adaround"),
+        ({"model": nn.Linear}, ConfigError, "model: expected an nn.Module, a name or a path, got the class Linear"),
+        ({"data": None}, ConfigError, "data: needed for calibration"),
+        ({"task": "guessing"}, ConfigError, 'task: "guessing" is not legal; legal: one of classification, detection'),
+        ({"metric": "mea"}, ConfigError, "metric: 'mea' is unknown; known here: top1; otherwise torchmetrics:NAME"),
+        ({"data": [X[:, 0, 0]]}, ModelError, "the network fails on a sample of (1, 8) float32"),
+        ({"data": X, "metric": "top1"}, ConfigError, "metric: the data have no targets to compare with"),
+        ({"task": "detection"}, ConfigError, "task: detection has no metric of its own"),
+        ({"task": "segmentation"}, DataError, "expected masks of class indices"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_one_line(
+    arguments: dict[str, Any], error: type[Exception], expected: str, mine: tuple[Path, dict[str, Any]]
+) -> None:
+    given = {"model": mine[1]["classifier"](), "data": (X, Y)} | arguments
+    with pytest.raises(error) as raised:
+        quick(**given)
+    assert expected in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+class Doubled:
+    """A method of the user's own: installed nowhere."""
+
+    def apply(self, sim: Any, batches: Any) -> None:
+        self.seen = sum(len(x) for x in batches)
+
+
+def test_methods_by_name_and_by_object(mine: tuple[Path, dict[str, Any]]) -> None:
+    _, names = mine
+    ways = (["bias_correction"], "bias_correction", [BiasCorrection()], BiasCorrection(), [{"bias_correction": {}}])
+    found = [quick(names["classifier"](), names["labelled"](), methods=each) for each in ways]
+    assert len({(r.folder / "model.onnx").read_bytes() for r in found}) == 1
+    rounded = quick(names["classifier"](), (X, Y), bits="w4a8", methods=[AdaRound(iterations=3)])
+    assert rounded.report["pipeline_steps"] == ["calibrate", "adaround", "export"]
+    assert config.load(rounded.folder / "config.yaml").ptq.methods[0].parameters["iterations"] == 3  # type: ignore[index]
+    own = Doubled()
+    mixed = quick(names["classifier"](), (X, Y), methods=[own, "bias_correction"])
+    assert mixed.report["pipeline_steps"] == ["calibrate", "Doubled", "BiasCorrection", "export"]
+    assert own.seen == 16
+
+
+def test_what_was_given_as_an_object_is_named_when_it_is_asked_for_again(
+    mine: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick(mine[1]["classifier"](), (X, Y), output=tmp_path / "run")
+    assert main(["validate", str(tmp_path / "run")]) == 2
+    assert "python:tuple: were given in Python as an object" in capsys.readouterr().err
+    assert main(["validate", str(tmp_path / "run" / "model.onnx"), "--quiet"]) == 0
+
+
+def test_a_dictionary_of_outputs_and_a_network_under_data_parallel() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+
+        def forward(self, features: Tensor, scale: Tensor) -> dict[str, Tensor]:
+            h = torch.relu(self.body(features)) + scale
+            return {"classes": self.a(h), "box": self.b(h)}
+
+    torch.manual_seed(0)
+    data = {"features": torch.rand(16, 5), "scale": torch.rand(16, 8), "label": Y}
+    result = quick(nn.DataParallel(Heads()).double(), data)
+    assert result.agrees
+    assert result.report["validation"][0]["elements"] == 16 * 5
+    assert result.report["task"] == "classification"
