@@ -453,3 +453,59 @@ def test_rounding_that_grows_through_the_network_is_not_a_difference() -> None:
     model, x = Growing().eval(), torch.randn(2, 3, 4, 4)
     network = prepare(model, x)
     assert next(network.parameters()).dtype == torch.float32
+
+
+def test_weights_that_are_computed_keep_the_layers_name() -> None:
+    class Standardized(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return F.conv2d(input, weight / (weight.std((1, 2, 3), keepdim=True) + 1e-5), self.bias)
+
+    model, x = nn.Sequential(Standardized(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 6, 6)
+    network = prepare(model, x)
+    same(network, model, x)
+    assert type(network.get_submodule("0")) is nn.Conv2d
+
+
+def test_names_that_are_no_python() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({"class": nn.Linear(3, 3), 'a "b"': nn.Linear(3, 3)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts['a "b"'](self.parts["class"](x))
+
+    model, x = Named().eval(), torch.randn(2, 3)
+    same(prepare(model, x), model, x)
+
+
+def test_an_exported_program_and_an_autocast_block_are_networks() -> None:
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.conv(x).float().relu()
+
+    x = torch.randn(2, 3, 6, 6)
+    assert {n.target for n in prepare(Halved().eval(), x).graph.nodes} >= {"conv", "relu"}
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    program = torch.export.export(plain, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    same(prepare(program, x), plain, x)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "words"),
+    [
+        (print, torch.randn(1, 3), "torch.nn.Module"),
+        (nn.Linear(3, 3, device="meta"), torch.randn(1, 3), "weight: is on the device 'meta'"),
+        (nn.Linear(3, 3), torch.full((1, 3), torch.nan), "NaN or infinity"),
+        (nn.Linear(3, 3), torch.randn(0, 3), r"\(0, 3\)"),
+    ],
+)
+def test_what_is_no_network_or_no_example_is_named(model: Any, example: Tensor, words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        prepare(model, example)

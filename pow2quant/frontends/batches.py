@@ -22,7 +22,8 @@ def inputs(batch: Any) -> tuple[Tensor, ...]:
 def call_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """How `model` is called with a batch: positional and keyword arguments.
 
-    A mapping whose keys are arguments of `forward` is passed by keyword, another one as the only argument.
+    A mapping whose keys are arguments of `forward` is passed by keyword, another one as the only argument; so is a list
+    that is longer than what `forward` takes by position.
     """
     if isinstance(batch, Mapping):
         named = inspect.signature(model.forward).parameters.values()
@@ -31,4 +32,14 @@ def call_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[
         if every or set(batch) <= names:
             return (), dict(batch)
         return (batch,), {}
-    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+    if isinstance(batch, tuple) or (isinstance(batch, list) and len(batch) <= _positions(model)):
+        return tuple(batch), {}
+    return (batch,), {}
+
+
+def _positions(model: nn.Module) -> float:
+    """How many arguments `forward` takes by position."""
+    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return float("inf")
+    return sum(k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds)

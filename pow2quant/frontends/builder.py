@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import keyword
 import operator as py
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -222,7 +224,7 @@ class Builder:
         if hasattr(module, "inplace"):
             module.inplace = False  # type: ignore[assignment]
         kind = kind or type(module).__name__.lower()
-        target = self._name(node, kind) if name is None else self._free(name)
+        target = _writable(self._name(node, kind) if name is None else self._free(name))
         if not isinstance(module, m.BATCH_NORMS):
             operators.check(module, f"{target}{source_line(node)}")
         self.modules[target] = module.eval()
@@ -330,7 +332,7 @@ class Builder:
         path = scope(node)
         owner = self.users_modules.get(path)
         held = self.constants.get(weight)
-        if owner is not None and path and _is_one_operation(owner):
+        if owner is not None and path and (_is_one_operation(owner) or _is_layer(owner)):
             return path
         own = [] if owner is None or not path or _children(owner) else owner.parameters(recurse=False)
         if any(p is held for p in own):
@@ -398,6 +400,17 @@ def _is_one_operation(module: nn.Module) -> bool:
     forward = type(module).forward
     own = getattr(forward, "__module__", "") or ""
     return own.startswith("torch.nn.") and not isinstance(module, COMPOSED) and not _children(module)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is a subclass of a convolution or linear layer, whatever its forward does to the weight."""
+    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and not _children(module)
+
+
+def _writable(name: str) -> str:
+    """A module's name as Python code can write it: the graph's code is `self.layer1.conv(x)`."""
+    parts = [re.sub(r"[\"'\\\n\r\t]", "_", part) for part in name.split(".")]
+    return ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in parts)
 
 
 def _children(module: nn.Module) -> list[str]:

@@ -26,6 +26,9 @@ def close(value: Tensor, expected: Tensor, tolerance: float) -> bool:
     return torch.allclose(value, expected, rtol=tolerance, atol=bound, equal_nan=True)
 
 
+HALVES = (torch.float16, torch.bfloat16)
+
+
 class Lockstep:
     """Runs the captured network, and beside each of its operations the prepared nodes that stand for it.
 
@@ -63,6 +66,8 @@ class Lockstep:
             self.shapes[prepared.name] = (value.shape, value.dtype)
 
     def _step(self, node: fx.Node) -> None:
+        if operation(node).startswith("_assert"):
+            return
         made = [n for n in self.builder.made[node] if n in self._kept]
         for step in made:
             module = self.network.get_submodule(str(step.target))
@@ -77,12 +82,13 @@ class Lockstep:
         if result is None or result not in made:
             return
         value = self.prepared[result]
-        if isinstance(expected, Tensor) and not close(value, expected, 1e-3):
+        half = expected.dtype in HALVES  # the prepared network computes in float32 everywhere
+        if not close(value, expected, 3e-2 if half else 1e-3):
             raise UnsupportedModelError(
                 f"{scope(node)}: {node.name}{source_line(node)}: {operation(node)} is not prepared as it is written "
                 "(an argument that is not supported); please write it in another way"
             )
-        self._set(result, expected.to(value.dtype) if isinstance(expected, Tensor) else expected)
+        self._set(result, expected.to(value.dtype))
 
     def _captured(self, node: fx.Node) -> Any:
         assert callable(node.target)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
@@ -33,6 +34,10 @@ def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
     Raises UnsupportedModelError (node, source line, what can be done), WeightsError for weights that are not finite,
     ModelError when the network fails on the example.
     """
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a {type(model).__name__} is no network; it must be a torch.nn.Module")
     _check_finite(model)
     model = unwrapped(model)
     batches = tuple(_of_size(example, n) for n in SIZES)
@@ -116,6 +121,10 @@ def _check_finite(model: nn.Module) -> None:
             raise ModelError(
                 f"{name}: has no shape yet (a lazy module); run the network on an example once, then save it"
             )
+        if tensor.is_meta:
+            raise ModelError(f"{name}: is on the device 'meta' and has no values; load the weights first")
+        if tensor.layout is not torch.strided:
+            raise ModelError(f"{name}: its layout is {tensor.layout}; only dense weights can be quantized (to_dense())")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise WeightsError(f"{name}: the weights hold NaN or infinity")
 
@@ -125,12 +134,17 @@ def _of_size(example: Any, n: int) -> Any:
     generator = torch.Generator().manual_seed(0)
 
     def varied(x: Any) -> Any:
-        if not isinstance(x, Tensor):
+        x = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+        if not isinstance(x, Tensor) or not x.ndim:
             return x
         x = x.detach().cpu()
+        if not x.numel():
+            raise ModelError(f"the example holds no values: its shape is {tuple(x.shape)}")
         if not x.is_floating_point():
             return x[torch.arange(n) % len(x)].clone()
         first = x[:1].float()
+        if not torch.isfinite(first).all():
+            raise ModelError("the example holds NaN or infinity")
         spread = float(first.abs().max()) or 1.0
         return first + 0.5 * spread * torch.randn(n, *x.shape[1:], generator=generator)
 
