@@ -14,6 +14,15 @@ Pow2QuantError                     one clear line; the command line prints it an
 └── MissingExtraError              an optional dependency that is not installed
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 class Pow2QuantError(Exception):
     """Base of every error that pow2quant raises on purpose; its text is one line for the user."""
@@ -61,3 +70,14 @@ class OutputError(Pow2QuantError):
 
 class MissingExtraError(Pow2QuantError):
     """An optional dependency is not installed; the text says what to install."""
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Puts a file in front of the text of every error that is raised inside and does not name it."""
+    try:
+        yield
+    except Pow2QuantError as error:
+        if str(file) in str(error):
+            raise
+        raise type(error)(f"{file}: {error}") from error

@@ -28,6 +28,7 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, num
 from onnx.reference import ReferenceEvaluator
 
 from pow2quant.adapters import clips, double, guards
+from pow2quant.adapters.batch import free_batch
 from pow2quant.adapters.files import (
     GRIDS,
     IR_VERSION,
@@ -38,6 +39,7 @@ from pow2quant.adapters.files import (
     lost_grids,
     parameter_codes,
 )
+from pow2quant.adapters.integer_ends import float_ends
 from pow2quant.artifact import Artifact
 from pow2quant.errors import EncodingError, FileFormatError, OutputError, UnsupportedModelError
 from pow2quant.pow2_constraints import Encoding, IntGrid
@@ -280,7 +282,9 @@ def from_qdq(model: ModelProto) -> Artifact:
     Weights, stored as integers or as floats behind Q and DQ, become float initializers on their grid. In a file of ours
     every tensor gets its name back; in others it is called what the Q reads, or, for graph outputs, what the DQ writes.
     Where something besides the Q reads the float tensor, or where a quantized tensor is quantized again, an Identity
-    takes the place of Q and DQ and bears the encoding: the result computes what the model computes.
+    takes the place of Q and DQ and bears the encoding: the result computes what the model computes. Integer inputs and
+    outputs become the floats that they stand for (`integer_ends.py`), and a batch size that the file fixes becomes free
+    where no result depends on it (`batch.py`).
 
     Raises FileFormatError naming the node that cannot be read so; UnsupportedModelError for control flow.
     """
@@ -288,6 +292,7 @@ def from_qdq(model: ModelProto) -> Artifact:
     copy.CopyFrom(onnx.inliner.inline_local_functions(model) if model.functions else model)
     _refuse_control_flow(copy.graph)
     _refuse_integer_operators(copy.graph)
+    float_ends(copy.graph)
     clips.restore(copy.graph)
     metadata = {entry.key: entry.value for entry in copy.metadata_props}
     reader = _Reader(copy.graph, _parse_grids(metadata[GRIDS]) if GRIDS in metadata else None)
@@ -295,6 +300,7 @@ def from_qdq(model: ModelProto) -> Artifact:
     double.narrow(copy.graph)
     guards.take(copy.graph)
     _set_metadata(copy, None)
+    free_batch(copy, reader.table)
     return Artifact(at_least_opset(copy), reader.table)
 
 
@@ -528,8 +534,9 @@ class _Reader:
         attributes = {a.name: a.i for a in node.attribute}
         if not integer or unsigned not in ("", "u"):
             raise _refusal(node, f"is of type {kind}; only integers can be read")
-        if scale is None or scale.dtype != np.float32 or scale.ndim > 1 or attributes.get("block_size"):
-            raise _refusal(node, "has no constant float32 scale, one for the tensor or one per channel")
+        if (problem := _scale_problem(scale, attributes.get("block_size", 0), attributes.get("axis", 1))) is not None:
+            raise _refusal(node, problem)
+        assert scale is not None
         axis = attributes.get("axis", 1)
         if scale.size > 1 and ndim is not None:
             if not -ndim <= axis < ndim:
@@ -606,6 +613,19 @@ def _without_orphans(nodes: list[NodeProto], orphans: set[str], outputs: set[str
         orphans |= {name for node in dead for name in node.input}
         gone = {id(node) for node in dead}
         nodes = [node for node in nodes if id(node) not in gone]
+
+
+def _scale_problem(scale: NDArray[Any] | None, block: int, axis: int) -> str | None:
+    """Why a scale cannot be read; None where it can."""
+    readable = "only constant float32 scales, one for the tensor or one per channel, can be read"
+    if scale is None:
+        return f"has a scale that is computed, not constant; {readable}"
+    if block or scale.ndim > 1:
+        size = f"of {block} values " if block else ""
+        return f"has one scale for each block {size}along axis {axis} (block-wise, {scale.shape} scales); {readable}"
+    if scale.dtype != np.float32:
+        return f"has a scale of type {scale.dtype}; {readable}"
+    return None
 
 
 def _is(node: NodeProto | None, *op_types: str) -> bool:

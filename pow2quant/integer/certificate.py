@@ -189,9 +189,8 @@ def _raw(tensors: Tensors, node: onnx.NodeProto) -> tuple[int, ...]:
             products = Lattice(encoding.exponent + unit, *_ends(n, k - unit[:, None], codes))
             folded = -zero * np.ldexp(n.astype(np.float64), k - unit[:, None]).sum(1)
             if len(node.input) > 2 and node.input[2]:
-                bias = _bias(tensors, node.input[2], products)
-                folded = folded + bias.low + bias.high  # one of them is the bias, the other zero
-            sums.append((products + Lattice.of_integers(products.exponent, folded)).magnitude)
+                folded = folded + _bias(tensors, node.input[2], products)
+            sums.append(np.atleast_2d((products + Lattice.of_integers(products.exponent, folded)).magnitude).max(0))
     except (NotProvedError, NotPowerOfTwoError):
         return ()
     return tuple(int(m) for m in np.max(sums, axis=0))

@@ -171,20 +171,25 @@ class Lowering:
     def bias(self, node: onnx.NodeProto, exponent: Ints, channels: int) -> Ints:
         """A node's third input (C,) in units of 2^exponent; zeros where it has none.
 
-        Raises UnsupportedModelError for a float bias and for one in other units: hardware has no shift for those.
+        Raises UnsupportedModelError for a float bias and for one in other units, for which hardware has no shift, and
+        for one that differs from row to row (Gemm): what a sample gives then depends on its place in the batch.
         """
         name = node.input[2] if len(node.input) > 2 else ""
         if not name:
             return np.zeros(channels, np.int64)
         values, encoding = self.parameter(name)
         units = np.broadcast_to(exponent, channels)
-        if (np.broadcast_to(encoding.exponent, channels) != units).any():
-            channel = int(np.flatnonzero(np.broadcast_to(encoding.exponent, channels) != units)[0])
-            found = int(np.broadcast_to(encoding.exponent, channels)[channel])
+        table = np.broadcast_to(values, (len(values) if values.ndim > 1 else 1, channels))
+        exponents = np.broadcast_to(encoding.along(encoding.exponent, values.ndim), table.shape)
+        if (table != table[0]).any() or (exponents != exponents[0]).any():
+            raise UnsupportedModelError(f"{name}: a bias that differs from row to row (shape {values.shape})")
+        if (exponents[0] != units).any():
+            channel = int(np.flatnonzero(exponents[0] != units)[0])
+            found = int(exponents[0][channel])
             raise UnsupportedModelError(
                 f"{name}: channel {channel} counts in units of 2^{found}, not of s_in * s_w = 2^{units[channel]}"
             )
-        return np.broadcast_to(values.reshape(-1), channels).copy()
+        return np.array(table[0])
 
     # Steps
 
@@ -317,13 +322,21 @@ def _require_64_bits(program: Program, step: Step) -> None:
 
 
 def _with_batch_of_one(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with every shape known. The batch of the inputs, their first dimension, becomes one."""
+    """A copy with every shape known. The batch of the inputs, their first dimension, becomes one.
+
+    Raises UnsupportedModelError where the batch size is fixed.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     parameters = {tensor.name for tensor in copy.graph.initializer}
     for value in copy.graph.input:
         dims = value.type.tensor_type.shape.dim
         if value.name not in parameters and dims:
+            if dims[0].dim_value > 1:
+                size = dims[0].dim_value
+                raise UnsupportedModelError(
+                    f"{value.name}: only batches of {size}, in which a result depends on a sample's place or the size"
+                )
             dims[0].dim_value = 1
     for value in copy.graph.output:
         value.type.tensor_type.ClearField("shape")

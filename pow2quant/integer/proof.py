@@ -180,11 +180,13 @@ def _weighted(tensors: Tensors, node: onnx.NodeProto) -> Judged:
         _require_plain_gemm(node)
     exponents, integers = (_rows(node, values, weight) for values in tensors.on_grid(weight))
     k_w = np.min([k.min(1) for k in exponents], axis=0).astype(np.int64)
-    ends = [_ends(n, k - k_w[:, None], x) for n, k in zip(integers, exponents, strict=True)]
-    lows, highs = zip(*ends, strict=True)
+    sums = [_ends(n, k - k_w[:, None], x) for n, k in zip(integers, exponents, strict=True)]
+    lows, highs = zip(*sums, strict=True)
     accumulator = Lattice(x.exponent + k_w, np.min(lows, axis=0), np.max(highs, axis=0))
     if len(node.input) > 2 and node.input[2]:
-        accumulator = accumulator + _bias(tensors, node.input[2], accumulator)
+        rows = _bias(tensors, node.input[2], accumulator)
+        ends = np.minimum(rows.min(0), 0), np.maximum(rows.max(0), 0)
+        accumulator = accumulator + Lattice(accumulator.exponent, *ends)
     shape = _channel_shape(node, tensors.constants[weight].ndim, weight)
     accumulator = accumulator.collapsed() if shape is None else accumulator.reshaped(shape)
     return accumulator, accumulator
@@ -233,15 +235,15 @@ def _channel_shape(node: onnx.NodeProto, ndim: int, weight: str) -> tuple[int, .
     return (-1, 1) if weight == node.input[0] else (-1,)
 
 
-def _bias(tensors: Tensors, name: str, accumulator: Lattice) -> Lattice:
-    """A bias (C,) in units of s_in * s_w."""
+def _bias(tensors: Tensors, name: str, accumulator: Lattice) -> Floats:
+    """A bias's integers in units of s_in * s_w, (rows, C): one row, or one for each row of a Gemm's result."""
     if name not in tensors.constants or name not in tensors.encodings:
         reason = f"bias {name} has no encoding: it stays float, or onnxruntime quantizes it by itself"
         raise NotProvedError(reason, accumulator)
     k, n = tensors.on_grid(name)
-    if (k.reshape(-1) != accumulator.exponent).any():
+    if (k != accumulator.exponent).any():
         raise NotProvedError(f"bias {name} does not count in units of s_in * s_w", accumulator)
-    return Lattice.of_integers(accumulator.exponent, n.reshape(-1).astype(np.float64))
+    return np.broadcast_to(n, (len(n) if n.ndim > 1 else 1, accumulator.exponent.size)).astype(np.float64)
 
 
 def _require_plain_gemm(node: onnx.NodeProto) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pow2quant.artifact import Agreement, Artifact, Site
 from pow2quant.backends.base import Simulation, inputs
-from pow2quant.errors import MissingExtraError, NotPowerOfTwoError, UnsupportedModelError
+from pow2quant.errors import MissingExtraError, NotPowerOfTwoError, UnsupportedModelError, naming
 from pow2quant.integer.certificate import Certificate
 from pow2quant.plugins import names, resolve
 from pow2quant.runs.job import Job
@@ -29,10 +29,11 @@ def executors(file: Path, pair: tuple[Path, Path] | None, left_out: dict[str, st
     """Every validator's executors of a QDQ file and of a pair; into `left_out` go the reasons of those that cannot."""
     found: list[Executor] = []
     for name in names("validators"):
-        try:
-            found += resolve("validators", name)(file, pair)
-        except (MissingExtraError, NotPowerOfTwoError, UnsupportedModelError) as error:
-            left_out[name] = str(error)
+        with naming(file):
+            try:
+                found += resolve("validators", name)(file, pair)
+            except (MissingExtraError, NotPowerOfTwoError, UnsupportedModelError) as error:
+                left_out[name] = str(error)
     return found
 
 

@@ -13,7 +13,7 @@ from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.artifact import Agreement
 from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import RunConfig
-from pow2quant.errors import ConfigError, FileFormatError, MissingExtraError
+from pow2quant.errors import ConfigError, FileFormatError, MissingExtraError, naming
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import names
 from pow2quant.runs.executors import SIMULATION, compared, executors, simulation_executor
@@ -72,6 +72,14 @@ def validate(
         raise ConfigError(f"{source}: a configuration (or a device) is for the folder of a run, not for a file")
     if not source.is_file():
         raise FileFormatError(f"{source}: no such file or folder")
+    with naming(source):
+        return _validate_source(source, encodings, max_batches, seed, progress)
+
+
+def _validate_source(
+    source: Path, encodings: Path | None, max_batches: int | None, seed: int, progress: Progress
+) -> Validation:
+    """An ONNX file, or a float one with its encodings."""
     model = onnx_qdq.load(source)
     quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     if quantized == (encodings is not None):
@@ -130,5 +138,6 @@ def _validate_run(
             other.load(table)
             others.append(simulation_executor(other, backend, job.device))
     agreements = compared(job, sim, artifact, certificate, others, limit or config.ptq.max_eval_batches)
-    free_scales = ort.inspect(onnx_qdq.load(folder / run_folder.QDQ))
+    with naming(folder / run_folder.QDQ):
+        free_scales = ort.inspect(onnx_qdq.load(folder / run_folder.QDQ))
     return Validation(tuple(agreements), free_scales, certificate, left_out)

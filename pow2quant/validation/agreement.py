@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from onnx import TensorProto
 
+from pow2quant.adapters.batch import fixed_batch
 from pow2quant.artifact import Agreement, Divergence
 from pow2quant.errors import DataError
 from pow2quant.integer.certificate import certify
+from pow2quant.pow2_constraints import Encoding, IntGrid
 from pow2quant.validation import networks
 from pow2quant.validation.causes import explain
 from pow2quant.validation.exact import Witness
 from pow2quant.validation.networks import Named
+from pow2quant.validation.optimizers import sentence
 
 if TYPE_CHECKING:
     import onnx
@@ -28,7 +32,6 @@ if TYPE_CHECKING:
 
     from pow2quant.artifact import Artifact
     from pow2quant.integer.certificate import Certificate
-    from pow2quant.pow2_constraints import Encoding
 
     Arrays = Sequence[NDArray[np.float32]]
 
@@ -46,7 +49,9 @@ class Executor:
     most: it runs at most so many samples (None: all), and is compared on these.
     work: multiply-accumulates of one sample where that takes long, for whoever sets `most`; 0 elsewhere.
     network: what its own file holds, where it has one; None: the artifact that is validated.
-    unfused: the same file without graph optimizations, where it has some.
+    unfused: the same file without graph optimizations, where it has some. optimizers: then, for graph inputs and what
+        `unfused` gives for them, the names of the optimizers without which `run` gives the same; none where no list of
+        names does.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Executor:
     work: int = 0
     network: Callable[[], Artifact] | None = None
     unfused: Executor | None = None
+    optimizers: Callable[[Arrays, Arrays], Sequence[str]] | None = None
 
 
 def compare(
@@ -71,13 +77,15 @@ def compare(
 
     batches: graph inputs, each (N, …); only one batch is held. proof: `certify(artifact)`, or whether it proves that
     all executors agree. on_batch: called after each batch with the number of samples done so far.
-    max_lsb counts in units of the output's scale, for an output without encoding in float32 ulps of the larger value;
+    max_lsb counts in units of the output's scale, for an output of integers in units of 1, for one without encoding in
+    float32 ulps of the larger value;
     it is infinite where NaN is involved. top1_agreement is that of the first output's last axis.
     The reference runs once per batch; where something differs, `SUSPECTS` samples are run again through `tensors`.
     Raises DataError when there is no batch, or the executors' outputs have different shapes.
     """
-    outputs = [value.name for value in artifact.model.graph.output]
-    tallies = [_Tally(reference, other, [artifact.encodings.get(name) for name in outputs]) for other in others]
+    encodings = [_unit(artifact, value) for value in artifact.model.graph.output]
+    fixed = fixed_batch(artifact.model) is not None
+    tallies = [_Tally(reference, other, encodings, fixed) for other in others]
     samples = 0
     for batch in batches:
         expected = reference.run(batch)
@@ -91,13 +99,24 @@ def compare(
     return [tally.verdict(artifact, proof) for tally in tallies]
 
 
+def _unit(artifact: Artifact, output: onnx.ValueInfoProto) -> Encoding | None:
+    """In which units differences of an output are counted."""
+    if output.type.tensor_type.elem_type in (TensorProto.INT64, TensorProto.INT32):
+        return Encoding(np.ones((), np.float32), np.zeros((), np.int64), IntGrid(32, True))
+    return artifact.encodings.get(output.name)
+
+
 @dataclass
 class _Tally:
-    """Running counts of one comparison, and the first samples that differ."""
+    """Running counts of one comparison, and the first samples that differ.
+
+    fixed: results may depend on a sample's place in its batch, so that only whole batches are run again.
+    """
 
     reference: Executor
     other: Executor
     encodings: list[Encoding | None]
+    fixed: bool
     samples: int = 0
     elements: int = 0
     differing: int = 0
@@ -126,20 +145,30 @@ class _Tally:
             self.differing += int(wrong.sum())
             self.max_lsb = max(self.max_lsb, _largest_difference(a, b, encoding))
             if wrong.any():
-                per_sample = wrong.shape[:1] == differing.shape
+                per_sample = wrong.shape[:1] == differing.shape and not self._whole(batch)
                 differing |= wrong.reshape(len(differing), -1).any(1) if per_sample else True
         first, second = (np.atleast_1d(outputs[0]).argmax(-1) for outputs in (expected, got))
         self.rows += first.size
         self.same_top1 += int((first == second).sum())
+        if self._whole(batch):
+            self.suspects = self.suspects or [list(batch)] * bool(differing.any())
+            return
         for sample in np.flatnonzero(differing)[: SUSPECTS - len(self.suspects)]:
             self.suspects.append([x[sample : sample + 1] for x in batch])
+
+    def _whole(self, batch: Arrays) -> bool:
+        """Whether a sample cannot be run alone."""
+        return self.fixed or any(len(x) != len(batch[0]) for x in batch)
 
     def verdict(self, artifact: Artifact, proof: Certificate | bool) -> Agreement:
         """What the counts amount to."""
         notes: list[str] = []
-        divergence = self._divergence(artifact, notes) if self.differing else None
+        rewritten = self._rewritten() if self.differing else None
+        divergence = self._divergence(artifact, notes, rewritten) if self.differing else None
         proved = (proof if isinstance(proof, bool) else proof.proved) and self._is_certified(artifact, notes)
-        if self.differing and proved:
+        if self.differing and proved and rewritten:
+            notes += [rewritten] if divergence is None or divergence.cause != rewritten else []
+        elif self.differing and proved:
             notes.append("the certificate proves that nothing can differ: an executor or the certificate is wrong")
         return Agreement(
             executor=self.other.name,
@@ -163,14 +192,31 @@ class _Tally:
                     return False
         return True
 
-    def _divergence(self, artifact: Artifact, notes: list[str]) -> Divergence | None:
-        batch = [np.concatenate(parts) for parts in zip(*self.suspects, strict=True)]
+    def _suspects(self) -> list[NDArray[np.float32]]:
+        return [np.concatenate(parts) for parts in zip(*self.suspects, strict=True)]
+
+    def _rewritten(self) -> str | None:
+        """Which optimizers change the values of the executor's file; None where it differs without them too."""
+        unfused, batch = self.other.unfused, self._suspects()
+        if unfused is None:
+            return None
+        expected, plain, got = (executor.run(batch) for executor in (self.reference, unfused, self.other))
+        if not _same(expected, plain) or _same(plain, got):
+            return None
+        return sentence(self.other.name, self.other.optimizers(batch, plain) if self.other.optimizers else ())
+
+    def _divergence(self, artifact: Artifact, notes: list[str], rewritten: str | None) -> Divergence | None:
+        batch = self._suspects()
         names = [value.name for value in artifact.model.graph.output]
+        results = [dict(zip(names, executor.run(batch), strict=True)) for executor in (self.reference, self.other)]
         expected, got = (
-            {**dict(zip(names, executor.run(batch), strict=True)), **executor.tensors(batch)}
-            for executor in (self.reference, self.other)
+            {**found, **executor.tensors(batch)}
+            for found, executor in zip(results, (self.reference, self.other), strict=True)
         )
         tensor = first_difference(artifact, expected, got)
+        if tensor is None and rewritten:  # where tensors between are asked for, an optimizer may keep its hands off
+            expected, got = results
+            tensor = first_difference(artifact, expected, got)
         if tensor is None:
             notes.append(f"no tensor differs when {len(self.suspects)} of the differing samples are run again")
             return None
@@ -185,12 +231,16 @@ class _Tally:
             for executor, values in ((self.reference, a), (self.other, b))
         )
         found = explain(tensor, first, second, known)
-        if found.account:
+        if found.account and not rewritten:
             notes.append(found.account)
-        cause = found.cause or likely_cause(artifact, tensor)
+        cause = found.cause or rewritten or likely_cause(artifact, tensor)
         if found.cause and tensor not in producers:
             cause = f"the graph input is quantized differently: {found.cause}"
         return Divergence(tensor, node, wrong.size, int(wrong.sum()), lsb, cause)
+
+
+def _same(first: Arrays, second: Arrays) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _witness(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,12 @@ import onnx
 from onnx import helper
 
 from pow2quant.adapters import aimet_encodings, onnx_qdq
+from pow2quant.adapters.batch import fixed_batch
+from pow2quant.adapters.integer_ends import INTEGERS
 from pow2quant.errors import DataError, FileFormatError
+from pow2quant.graphs import GraphIndex
 from pow2quant.validation.agreement import Executor, lacks_vnni
+from pow2quant.validation.optimizers import culprits
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -29,6 +33,9 @@ Source = Path | bytes | onnx.ModelProto | Callable[[], onnx.ModelProto]
 
 DTYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}
 """What a graph input is converted to, by onnxruntime's name of its type; others are fed as they come."""
+
+CODES: dict[str, Any] = {f"tensor({t})": t for t in ("uint8", "int8", "uint16", "int16")}
+"""Types of graph inputs and outputs that hold codes, where they have an encoding."""
 
 QUICK_GELU_IN_DOUBLE = (1, 24)
 """Before it, all optimizations turn a SiLU in double into QuickGelu, which has no kernel for double (seen in 1.23)."""
@@ -72,24 +79,43 @@ def inspect(source: Source) -> list[tuple[str, float]]:
 
 
 def random_batches(source: Source, count: int, seed: int = 0) -> Iterator[list[NDArray[np.float32]]]:
-    """Random inputs for a bare QDQ file: `count` samples in batches of at most `BATCH`, or of the file's batch size.
+    """Random inputs for a bare QDQ file: `count` samples in batches of at most `BATCH`.
+
+    (Where a result depends on a sample's place in its batch, in batches of the file's size.)
 
     A third of the values lies on the input's grid, a third exactly halfway between two codes, the rest anywhere; all
     reach an eighth of the range beyond saturation. Samples have different amplitudes, so that deeper layers are not all
     saturated or all silent. An input without encoding gets a normal distribution.
-    Raises DataError when an input is not float32 or has a free dimension besides the first.
+    Indices lie in the table that is read by them.
+    Raises DataError when an input is neither float32 nor an index, or has a free dimension besides the first.
     """
-    model = _load(source)
-    table = onnx_qdq.from_qdq(model).encodings
-    shapes = {value.name: _input_shape(value) for value in _inputs(model.graph)}
+    network = onnx_qdq.from_qdq(_load(source))
+    graph, table = network.model.graph, network.encodings
+    index = GraphIndex(graph)
+    rows = {value.name: _indexed_rows(index, value.name) for value in _inputs(graph)}
+    shapes = {value.name: _input_shape(value, rows[value.name]) for value in _inputs(graph)}
     fixed = next((shape[0] for shape in shapes.values() if shape[0] is not None), None)
     rng = np.random.default_rng(seed)
     for start in range(0, count, fixed or BATCH):
         n = fixed or min(BATCH, count - start)
-        yield [_random(rng, (n, *shape[1:]), table.get(name)) for name, shape in shapes.items()]
+        yield [_random(rng, (shape[0] or n, *shape[1:]), table.get(name), rows[name]) for name, shape in shapes.items()]
 
 
-def _random(rng: np.random.Generator, shape: tuple[int, ...], encoding: Encoding | None) -> NDArray[np.float32]:
+def _indexed_rows(index: GraphIndex, name: str) -> int:
+    """How many rows a table has that an input selects from; 0 where it selects from none."""
+    for node in index.readers.get(name, []):
+        if node.op_type == "Gather" and node.input[1] == name and node.input[0] in index.constants:
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            return int(index.constants[node.input[0]].shape[axis])
+    return 0
+
+
+def _random(
+    rng: np.random.Generator, shape: tuple[int, ...], encoding: Encoding | None, rows: int
+) -> NDArray[np.float32]:
+    """One input: indices of `rows` rows where there are some; values around the encoding's range otherwise."""
+    if rows:
+        return rng.integers(0, rows, shape).astype(np.float32)
     per_sample = (shape[0], *[1] * (len(shape) - 1))
     if encoding is None:
         return rng.standard_normal(shape, np.float32)
@@ -124,10 +150,10 @@ def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
     return [value for value in graph.input if value.name not in parameters]
 
 
-def _input_shape(value: onnx.ValueInfoProto) -> tuple[Any, ...]:
+def _input_shape(value: onnx.ValueInfoProto, rows: int) -> tuple[Any, ...]:
     tensor = value.type.tensor_type
     shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
-    if tensor.elem_type != onnx.TensorProto.FLOAT:
+    if tensor.elem_type != onnx.TensorProto.FLOAT and not rows:
         raise DataError(f"input {value.name}: no random values for {onnx.TensorProto.DataType.Name(tensor.elem_type)}")
     if not shape or None in shape[1:]:
         raise DataError(f"input {value.name}: only the first dimension may be free, the shape is {shape}")
@@ -137,7 +163,14 @@ def _input_shape(value: onnx.ValueInfoProto) -> tuple[Any, ...]:
 def _executor(source: Source, name: str, *, optimized: bool) -> Executor:
     runtime = _Runtime(source, name, optimized)
     unfused = _executor(source, PLAIN, optimized=False) if optimized else None
-    return Executor(name, runtime.run, runtime.tensors, network=runtime.network, unfused=unfused)
+    return Executor(
+        name,
+        runtime.run,
+        runtime.tensors,
+        network=runtime.network,
+        unfused=unfused,
+        optimizers=runtime.optimizers if optimized else None,
+    )
 
 
 class _Runtime:
@@ -148,16 +181,41 @@ class _Runtime:
 
     def run(self, batch: Arrays) -> list[NDArray[np.float32]]:
         """Graph inputs -> graph outputs."""
-        return [np.asarray(x, np.float32) for x in self._feed(self._session, batch, None)]
+        return self._real(self._feed(self._session, batch, None))
 
     def tensors(self, batch: Arrays) -> dict[str, NDArray[np.float32]]:
         """Graph inputs -> every quantized activation, dequantized from its codes."""
         session, names, encodings = self._exposed
         codes = self._feed(session, batch, list(names)) if names else []  # no names would mean all outputs
-        return {name: encodings[name].dequantize(q) for name, q in zip(names.values(), codes, strict=True)}
+        found = {name: encodings[name].dequantize(q) for name, q in zip(names.values(), codes, strict=True)}
+        inputs = zip(self._session.get_inputs(), batch, strict=True)
+        taken = {i.name: encodings[i.name].fake_quantize(x) for i, x in inputs if _holds_codes(i, encodings)}
+        return taken | found
 
     def network(self) -> Artifact:
         """What the file holds."""
+        return self._network
+
+    def optimizers(self, batch: Arrays, expected: Arrays) -> list[str]:
+        """The optimizers without which the file gives the expected outputs."""
+
+        def same(names: Sequence[str]) -> bool:
+            found = self._real(self._feed(self._opened(disabled=names), batch, None))
+            return all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+        return culprits(same)
+
+    def _real(self, outputs: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
+        """Outputs as real values: codes dequantized."""
+        kinds = self._session.get_outputs()
+        table = self._network.encodings if any(o.type in CODES for o in kinds) else {}
+        return [
+            table[o.name].dequantize(x) if _holds_codes(o, table) else np.asarray(x, np.float32)
+            for o, x in zip(kinds, outputs, strict=True)
+        ]
+
+    @cached_property
+    def _network(self) -> Artifact:
         return onnx_qdq.from_qdq(_load(self._model))
 
     @cached_property
@@ -166,7 +224,11 @@ class _Runtime:
 
     @cached_property
     def _session(self) -> Any:
-        return self._open(str(self._model) if isinstance(self._model, Path) else self._model.SerializeToString())
+        return self._opened()
+
+    def _opened(self, disabled: Sequence[str] = ()) -> Any:
+        model = str(self._model) if isinstance(self._model, Path) else self._model.SerializeToString()
+        return self._open(model, disabled)
 
     @cached_property
     def _exposed(self) -> tuple[Any, dict[str, str], Table]:
@@ -176,16 +238,18 @@ class _Runtime:
         """
         model = onnx.ModelProto()
         model.CopyFrom(_load(self._model))
-        table = onnx_qdq.from_qdq(model).encodings
+        table = self._network.encodings
         names = _codes(model.graph, table)
-        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+        given = {value.name for value in model.graph.output}
+        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in given)
         return self._open(model.SerializeToString()), names, table
 
-    def _open(self, model: str | bytes) -> Any:
+    def _open(self, model: str | bytes, disabled: Sequence[str] = ()) -> Any:
         from onnxruntime import InferenceSession
 
+        how = {"disabled_optimizers": list(disabled)} if disabled else {}
         try:
-            return InferenceSession(model, options(optimized=self.optimized), providers=["CPUExecutionProvider"])
+            return InferenceSession(model, options(optimized=self.optimized), ["CPUExecutionProvider"], **how)
         except Exception as error:  # onnxruntime's errors share no base but Exception
             raise FileFormatError(f"{self._where}: onnxruntime cannot load the model: {_first_line(error)}") from error
 
@@ -193,11 +257,20 @@ class _Runtime:
         inputs = session.get_inputs()
         if len(inputs) != len(batch):
             raise DataError(f"{self._where}: {len(inputs)} inputs are needed, {len(batch)} were given")
-        feed = {i.name: np.ascontiguousarray(x, DTYPES.get(i.type)) for i, x in zip(inputs, batch, strict=True)}
+        feed = {i.name: self._fed(i, x) for i, x in zip(inputs, batch, strict=True)}
+        fixed = {i.shape[0] for i in inputs if i.shape and isinstance(i.shape[0], int)}
         try:
+            if len(fixed) == 1 and fixed != {len(batch[0])} and fixed_batch(self._network.model) is None:
+                return _in_batches(partial(session.run, outputs), feed, *fixed)
             return list(session.run(outputs, feed))
         except Exception as error:
             raise DataError(f"{self._where}: onnxruntime cannot run the model: {_first_line(error)}") from error
+
+    def _fed(self, value: Any, x: NDArray[Any]) -> NDArray[Any]:
+        """What a graph input is given for real values."""
+        if value.type in CODES and _holds_codes(value, self._network.encodings):
+            return self._network.encodings[value.name].quantize(x).astype(CODES[value.type])
+        return np.ascontiguousarray(x, DTYPES.get(value.type))
 
     @property
     def _where(self) -> str:
@@ -227,12 +300,31 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _holds_codes(value: Any, table: Table) -> bool:
+    """Whether a graph input or output, as onnxruntime describes it, takes or gives codes of an encoded tensor."""
+    return value.type in CODES and value.name in table
+
+
+def _in_batches(
+    run: Callable[[dict[str, NDArray[Any]]], Sequence[NDArray[Any]]], feed: dict[str, NDArray[Any]], size: int
+) -> list[NDArray[Any]]:
+    """Runs samples in batches of the one size that a file takes; the last one is filled up with its last sample."""
+    count = max(len(x) for x in feed.values())
+    parts = []
+    for start in range(0, count, size):
+        places = np.minimum(np.arange(start, start + size), count - 1)
+        parts.append(run({name: x[places] for name, x in feed.items()}))
+    joined = [np.concatenate([np.atleast_1d(x) for x in outputs]) for outputs in zip(*parts, strict=True)]
+    return [x[: len(x) * count // (len(parts) * size)] for x in joined]
+
+
 def _codes(graph: onnx.GraphProto, table: Table) -> dict[str, str]:
     """The float model's tensor names by the names of the codes that a DQ reads, in the order of computation.
 
     The table names a tensor by what a DQ writes, by what its Q reads, or by what a Clip between or before them reads.
     """
     constants = {tensor.name for tensor in graph.initializer}
+    inputs = {value.name for value in graph.input}
     producers = {name: node for node in graph.node for name in node.output}
     found: dict[str, str] = {}
     for node in graph.node:
@@ -244,9 +336,10 @@ def _codes(graph: onnx.GraphProto, table: Table) -> dict[str, str]:
             behind = producers[behind].input[0]
             names.append(behind)
         known = next((name for name in names if name in table), None)
-        if known is not None and behind not in constants:
+        if known is not None and behind not in constants and codes not in inputs:
             found.setdefault(codes, known)
-    return found
+    ends = [v.name for v in graph.output if v.type.tensor_type.elem_type in INTEGERS and v.name in table]
+    return found | {name: name for name in ends if name not in inputs}
 
 
 def _first_line(error: Exception) -> str:
