@@ -356,6 +356,25 @@ def test_networks_without_numbers_are_named(model: nn.Module) -> None:
         fold_batch_norm(prepare(model, torch.randn(2, 3, 4, 4)))
 
 
+@pytest.mark.parametrize(("variance", "eps"), [(-1.0, 1e-5), (0.0, 0.0)])
+@pytest.mark.parametrize("behind", [True, False], ids=["folded", "alone"])
+def test_a_batch_norm_that_gives_nan_is_named(variance: float, eps: float, behind: bool) -> None:
+    norm = nn.BatchNorm2d(3, eps=eps)
+    assert norm.running_var is not None
+    norm.running_var[1] = variance
+    model = nn.Sequential(*([nn.Conv2d(3, 3, 1)] if behind else []), norm, nn.ReLU()).eval()
+    with pytest.raises(WeightsError, match=rf"^{int(behind)}\.running_var: {variance:g} in channel 1 \(1 of 3"):
+        fold_batch_norm(prepare(model, torch.rand(2, 3, 4, 4)))
+
+
+def test_a_negative_variance_that_eps_outweighs_is_legal() -> None:
+    norm = nn.BatchNorm2d(3)
+    assert norm.running_var is not None
+    norm.running_var[1] = -1e-6
+    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), norm).eval(), torch.rand(2, 3, 4, 4)
+    same(fold_batch_norm(prepare(model, x)), model, x)
+
+
 class Nested(nn.Module):
     """Blocks in containers, some of which vanish."""
 

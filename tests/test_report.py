@@ -55,8 +55,17 @@ LAYER = {
     "shift": [7, 9, 6],
     "reason": "",
 }
+VERDICT: dict[str, Any] = {
+    "agrees": True,
+    "claim": "proved",
+    "quality": "kept",
+    "text": "0 of 12,800 output elements differ; quality: kept within noise",
+    "agreement": "0 of 12,800 output elements differ",
+    "change": "kept within noise",
+    "warnings": [],
+}
 REPORT: dict[str, Any] = {
-    "verdict": "0 of 12,800 output elements differ",
+    "verdict": VERDICT,
     "quantization_type": "power_of_2",
     "backend": "custom",
     "model": "digits-cnn",
@@ -193,8 +202,20 @@ def test_the_page_is_one_file_that_reaches_for_nothing():
 def test_the_verdict_stands_on_top():
     text = page().text
     assert "✓ 0 of 12,800 output elements differ" in text
-    assert text.index("✓ 0 of 12,800") < text.index("Accuracy")
+    assert text.index("✓ 0 of 12,800") < text.index("✓ Quality: kept within noise") < text.index("98.50 %")
     assert "✗" not in text
+
+
+def test_a_lost_accuracy_and_warnings_stand_beside_the_agreement():
+    judged = {"quality": "lost", "change": "lost 9.0 points of top-1", "warnings": ["the weights are random"]}
+    text = page(verdict=VERDICT | judged).text
+    assert "✓ 0 of 12,800" in text
+    assert "✗ Quality: lost 9.0 points" in text
+    assert "Warning: the weights are random" in text
+    unknown = page(verdict=VERDICT | {"quality": "unknown", "change": "not measured"}).text
+    assert "Quality: not measured" in unknown
+    assert "✓ Quality" not in unknown
+    assert "✗ Quality" not in unknown
 
 
 def test_accuracy():
@@ -271,7 +292,7 @@ def test_a_difference_is_shown_with_its_place_and_cause():
         "cause": "an odd zero point",
     }
     wrong = AGREEMENT | {"differing": 3, "max_lsb": 1.5, "first_diverging": divergence, "notes": ["look again"]}
-    found = page(validation=[AGREEMENT, wrong], verdict="DIFFERS: 3 of 12,800")
+    found = page(validation=[AGREEMENT, wrong], verdict=VERDICT | {"agreement": "DIFFERS: 3 of 12,800"})
     assert "✗ DIFFERS" in found.text
     assert found.tables["Agreement"][2] == [
         "✗ onnxruntime, all optimizations",
@@ -577,7 +598,11 @@ def test_runs_are_compared_on_one_page(tmp_path: Path):
 
 
 def test_a_run_that_differs_is_named_in_the_comparison(tmp_path: Path):
-    wrong = {"validation": [AGREEMENT | {"differing": 2}], "verdict": "DIFFERS: 2 of 12,800", "model": "another"}
+    wrong = {
+        "validation": [AGREEMENT | {"differing": 2}],
+        "verdict": VERDICT | {"text": "DIFFERS: 2 of 12,800"},
+        "model": "another",
+    }
     text = Page(comparison.compare(finished(tmp_path, a={}, b=wrong), tmp_path).read_text(encoding="utf-8")).text
     assert "✗ In 1 of 2 runs executors differ" in text
     assert "DIFFERS: 2 of 12,800" in text

@@ -155,7 +155,7 @@ def test_other_widths_agree_to_the_last_bit(
         tmp_path / "run",
     )
     assert {a.executor for a in result.agreements} >= EXECUTORS
-    assert not any(a.differing for a in result.agreements), result.report["verdict"]
+    assert not any(a.differing for a in result.agreements), result.report["verdict"]["text"]
 
 
 def test_sixteen_bit_activations_say_which_layers_are_not_proved(weights: str, tmp_path: Path) -> None:

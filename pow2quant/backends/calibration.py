@@ -86,9 +86,10 @@ def observe(
         if site.name in samples:
             low, high = (float(v) for v in torch.aminmax(x))
             if not (np.isfinite(low) and np.isfinite(high)):
-                raise DataError(
-                    f"{site.name}: NaN or infinity in the calibration data, batch {len(lows[site.name]) + 1}"
-                )
+                batch = len(lows[site.name]) + 1
+                if site.role == "input":
+                    raise DataError(f"{site.name}: NaN or infinity in the calibration data, batch {batch}")
+                raise DataError(f"{site.name}: the network gives NaN or infinity here, calibration batch {batch}")
             lows[site.name].append(low)
             highs[site.name].append(high)
             if site.name not in extremes_only:

@@ -6,11 +6,11 @@ import copy
 from collections.abc import Iterable
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from pow2quant.backends.base import Batch
-from pow2quant.errors import UnsupportedModelError
+from pow2quant.errors import UnsupportedModelError, WeightsError
 from pow2quant.frontends.modules import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, Reshape, depthwise
 
 
@@ -31,6 +31,18 @@ def fold_batch_norm(network: fx.GraphModule, batches: Iterable[Batch] = ()) -> f
     return network
 
 
+def _check_variance(name: str, variance: Tensor, eps: float) -> None:
+    """Raises WeightsError where batch norm divides by the root of a number that is not above 0."""
+    wrong = (variance.double() + eps <= 0).flatten()
+    if wrong.any():
+        channel = int(wrong.int().argmax())
+        raise WeightsError(
+            f"{name}: {float(variance.flatten()[channel]):g} in channel {channel} ({int(wrong.sum())} of "
+            f"{wrong.numel()} channels): batch norm gives NaN or infinity; legal: variances v with "
+            f"v + eps > 0, here eps is {eps:g}"
+        )
+
+
 def _fold(network: fx.GraphModule, node: fx.Node) -> None:
     norm = network.get_submodule(str(node.target))
     before = node.args[0]
@@ -38,6 +50,7 @@ def _fold(network: fx.GraphModule, node: fx.Node) -> None:
     assert isinstance(before, fx.Node)
     if norm.running_mean is None or norm.running_var is None:
         raise UnsupportedModelError(f"{node.target}: batch norm without running statistics cannot be folded")
+    _check_variance(f"{node.target}.running_var", norm.running_var, norm.eps)
     gamma = norm.weight.double() if norm.affine else torch.ones_like(norm.running_var, dtype=torch.float64)
     beta = norm.bias.double() if norm.affine else torch.zeros_like(gamma)
     layer = network.get_submodule(str(before.target)) if before.op == "call_module" else None

@@ -118,7 +118,7 @@ def ptq(
 
     result = runs.quantize(config=chosen, output=output or fresh("ptq"), overwrite=overwrite, progress=console)
     show_run(console, result)
-    return 0 if result.agrees else 1
+    return 0 if result.report["verdict"]["agrees"] else 1
 
 
 @app.command(epilog="Example: pow2quant qat --weight-bits 4 --epochs 10 --output runs/mine; after a crash add --resume")
@@ -194,7 +194,7 @@ def qat(
     if result is None:  # another process of torchrun's leads, and shows it
         return 0
     show_run(console, result)
-    return 0 if result.agrees else 1
+    return 0 if result.report["verdict"]["agrees"] else 1
 
 
 @app.command(epilog="Example: pow2quant validate runs/mine     or: pow2quant validate model.onnx")
@@ -217,7 +217,7 @@ def validate(
     """
     console = console_of(verbose, quiet, as_json)
     from pow2quant import runs
-    from pow2quant.report import document
+    from pow2quant.report.verdict import verdict
 
     chosen = None
     if config is not None or device is not None:
@@ -232,14 +232,14 @@ def validate(
         progress=console,
     )
     show_agreements(console, found.agreements)
-    verdict = document.verdict(found.agreements)
+    judged = verdict(found.agreements)
     lines = [f"{name}: the scale {scale!r} is no power of two" for name, scale in found.free_scales[:20]]
     if len(found.free_scales) > len(lines):
         lines.append(f"… and {len(found.free_scales) - len(lines)} more tensors")
     if found.free_scales:
         lines.insert(0, f"{len(found.free_scales)} tensors have scales that are no powers of two:")
     result = {
-        "verdict": verdict,
+        "verdict": judged,
         "validation": [a.to_json() for a in found.agreements],
         "validation_left_out": found.left_out,
         "free_scales": dict(found.free_scales),
@@ -247,9 +247,9 @@ def validate(
     }
     show_left_out(console, found.left_out)
     console.result(result, lines)
-    console.facts({"verdict": verdict, "certificate": found.certificate_sentence}, found.agrees)
+    console.facts({"verdict": judged["agreement"], "certificate": found.certificate_sentence}, judged["agrees"])
     keep(result, output, "validation.json")
-    return 0 if found.agrees else 1
+    return 0 if judged["agrees"] else 1
 
 
 @app.command(epilog="Example: pow2quant export runs/mine --to aimet-2.0.0")
@@ -371,15 +371,19 @@ def show_run(console: Console, result: Result) -> None:
     show_agreements(console, result.agreements)
     show_left_out(console, r["validation_left_out"])
     sizes = r["model_size_bytes"]
+    judged = r["verdict"]
     facts = {
-        "verdict": r["verdict"],
+        "verdict": judged["agreement"],
+        "quality": judged["change"],
         "certificate": r["certificate"]["sentence"],
         "logits": _quality(r["final_sqnr_db"]) + _ties(r["tied_logits"]),
         "size": f"{sizes['quantized']:,} bytes, {_times(sizes['float'], sizes['quantized'])} ({sizes['float']:,})",
         "files": str(result.folder),
     }
     console.result({"folder": str(result.folder), **r}, [""])
-    console.facts(facts, result.agrees)
+    console.facts(facts, judged["agrees"])
+    for warning in judged["warnings"]:
+        console.say(f"warning: {warning}")
 
 
 def _quality(sqnr: float | None) -> str:

@@ -20,7 +20,10 @@ def close(value: Tensor, expected: Tensor, tolerance: float) -> bool:
     if not expected.numel():
         return True
     value, expected = value.float(), expected.float()
-    bound = 0.1 * tolerance * float(torch.linalg.vector_norm(expected, math.inf)) + 1e-12
+    size = float(torch.linalg.vector_norm(expected, math.inf))
+    if not math.isfinite(size):  # NaN and infinity have to be the same; the rest says how large values are
+        size = float(torch.linalg.vector_norm(expected.masked_fill(~torch.isfinite(expected), 0), math.inf))
+    bound = 0.1 * tolerance * size + 1e-12
     if float(torch.linalg.vector_norm(value - expected, math.inf)) <= bound:  # one pass each; almost always enough
         return True
     return torch.allclose(value, expected, rtol=tolerance, atol=bound, equal_nan=True)

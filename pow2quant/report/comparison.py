@@ -60,7 +60,9 @@ def render(runs: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> s
         agree=[r["agrees"] for r in rows],
         trade=_trade(rows),
         profile=_profile({name: statistics for name, (_, statistics) in runs.items()}),
-        verdicts=[(name, agrees(report), report.get("verdict")) for name, (report, _) in runs.items()],
+        verdicts=[
+            (name, agrees(report), (report.get("verdict") or {}).get("text")) for name, (report, _) in runs.items()
+        ],
         several={key: len({r[key] for r in rows}) > 1 for key in ("model", "dataset", "backend", "scales")},
     )
 

@@ -1,10 +1,10 @@
-"""Parts of report.json: the verdict, every tensor's encoding, the machine."""
+"""Parts of report.json: every tensor's encoding, the machine."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,35 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from pow2quant.artifact import Agreement, Artifact
+    from pow2quant.artifact import Artifact
     from pow2quant.pow2_constraints import Encoding
-
-
-def verdict(agreements: Sequence[Agreement]) -> str:
-    """One sentence over all agreements."""
-    wrong = [a for a in agreements if not a.agrees]
-    if not wrong:
-        most = max(agreements, key=lambda a: a.elements)
-        claim = next((a.claim for a in agreements if a.claim != "proved"), "proved")
-        names = [a.executor for a in agreements]
-        runs = [name for name in names if name.startswith("onnxruntime")]
-        if len(runs) > 1:
-            names = [f"{len(runs)} runs of onnxruntime", *(name for name in names if name not in runs)]
-        others = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-        return f"0 of {most.elements:,} output elements differ between {most.against} and {others}: {claim}"
-    worst = max(wrong, key=lambda a: a.differing)
-    at = f", first at {worst.first_diverging.tensor}" if worst.first_diverging else ""
-    why = f" ({worst.first_diverging.cause})" if worst.first_diverging and worst.first_diverging.cause else ""
-    return (
-        f"DIFFERS: {worst.differing:,} of {worst.elements:,} output elements by up to {worst.max_lsb:g} LSB in "
-        f"{worst.executor}{at}{why}"
-    )
-
-
-def sentence(report: Mapping[str, Any]) -> str:
-    """A report's verdict as text, whichever form it has."""
-    found = report["verdict"]
-    return str(found["text"] if isinstance(found, Mapping) else found)
 
 
 def is_power_of_two(encodings: Iterable[Encoding]) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pow2quant import run_folder
-from pow2quant.report import document
 
 WORST = 5
 """So many layers are named, those with the least signal to noise."""
@@ -64,7 +63,8 @@ def facts(report: Mapping[str, Any]) -> dict[str, str]:
     """The sentences about a run, by label."""
     sqnr, sizes = report.get("final_sqnr_db"), report["model_size_bytes"]
     return {
-        "verdict": document.sentence(report),
+        "verdict": report["verdict"]["agreement"],
+        "quality": report["verdict"]["change"],
         "certificate": report["certificate"]["sentence"],
         "outputs": "equal to float" if sqnr is None else f"{sqnr} dB SQNR against float",
         "size": f"{sizes['quantized']:,} bytes (float: {sizes['float']:,})",
@@ -74,6 +74,7 @@ def facts(report: Mapping[str, Any]) -> dict[str, str]:
 def text(report: Mapping[str, Any], folder: Path) -> str:
     """A run in plain lines: verdict, certificate, scores, and the layers that lose most."""
     lines = [f"{label}: {value}" for label, value in facts(report).items()]
+    lines += [f"warning: {warning}" for warning in report["verdict"]["warnings"]]
     header, rows = scores(report)
     lines += ["", *_aligned([header, *rows])] if rows else []
     found = worst(folder)
@@ -89,6 +90,7 @@ def html(report: Mapping[str, Any], folder: Path) -> str:
         f"<div{f' style=color:{colour}' if label == 'verdict' else ''}><b>{label}</b>: {_safe(value)}</div>"
         for label, value in facts(report).items()
     )
+    lines += "".join(f"<div><b>warning</b>: {_safe(warning)}</div>" for warning in report["verdict"]["warnings"])
     header, rows = scores(report)
     tables = _table(header, rows) if rows else ""
     found = worst(folder)

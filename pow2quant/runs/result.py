@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,10 +58,7 @@ class Result:
     def verdict(self) -> Verdict:
         """Whether executors agree, and whether the quality was kept."""
         found = self.report["verdict"]
-        if not isinstance(found, Mapping):
-            return Verdict(self.agrees, None, str(found))
-        quality = {"kept": True, "lost": False}.get(str(found.get("quality")))
-        return Verdict(self.agrees, quality, str(found.get("text", "")))
+        return Verdict(found["agrees"], {"kept": True, "lost": False}.get(found["quality"]), found["text"])
 
     @property
     def model(self) -> nn.Module:

@@ -26,6 +26,7 @@ from pow2quant.report.html import page_of
 from pow2quant.report.network import describe
 from pow2quant.runs.executors import SIMULATION, compared, executors, runner, simulation_executor
 from pow2quant.runs.job import NOTHING, Given, Job, methods_of
+from pow2quant.runs.judging import change_of, judge
 from pow2quant.runs.result import Result
 from pow2quant.runs.scores import FLOAT, Scores
 from pow2quant.validation import latency, ort
@@ -174,8 +175,12 @@ def _report(
 ) -> dict[str, Any]:
     quantization = job.config.quantization
     simulated, measured = f"{job.config.backend} {SIMULATION}", ort.OPTIMIZED
+    sizes = {
+        "float": (folder / run_folder.FLOAT).stat().st_size,
+        "quantized": (folder / run_folder.QDQ).stat().st_size,
+    }
     report: dict[str, Any] = {
-        "verdict": document.verdict(agreements),
+        "verdict": judge(job, agreements, change_of(scores, simulated), sizes, steps),
         "quantization_type": "power_of_2" if document.is_power_of_two(artifact.encodings.values()) else "free_scale",
         "backend": job.config.backend,
         "model": job.config.model.name,
@@ -200,10 +205,7 @@ def _report(
         "tied_logits": scores.diagnostic(simulated, "tied_logits"),
         "total_improvement": None if initial is None or final is None else round(final - initial, 4),
         "evaluated_samples": scores.samples,
-        "model_size_bytes": {
-            "float": (folder / run_folder.FLOAT).stat().st_size,
-            "quantized": (folder / run_folder.QDQ).stat().st_size,
-        },
+        "model_size_bytes": sizes,
         "validation": [a.to_json() for a in agreements],
         "certificate": certificate.to_json(),
         "final_quantization_details": document.details(artifact),

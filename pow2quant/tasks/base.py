@@ -81,6 +81,31 @@ class Task(Protocol):
         ...
 
 
+ONE_ANSWER = "one_answer"
+"""The diagnostic of tasks with labels: what one answer for every sample would get."""
+
+
+@dataclass
+class OneAnswer:
+    """Whether each sample's label is the most frequent one, `labels(targets)` being (N,) integers."""
+
+    labels: Callable[[Any], Array]
+    parts: list[Array] = field(default_factory=list)
+
+    def add(self, outputs: Outputs, targets: Any) -> None:
+        self.parts.append(self.labels(targets))
+
+    def value(self) -> float | None:
+        return round(100 * float(self.per_sample().mean()), 4) if self.parts else None
+
+    def per_sample(self) -> Array:
+        """1 or 0 for each sample, (N,), in order."""
+        labels = np.concatenate(self.parts)
+        values, counts = np.unique(labels, return_counts=True)
+        found: Array = (labels == values[counts.argmax()]) * 1.0
+        return found
+
+
 @dataclass
 class Averaged:
     """The mean of `of(outputs, targets)`, one row (N, …) per sample, times `factor`; keeps each sample's own mean."""

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from pow2quant.reading import check_labels
-from pow2quant.tasks.base import Array, Averaged, Metric, Outputs, Shapes, tensor_of, wrong
+from pow2quant.tasks.base import ONE_ANSWER, Array, Averaged, Metric, OneAnswer, Outputs, Shapes, tensor_of, wrong
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Classification:
 
     @property
     def diagnostics(self) -> tuple[Metric, ...]:
-        return (Metric("tied_logits", partial(Averaged, ties, 100), unit="%"),)
+        return (
+            Metric("tied_logits", partial(Averaged, ties, 100), unit="%"),
+            Metric(ONE_ANSWER, partial(OneAnswer, indices), unit="%"),
+        )
 
     def check(self, targets: Any, samples: int, where: str) -> Any:
         expected = f"{samples} class indices"
@@ -60,10 +63,16 @@ class Classification:
         return indices and (shapes[0][0] > 1 or int(targets.max()) <= 1)
 
 
+def indices(targets: Array) -> Array:
+    """The class of each sample, (N,); of probabilities the most likely one."""
+    found: Array = targets.argmax(1) if targets.ndim == 2 else targets
+    return found
+
+
 def hits(outputs: Outputs, targets: Array, top: int = 1) -> Array:
     """Whether the class of each sample is among its `top` largest logits (the first of equal ones)."""
     logits = outputs[0]
-    labels = targets.argmax(1) if targets.ndim == 2 else targets
+    labels = indices(targets)
     if logits.shape[1] == 1:
         single: Array = (logits[:, 0] > 0) == (labels > 0)
         return single

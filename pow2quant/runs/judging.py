@@ -1,0 +1,84 @@
+"""The verdicts of a run, from what was measured and what is known of its network and files."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from pow2quant.artifact import Agreement
+from pow2quant.logits.paired import NORMAL_95, interval, paired
+from pow2quant.models import TORCHVISION
+from pow2quant.report.advice import advice
+from pow2quant.report.verdict import Change, verdict
+from pow2quant.runs.job import Job
+from pow2quant.runs.scores import FLOAT, Scores
+from pow2quant.tasks.base import ONE_ANSWER, OneAnswer
+
+
+def judge(
+    job: Job, agreements: Sequence[Agreement], change: Change | None, sizes: Mapping[str, int], steps: Collection[str]
+) -> dict[str, Any]:
+    """`verdict` of report.json. sizes: of the files `float` and `quantized`, in bytes. steps: what the run did."""
+    return verdict(agreements, change, advice(job.config, steps), [*_unloaded(job), *_grown(sizes)])
+
+
+def change_of(scores: Scores, executor: str) -> Change | None:
+    """What became of the task's leading metric in an executor that ran on all samples; None where none was counted."""
+    if not scores.task.metrics:
+        return None
+    metric = scores.task.metrics[0]
+    before, after = (scores.value(name, metric) for name in (FLOAT, executor))
+    one, other = (scores.per_sample(name) for name in (FLOAT, executor))
+    if before is None or after is None:
+        return None
+    answer = scores.counters[FLOAT].get(ONE_ANSWER)
+    constant = answer.per_sample() if isinstance(answer, OneAnswer) else None
+    share = metric.unit == "%"
+    return Change(
+        metric=metric.name,
+        unit=metric.unit,
+        higher_is_better=metric.higher_is_better,
+        before=before,
+        after=after,
+        interval=None if one is None or other is None else _interval(other - one, share),
+        samples=scores.samples,
+        constant=None if constant is None else 100 * float(constant.mean()),
+        guesses=constant is not None and one is not None and _interval(one - 100 * constant, True)[0] <= 0,
+    )
+
+
+def _interval(differences: NDArray[np.float64], share: bool) -> tuple[float, float]:
+    """Of the mean, 95 %. share: whether they are per cent of samples (at most 100), not numbers of any size."""
+    if share:
+        low, high = interval(differences / 100)
+        return round(100 * low, 4), round(100 * high, 4)
+    mean, error = paired(differences)
+    return mean - NORMAL_95 * error, mean + NORMAL_95 * error
+
+
+def _unloaded(job: Job) -> Iterator[str]:
+    """That the weights may be those of an untrained network."""
+    name = job.config.model.name
+    if job.config.model.weights is None and name.startswith(TORCHVISION):
+        yield f"the weights of {name} are random: give trained ones with --weights"
+    elif untrained(job.model):
+        yield "the network looks untrained: every batch norm holds the statistics that it is made with"
+
+
+def untrained(model: nn.Module) -> bool:
+    """Whether there are batch norms, and all of them still hold the statistics they are made with."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(m.running_mean, m.running_var) for m in norms if m.running_mean is not None and m.running_var is not None]
+    return bool(kept) and not any(bool(mean.any()) or bool(variance.ne(1).any()) for mean, variance in kept)
+
+
+def _grown(sizes: Mapping[str, int]) -> Iterator[str]:
+    if sizes["quantized"] > sizes["float"]:
+        yield (
+            f"the quantized file is larger than the float one ({sizes['quantized']:,} and {sizes['float']:,} bytes): "
+            "the network is so small that scales and Q/DQ nodes outweigh its weights"
+        )
