@@ -14,7 +14,11 @@ from typer.models import ArgumentInfo, CommandInfo, ParameterInfo
 from pow2quant import config
 from pow2quant.cli import application
 
-MARKERS = {"<!-- generated: command line -->": "command_line", "<!-- generated: configuration -->": "configuration"}
+MARKERS = {
+    "<!-- generated: command line -->": "command_line",
+    "<!-- generated: configuration -->": "configuration",
+    "<!-- generated: operations -->": "operations",
+}
 
 TAKES = {int: "integer", str: "text", Path: "path"}
 
@@ -25,6 +29,15 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         if marker in markdown:
             markdown = markdown.replace(marker, globals()[function]())
     return markdown
+
+
+def operations() -> str:
+    """The table of modules, and the names of PyTorch's operations."""
+    from pow2quant.frontends import catalogue
+
+    rows = [catalogue.COLUMNS, tuple("---" for _ in catalogue.COLUMNS), *catalogue.modules()]
+    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return f"{table}\n\n{', '.join(f'`{name}`' for name in catalogue.operations())}\n"
 
 
 def command_line() -> str:

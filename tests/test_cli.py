@@ -528,6 +528,17 @@ def test_report_of_several_runs_compares_them(run: Path, tmp_path: Path, capsys:
     assert not (tmp_path / "new").exists()
 
 
+def test_list_says_which_operations_have_integers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--operators", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = {row.pop("module"): row for row in found["modules"]}
+    assert rows["torch.nn.Conv2d"] == {
+        "in ONNX": "Conv", "integers": "yes", "claim": "proved", "what it computes": "PyTorch's"
+    }  # fmt: skip
+    assert (rows["GroupNorm"]["integers"], rows["GroupNorm"]["claim"]) == ("no", "observed")
+    assert {"conv2d", "upsample_bilinear2d", "lstm"} <= set(found["operations"])
+
+
 def test_list_says_what_to_install(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

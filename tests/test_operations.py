@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from pow2quant import prepare
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.operators import OPERATORS
 from tests.prepared import Sketch, outcome
@@ -171,6 +172,47 @@ def test_functions_at_16_bits(module, tmp_path):
     result = sketch("op", module, sketch("front", nn.Linear(3, 8), *sketch.inputs))
     batches = [(torch.randn(n, 3),) for n in (200, 200, 2000)]
     found = outcome(sketch.network(result, torch.randn(2, 3)), batches, tmp_path, bits=16)
+    found.pop("proved")
+    assert set(found.values()) == {0}, found
+    assert len(found) == 4
+
+
+class Mixer(nn.Module):
+    """Linear layers on tokens, along both dimensions, with a position embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, 5, 6))
+        self.across, self.back = nn.Linear(5, 7), nn.Linear(7, 5)
+        self.up, self.down, self.head = nn.Linear(6, 12), nn.Linear(12, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.position
+        x = x + self.back(F.relu(self.across(x.mT))).mT
+        return self.head((x + self.down(F.gelu(self.up(x)))).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x)[0]
+
+
+SEQUENCES = [
+    Mixer(),
+    *(Recurrent(kind(6, 4, 2, batch_first=True, bidirectional=True)) for kind in (nn.LSTM, nn.GRU)),
+    Recurrent(nn.RNN(6, 4, batch_first=True)),
+    nn.Sequential(nn.Linear(6, 8), nn.PReLU(5), nn.Linear(8, 3)),
+]
+
+
+@pytest.mark.parametrize("network", SEQUENCES, ids=lambda n: type(getattr(n, "layer", n)).__name__)
+def test_sequences_run_in_integers_and_in_c(network, tmp_path):
+    batches = [(torch.randn(n, 5, 6),) for n in (4, 4, 8)]
+    found = outcome(prepare(network.eval(), batches[0]), batches, tmp_path)
     found.pop("proved")
     assert set(found.values()) == {0}, found
     assert len(found) == 4

@@ -304,6 +304,10 @@ def report(
 
 @app.command(name="list", epilog="Example: pow2quant list")
 def list_(
+    operators: Annotated[
+        bool,
+        Option("--operators", help="The operations that a network may hold: which have integers, which are proved."),
+    ] = False,
     output: Annotated[Path | None, Option(help="Folder in which to write list.json.")] = None,
     config: IdleConfig = None,
     seed: IdleSeed = None,
@@ -315,6 +319,8 @@ def list_(
     """Backends, methods, models, data sets and exporters that are installed, with a line each."""
     console = console_of(verbose, quiet, as_json)
     configured(config, {"seed": seed, "device": device})
+    if operators:
+        return _list_operators(console, output)
     from pow2quant import plugins
 
     found = {kind: {name: _about(kind, name) for name in plugins.names(kind)} for kind in plugins.TABLES}
@@ -325,6 +331,17 @@ def list_(
     ]
     console.table(["kind", "name", "what it is"], rows)
     console.result(found, ["", *ALSO])
+    keep(found, output, "list.json")
+    return 0
+
+
+def _list_operators(console: Console, output: Path | None) -> int:
+    from pow2quant.frontends import catalogue
+
+    rows, aten = catalogue.modules(), catalogue.operations()
+    console.table(list(catalogue.COLUMNS), rows)
+    found = {"modules": [dict(zip(catalogue.COLUMNS, row, strict=True)) for row in rows], "operations": aten}
+    console.result(found, ["", f"of PyTorch's operations (aten) {len(aten)} are understood: {', '.join(aten)}"])
     keep(found, output, "list.json")
     return 0
 

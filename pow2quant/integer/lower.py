@@ -8,7 +8,9 @@ Whatever else stays float has no integers, and is an error that names it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,7 +60,9 @@ def lower(artifact: Artifact) -> Program:
 class Lowering:
     """A program under construction, and what is known of the graph it comes from.
 
-    shapes: of every ONNX tensor, with a batch of one. producers: the node that computes a tensor, by the tensor's name.
+    shapes: of every ONNX tensor, with a batch of one. doubled: the same with a batch of two. rows: the tensors whose
+    first dimension is not the batch but several rows of each sample, as (N, T, C) is seen by a Gemm. producers: the
+    node that computes a tensor, by the tensor's name.
     """
 
     encodings: dict[str, Encoding]
@@ -67,20 +71,20 @@ class Lowering:
     producers: dict[str, onnx.NodeProto]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    doubled: Callable[[], dict[str, tuple[int, ...]]]
+    rows: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
 
     @classmethod
     def of(cls, artifact: Artifact) -> Lowering:
         """Reads an artifact's graph; its inputs become tensors."""
-        model = _with_batch_of_one(artifact.model)
+        model = _with_batch(artifact.model, 1)
         floats = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         for node in model.graph.node:
             if node.op_type == "Constant":
                 floats[node.output[0]] = numpy_helper.to_array(attribute(node, "value", None))
-        shapes = {name: value.shape for name, value in floats.items()}
-        for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
-            shapes[value.name] = tuple(d.dim_value for d in value.type.tensor_type.shape.dim)
+        shapes = {name: value.shape for name, value in floats.items()} | _shapes(model)
         inputs = tuple(v.name for v in model.graph.input if v.name not in floats)
         graph = cls(
             encodings=dict(artifact.encodings),
@@ -89,6 +93,7 @@ class Lowering:
             producers={name: node for node in model.graph.node for name in node.output},
             inputs=inputs,
             outputs=tuple(v.name for v in model.graph.output),
+            doubled=cache(lambda: _shapes(_with_batch(artifact.model, 2))),
         )
         for name in inputs:
             graph.declare(name)
@@ -99,6 +104,7 @@ class Lowering:
         for name in self.outputs:
             if name not in self.tensors:
                 raise UnsupportedModelError(f"{name}: the network's output stays float and has no integers")
+            self.read(name)
         read = {*self.inputs, *self.outputs, *(name for step in self.steps for name in (*step.inputs, step.output))}
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in read}
         program = Program(tensors, self.inputs, self.outputs, tuple(self.steps))
@@ -124,9 +130,11 @@ class Lowering:
         require_power_of_two(name, encoding)
         if shape is None:
             full = self.shape(name)
-            if not full or full[0] != 1:
+            if full and full[0] != 1 and self.doubled().get(name) == (2 * full[0], *full[1:]):
+                self.rows.add(name)
+            elif not full or full[0] != 1:
                 raise UnsupportedModelError(f"{name}: its first dimension is not the batch (shape {full})")
-            shape = full[1:]
+            shape = full if name in self.rows else full[1:]
         self.tensors[name] = Tensor(name, shape, encoding)
         return self.tensors[name]
 
@@ -136,16 +144,18 @@ class Lowering:
             raise UnsupportedModelError(f"{name}: its shape depends on more than the batch size")
         return self.shapes[name]
 
-    def read(self, name: str) -> Tensor:
-        """An activation that a step reads. Raises UnsupportedModelError where it stays float."""
+    def read(self, name: str, rows: bool = False) -> Tensor:
+        """An activation that a step reads; rows: of rows as well. Raises UnsupportedModelError where it stays float."""
         if name not in self.tensors:
             raise UnsupportedModelError(f"{name}: stays float and has no integers; give it an encoding")
+        if name in self.rows and not rows:
+            raise UnsupportedModelError(f"{name}: its first dimension is the batch times something else")
         return self.tensors[name]
 
-    def operand(self, name: str) -> Tensor:
+    def operand(self, name: str, rows: bool = False) -> Tensor:
         """An activation, or an encoded constant whose first dimension, where it has as many as a batch, is dropped."""
         if name not in self.floats:
-            return self.read(name)
+            return self.read(name, rows)
         if name not in self.tensors:
             encoding = self.encodings.get(name)
             if encoding is None:
@@ -206,7 +216,7 @@ class Lowering:
         core, low, high = self._peeled(node)
         output = node.output[0]
         if core is None:
-            source = self.read(self._behind_clips(node))
+            source = self.read(self._behind_clips(node), rows=True)
             target = self.declare(output)
             requantization = self.requantization(np.array(source.exponent), target, low, high)
             self.steps.append(Copy.whole(node.name or output, source, target, requantization))
@@ -321,8 +331,13 @@ def _require_64_bits(program: Program, step: Step) -> None:
         raise UnsupportedModelError(f"{step.node}: its sums may reach {largest}; integers have room up to 2^62")
 
 
-def _with_batch_of_one(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with every shape known. The batch of the inputs, their first dimension, becomes one.
+def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+    return {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
+
+
+def _with_batch(model: onnx.ModelProto, size: int) -> onnx.ModelProto:
+    """A copy with every shape known. The batch of the inputs, their first dimension, becomes `size`.
 
     Raises UnsupportedModelError where the batch size is fixed.
     """
@@ -332,12 +347,11 @@ def _with_batch_of_one(model: onnx.ModelProto) -> onnx.ModelProto:
     for value in copy.graph.input:
         dims = value.type.tensor_type.shape.dim
         if value.name not in parameters and dims:
-            if dims[0].dim_value > 1:
-                size = dims[0].dim_value
+            if (fixed := dims[0].dim_value) > 1:
                 raise UnsupportedModelError(
-                    f"{value.name}: only batches of {size}, in which a result depends on a sample's place or the size"
+                    f"{value.name}: only batches of {fixed}, in which a result depends on a sample's place or the size"
                 )
-            dims[0].dim_value = 1
+            dims[0].dim_value = size
     for value in copy.graph.output:
         value.type.tensor_type.ClearField("shape")
     del copy.graph.value_info[:]

@@ -85,7 +85,7 @@ def lower_matrix(
     graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float, *, transposed: bool
 ) -> None:
     """x times a constant matrix (K, M), or (M, K) where it is `transposed`."""
-    x = graph.read(node.input[0])
+    x = graph.read(node.input[0], rows=True)
     weight, encoding = graph.parameter(node.input[1])
     if weight.ndim != 2:
         raise UnsupportedModelError(f"{title(node)}: a constant of {weight.ndim} dimensions; a matrix has integers")

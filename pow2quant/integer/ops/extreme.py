@@ -63,7 +63,7 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
     """Max or Min of two tensors."""
     if len(node.input) != 2:
         raise UnsupportedModelError(f"{title(node)}: {len(node.input)} operands; two have integers")
-    a, b = (graph.operand(name) for name in node.input)
+    a, b = (graph.operand(name, rows=True) for name in node.input)
     exponent, shifts = aligned(node, a, b)
     rule = graph.requantization(np.array(exponent), graph.declare(output), low, high)
     graph.steps.append(Extreme(node.name or output, (a.name, b.name), output, shifts, node.op_type == "Max", rule))

@@ -55,6 +55,6 @@ class Product:
 
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
     """Mul of activations, or with an encoded constant."""
-    a, b = (graph.operand(name) for name in node.input)
+    a, b = (graph.operand(name, rows=True) for name in node.input)
     requantization = graph.requantization(np.array(a.exponent + b.exponent), graph.declare(output), low, high)
     graph.steps.append(Product(node.name or output, (a.name, b.name), output, requantization))

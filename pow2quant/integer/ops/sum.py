@@ -64,7 +64,7 @@ class Sum:
 
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
     """Add or Sub. Raises UnsupportedModelError where the scales are further apart than 64 bits can hold."""
-    a, b = (graph.operand(name) for name in node.input)
+    a, b = (graph.operand(name, rows=True) for name in node.input)
     exponent, shifts = aligned(node, a, b)
     requantization = graph.requantization(np.array(exponent), graph.declare(output), low, high)
     names = (a.name, b.name)

@@ -75,7 +75,7 @@ class Table:
 def lower_function(graph: Lowering, node: onnx.NodeProto, core: onnx.NodeProto, low: float, high: float) -> None:
     """The table of the function that ends at `node`; `core` is the node behind its ReLUs and clips."""
     (source,) = graph.sources(core)
-    x, target = graph.read(source), graph.declare(node.output[0])
+    x, target = graph.read(source, rows=True), graph.declare(node.output[0])
     if x.encoding.grid.width > LARGEST:
         raise UnsupportedModelError(f"{title(core)}: a table over {x.encoding.grid.width} bits; at most {LARGEST}")
     real = x.encoding.dequantize(np.arange(x.low, x.high + 1))
@@ -85,6 +85,8 @@ def lower_function(graph: Lowering, node: onnx.NodeProto, core: onnx.NodeProto, 
         values = np.asarray(_evaluate(graph, core, source, real))
         values = np.clip(values, low, high).astype(np.float32)
     table = target.encoding.quantize(values)
+    if table.ndim > 1:
+        graph.read(source)  # one table per channel: only where the channels stand behind the batch
     graph.steps.append(Table(node.name or target.name, (x.name,), target.name, table))
 
 

@@ -47,7 +47,7 @@ class View:
 
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
     """A view, or where the encoding changes a copy."""
-    source, target = graph.read(node.input[0]), graph.declare(output)
+    source, target = graph.read(node.input[0], rows=True), graph.declare(output)
     requantization = unless_idle(source, graph.requantization(np.array(source.exponent), target, low, high))
     name = node.name or output
     if requantization is None:
