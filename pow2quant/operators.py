@@ -30,51 +30,95 @@ class Double(Enum):
     ALWAYS = "two libraries' float32 kernels differ in the last bit"
 
 
+class Values(Enum):
+    """Where the values of a result come from."""
+
+    MOVED = "its first input's, in other places"
+    FILLED = "its first input's, in other places, and zeros or repetitions between them"
+    SELECTED = "its first input's: the largest or least of several"
+    CLIPPED = "its first input's, but for the ends"
+    JOINED = "those of all its inputs"
+    SUMS_OF_PRODUCTS = "sums of products of two tensors"
+    SUM = "sums of two tensors, or of one"
+    PRODUCT = "products of two tensors"
+    AVERAGE = "averages"
+    FUNCTION = "a function of one tensor, element by element"
+    FLOAT = "sums and quotients in float"
+    NONE = "no real numbers: shapes, indexes, constants"
+
+
 @dataclass(frozen=True)
 class Operation:
-    """A row: what is true of one ONNX operation, whoever computes it."""
+    """A row: what is true of one ONNX operation, whoever computes it.
+
+    keeps_axes: channels of the result are those of its first input. propagated: onnxruntime's
+    QDQPropagationTransformer moves a Q or repeats a DQ past it. kernel: onnxruntime has an integer kernel for it.
+    clipped: it shares one quantizer with a ReLU or Clip behind it.
+    """
 
     kind: Kind
+    values: Values
     double: Double = Double.NEVER
+    keeps_axes: bool = False
+    propagated: bool = False
+    kernel: bool = False
+    clipped: bool = False
 
+
+def _rows(names: str, kind: Kind, values: Values, double: Double = Double.NEVER, **more: bool) -> dict[str, Operation]:
+    return dict.fromkeys(names.split(), Operation(kind, values, double, **more))
+
+
+_PASS, _COMPUTE, _BETWEEN = Kind.PASS, Kind.COMPUTE, Double.BETWEEN
 
 OPERATIONS: dict[str, Operation] = {
-    **dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), Operation(Kind.WEIGHTED)),
-    **dict.fromkeys(("Relu", "Clip"), Operation(Kind.CLIP, Double.BETWEEN)),
-    "Concat": Operation(Kind.CONCAT, Double.BETWEEN),
-    "ArgMax": Operation(Kind.INDEX),
-    **dict.fromkeys(("MaxPool", "Flatten", "Resize", "ReduceMax", "ReduceMin", "TopK"), Operation(Kind.PASS)),
-    **dict.fromkeys(("Reshape", "Transpose", "Slice", "Pad", "Expand", "Gather"), Operation(Kind.PASS, Double.BETWEEN)),
-    **dict.fromkeys(
-        (
-            "HardSigmoid",
-            "HardSwish",
-            "Gelu",
-            "Elu",
-            "LeakyRelu",
-            "PRelu",
-            "Erf",
-            "AveragePool",
-            "Cast",
-            "Constant",
-            "CumSum",
-        ),
-        Operation(Kind.COMPUTE),
-    ),
-    **dict.fromkeys(
-        (
-            *("Add", "Sub", "Mul", "MatMul", "Neg", "Abs", "Sign", "Floor", "Ceil", "Round", "Max", "Min", "Where"),
-            *("Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "ReduceMean", "ReduceSum"),
-        ),
-        Operation(Kind.COMPUTE, Double.BETWEEN),
-    ),
-    **dict.fromkeys(("Sigmoid", "Tanh"), Operation(Kind.COMPUTE, Double.ABOVE_8_BITS)),
-    **dict.fromkeys(
-        (
-            *("Softmax", "LogSoftmax", "LayerNormalization", "Exp", "Log", "Sqrt", "Div", "Pow", "Sin", "Cos"),
-            *("ReduceLogSumExp", "ReduceProd"),
-        ),
-        Operation(Kind.COMPUTE, Double.ALWAYS),
-    ),
+    **_rows("Conv Gemm", Kind.WEIGHTED, Values.SUMS_OF_PRODUCTS, kernel=True, clipped=True),
+    **_rows("ConvTranspose", Kind.WEIGHTED, Values.SUMS_OF_PRODUCTS, clipped=True),
+    **_rows("MatMul", _COMPUTE, Values.SUMS_OF_PRODUCTS, _BETWEEN, kernel=True),
+    **_rows("Add", _COMPUTE, Values.SUM, _BETWEEN, kernel=True, clipped=True),
+    **_rows("Sub", _COMPUTE, Values.SUM, _BETWEEN, clipped=True),
+    **_rows("ReduceSum", _COMPUTE, Values.SUM, _BETWEEN),
+    **_rows("Mul", _COMPUTE, Values.PRODUCT, _BETWEEN, kernel=True, clipped=True),
+    **_rows("AveragePool GlobalAveragePool", _COMPUTE, Values.AVERAGE),
+    **_rows("ReduceMean", _COMPUTE, Values.AVERAGE, _BETWEEN),
+    **_rows("Relu Clip", Kind.CLIP, Values.CLIPPED, _BETWEEN, keeps_axes=True),
+    **_rows("Flatten Squeeze Unsqueeze", _PASS, Values.MOVED, propagated=True),
+    **_rows("Reshape Slice Transpose", _PASS, Values.MOVED, _BETWEEN, propagated=True),
+    **_rows("Expand Gather", _PASS, Values.MOVED, _BETWEEN),
+    **_rows("DepthToSpace SpaceToDepth Split Tile", _PASS, Values.MOVED),
+    **_rows("Dropout Identity", _PASS, Values.MOVED, keeps_axes=True),
+    **_rows("Pad", _PASS, Values.FILLED, _BETWEEN),
+    **_rows("Resize", _PASS, Values.FILLED),
+    **_rows("MaxPool", _PASS, Values.SELECTED, keeps_axes=True, propagated=True),
+    **_rows("GlobalMaxPool", _PASS, Values.SELECTED, keeps_axes=True),
+    **_rows("ReduceMax ReduceMin TopK", _PASS, Values.SELECTED),
+    **_rows("Concat", Kind.CONCAT, Values.JOINED, _BETWEEN, kernel=True),
+    **_rows("Max Min", _COMPUTE, Values.JOINED, _BETWEEN, keeps_axes=True),
+    **_rows("Where", _COMPUTE, Values.JOINED, _BETWEEN),
+    **_rows("ArgMax", Kind.INDEX, Values.NONE),
+    **_rows("Constant", _COMPUTE, Values.NONE),
+    **_rows("Shape", Kind.INDEX, Values.NONE),
+    **_rows("Abs Ceil Floor Neg Round Sign", _COMPUTE, Values.FUNCTION, _BETWEEN),
+    **_rows("Equal Greater GreaterOrEqual Less LessOrEqual", _COMPUTE, Values.FUNCTION, _BETWEEN),
+    **_rows("Cast Elu Erf Gelu HardSigmoid HardSwish LeakyRelu Mish PRelu Softplus", _COMPUTE, Values.FUNCTION),
+    **_rows("Sigmoid Tanh", _COMPUTE, Values.FUNCTION, Double.ABOVE_8_BITS),
+    **_rows("Cos Exp Log Pow Sin Sqrt", _COMPUTE, Values.FUNCTION, Double.ALWAYS),
+    **_rows("LayerNormalization LogSoftmax Softmax", _COMPUTE, Values.FLOAT, Double.ALWAYS),
+    **_rows("Div ReduceLogSumExp ReduceProd", _COMPUTE, Values.FLOAT, Double.ALWAYS),
+    **_rows("CumSum", _COMPUTE, Values.FLOAT),
 }
 """By ONNX operation type (domain `ai.onnx`)."""
+
+MOVES = (Values.MOVED, Values.FILLED, Values.SELECTED)
+"""A result of these values lies on its first input's grid."""
+
+
+def values(op: str) -> Values | None:
+    """Where the values of an operation's result come from; None for one that is not in the table."""
+    row = OPERATIONS.get(op)
+    return None if row is None else row.values
+
+
+def operations(*wanted: Values) -> tuple[str, ...]:
+    """The operations whose results have such values."""
+    return tuple(op for op, row in OPERATIONS.items() if row.values in wanted)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pow2quant.operators import OPERATIONS, Values, operations
+
 if TYPE_CHECKING:
     import onnx
 
@@ -119,11 +121,8 @@ REWRITES: tuple[Rewrite, ...] = (
 )  # fmt: skip
 """Every transformer, and what guards a value against it."""
 
-MOVES = (
-    *("Cast", "Concat", "Dropout", "Expand", "Flatten", "Identity", "Pad", "Reshape", "Resize", "Slice"),
-    *("Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "DepthToSpace", "SpaceToDepth"),
-)
-PROPAGATED = ("Flatten", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+MOVES = (*operations(Values.MOVED, Values.FILLED), "Cast", "Concat")
+PROPAGATED = tuple(op for op, row in OPERATIONS.items() if row.propagated)
 """Operations past which QDQPropagationTransformer moves a Q or repeats a DQ."""
 
 NEUTRAL = {"Add": 0.0, "Sub": 0.0, "Mul": 1.0, "Div": 1.0}

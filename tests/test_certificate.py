@@ -309,7 +309,7 @@ def test_wide_codes_are_too_fine_for_quotients_and_free_shapes_are_unknown():
         ("Sigmoid", [], {}, "function table"),
         ("Softmax", [], {"axis": -1}, "sums and quotients of Softmax"),
         ("LayerNormalization", [np.ones(6, np.float32)], {}, "sums and quotients of LayerNormalization"),
-        ("CumSum", [np.array(1)], {}, "nothing is known about CumSum"),
+        ("CumSum", [np.array(1)], {}, "sums and quotients of CumSum in float32"),
         ("Mul", [np.float32(0.1)], {}, "the product"),
         ("Add", [np.float32(0.1)], {}, "the sum"),
     ],

@@ -56,6 +56,7 @@ FLOORS = {
 }
 DOORS = {  # the only imports between two rooms of one floor
     ("pow2quant.rewrites", "pow2quant.graphs"),
+    ("pow2quant.rewrites", "pow2quant.operators"),
     ("pow2quant", "pow2quant.quantsim"),
     ("pow2quant.__main__", "pow2quant.cli"),
     ("pow2quant.plugins", "pow2quant.errors"),

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pow2quant.errors import ConfigError
+from pow2quant.operators import OPERATIONS, Values, operations
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from pow2quant.config import QuantPlan, TensorSpec
 
-FUSED = ("Conv", "ConvTranspose", "Gemm", "Add", "Sub", "Mul"), ("Relu", "Clip")
+FUSED = tuple(op for op, row in OPERATIONS.items() if row.clipped), operations(Values.CLIPPED)
 """First and second member of a supergroup that shares one quantizer here."""
 
 Changes = dict[str, "TensorSpec | None"]

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import NodeProto, helper, numpy_helper
 
+from pow2quant.operators import OPERATIONS
+
 if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 MARK = "/codes"
 """What ends the names of the tensors that `postpone` adds."""
 
-FUSED = ("Add", "Concat", "Conv", "Gemm", "MatMul", "Mul")
+FUSED = tuple(op for op, row in OPERATIONS.items() if row.kernel)
 """The operators that have an integer kernel."""
 
 

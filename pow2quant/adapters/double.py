@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from onnx import NodeProto, TensorProto, helper
 
 from pow2quant.graphs import GraphIndex
-from pow2quant.operators import OPERATIONS, Double, Kind, Operation
+from pow2quant.operators import OPERATIONS, Double, Kind, Operation, Values
 
 if TYPE_CHECKING:
     import onnx
@@ -33,7 +33,7 @@ AGAIN = "/again"
 NOT_FLOAT = ("Shape", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "Not", "And", "Or")
 """Operations whose results are no floats."""
 
-_UNKNOWN = Operation(Kind.COMPUTE)
+_UNKNOWN = Operation(Kind.COMPUTE, Values.FLOAT)
 
 
 def widen(graph: onnx.GraphProto, table: Table) -> None:

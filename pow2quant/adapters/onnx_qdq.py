@@ -42,6 +42,7 @@ from pow2quant.adapters.files import (
 from pow2quant.adapters.integer_ends import float_ends
 from pow2quant.artifact import Artifact
 from pow2quant.errors import EncodingError, FileFormatError, OutputError, UnsupportedModelError
+from pow2quant.operators import OPERATIONS, Kind, Values, operations
 from pow2quant.pow2_constraints import Encoding, IntGrid
 from pow2quant.saving import write
 
@@ -52,13 +53,10 @@ if TYPE_CHECKING:
 
     from pow2quant.artifact import Table
 
-BIASED = ("Conv", "ConvTranspose", "Gemm")
+BIASED = tuple(op for op, row in OPERATIONS.items() if row.kind is Kind.WEIGHTED)
 """Operators whose third input is a bias."""
 
-SELECTING = (
-    *("Concat", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose"),
-    "Unsqueeze",
-)
+SELECTING = (*operations(Values.MOVED, Values.SELECTED), "Concat")
 """Operators whose results are values of their first input (of all, for Concat), so that they stay on its grid.
 
 A Clip behind them would be idle, and onnxruntime 1.31 fails to optimize it for signed tensors: it inserts another Q in

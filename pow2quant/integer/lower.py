@@ -24,6 +24,7 @@ from pow2quant.integer.ops.average import Average
 from pow2quant.integer.ops.copy import Copy
 from pow2quant.integer.ops.table import SHAPED_LIKE_INPUT, lower_function
 from pow2quant.integer.program import Program, Requantization, Step, Tensor
+from pow2quant.operators import MOVES, values
 from pow2quant.pow2_constraints import Encoding
 from pow2quant.pow2_constraints.arithmetic import saturate
 
@@ -32,13 +33,6 @@ if TYPE_CHECKING:
 
     from pow2quant.artifact import Artifact
     from pow2quant.integer.program import Ints
-
-SELECTING = (
-    *("Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"),
-    *("DepthToSpace", "Dropout", "GlobalMaxPool", "Pad", "Resize"),
-)
-"""Operations whose results are values of their first input: without an encoding of their own they keep its."""
-
 
 INT64_HALF = 2**62
 """Sums stay within this, so that rounding and a zero point fit int64 too."""
@@ -209,7 +203,7 @@ class Lowering:
             return
         for name in node.output:
             source = node.input[0] if node.input else ""
-            if name not in self.encodings and source in self.tensors and node.op_type in SELECTING:
+            if name not in self.encodings and source in self.tensors and values(node.op_type) in MOVES:
                 self.encodings[name] = self.encodings[source]
         if not any(name in self.encodings for name in node.output):
             return

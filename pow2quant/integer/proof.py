@@ -16,6 +16,7 @@ import onnx
 from pow2quant.graphs import GraphIndex
 from pow2quant.integer.lattice import Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute
+from pow2quant.operators import MOVES, OPERATIONS, Values, operations
 from pow2quant.pow2_constraints.arithmetic import EXPONENTS
 from pow2quant.rewrites import changed_value, may_be_rounded_in_front
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from pow2quant.integer.lattice import Floats, Ints
     from pow2quant.pow2_constraints import Encoding
 
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+WEIGHTED = operations(Values.SUMS_OF_PRODUCTS)
 """Operations with a weight."""
 
 ROUNDS_AFTER_ZERO_POINT = ("Add", "AveragePool", "Mul")
@@ -378,14 +379,15 @@ def _averaged_axes(tensors: Tensors, node: onnx.NodeProto, rank: int) -> list[in
 
 def _moves(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     """Operations that move or compare values: the result lies where the inputs lie, exactly."""
-    moved: Sequence[str] = node.input if node.op_type in MERGES else node.input[:1]
+    joined = OPERATIONS[node.op_type].values in (Values.JOINED, Values.CLIPPED)
+    moved: Sequence[str] = node.input if joined else node.input[:1]
     if node.op_type == "Pad":
         moved = [node.input[0], *node.input[2:3]]
     try:
         lattices = [tensors.lattice(name) for name in moved if name]
     except NotProvedError:
         return None, None  # a float tensor moves on as a float tensor
-    if node.op_type not in KEEP_AXES:
+    if not OPERATIONS[node.op_type].keeps_axes:
         lattices = [lattice.collapsed() for lattice in lattices]
     result = lattices[0]
     for other in lattices[1:]:
@@ -415,28 +417,19 @@ def _unknown(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     raise NotProvedError(f"nothing is known about {node.op_type}")
 
 
-MERGES = ("Clip", "Concat", "Max", "Min")
-MOVES = (
-    *("DepthToSpace", "Dropout", "Expand", "Flatten", "Gather", "GlobalMaxPool", "Identity", "MaxPool"),
-    *("Pad", "ReduceMax", "ReduceMin", "Relu", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile"),
-    *("TopK", "Transpose", "Unsqueeze"),
-)
-KEEP_AXES = ("Clip", "Dropout", "GlobalMaxPool", "Identity", "Max", "MaxPool", "Min", "Relu")
-FUNCTIONS = (
-    *("Abs", "Cast", "Ceil", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu"),
-    *("Log", "Mish", "Neg", "PRelu", "Pow", "Round", "Sigmoid", "Sign", "Sin", "Softplus", "Sqrt", "Tanh"),
-    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
-)
+_BY_VALUES: dict[Values, Rule] = {
+    Values.SUMS_OF_PRODUCTS: _weighted,
+    Values.SUM: _sum,
+    Values.PRODUCT: _product,
+    Values.AVERAGE: _average,
+    Values.FUNCTION: _function,
+    Values.FLOAT: _float_sums,
+    Values.NONE: _nothing,
+    **dict.fromkeys((*MOVES, Values.CLIPPED, Values.JOINED), _moves),
+}
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(WEIGHTED, _weighted),
-    **dict.fromkeys(("Add", "Sub"), _sum),
-    **dict.fromkeys(("AveragePool", "GlobalAveragePool", "ReduceMean"), _average),
-    **dict.fromkeys((*MERGES, *MOVES), _moves),
-    **dict.fromkeys(FUNCTIONS, _function),
-    **dict.fromkeys(("LayerNormalization", "LogSoftmax", "Softmax"), _float_sums),
-    **dict.fromkeys(("ArgMax", "Constant", "Shape"), _nothing),
-    "Mul": _product,
+    **{op: _BY_VALUES[row.values] for op, row in OPERATIONS.items()},
     "ReduceSum": _total,
     "Resize": _resize,
     "Where": _choice,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pow2quant.integer.nodes import Window, attribute
-from pow2quant.integer.proof import MERGES, MOVES
+from pow2quant.operators import MOVES, Values, values
 from pow2quant.validation.exact import LINEAR, Side, grid_ends
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ MOST = 256
 
 def _ties(side: Side, wrong: Mask) -> str | None:
     u, zero, core = side.u, side.zero, side.part.core
-    if core is not None and core.op_type not in (*LINEAR, *MERGES, *MOVES):
+    exact = (*MOVES, Values.CLIPPED, Values.JOINED)
+    if core is not None and core.op_type not in LINEAR and values(core.op_type) not in exact:
         return None  # a function's result lies halfway by chance only
     if (np.abs(u - np.rint(u)) != 0.5)[wrong].any():
         return None
