@@ -2,7 +2,8 @@
 
 Submodule names are kept. Functions (`F.relu`, `+`, `torch.cat`, `x.mean`, …) become modules named after the module in
 whose `forward` they stand (`layer1.0.add`); a module that is called twice is written twice (`layer1.0.relu_1`), its
-parameters stay shared. Dropout and identities go. Batch norm stays where it is: `fold.fold_batch_norm` is a rewrite.
+parameters stay shared. Dropout, identities and whatever else does nothing go (`idle.py`). Batch norm stays where it is:
+`fold.fold_batch_norm` is a rewrite.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pow2quant.frontends.builder import Builder
 from pow2quant.frontends.checks import Lockstep, close
 from pow2quant.frontends.containers import restore_containers
 from pow2quant.frontends.export import SIZES, capture, unwrapped
+from pow2quant.frontends.idle import drop_idle
 
 PREPARED = "pow2quant_prepared"
 
@@ -45,6 +47,7 @@ def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
     builder = Builder(model, programs, ROWS)
     network = builder.build()
     _check_same(builder, network, model, batches)
+    drop_idle(network)
     restore_containers(network, model)
     network.meta[PREPARED] = True
     return network

@@ -1,0 +1,129 @@
+"""Drops what does nothing from a prepared network: `x * 1.0`, `x + 0`, cancelling transposes, a reshape back.
+
+An executor's optimizer would drop them too, and let two quantizers meet that it then merges into a third; so networks
+that hold them could not be proved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from pow2quant.frontends import modules as m
+
+Shape = tuple[int, ...]
+
+
+def _scale(module: m.Scale, shape: Shape) -> bool:
+    return float(module.factor) == 1 and float(module.offset) == 0
+
+
+def _slice(module: m.Slice, shape: Shape) -> bool:
+    cuts = ((range(*slice(start, stop, step).indices(shape[d])), shape[d]) for d, start, stop, step in module.slices)
+    return all(places == range(size) for places, size in cuts)
+
+
+def _take(module: m.Take, shape: Shape) -> bool:
+    return module.indices.tolist() == list(range(shape[module.dim]))
+
+
+def _pad(module: m.ZeroPad | m.ConstantPad, shape: Shape) -> bool:
+    return not any(module.pads)
+
+
+def _pool(module: Any, shape: Shape) -> bool:
+    sizes = [size for value in (module.kernel_size, module.stride) for size in _many(value)]
+    divided = getattr(module, "divisor_override", None) not in (None, 1)
+    return set(sizes) == {1} and not any(_many(module.padding)) and not divided
+
+
+def _reduction(module: Any, shape: Shape) -> bool:
+    return bool(module.keepdim) and all(shape[d] == 1 for d in module.dims)
+
+
+def _resample(module: m.Resample, shape: Shape) -> bool:
+    total = 1.0
+    for dim in module.dims:
+        weight = module.weight(dim)
+        if weight.shape[0] != weight.shape[1] or not torch.equal(weight, weight[0, 0] * torch.eye(len(weight))):
+            return False
+        total *= float(weight[0, 0])
+    return total == float(module.divisor)
+
+
+def _many(value: Any) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+IDLE: dict[type[nn.Module], Callable[[Any, Shape], bool]] = {
+    m.Scale: _scale,
+    m.Slice: _slice,
+    m.Take: _take,
+    **dict.fromkeys((m.ZeroPad, m.ConstantPad), _pad),
+    m.NearestUpsample: lambda module, shape: all(f == 1 for f in module.factors),
+    m.Resample: _resample,
+    m.Pow: lambda module, shape: module.exponent == 1,
+    m.CumSum: lambda module, shape: shape[module.dim] == 1,
+    m.Masked: lambda module, shape: not bool(module.mask.any()),
+    **dict.fromkeys((m.Mean, m.Sum, m.Largest, m.Least, m.Product), _reduction),
+    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), _pool),
+}
+"""When a module gives its operand as it is: (module, the operand's shape) -> bool."""
+
+RESHAPES = (m.Reshape, nn.Flatten)
+"""Modules whose result follows from its shape alone."""
+
+
+def drop_idle(network: fx.GraphModule) -> None:
+    """Drops them, in place; every node has its `shape` and `free` in `meta`.
+
+    One between an input and an output stays, and so does one that makes a second output of another.
+    """
+    for node in list(network.graph.nodes):
+        source = _same_value(network, node) if node.op == "call_module" else None
+        if source is None:
+            continue
+        returned = next(n for n in network.graph.nodes if n.op == "output").all_input_nodes
+        if node in returned and (source.op == "placeholder" or source in returned):
+            continue
+        node.replace_all_uses_with(source)
+        network.graph.erase_node(node)
+    network.graph.eliminate_dead_code()
+    network.delete_all_unused_submodules()
+    network.recompile()
+
+
+def _same_value(network: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """The node in front that has the same value; None where there is none."""
+    module = network.get_submodule(str(node.target))
+    if not node.all_input_nodes:
+        return None
+    source = node.all_input_nodes[0]
+    if isinstance(module, RESHAPES):
+        return next((one for _, one in _behind(network, node, RESHAPES) if _shape(one) == _shape(node)), None)
+    if isinstance(module, m.Permute):
+        order = list(range(len(module.dims)))
+        for permute, one in _behind(network, node, (m.Permute,)):
+            order = [permute.dims[d] for d in order]
+            if order == sorted(order):
+                return one
+        return None
+    rule = IDLE.get(type(module))
+    return source if rule is not None and rule(module, source.meta["shape"]) else None
+
+
+def _behind(
+    network: fx.GraphModule, node: fx.Node, kinds: tuple[type[nn.Module], ...]
+) -> Iterator[tuple[Any, fx.Node]]:
+    """A node's module and its operand, those of the operand, and so on, as far as modules are of the given kinds."""
+    while node.op == "call_module" and isinstance(module := network.get_submodule(str(node.target)), kinds):
+        node = node.all_input_nodes[0]
+        yield module, node
+
+
+def _shape(node: fx.Node) -> tuple[Any, ...]:
+    """The shape, and which dimensions grow with the batch."""
+    return node.meta["shape"], node.meta["free"]
