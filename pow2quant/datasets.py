@@ -22,8 +22,10 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from pow2quant.config import DataConfig, from_file, is_in_file, users_code
 from pow2quant.errors import ConfigError, DataError
+from pow2quant.image_files import ImageFiles, classes_in, sizes
 from pow2quant.plugins import names, resolve
 from pow2quant.reading import check_labels, last_line
+from pow2quant.resizing import described, enlarging, sized
 from pow2quant.sources import SHUFFLE_SEED as SHUFFLE_SEED
 from pow2quant.sources import Data as Data
 from pow2quant.sources import data_of
@@ -69,9 +71,10 @@ def load(config: DataConfig, train_batch_size: int | None = None, given: Any = N
         known = ", ".join([*sorted(names("datasets")), "path/to/file.py:function", "arrays.npz", "arrays.npy"])
         raise ConfigError(f"data.dataset: {name!r} is unknown; known: {known}")
     in_memory = isinstance(made, tuple) and isinstance(made[-1], Images)
-    return data_of(
+    data = data_of(
         made, name, config.batch_size, train_batch_size or config.batch_size, 0 if in_memory else config.workers
     )
+    return _told(data, made[-1], config) if isinstance(made, tuple) else data
 
 
 def resolved(config: DataConfig) -> DataConfig:
@@ -111,6 +114,9 @@ class Images(Dataset[Batch]):
             raise DataError(f"{where}: {len(self.pixels)} images but {len(self.labels)} labels")
         check_labels(self.labels, len(self.classes), where)
         _normalization(self.config, self.pixels.shape[1])
+        side = min(self.pixels.shape[2:])
+        if self.config.crop and not self.config.resize and self.config.crop > side:
+            raise ConfigError(f"data.crop: {self.config.crop} is larger than the images, {side}; give data.resize too")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -124,7 +130,7 @@ class Images(Dataset[Batch]):
         pixels = self.pixels[indices]
         images = (_jittered(pixels) if self.augmented else pixels).float().div_(self.white)
         if self.config.resize or self.config.crop:
-            images = _sized(images, self.config)
+            images = sized(images, self.config.resize, self.config.crop)
         mean, std = _normalization(self.config, images.shape[1])
         return images.sub_(mean).div_(std), self.labels[indices]
 
@@ -182,13 +188,13 @@ def imagefolder(config: DataConfig) -> tuple[Dataset[Any], Dataset[Any], Dataset
     layout = "train/CLASS/*.jpg and test/ or val/ with the same classes, or CLASS/*.jpg without a split"
     path = _path(config, layout)
     mean, std = _normalization(config, 3)
-    last = [t.ToTensor(), t.Normalize(mean.flatten().tolist(), std.flatten().tolist())]
+    last = [_tensor, t.Normalize(mean.flatten().tolist(), std.flatten().tolist())]
     plain, varied = ([t.Resize(config.resize), crop(config.crop), *last] for crop in (t.CenterCrop, t.RandomCrop))
 
     def folder(root: Path, steps: list[Any]) -> Any:
         return _folder(root, t.Compose(steps), layout)
 
-    tests = [path / name for name in ("test", "val") if any(p.is_dir() for p in path.glob(f"{name}/*"))]
+    tests = [path / name for name in ("test", "val") if classes_in(path / name)]
     if (path / "train").is_dir() and tests:
         calibration, train = (folder(path / "train", steps) for steps in (plain, varied))
         test = folder(tests[0], plain)
@@ -222,14 +228,6 @@ def _normalization(config: DataConfig, channels: int) -> tuple[Tensor, Tensor]:
             raise ConfigError(f"data.std: {list(values)} is not legal; legal: a list of finite numbers above 0")
         tensors.append(torch.tensor(values, dtype=torch.float32)[:, None, None])
     return tensors[0], tensors[1]
-
-
-def _sized(images: Tensor, config: DataConfig) -> Tensor:
-    from torchvision.transforms import functional
-
-    if config.resize:
-        images = functional.resize(images, [config.resize], antialias=True)
-    return functional.center_crop(images, [config.crop]) if config.crop else images
 
 
 def _jittered(pixels: Tensor, margin: int = 4) -> Tensor:
@@ -309,22 +307,37 @@ def _bytes(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], path: Pat
 
 
 def _folder(root: Path, transform: Any, layout: str) -> Any:
-    from torchvision.datasets import ImageFolder
-
     try:
-        return ImageFolder(str(root), transform=transform, loader=_image)
-    except FileNotFoundError as error:
-        raise DataError(f"{root}: {last_line(error).split('. ')[0]}; expected {layout}") from None
+        return ImageFiles(root, transform)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{root}: {last_line(error)}; expected {layout}") from None
 
 
-def _image(path: str) -> Any:
-    from PIL import Image
+def _tensor(image: Any) -> Tensor:
+    """float32 (3, H, W) from 0 to 1; images of more than 8 bits are that already."""
+    from torchvision.transforms import functional
 
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image ({last_line(error)})") from None
+    found: Tensor = image if isinstance(image, Tensor) else functional.to_tensor(image)
+    return found
+
+
+def _told(data: Data, test: Any, config: DataConfig) -> Data:
+    """The data with what resizing and cropping does to their images, in words."""
+    if not (config.resize or config.crop):
+        return data
+    files = test.dataset if isinstance(test, Subset) else test
+    if isinstance(files, Images):
+        height, width = files.pixels.shape[2:]
+        found = [(int(width), int(height))]
+    elif isinstance(files, ImageFiles):
+        found = sizes(files.files)
+    else:
+        return data
+    if not found:
+        return data
+    warning = enlarging(found, config.resize)
+    notes = (described(found, config.resize, config.crop),)
+    return replace(data, notes=notes, warnings=(warning,) if warning else ())
 
 
 def _split(targets: list[int]) -> tuple[list[int], list[int]]:
@@ -340,4 +353,9 @@ def _split(targets: list[int]) -> tuple[list[int], list[int]]:
 
 def _call(function: Callable[..., Any], config: DataConfig) -> Any:
     parameters = inspect.signature(function).parameters.values()
-    return function(config) if any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters) else function()
+    if any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters):
+        return function(config)
+    given = [key for key in ("resize", "crop", "mean", "std") if getattr(config, key) is not None]
+    if given:
+        raise ConfigError(f"data.{given[0]}: {config.dataset} takes no argument, so it cannot follow; legal: null")
+    return function()

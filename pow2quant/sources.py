@@ -34,7 +34,8 @@ class Data:
     calibration: all training images without augmentation, in one fixed shuffled order; take as many batches as needed.
     train: shuffled by torch's global generator, augmented where the data set says so, without an incomplete last batch.
     test: in the data set's own order. num_classes: 0 where the data do not say. input_shape: of one sample, (C, H, W);
-    empty where there are several inputs, or only batches.
+    empty where there are several inputs, or only batches. notes: what is done to the images, in lines; warnings: what
+    of it may be wrong.
     """
 
     calibration: Batches
@@ -43,6 +44,8 @@ class Data:
     num_classes: int
     class_names: tuple[str, ...]
     input_shape: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def with_parts(self, change: Callable[[Any], Any]) -> Data:
         """The same data with `change` made to the batches of every part."""

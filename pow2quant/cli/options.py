@@ -42,6 +42,12 @@ Weights = Annotated[str | None, Option(help="State dict: .pt, .pth or .safetenso
 Classes = Annotated[int | None, Option(help="Passed to the network's factory.")]
 DataSet = Annotated[str | None, Option(help="digits, cifar10, mnist, imagefolder, or path/to/file.py:function.")]
 DataPath = Annotated[str | None, Option(help="Folder of the data set.")]
+Resize = Annotated[int | None, Option(min=1, help="Length of the images' shorter side, in pixels; imagefolder: 256.")]
+Crop = Annotated[int | None, Option(min=1, help="Side of their central square that is used; imagefolder: 224.")]
+Mean = Annotated[
+    str | None, Option(help="Subtracted from values in [0, 1], per channel: 0.5,0.5,0.5; imagefolder: ImageNet's.")
+]
+Std = Annotated[str | None, Option(help="What they are divided by then, per channel: 0.5,0.5,0.5.")]
 WeightBits = Annotated[int | None, Option(help="Width of weights, 2 to 16.")]
 ActivationBits = Annotated[
     int | None,
@@ -86,6 +92,23 @@ def quantization(
         "quantization.input.bitwidth": None if activation_bits is None else max(8, activation_bits),
         "quantization.weight.per_channel": False if per_tensor else None,
     }
+
+
+def pixels(resize: int | None, crop: int | None, mean: str | None, std: str | None) -> dict[str, Any]:
+    """The keys of the configuration that say what is done to images."""
+    return {
+        "data.resize": resize,
+        "data.crop": crop,
+        "data.mean": None if mean is None else _numbers("--mean", mean),
+        "data.std": None if std is None else _numbers("--std", std),
+    }
+
+
+def _numbers(flag: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text}: expected numbers, as in 0.5,0.5,0.5", param_hint=f"'{flag}'") from None
 
 
 def configured(file: Path | None, values: dict[str, Any]) -> RunConfig:

@@ -89,6 +89,8 @@ class Job:
         torch.manual_seed(config.seed)
         config = _absolute(replace(config, data=datasets.resolved(config.data)))
         data = datasets.load(config.data, config.training.batch_size, given.data)
+        for line in (*data.notes, *(f"warning: {text}" for text in data.warnings)):
+            progress.note(line)
         model = network_of(config, given)
         if given.model is None and config.model.name == "digits-cnn" and config.model.weights is None:
             _weights_of_digits(model, config, data, progress)
