@@ -125,7 +125,7 @@ def test_metadata(built):
     assert metadata.get_payload(decode=True) == (ROOT / "README.md").read_bytes()
     assert {"aimet", "dev", "docs"} <= set(metadata.get_all("Provides-Extra", []))
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert {"torch>=2.8", "onnx>=1.17", "onnxruntime>=1.20"} <= set(required)
+    assert {"torch>=2.8", "onnx>=1.17", "onnxruntime<1.33,>=1.20"} <= set(required)
     assert not any(line.startswith(("aimet", "pytest")) for line in required)
     assert files[f"{INFO}/entry_points.txt"] == b"[console_scripts]\npow2quant = pow2quant.cli:run\n"
 

@@ -1,5 +1,6 @@
 """What onnxruntime's optimizers, extreme scales and tampered files do to a proof."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -215,3 +216,16 @@ def test_the_documentation_lists_every_rewrite():
     for rewrite in REWRITES:
         assert f"| `{rewrite.name}` | {rewrite.level} | {rewrite.guard} |" in page
     assert len({rewrite.name for rewrite in REWRITES}) == len(REWRITES)
+
+
+def test_the_range_of_onnxruntime_is_the_one_that_the_documentation_measured():
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "numerics.md").read_text(encoding="utf-8").partition("## Versions of onnxruntime")[2]
+    tried = [tuple(map(int, v.split("."))) for v in re.findall(r"^\| (1\.\d+\.\d+) \|", page, re.MULTILINE)]
+    oldest, newest = re.findall(
+        r'"onnxruntime>=(\d+\.\d+),<(\d+\.\d+)"', (root / "pyproject.toml").read_text(encoding="utf-8")
+    )[0]
+    assert tried == sorted(tried)
+    assert len(tried) >= 4
+    assert oldest == f"{tried[0][0]}.{tried[0][1]}"
+    assert newest == f"{tried[-1][0]}.{tried[-1][1] + 1}"
