@@ -41,6 +41,7 @@ TERNARY = ("twn", "ttq", "learned")
 KEEPS = ("last", "best")
 PRECISIONS = ("float32", "bfloat16", "float16")
 OBJECTIVES = ("size", "bops", "latency", "accuracy")
+FUNCTIONS = ("exact", "plain")
 SENSITIVITIES = ("kl", "loss", "sqnr", "hessian")
 
 
@@ -164,6 +165,7 @@ _STD = Legal(
 )
 _RANGE = one_of(lambda: CHOOSERS)
 _TASK = one_of(lambda: names("tasks"))
+_FUNCTIONS = one_of(lambda: FUNCTIONS)
 _BACKEND = one_of(lambda: names("backends"))
 _VERSION = one_of(lambda: ENCODINGS_VERSIONS)
 _DEVICE = Legal(lambda: "cpu, cuda or cuda:N", lambda v: re.fullmatch(r"cpu|cuda(:\d+)?", v) is not None)
@@ -206,7 +208,8 @@ class QuantPlan:
     """What is quantized and how; None keeps a role float.
 
     overrides: (pattern, {role: spec}) or (pattern, None); patterns are shell wildcards for module names, None keeps
-    everything of these modules float.
+    everything of these modules float. functions: `exact` computes Softmax and the norms as stated integers, `plain`
+    leaves them to the standard's nodes, which executors compute in their own ways.
     """
 
     weight: TensorSpec | None
@@ -214,6 +217,7 @@ class QuantPlan:
     output: TensorSpec | None
     bias: TensorSpec | None
     overrides: tuple[tuple[str, Mapping[str, TensorSpec | None] | None], ...] = ()
+    functions: str = "exact"
 
     @classmethod
     def default(cls, weight_bits: int = 8, activation_bits: int = 8, per_tensor: bool = False) -> QuantPlan:
@@ -273,6 +277,7 @@ class QuantizationConfig:
     """What is quantized and how, as written; `plan_of` resolves it.
 
     overrides: by module pattern, then role, then key: only what differs from the role's own specification.
+    functions: `exact`, Softmax and the norms as stated integers, or `plain`, for toolchains that match their nodes.
     """
 
     weight: TensorSpec | None = TensorSpec(8, symmetric=True, per_channel=True)
@@ -282,6 +287,7 @@ class QuantizationConfig:
     overrides: Annotated[Mapping[str, Mapping[str, Mapping[str, Any] | None] | None], _OVERRIDES] = field(
         default_factory=dict
     )
+    functions: Annotated[str, _FUNCTIONS] = "exact"
 
 
 @dataclass(frozen=True)
@@ -449,7 +455,7 @@ def plan_of(config: RunConfig) -> QuantPlan:
         (pattern, None if changes is None else _override(roles, changes, f"quantization.overrides.{pattern}"))
         for pattern, changes in config.quantization.overrides.items()
     )
-    return QuantPlan(**roles, overrides=overrides)
+    return QuantPlan(**roles, overrides=overrides, functions=config.quantization.functions)
 
 
 def default_methods(config: RunConfig) -> tuple[Choice, ...]:

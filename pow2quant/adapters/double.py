@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from onnx import NodeProto, TensorProto, helper
 
+from pow2quant.adapters.exact import is_exact
 from pow2quant.graphs import GraphIndex
 from pow2quant.operators import OPERATIONS, Double, Kind, Operation, Values
 
@@ -82,14 +83,18 @@ def narrow(graph: onnx.GraphProto) -> None:
 def _chosen(graph: onnx.GraphProto, table: Table) -> set[str]:
     """The nodes to widen, by their first result: those that need it, and what an unrounded tensor joins to them."""
     index = GraphIndex(graph)
-    pending = [node for node in graph.node if _needs_double(node, table, index)]
+    pending = [node for node in graph.node if not is_exact(node) and _needs_double(node, table, index)]
     wide = {node.output[0] for node in pending}
     while pending:
         node = pending.pop()
         beside = [index.producers[n] for n in node.input if n in index.producers and n not in table]
         beside += [reader for n in node.output if n not in table for reader in index.readers.get(n, [])]
         for other in beside:
-            if other.output[0] in wide or OPERATIONS.get(other.op_type, _UNKNOWN).double is Double.NEVER:
+            if (
+                other.output[0] in wide
+                or is_exact(other)
+                or OPERATIONS.get(other.op_type, _UNKNOWN).double is Double.NEVER
+            ):
                 continue
             wide.add(other.output[0])
             pending.append(other)

@@ -27,7 +27,7 @@ import onnx.inliner
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from pow2quant.adapters import clips, double, guards
+from pow2quant.adapters import clips, double, exact, guards
 from pow2quant.adapters.batch import free_batch
 from pow2quant.adapters.files import (
     GRIDS,
@@ -122,6 +122,7 @@ def to_qdq(artifact: Artifact) -> ModelProto:
     graph = model.graph
     _refuse_control_flow(graph)
     guards.put(graph, table)
+    exact.expand(graph, table)
     double.widen(graph, table)
     writer = _Writer(graph, table)
     nodes = [*writer.parameters(), *writer.inputs()]
@@ -296,6 +297,7 @@ def from_qdq(model: ModelProto) -> Artifact:
     reader = _Reader(copy.graph, _parse_grids(metadata[GRIDS]) if GRIDS in metadata else None)
     reader.read()
     double.narrow(copy.graph)
+    exact.collapse(copy.graph, reader.table)
     guards.take(copy.graph)
     _set_metadata(copy, None)
     free_batch(copy, reader.table)

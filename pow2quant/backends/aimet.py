@@ -24,7 +24,7 @@ from pow2quant.artifact import Artifact, Site, Table
 from pow2quant.backends.base import ALL, Batch, Tap, inputs, tapping
 from pow2quant.backends.calibration import calibrate
 from pow2quant.backends.export import to_artifact
-from pow2quant.backends.placement import Placement, place
+from pow2quant.backends.placement import Placement, connect, place
 from pow2quant.config import QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError, DataError, EncodingError, MissingExtraError, UnsupportedModelError
 from pow2quant.frontends import modules as m
@@ -84,6 +84,7 @@ class AimetSimulation:
         self._slots: dict[str, tuple[Any, str, str | int]] = {}
         for site in self.sites:
             self._place(site, readers)
+        connect(self.model, network, self.placement, self._quantizers)
 
     def _place(self, site: Site, readers: dict[str, tuple[str, int]]) -> None:
         """Makes the quantizer of a site, and puts it where AIMET looks for it."""

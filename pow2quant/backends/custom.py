@@ -15,7 +15,7 @@ from pow2quant.backends.base import ALL, Batch, Tap, tapping
 from pow2quant.backends.calibration import calibrate
 from pow2quant.backends.export import to_artifact
 from pow2quant.backends.fake_quant import FakeQuantize
-from pow2quant.backends.placement import Placement, place
+from pow2quant.backends.placement import Placement, connect, place
 from pow2quant.config import QuantPlan
 from pow2quant.errors import EncodingError
 from pow2quant.frontends.modules import CONVOLUTIONS
@@ -65,6 +65,7 @@ class CustomSimulation:
         model = copy.deepcopy(network)
         self._wrap_layers(model)
         self._insert_quantizers(model)
+        connect(model, network, self.placement, self._quantizers)
         self.model: nn.Module = model
 
     def _wrap_layers(self, model: fx.GraphModule) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from pow2quant.artifact import Artifact, Table
 from pow2quant.backends.placement import Placement, tensor_name, value_type
 from pow2quant.errors import EncodingError, UnsupportedModelError
 from pow2quant.frontends.operators import operator
 from pow2quant.frontends.writing import OPSET, Node, OnnxGraph
+from pow2quant.functions import accepts, mark
 from pow2quant.operators import Kind
 
 IR_VERSION = 10
@@ -36,6 +38,13 @@ def to_artifact(
             continue
         if node.op == "call_module":
             _emit(network, node, graph, table, parameter, encodings)
+            if node.name in placement.exact:
+                source, result = (table[site.name] for site in placement.exact[node.name])
+                module: Any = _current(network.get_submodule(str(node.target)), node, parameter)
+                shape = tuple(int(d) for d in node.args[0].meta["shape"])
+                defined = module.definition(shape, result.grid.width) if accepts(source) else None
+                if defined is not None:
+                    mark(graph.nodes[-1], defined)
         site = placement.carried[node.name]
         if site is not None:
             encodings[tensor_name(node)] = table[site.name]
@@ -78,10 +87,8 @@ def _emit(
     module = network.get_submodule(str(node.target))
     row = operator(module)
     assert row is not None
-    if row.kind is not Kind.WEIGHTED and module._parameters:
-        module = copy.copy(module)  # with its parameters as they are now
-        own = {n: None if p is None else parameter(f"{node.target}.{n}") for n, p in module._parameters.items()}
-        module._parameters = own  # type: ignore[assignment]
+    if row.kind is not Kind.WEIGHTED:
+        module = _current(module, node, parameter)
     parameters: dict[str, str] = {}
     for kind in ("weight", "bias") if row.kind is Kind.WEIGHTED else filter(None, [row.stored]):
         if getattr(module, kind) is None:
@@ -99,6 +106,16 @@ def _emit(
     inputs = tuple(tensor_name(a) for a in sources)
     shapes = tuple(a.meta["shape"] for a in sources)
     row.emit(module, Node(str(node.target), inputs, tensor_name(node), shapes, parameters), graph)
+
+
+def _current(module: nn.Module, node: fx.Node, parameter: Callable[[str], Tensor]) -> nn.Module:
+    """The module with its parameters as they are now."""
+    if not module._parameters:
+        return module
+    module = copy.copy(module)
+    own = {n: None if p is None else parameter(f"{node.target}.{n}") for n, p in module._parameters.items()}
+    module._parameters = own  # type: ignore[assignment]
+    return module
 
 
 def _value_info(node: fx.Node) -> onnx.ValueInfoProto:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -42,7 +44,8 @@ class Placement:
     sites: all of them, in order of computation. specs: how, by site name. quantized: the node (by name) behind which a
     site's quantizer stands. carried: for every node the site whose encoding its value has, None for float. leaders: for
     a site that shares another's encoding (the inputs of a Concat), that other site's name. fused: the nodes whose only
-    reader, a ReLU or the like, holds the quantizer of both.
+    reader, a ReLU or the like, holds the quantizer of both. exact: for a node (by name) that has an integer definition,
+    the sites of its input and of its result.
     """
 
     sites: tuple[Site, ...]
@@ -52,6 +55,7 @@ class Placement:
     leaders: dict[str, str]
     layers: tuple[Layer, ...]
     fused: frozenset[str]
+    exact: dict[str, tuple[Site, Site]]
 
     def leader(self, name: str) -> str:
         """The site whose encoding the site `name` has: itself, unless it is tied to another."""
@@ -82,6 +86,7 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
     carried: dict[str, Site | None] = {}
     layers: list[Layer] = []
     fused: set[str] = set()
+    exact: dict[str, tuple[Site, Site]] = {}
 
     def site(name: str, role: str) -> Site | None:
         made = Site(name, role)
@@ -113,8 +118,30 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
         carried[node.name] = own
         if own is not None:
             quantized[node.name] = own
+            source = carried[node.args[0].name] if isinstance(module, m.Exact) else None
+            if source is not None and plan.functions == "exact" and _is_defined(module, node, specs, source, own):
+                exact[node.name] = source, own
     ties = _ties(network, quantized, specs)
-    return Placement(tuple(sites), specs, quantized, carried, ties, tuple(layers), frozenset(fused))
+    return Placement(tuple(sites), specs, quantized, carried, ties, tuple(layers), frozenset(fused), exact)
+
+
+def _is_defined(module: nn.Module | None, node: fx.Node, specs: dict[str, TensorSpec], source: Site, own: Site) -> bool:
+    """Whether a module computes integers between these sites."""
+    assert isinstance(module, m.Exact)
+    shape = tuple(int(d) for d in node.args[0].meta["shape"])  # type: ignore[union-attr]
+    return specs[source.name].power_of_2 and module.definition(shape, specs[own.name].bits) is not None
+
+
+def connect(model: nn.Module, network: fx.GraphModule, placement: Placement, quantizers: Mapping[str, Any]) -> None:
+    """Tells the modules of a simulation that compute integers what quantizes their inputs and results.
+
+    network: the prepared network that `model` was made of. quantizers: by site name.
+    """
+    for node in network.graph.nodes:
+        if node.name in placement.exact:
+            source, own = placement.exact[node.name]
+            module: Any = model.get_submodule(str(node.target))
+            module.connect(quantizers[source.name], quantizers[own.name])
 
 
 def _check_overrides(network: fx.GraphModule, plan: QuantPlan) -> None:

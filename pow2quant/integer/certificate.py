@@ -17,6 +17,11 @@ add the zero point before they round. With t = S * 2^(k_in - k_out) / n, the quo
   may miss it (7 values on 8 bits with k_out = k_in + 1: onnxruntime's QLinearGlobalAveragePool misses 39 ties). A
   grid has few ties, so each is tried; scaling by powers of two commutes with rounding, so one trial serves everyone.
 
+Functions with an integer definition (`pow2quant.functions`). Softmax sums N table entries of m bits: N 2^m <= 2^24.
+One of them is 2^m, so the reciprocal r = floor(2^R / S) is at most 2^(R - m), and E r <= 2^R. The Floor behind the
+rounded division gives r: a quotient below an integer M is so by at least 1 / S >= M / (2^R + 1), and half an ulp there
+is at most (M - 1) 2^-p, p = 24 in float32 (R = 24) and 53 in float64 (R <= 40); with M <= 2^(R - m) that is less.
+
 Rounding after the zero point was added breaks ties the other way when the zero point is odd. The fused Add, Mul and
 AveragePool of onnxruntime 1.31 do so (measured; its convolution, concatenation, global average and matrix product do
 not), hence an odd zero point behind these operations is not proved.
@@ -31,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pow2quant.errors import NotPowerOfTwoError
+from pow2quant.functions import inside_definitions
 from pow2quant.integer.lattice import Lattice, NotProvedError
 from pow2quant.integer.proof import INT32_MAX, WEIGHTED, Tensors, _bias, _ends, _rows, judge
 
@@ -136,7 +142,8 @@ class Certificate:
 def certify(artifact: Artifact) -> Certificate:
     """Bounds every accumulator of a network and says which nodes are proved."""
     tensors = Tensors(artifact)
-    bounds = (_follow(tensors, node) for node in artifact.model.graph.node)
+    inner = inside_definitions(tensors.index, tensors.encodings)
+    bounds = (_follow(tensors, node) for node in artifact.model.graph.node if node.output[0] not in inner)
     return Certificate(tuple(bound for bound in bounds if bound is not None))
 
 

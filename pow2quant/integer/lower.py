@@ -18,8 +18,10 @@ import onnx
 from onnx import numpy_helper
 
 from pow2quant.errors import EncodingError, NotPowerOfTwoError, UnsupportedModelError
+from pow2quant.functions import accepts, definition, region
+from pow2quant.graphs import GraphIndex
 from pow2quant.integer.nodes import attribute, title
-from pow2quant.integer.ops import LOWER
+from pow2quant.integer.ops import LOWER, LOWER_DEFINED
 from pow2quant.integer.ops.average import Average
 from pow2quant.integer.ops.copy import Copy
 from pow2quant.integer.ops.table import SHAPED_LIKE_INPUT, lower_function
@@ -66,6 +68,7 @@ class Lowering:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     doubled: Callable[[], dict[str, tuple[int, ...]]]
+    index: GraphIndex
     rows: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
@@ -88,6 +91,7 @@ class Lowering:
             inputs=inputs,
             outputs=tuple(v.name for v in model.graph.output),
             doubled=cache(lambda: _shapes(_with_batch(artifact.model, 2))),
+            index=GraphIndex(model.graph),
         )
         for name in inputs:
             graph.declare(name)
@@ -207,6 +211,10 @@ class Lowering:
                 self.encodings[name] = self.encodings[source]
         if not any(name in self.encodings for name in node.output):
             return
+        defined = definition(node)
+        if defined is not None:
+            LOWER_DEFINED[type(defined)](self, node, defined)
+            return
         core, low, high = self._peeled(node)
         output = node.output[0]
         if core is None:
@@ -222,6 +230,13 @@ class Lowering:
             LOWER[core.op_type](self, core, output, low, high)
         else:
             raise UnsupportedModelError(f"{title(core)}: has no integers; `pow2quant list --operators` says which have")
+
+    def defined_input(self, node: onnx.NodeProto) -> Tensor:
+        """What a function with an integer definition reads. Raises UnsupportedModelError where it has no integers."""
+        _, source = region(self.index, self.encodings, node)
+        if not source or not accepts(self.encodings[source]):
+            raise UnsupportedModelError(f"{title(node)}: its definition is of one input with a single scale of 2^k")
+        return self.read(source)
 
     def _reads_float(self, node: onnx.NodeProto) -> bool:
         """Whether a node reads what another node of the same module computes and does not round."""

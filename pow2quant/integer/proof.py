@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from pow2quant.functions import FINE, Definition, Softmax, accepts, definition, region
 from pow2quant.graphs import GraphIndex
-from pow2quant.integer.lattice import Lattice, NotProvedError
+from pow2quant.integer.lattice import FLOAT32_EXACT, Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute
 from pow2quant.operators import MOVES, OPERATIONS, Values, operations
 from pow2quant.pow2_constraints.arithmetic import EXPONENTS
@@ -105,7 +106,8 @@ Rule = Callable[[Tensors, onnx.NodeProto], Judged]
 def judge(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     """Follows the values through a node. Raises NotProvedError when executors may disagree about its result."""
     _require_powers_of_two(tensors, node)
-    accumulator, result = RULES.get(node.op_type, _unknown)(tensors, node)
+    rule = _defined if definition(node) is not None else RULES.get(node.op_type, _unknown)
+    accumulator, result = rule(tensors, node)
     if accumulator is not None:
         accumulator.require_exact()
     if node.op_type in ROUNDS_AFTER_ZERO_POINT:
@@ -411,6 +413,45 @@ def _function(tensors: Tensors, node: onnx.NodeProto) -> Judged:
 
 def _float_sums(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     raise NotProvedError(f"executors compute the sums and quotients of {node.op_type} in float32, each in its own way")
+
+
+def _defined(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """A function with an integer definition, whose conditions are checked: see `certificate.py`."""
+    defined = definition(node)
+    _, source = region(tensors.index, tensors.encodings, node)
+    if not source or not accepts(tensors.encodings[source]):
+        raise NotProvedError("its integer definition is of one input with a single scale of 2^k and at most 16 bits")
+    if node.output[0] not in tensors.encodings:
+        raise NotProvedError("its result is not rounded to a grid")
+    shape = tensors.shapes.get(source)
+    if shape is None:
+        raise NotProvedError(f"the shape of {source} is not known")
+    assert defined is not None
+    accumulator = CONDITIONS[type(defined)](defined, shape, tensors.encodings[source])
+    return accumulator, accumulator
+
+
+def _softmax(defined: Softmax, shape: tuple[int | None, ...], encoding: Encoding) -> Lattice:
+    length = shape[defined.axis] if -len(shape) < defined.axis < 0 else None
+    m, r = defined.table_bits, defined.reciprocal_bits
+    if length is None:
+        raise NotProvedError("how many values a row has is not known, or the axis is the batch")
+    if not (0 < m <= 16 and FINE <= r <= 40 and m + r <= 56 and r - m >= 12) or defined.factor <= 0:
+        raise NotProvedError(f"a table of {m} bits and a reciprocal of {r} are outside the proof")
+    if length << m > FLOAT32_EXACT:
+        raise NotProvedError(f"a row of {length} entries of {m} bits may add up beyond 2^24")
+    kept = defined.kept()
+    if kept is not None and not _keeps_some(kept, defined.axis, len(shape)):
+        raise NotProvedError("the mask takes all values of a row out")
+    return Lattice(np.asarray(-FINE), np.asarray(0.0), np.asarray(2.0**FINE))
+
+
+def _keeps_some(kept: NDArray[np.bool_], axis: int, rank: int) -> bool:
+    return kept.ndim <= rank and bool(kept.reshape((1,) * (rank - kept.ndim) + kept.shape).any(axis).all())
+
+
+CONDITIONS: dict[type[Definition], Callable[[Any, tuple[int | None, ...], Encoding], Lattice]] = {Softmax: _softmax}
+"""What must hold for a definition's operations to be exact, and where its result lies."""
 
 
 def _unknown(tensors: Tensors, node: onnx.NodeProto) -> Judged:

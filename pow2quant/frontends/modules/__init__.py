@@ -30,6 +30,7 @@ from pow2quant.frontends.modules.arithmetic import (
     Variance,
 )
 from pow2quant.frontends.modules.constants import ArgMax, Constant, Embedding, Expand
+from pow2quant.frontends.modules.exact import Exact
 from pow2quant.frontends.modules.functions import (
     ELU,
     GELU,
@@ -111,6 +112,7 @@ __all__ = [
     "Div",
     "Embedding",
     "Erf",
+    "Exact",
     "Exp",
     "Expand",
     "Floor",

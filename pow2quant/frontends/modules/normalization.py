@@ -10,17 +10,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pow2quant import functions
+from pow2quant.frontends.modules.exact import Exact
 from pow2quant.frontends.modules.rounded import Rounded, single
+from pow2quant.pow2_constraints import Encoding
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """What a prepared network holds beside the rows of `operators.OPERATORS`, until `backends.fold` has folded it."""
 
 
-class Softmax(nn.Softmax):
-    """Rounded once from float64."""
+def _integer_softmax(codes: Tensor, defined: functions.Softmax, encoding: Encoding) -> Tensor:
+    """`functions.Softmax` of integers in float64, as real values."""
+    table = torch.from_numpy(defined.table(encoding).copy()).to(codes.device)
+    kept = defined.kept()
+    seen = codes
+    if kept is not None:
+        seen = codes.masked_fill(~torch.from_numpy(kept).to(codes.device), -(2.0**40))
+    apart = (seen.amax(defined.axis, keepdim=True) - seen).clamp_(max=len(table) - 1)
+    entries = table.to(torch.float32 if defined.is_single else torch.float64)[apart.long()]
+    reciprocal = torch.floor(2.0**defined.reciprocal_bits / entries.sum(defined.axis, keepdim=True))
+    result = entries.mul_(reciprocal)
+    if not defined.is_single:
+        result.mul_(2.0 ** (functions.FINE - defined.reciprocal_bits)).floor_()
+    return result.mul_(2.0**-functions.FINE)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.double()).to(input.dtype)
+
+class Softmax(Exact, nn.Softmax):
+    """Rounded once from float64, or `functions.Softmax`."""
+
+    def plain(self, x: Tensor) -> Tensor:
+        return nn.Softmax.forward(self, x.double()).to(x.dtype)
+
+    def definition(self, shape: tuple[int, ...], bits: int) -> functions.Softmax | None:
+        """See `Exact.definition`."""
+        if self.dim is None or self.dim % len(shape) == 0:
+            return None
+        axis = self.dim % len(shape) - len(shape)
+        return functions.Softmax.of(axis, shape[axis], bits)
+
+    def integers(self, codes: Tensor, defined: functions.Softmax, encoding: Encoding) -> Tensor:
+        """See `Exact.integers`."""
+        return _integer_softmax(codes, defined, encoding)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -39,8 +69,10 @@ class LogSoftmax(nn.LogSoftmax):
         return super().forward(input.double()).to(input.dtype)
 
 
-class MaskedSoftmax(nn.Module):
-    """softmax(factor * x + mask) along `dim`, rounded once from float64; nothing is rounded between.
+class MaskedSoftmax(Exact):
+    """softmax(factor * x + mask) along `dim`, rounded once from float64, or `functions.Softmax`.
+
+    The latter where the mask holds nothing but 0 and what takes values out, and leaves something of every row.
 
     mask: broadcasts against x; -inf, or anything below -2^100, takes a value out. None: there is none.
     """
@@ -52,10 +84,29 @@ class MaskedSoftmax(nn.Module):
 
     mask: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         scores = x.double() * self.factor
         scores = scores if self.mask is None else scores + self.mask.double()
         return torch.softmax(scores, self.dim).to(x.dtype)
+
+    def definition(self, shape: tuple[int, ...], bits: int) -> functions.Softmax | None:
+        """See `Exact.definition`."""
+        axis = self.dim % len(shape) - len(shape)
+        if axis == -len(shape) or self.factor <= 0:
+            return None
+        keep = None
+        if self.mask is not None:
+            taken_out = self.mask.cpu() <= LOWEST
+            keep = (~taken_out).numpy()
+            if bool((self.mask.cpu()[~taken_out] != 0).any()) or keep.ndim > len(shape):
+                return None
+            if not np.broadcast_to(keep, (1,) * max(0, len(shape) - keep.ndim) + keep.shape).any(axis).all():
+                return None
+        return functions.Softmax.of(axis, shape[axis], bits, self.factor, keep)
+
+    def integers(self, codes: Tensor, defined: functions.Softmax, encoding: Encoding) -> Tensor:
+        """See `Exact.integers`."""
+        return _integer_softmax(codes, defined, encoding)
 
     def extra_repr(self) -> str:
         shape = None if self.mask is None else tuple(self.mask.shape)

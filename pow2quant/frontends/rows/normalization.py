@@ -88,9 +88,9 @@ def _local_response_norm(module: m.LocalResponseNorm, node: Node, graph: OnnxGra
 
 
 ROWS: Rows = {
-    m.Softmax: Operator("Softmax", _softmax),
+    m.Softmax: Operator("Softmax", _softmax, integers=True, proved=True),
     m.LogSoftmax: Operator("LogSoftmax", _log_softmax),
-    m.MaskedSoftmax: Operator("Softmax", formula(_masked_softmax)),
+    m.MaskedSoftmax: Operator("Softmax", formula(_masked_softmax), integers=True, proved=True),
     m.LayerNorm: Operator("LayerNormalization", _layer_norm),
     m.Normalize: Operator("Div", formula(_normalize)),
     m.RMSNorm: Operator("Div", formula(_rms_norm)),

@@ -6,9 +6,22 @@ A new operation is one file with a `Step` and a `lower` function, and a row of `
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pow2quant.integer.ops import average, convolution, copy, dense, extreme, matmul, maximum, product, sum, view
+from pow2quant.functions import Definition, Softmax
+from pow2quant.integer.ops import (
+    average,
+    convolution,
+    copy,
+    dense,
+    extreme,
+    matmul,
+    maximum,
+    product,
+    softmax,
+    sum,
+    view,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -54,3 +67,6 @@ LOWER: dict[str, Lower] = {
     "Transpose": copy.lower_transpose,
     "Unsqueeze": view.lower,
 }
+
+LOWER_DEFINED: dict[type[Definition], Callable[[Lowering, onnx.NodeProto, Any], None]] = {Softmax: softmax.lower}
+"""What lowers a node that bears an integer definition."""

@@ -1,0 +1,189 @@
+"""Nodes with an integer definition, written as operations that are exact by IEEE 754: a reversible pair.
+
+The float model of an artifact keeps the standard's node, such as Softmax, which tools for targets understand; in a QDQ
+file operations on integers in float32, or in double, take its place. None of their results is rounded: sums, products
+and quotients stay within what the type holds exactly (`integer/proof.py` checks it), and what follows a division is a
+Floor that no rounding moves. The node that they replace stands in the last one's metadata.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+
+from pow2quant.functions import FINE, Definition, Softmax, definition, region
+from pow2quant.graphs import GraphIndex
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from pow2quant.artifact import Table
+    from pow2quant.pow2_constraints import Encoding
+
+MARK = "/exact/"
+"""Stands in the names of the nodes and tensors that `expand` adds, behind the result's name."""
+
+REPLACED = "pow2quant.replaced"
+"""The key in the last node's metadata under which the nodes that were replaced stand, serialized."""
+
+
+def is_exact(node: NodeProto) -> bool:
+    """Whether `expand` wrote a node."""
+    return MARK in node.name
+
+
+def expand(graph: GraphProto, table: Table) -> None:
+    """Writes every definition as operations, in place. table: encodings by tensor name."""
+    index = GraphIndex(graph)
+    gone, written, private = set[str](), dict[str, list[NodeProto]](), set[str]()
+    for node in list(graph.node):
+        found = _Expansion.of(index, table, node)
+        if found is None:
+            continue
+        gone |= {n.output[0] for n in found.replaced.node}
+        private |= {t.name for t in found.replaced.initializer}
+        written[node.output[0]] = found.nodes
+        graph.initializer.extend(found.initializers)
+    nodes = []
+    for node in graph.node:
+        result = node.output[0] if node.output else ""
+        nodes += written.get(result, [] if result in gone else [node])
+    _set(graph, nodes, [t for t in graph.initializer if t.name not in private])
+
+
+def collapse(graph: GraphProto, table: Table) -> None:
+    """Puts back what `expand` replaced, in place, where the operations are just those that it writes."""
+    nodes, initializers = list(graph.node), list(graph.initializer)
+    for last in graph.node:
+        replaced = _replaced(last)
+        if replaced is None:
+            continue
+        own = [n for n in nodes if n.name.startswith(f"{last.output[0]}{MARK}")]
+        constants = [t for t in initializers if t.name.startswith(f"{last.output[0]}{MARK}")]
+        rest = [n for n in nodes if n not in own]
+        candidate = GraphProto(node=[*rest, *replaced.node])
+        candidate.initializer.extend([t for t in initializers if t not in constants])
+        candidate.initializer.extend(replaced.initializer)
+        again = _Expansion.of(GraphIndex(candidate), table, replaced.node[-1]) if replaced.node else None
+        if again is None or not _equal(again, own, constants):
+            continue
+        at = nodes.index(own[0])
+        nodes = [n for n in nodes if n not in own]
+        nodes[at:at] = replaced.node
+        initializers = list(candidate.initializer)
+    _set(graph, nodes, initializers)
+
+
+def _set(graph: GraphProto, nodes: list[NodeProto], initializers: list[TensorProto]) -> None:
+    kept = [NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    constants = [TensorProto.FromString(t.SerializeToString()) for t in initializers]
+    del graph.node[:]
+    del graph.initializer[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(constants)
+
+
+def _replaced(last: NodeProto) -> GraphProto | None:
+    text = next((entry.value for entry in last.metadata_props if entry.key == REPLACED), None)
+    if text is None:
+        return None
+    graph = GraphProto()
+    try:
+        graph.ParseFromString(base64.b64decode(text))
+    except Exception:  # protobuf's DecodeError has no public base
+        return None
+    return graph
+
+
+def _equal(again: _Expansion, nodes: list[NodeProto], constants: list[TensorProto]) -> bool:
+    """Whether nodes and constants are those that are written for the definition, whatever the metadata say."""
+    first, second = ([_plain(n) for n in side] for side in (again.nodes, nodes))
+    values = [
+        {t.name: (t.data_type, numpy_helper.to_array(t)) for t in side} for side in (again.initializers, constants)
+    ]
+    same = values[0].keys() == values[1].keys() and all(
+        kind == values[1][name][0] and np.array_equal(array, values[1][name][1])
+        for name, (kind, array) in values[0].items()
+    )
+    return first == second and same
+
+
+def _plain(node: NodeProto) -> tuple[Any, ...]:
+    attributes = sorted((a.name, a.SerializeToString()) for a in node.attribute)
+    return node.op_type, node.domain, tuple(node.input), tuple(node.output), tuple(attributes)
+
+
+class _Expansion:
+    """The nodes and constants that take the place of one definition, and those that are replaced."""
+
+    def __init__(self, result: str, replaced: GraphProto) -> None:
+        self.result, self.replaced = result, replaced
+        self.nodes: list[NodeProto] = []
+        self.initializers: list[TensorProto] = []
+
+    @classmethod
+    def of(cls, index: GraphIndex, table: Table, node: NodeProto) -> _Expansion | None:
+        """What is written for a node; None where it has no definition that can be written."""
+        defined = definition(node)
+        if defined is None or node.output[0] not in table:
+            return None
+        nodes, source = region(index, table, node)
+        if not source:
+            return None
+        private = [t for t in index.graph.initializer if _is_private(index, t.name, nodes)]
+        made = cls(node.output[0], GraphProto(node=nodes, initializer=private))
+        WRITERS[type(defined)](made, defined, source, table[source])
+        made.nodes[-1].output[0] = node.output[0]
+        text = base64.b64encode(made.replaced.SerializeToString(deterministic=True)).decode()
+        made.nodes[-1].metadata_props.add(key=REPLACED, value=text)
+        return made
+
+    def __call__(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """Adds a node and returns its result's name."""
+        name = f"{self.result}{MARK}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, list(inputs), [name], name, **attributes))
+        return name
+
+    def constant(self, value: NDArray[Any] | np.generic) -> str:
+        """Adds a constant and returns its name."""
+        name = f"{self.result}{MARK}constant{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+
+def _is_private(index: GraphIndex, name: str, nodes: list[NodeProto]) -> bool:
+    """Whether only these nodes read a constant."""
+    results = {n.output[0] for n in nodes}
+    readers = index.readers.get(name, [])
+    return bool(readers) and all(r.output and r.output[0] in results for r in readers)
+
+
+def _softmax(f: _Expansion, defined: Softmax, x: str, encoding: Encoding) -> None:
+    single, exponent, table = defined.is_single, int(encoding.exponent), defined.table(encoding)
+    real = np.float32 if single else np.float64
+    axes = f.constant(np.array([defined.axis], np.int64))
+    kept = defined.kept()
+    if kept is not None:  # what is not kept moves further down than any code reaches
+        x = f("Add", x, f.constant(np.where(kept, 0, -math.ldexp(1, 18 + exponent)).astype(np.float32)))
+    apart = f("Sub", f("ReduceMax", x, axes, keepdims=1), x)
+    apart = f("Mul", apart, f.constant(np.float32(math.ldexp(1, -exponent))))
+    index = f("Cast", f("Min", apart, f.constant(np.float32(len(table) - 1))), to=TensorProto.INT32)
+    entries = f("Gather", f.constant(table.astype(real)), index, axis=0)
+    total = f("ReduceSum", entries, axes, keepdims=1)
+    reciprocal = f("Floor", f("Div", f.constant(real(2.0**defined.reciprocal_bits)), total))
+    result = f("Mul", entries, reciprocal)
+    if single:
+        f("Mul", result, f.constant(np.float32(2.0**-FINE)))
+        return
+    result = f("Floor", f("Mul", result, f.constant(np.float64(2.0 ** (FINE - defined.reciprocal_bits)))))
+    f("Cast", f("Mul", result, f.constant(np.float64(2.0**-FINE))), to=TensorProto.FLOAT)
+
+
+WRITERS: dict[type[Definition], Callable[[_Expansion, Any, str, Encoding], None]] = {Softmax: _softmax}
+"""What writes each definition: the last node's result is the function's."""

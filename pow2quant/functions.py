@@ -1,0 +1,162 @@
+"""The integer definitions of functions that are not sums of products, and how an ONNX node says which one it has.
+
+A node of an artifact that bears a definition (`mark`, `definition`) means these integers, whoever computes it: the
+simulation, the nodes of a QDQ file that `adapters/exact.py` writes in its place, the engine and C. Results are integers
+in units of 2^-`FINE`, at most 2^24, so that float32 holds them; an ordinary requantization follows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+    from pow2quant.graphs import GraphIndex
+    from pow2quant.pow2_constraints import Encoding
+
+    Ints = NDArray[np.int64]
+
+KEY = "pow2quant.function"
+"""The key in a node's metadata under which its definition stands."""
+
+FINE = 24
+"""Probabilities are integers in units of 2^-24."""
+
+WIDEST = 16
+"""Inputs have at most so many bits."""
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Softmax along an axis, with one division per row.
+
+    Of codes q in units of 2^k: d = max q - q, E = round(2^m exp(-d factor 2^k)), S = sum E, r = floor(2^R / S), and
+    p = floor(E r 2^(24 - R)) in units of 2^-24. A value that is not kept has E = 0 and does not count in the maximum.
+
+    axis: from the end. table_bits, reciprocal_bits: m and R. keep: the shape of a mask and its truth values, packed,
+    in hexadecimal; it broadcasts against the tensor, and keeps something of every row.
+    """
+
+    axis: int
+    table_bits: int
+    reciprocal_bits: int
+    factor: float = 1.0
+    keep: tuple[tuple[int, ...], str] | None = None
+
+    @classmethod
+    def of(
+        cls, axis: int, length: int, bits: int, factor: float = 1.0, keep: NDArray[np.bool_] | None = None
+    ) -> Softmax | None:
+        """The definition for rows of so many values and a result of so many bits; None for rows that are too long.
+
+        Up to 8 bits and rows of 4,096, m = 12 and R = 24 keep every integer within 24 bits; the reciprocal then costs
+        at most 1/16 of the result's step.
+        """
+        packed = None if keep is None else (keep.shape, np.packbits(keep).tobytes().hex())
+        if bits <= 8 and length <= 4096:
+            return cls(axis, 12, FINE, factor, packed)
+        table_bits = min(16, 24 - max(1, length - 1).bit_length())
+        return cls(axis, table_bits, 40, factor, packed) if table_bits >= 8 else None
+
+    @property
+    def is_single(self) -> bool:
+        """Whether every integer is at most 2^24: float32 and int32 hold it."""
+        return self.reciprocal_bits == FINE
+
+    def table(self, encoding: Encoding) -> Ints:
+        """E for d = 0, 1, …; the last entry, 0, is that of every larger d."""
+        span = int(encoding.grid.qmax) - int(encoding.grid.qmin)
+        return _exponentials(int(encoding.exponent), span, self.table_bits, self.factor)
+
+    def kept(self) -> NDArray[np.bool_] | None:
+        """The mask, or None."""
+        if self.keep is None:
+            return None
+        shape, text = self.keep
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=math.prod(shape))
+        return bits.reshape(shape).astype(bool)
+
+
+@lru_cache(maxsize=256)
+def _exponentials(exponent: int, span: int, bits: int, factor: float) -> Ints:
+    step = math.ldexp(factor, exponent)
+    count = min(span, int((bits + 1) * math.log(2) / step) + 1) + 1
+    entries = np.rint(np.ldexp(np.exp(-step * np.arange(count, dtype=np.float64)), bits)).astype(np.int64)
+    entries = np.append(entries[entries > 0], 0)
+    entries.setflags(write=False)
+    return entries
+
+
+Definition = Softmax
+
+KINDS: dict[str, type[Definition]] = {"softmax": Softmax}
+"""The definitions by the name that they have in a file."""
+
+
+def mark(node: onnx.NodeProto, definition: Definition) -> None:
+    """Writes a definition into a node's metadata."""
+    kind = next(name for name, cls in KINDS.items() if cls is type(definition))
+    node.metadata_props.add(key=KEY, value=json.dumps({"function": kind} | asdict(definition)))
+
+
+def definition(node: onnx.NodeProto) -> Definition | None:
+    """A node's definition; None where it has none, or one that is not known."""
+    text = next((entry.value for entry in node.metadata_props if entry.key == KEY), None)
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+        return KINDS[values.pop("function")](**{key: _tuples(value) for key, value in values.items()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def accepts(encoding: Encoding | None) -> bool:
+    """Whether the definitions speak of an input with this encoding: one scale of 2^k, and not too many codes."""
+    return (
+        encoding is not None
+        and encoding.scale.ndim == 0
+        and encoding.is_power_of_two
+        and encoding.grid.width <= WIDEST
+        and -64 <= int(encoding.exponent) <= 64
+    )
+
+
+def region(index: GraphIndex, table: dict[str, Encoding], node: onnx.NodeProto) -> tuple[list[onnx.NodeProto], str]:
+    """The nodes that a definition stands for, in order, and the encoded tensor that they read; "" if it is not one."""
+    found: dict[str, onnx.NodeProto] = {}
+    sources = set[str]()
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        found[current.output[0]] = current
+        for name in filter(None, current.input):
+            if name in table and name not in index.constants:
+                sources.add(name)
+            elif name not in index.constants and name not in found:
+                if name not in index.producers:
+                    return [], ""
+                pending.append(index.producers[name])
+    ordered = [n for n in index.graph.node if n.output and n.output[0] in found]
+    return (ordered, sources.pop()) if len(sources) == 1 else ([], "")
+
+
+def inside_definitions(index: GraphIndex, table: dict[str, Encoding]) -> set[str]:
+    """What the nodes compute that a definition stands for, but for its result."""
+    found = set[str]()
+    for node in index.graph.node:
+        if definition(node) is not None:
+            found |= {n.output[0] for n in region(index, table, node)[0]} - set(node.output)
+    return found
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,92 @@
+"""Softmax: the largest code, a table of exponentials, their sum, one division per row (`pow2quant.functions`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pow2quant.functions import FINE, Softmax
+from pow2quant.integer.c_layer import ctype
+from pow2quant.integer.program import storage
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+    from pow2quant.integer.c_layer import Layer
+    from pow2quant.integer.lower import Lowering
+    from pow2quant.integer.program import Codes, Ints, Program, Requantization
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxStep:
+    """y = requantize(p), p in units of 2^-24, along one axis. table: E for d = 0, 1, …, and 0 for all that follow."""
+
+    node: str
+    inputs: tuple[str]
+    output: str
+    definition: Softmax
+    table: Ints
+    requantization: Requantization
+
+    def run(self, program: Program, *inputs: Codes) -> Codes:
+        """See `Step.run`."""
+        (x,) = inputs
+        defined, codes = self.definition, x.astype(np.int64)
+        kept = defined.kept()
+        if kept is not None:
+            codes = np.where(kept, codes, -(2**40))
+        apart = codes.max(defined.axis, keepdims=True) - codes
+        entries = self.table[np.minimum(apart, len(self.table) - 1)]
+        reciprocal = (1 << defined.reciprocal_bits) // entries.sum(defined.axis, keepdims=True)
+        p = entries * reciprocal >> (defined.reciprocal_bits - FINE)
+        return self.requantization(p).astype(program.tensors[self.output].dtype)
+
+    def emit_c(self, layer: Layer) -> str:
+        """See `Step.emit_c`."""
+        x, defined = layer.input(0), self.definition
+        kind = layer.accumulator(self.bound(layer.program), self.requantization)
+        entries = layer.typed_array("table", self.table.astype(storage(0, int(self.table.max()))))
+        length = x.shape[defined.axis]
+        inner = math.prod(x.shape[defined.axis + 1 :]) if defined.axis < -1 else 1
+        kept = defined.kept()
+        sums = "uint32_t" if defined.is_single else "uint64_t"
+        softmax = layer.kernel(
+            "softmax", x=ctype(x), t=entries.ctype, s=sums, a=kind, y=ctype(layer.output), k="m" * (kept is not None)
+        )
+        numbers = [x.size // length // inner, length, inner, len(self.table) - 1]
+        numbers += [defined.reciprocal_bits, defined.reciprocal_bits - FINE]
+        arguments = f"x, y, {', '.join(map(str, numbers))}, {entries.name}, &rule"
+        if kept is not None:
+            mask = _repeated(kept, x.shape)
+            arguments += f", {layer.typed_array('kept', mask.astype(np.uint8)).name}, {mask.size}"
+        return f"{layer.rule(self.requantization)}\n{softmax}({arguments});"
+
+    def bound(self, program: Program) -> int:
+        """See `Step.bound`."""
+        return int(2**FINE)
+
+    def work(self, program: Program) -> int:
+        """See `Step.work`."""
+        return 3 * program.tensors[self.output].size
+
+
+def _repeated(kept: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """The mask as the tensor's last dimensions have it, so that it repeats in memory."""
+    while kept.ndim and kept.shape[0] == 1:
+        kept = kept[0]
+    full = np.broadcast_to(kept, shape[len(shape) - kept.ndim :])
+    return full if full.ndim else np.ones(1, bool)
+
+
+def lower(graph: Lowering, node: onnx.NodeProto, defined: Softmax) -> None:
+    """A node that bears this definition."""
+    x, target = graph.defined_input(node), graph.declare(node.output[0])
+    requantization = graph.requantization(np.array(-FINE), target)
+    step = SoftmaxStep(
+        node.name or target.name, (x.name,), target.name, defined, defined.table(x.encoding), requantization
+    )
+    graph.steps.append(step)
