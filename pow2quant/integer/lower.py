@@ -236,7 +236,7 @@ class Lowering:
         _, source = region(self.index, self.encodings, node)
         if not source or not accepts(self.encodings[source]):
             raise UnsupportedModelError(f"{title(node)}: its definition is of one input with a single scale of 2^k")
-        return self.read(source)
+        return self.read(source, rows=True)
 
     def _reads_float(self, node: onnx.NodeProto) -> bool:
         """Whether a node reads what another node of the same module computes and does not round."""
