@@ -28,6 +28,7 @@ from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.config import Choice, QuantPlan, TrainingConfig
 from pow2quant.frontends.prepare import prepare
 from pow2quant.runs import simulate
+from pow2quant.tasks.classification import Classification
 from pow2quant.training.trainer import LAYOUT, Trainer
 
 LAST = ", channels last"
@@ -39,7 +40,14 @@ def trainer_of(sim: Simulation, data: datasets.Data, network: nn.Module, mode: s
     config = TrainingConfig(
         mode=mode, learning_rate=1e-6, optimizer=Choice("SGD"), scheduler=None, batch_size=len(data.train[0][0])
     )
-    return Trainer(sim=sim, parameters=parameters, data=data, teacher=network, config=config)
+    return Trainer(
+        sim=sim,
+        parameters=parameters,
+        data=data,
+        teacher=network,
+        config=config,
+        task=Classification([(data.num_classes,)]),
+    )
 
 
 def plain_step(model: nn.Module, batch: Tensor, labels: Tensor) -> Callable[[], None]:

@@ -306,6 +306,8 @@ class PtqConfig:
 class TrainingConfig:
     """Quantization-aware training. criterion, optimizer, scheduler: a name that torch knows or `file.py:thing`.
 
+    criterion: None: the loss of the task, such as CrossEntropyLoss for classification.
+
     mode: `weights` leaves activations float until the final PTQ, `full` trains with everything quantized. batch_size:
     of all processes together. exponents: how they are learned, `tqt` or `lsq`, or `fixed` at those of calibration;
     exponent_learning_rate: of Adam, for them; freeze_exponents: the share of all steps after which they no longer move.
@@ -325,7 +327,7 @@ class TrainingConfig:
     learning_rate: Annotated[float, _RATE] = 1e-4
     weight_decay: Annotated[float, _DECAY] = 0.01
     batch_size: Annotated[int, _COUNT] = 64
-    criterion: Annotated[Choice, _CHOICE] = field(default=Choice("CrossEntropyLoss"))
+    criterion: Annotated[Choice | None, _CHOICE] = None
     optimizer: Annotated[Choice, _CHOICE] = field(default=Choice("AdamW"))
     scheduler: Annotated[Choice | None, _CHOICE] = field(default=Choice("CosineAnnealingLR"))
     final_ptq: bool = True

@@ -23,6 +23,9 @@ from pow2quant.training import curves
 from pow2quant.training.processes import joined
 from pow2quant.training.trainer import Trainer
 
+LINES = {"float": "float", "after PTQ": "ptq", "final": "quantized"}
+"""What the curves of training are compared with: keys of a metric in report.json, by label."""
+
 
 def qat(
     config: RunConfig,
@@ -53,6 +56,7 @@ def qat(
                 parameters=job.parameters(sim),
                 data=job.data,
                 teacher=job.model,
+                task=job.task,
                 config=job.config.training,
                 seed=job.config.seed,
                 device=job.device,
@@ -67,10 +71,16 @@ def qat(
                 return None
             steps += [f"qat ({job.config.training.mode})", *_settle(job, sim), "export"]
             report, agreements = finish(job, sim, folder, steps)
-            report |= {"ptq_accuracy": ptq_accuracy, **_trained(trainer)}
+            report |= _trained(trainer)
+            if "accuracy" in {metric.key for metric in job.task.metrics[:1]}:
+                report |= {"ptq_accuracy": ptq_accuracy, "qat_best_accuracy": trainer.best["accuracy"]}
+            for measured in list(report["metrics"].values())[:1]:
+                measured |= {"ptq": ptq_accuracy, "qat_best": trainer.best["accuracy"]}
+            facts = report["training"] | {"metric": trainer.metric.name, "unit": trainer.metric.unit}
             report["duration_seconds"] = round(time.monotonic() - started, 2)
-            lines = {"float": report["initial_accuracy"], "after PTQ": ptq_accuracy, "final": report["final_accuracy"]}
-            curves.save(folder, trainer.history, report["training"], lines)
+            values: dict[str, Any] = next(iter(report["metrics"].values()), {})
+            lines = {label: values.get(key) for label, key in LINES.items()}
+            curves.save(folder, trainer.history, facts, {k: v for k, v in lines.items() if v is not None})
             if (checkpoints / curves.BOARD).is_dir():
                 shutil.copytree(checkpoints / curves.BOARD, folder / curves.BOARD)
             write_report(folder, report)
@@ -110,7 +120,6 @@ def _trained(trainer: Trainer) -> dict[str, Any]:
     """What training adds to report.json."""
     config, history = trainer.config, trainer.history
     return {
-        "qat_best_accuracy": trainer.best["accuracy"],
         "training": {
             "mode": config.mode,
             "batch_norm": "live" if trainer.norms.parameters() else "folded",

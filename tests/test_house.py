@@ -72,6 +72,7 @@ DOORS = {  # the only imports between two rooms of one floor
     ("pow2quant.datasets", "pow2quant.resizing"),
     ("pow2quant.sources", "pow2quant.reading"),
     ("pow2quant.training", "pow2quant.methods"),
+    ("pow2quant.training", "pow2quant.tasks"),
     ("pow2quant.backends", "pow2quant.frontends"),
     ("pow2quant.study", "pow2quant.runs"),
     ("pow2quant.study", "pow2quant.three_steps"),

@@ -25,6 +25,7 @@ from pow2quant.errors import ConfigError, FileFormatError, TrainingError
 from pow2quant.pow2_constraints import Encoding, IntGrid, Observed, choose, power_of_two
 from pow2quant.pow2_constraints.snap import Format
 from pow2quant.runs import simulate
+from pow2quant.tasks.classification import Classification
 from pow2quant.training import checkpoint, schedule
 from pow2quant.training.batch_norm import MOMENTUM
 from pow2quant.training.exponents import OSCILLATES, REACH, RULES, Exponents
@@ -55,7 +56,8 @@ def trainer_of(
     sim: Simulation, data: datasets.Data, network: nn.Module, config: TrainingConfig, **more: object
 ) -> Trainer:
     parameters = {name: sim.parameter(name) for name in dict(sim.network.named_parameters())}
-    return Trainer(sim=sim, parameters=parameters, data=data, teacher=network, config=config, **more)  # type: ignore[arg-type]
+    values = {"sim": sim, "parameters": parameters, "data": data, "teacher": network, "config": config, **more}
+    return Trainer(task=Classification([(10,)]), **values)  # type: ignore[arg-type]
 
 
 # -- equations ---------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from pow2quant.cli.options import (
     IdleSeed,
     Mean,
     Methods,
+    MetricName,
     Model,
     Option,
     Output,
@@ -38,6 +39,7 @@ from pow2quant.cli.options import (
     Resize,
     Seed,
     Std,
+    Task,
     Verbose,
     WeightBits,
     Weights,
@@ -81,6 +83,8 @@ def _common(
 )
 def ptq(
     backend: Backend = None,
+    task: Task = None,
+    metric: MetricName = None,
     model: Model = None,
     weights: Weights = None,
     num_classes: Classes = None,
@@ -119,6 +123,8 @@ def ptq(
         "ptq.max_eval_batches": max_eval_batches,
         "ptq.methods": [] if method == ["none"] else method or None,
         "encodings_version": encodings_version,
+        "task": task,
+        "metric": metric,
         "seed": seed,
         "device": device,
     }
@@ -134,6 +140,8 @@ def ptq(
 @app.command(epilog="Example: pow2quant qat --weight-bits 4 --epochs 10 --output runs/mine; after a crash add --resume")
 def qat(
     backend: Backend = None,
+    task: Task = None,
+    metric: MetricName = None,
     model: Model = None,
     weights: Weights = None,
     num_classes: Classes = None,
@@ -152,6 +160,10 @@ def qat(
     epochs: Annotated[int | None, Option(help="How often all training images are seen.")] = None,
     learning_rate: Annotated[float | None, Option(help="Of the optimizer, at the start of its schedule.")] = None,
     batch_size: Annotated[int | None, Option(help="Images per training step, of all processes together.")] = None,
+    loss: Annotated[
+        str | None,
+        Option(help="The criterion: a name that torch knows or path/to/file.py:thing; default: the task's own."),
+    ] = None,
     distillation: Annotated[
         float | None, Option(help="Share of the loss, 0 to 1, that compares with the float network's logits.")
     ] = None,
@@ -185,6 +197,7 @@ def qat(
         "training.epochs": epochs,
         "training.learning_rate": learning_rate,
         "training.batch_size": batch_size,
+        "training.criterion": loss,
         "training.distillation": distillation,
         "training.final_ptq": False if no_final_ptq else None,
         **pixels(resize, crop, mean, std),
@@ -192,6 +205,8 @@ def qat(
         "ptq.max_eval_batches": max_eval_batches,
         "ptq.methods": [] if method == ["none"] else method or None,
         "encodings_version": encodings_version,
+        "task": task,
+        "metric": metric,
         "seed": seed,
         "device": device,
     }

@@ -40,7 +40,10 @@ Backend = Annotated[str | None, Option("--backend", help="custom (pure PyTorch) 
 Model = Annotated[str | None, Option(help="digits-cnn, torchvision:NAME, timm:NAME, or path/to/file.py:factory.")]
 Weights = Annotated[str | None, Option(help="State dict: .pt, .pth or .safetensors.")]
 Classes = Annotated[int | None, Option(help="Passed to the network's factory.")]
-DataSet = Annotated[str | None, Option(help="digits, cifar10, mnist, imagefolder, or path/to/file.py:function.")]
+DataSet = Annotated[
+    str | None,
+    Option(help="digits, cifar10, mnist, imagefolder, path/to/file.py:function, or arrays in a file.npz or .npy."),
+]
 DataPath = Annotated[str | None, Option(help="Folder of the data set.")]
 Resize = Annotated[int | None, Option(min=1, help="Length of the images' shorter side, in pixels; imagefolder: 256.")]
 Crop = Annotated[int | None, Option(min=1, help="Side of their central square that is used; imagefolder: 224.")]
@@ -48,6 +51,21 @@ Mean = Annotated[
     str | None, Option(help="Subtracted from values in [0, 1], per channel: 0.5,0.5,0.5; imagefolder: ImageNet's.")
 ]
 Std = Annotated[str | None, Option(help="What they are divided by then, per channel: 0.5,0.5,0.5.")]
+Task = Annotated[
+    str | None,
+    Option(
+        help="What the network is for: classification, multi-label, segmentation, image-to-image, regression, "
+        "detection, or none; default: what the data look like."
+    ),
+]
+MetricName = Annotated[
+    str | None,
+    Option(
+        "--metric",
+        help="What to judge by: one of the task's own (top1, miou, mae, psnr, ...), torchmetrics:NAME, or "
+        "path/to/file.py:function of (outputs, targets).",
+    ),
+]
 WeightBits = Annotated[int | None, Option(help="Width of weights, 2 to 16.")]
 ActivationBits = Annotated[
     int | None,

@@ -21,6 +21,7 @@ from pow2quant.cli.options import (
     EvalBatches,
     Mean,
     Methods,
+    MetricName,
     Model,
     Option,
     Output,
@@ -30,6 +31,7 @@ from pow2quant.cli.options import (
     Resize,
     Seed,
     Std,
+    Task,
     Verbose,
     Weights,
     app,
@@ -75,6 +77,8 @@ def search(
         str | None, Option(help="YAML of a chip; without it, a latency is measured in onnxruntime, on one thread.")
     ] = None,
     backend: Backend = None,
+    task: Task = None,
+    metric: MetricName = None,
     model: Model = None,
     weights: Weights = None,
     num_classes: Classes = None,
@@ -119,6 +123,8 @@ def search(
         "search.points": points,
         "search.latency_table": latency_table,
         "encodings_version": encodings_version,
+        "task": task,
+        "metric": metric,
         "seed": seed,
         "device": device,
     }

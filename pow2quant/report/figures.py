@@ -41,16 +41,18 @@ SERIES = ("a", "b", "c", "d", "e")
 MARKERS = ("o", "s", "^", "D", "v")
 
 
-def training(epochs: Sequence[Mapping[str, Any]], lines: Mapping[str, float]) -> str:
-    """Loss and accuracy by epoch. lines: accuracies in per cent to compare with, by label."""
+def training(epochs: Sequence[Mapping[str, Any]], lines: Mapping[str, float], metric: str = "", unit: str = "%") -> str:
+    """Loss and a metric (top-1 accuracy where none is named) by epoch. lines: its values to compare with, by label."""
     figure, (loss, accuracy) = _figure("training", 7.6, 2.9, columns=2)
     trained = [e for e in epochs if e.get("loss") is not None]
     loss.plot([e["epoch"] for e in trained], [e["loss"] for e in trained], "o-", color=COLOURS["a"], markersize=3)
     loss.set_ylabel("training loss")
     accuracy.plot([e["epoch"] for e in epochs], [e["accuracy"] for e in epochs], "o-", color=COLOURS["b"], markersize=3)
     for (label, value), style in zip(lines.items(), ("--", ":", "-."), strict=False):
-        accuracy.axhline(value, color=COLOURS["soft"], linestyle=style, linewidth=1, label=f"{label} {value:.2f} %")
-    accuracy.set_ylabel("top-1 accuracy, %")
+        accuracy.axhline(
+            value, color=COLOURS["soft"], linestyle=style, linewidth=1, label=f"{label} {value:.4g} {unit}"
+        )
+    accuracy.set_ylabel(", ".join(word for word in (metric or "top-1 accuracy", unit) if word))
     if lines:
         accuracy.legend(fontsize=8, frameon=False)
     for axes in (loss, accuracy):

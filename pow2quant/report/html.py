@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pow2quant import run_folder
 from pow2quant.errors import FileFormatError
-from pow2quant.report import graph, histograms
+from pow2quant.report import graph, histograms, summary
 from pow2quant.report.statistics import middle, tax_db
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def render(
     drawn = [histograms.draw(name, tensor, _scale(report, name)) for name, tensor in measured.items()]
     parts: dict[str, Any] = {
         "accuracies": list(_accuracies(report)),
+        "scores": _scores(report),
         "layers": layers,
         "network": (statistics or {}).get("network"),
         "histograms": drawn,
@@ -85,6 +86,7 @@ def render(
 
 SECTIONS = (
     ("accuracy", "Accuracy", "accuracies"),
+    ("scores", "Quality", "scores"),
     ("agreement", "Agreement", "validation"),
     ("layers", "Layer by layer", "layers"),
     ("network", "Network", "network"),
@@ -196,6 +198,12 @@ def _accuracies(report: Mapping[str, Any]) -> Iterator[tuple[str, float, float |
         repeats = key == "ptq" and "qat_best_accuracy" not in report and "final_accuracy" in report
         if top1 is not None and not repeats:
             yield label, top1, top5, None if first is None or key == "initial" else top1 - first
+
+
+def _scores(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
+    """The table of a task that is not classification; None without metrics."""
+    header, rows = summary.scores(report)
+    return (header, rows) if rows and report.get("initial_accuracy") is None else None
 
 
 def _specs(report: Mapping[str, Any]) -> list[Any]:
@@ -311,9 +319,12 @@ def _curves(report: Mapping[str, Any], metrics: Mapping[str, Any]) -> Any:
 
     if not metrics.get("epochs"):
         return None
+    leading: Mapping[str, Any] = next(iter((report.get("metrics") or {}).values()), {})
     compared = {"float": "initial", "after PTQ": "ptq", "final": "final"}
-    lines = {label: report.get(f"{key}_accuracy") for label, key in compared.items()}
-    return Markup(figures.training(metrics["epochs"], {k: v for k, v in lines.items() if v is not None}))
+    values = {"initial": leading.get("float"), "ptq": leading.get("ptq"), "final": leading.get("quantized")}
+    lines = {label: report.get(f"{key}_accuracy") or values[key] for label, key in compared.items()}
+    known = {k: v for k, v in lines.items() if v is not None}
+    return Markup(figures.training(metrics["epochs"], known, metrics.get("metric", ""), metrics.get("unit", "%")))
 
 
 def _picture(

@@ -25,9 +25,9 @@ from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.prepare import is_prepared, prepare
 from pow2quant.plugins import resolve
 from pow2quant.reading import Batches, Checked, Signature
-from pow2quant.runs.scores import Noise, arrays_of
 from pow2quant.tasks.base import Task
 from pow2quant.tasks.choosing import task_of
+from pow2quant.tasks.judging import judged
 
 T = TypeVar("T")
 
@@ -143,22 +143,14 @@ class Job:
         rewrites, methods = methods_of(self.config, self.given)
         return [*(name for name, _ in rewrites), "calibrate", *(name for name, _ in methods)]
 
-    @torch.no_grad()
     def score(self, model: nn.Module) -> float:
         """The leading metric of the network or of a simulation's model on the test data.
 
         Without targets, the SQNR of its first output against the float network's, in dB.
         """
         size = min(len(self.data.test), self.config.ptq.max_eval_batches or len(self.data.test))
-        counter = self.task.metrics[0].counter() if self.task.metrics else Noise()
-        for batch, targets in self.progress.track(islice(self.data.test, size), "evaluating", size):
-            arguments = [x.to(self.device) for x in inputs(batch)]
-            outputs = [x.cpu().numpy() for x in inputs(model(*arguments))]
-            if not self.task.metrics:
-                targets = inputs(self.model(*arguments))[0]
-            counter.add(outputs, arrays_of(targets))
-        value = counter.value()
-        return 0.0 if value is None else value
+        batches = self.progress.track(islice(self.data.test, size), "evaluating", size)
+        return judged(self.task, model, self.model, batches, self.device)
 
     def parameters(self, sim: Simulation) -> dict[str, Tensor]:
         """The network's own parameters and buffers in the simulation, by name (a backend may have further ones)."""

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pow2quant.frontends.batches import inputs
 from pow2quant.tasks.base import Averaged, Counter, Metric, Task
+from pow2quant.tasks.judging import Noise, arrays_of
 from pow2quant.validation.agreement import Executor
 
 Arrays = Sequence[NDArray[Any]]
@@ -32,7 +31,7 @@ class Scores:
     judged: Collection[str] | None = None
     samples: int = 0
     counters: dict[str, dict[str, Counter]] = field(default_factory=dict)
-    noise: Noise = field(default_factory=lambda: Noise())
+    noise: Noise = field(default_factory=Noise)
     running: bool = False
     targets: Any = None
     expected: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
@@ -106,25 +105,3 @@ class Scores:
         leading = self.task.metrics[0].name if self.task.metrics else ""
         counter = self.counters.get(executor, {}).get(leading)
         return counter.factor * counter.per_sample() if isinstance(counter, Averaged) and counter.parts else None
-
-
-@dataclass
-class Noise:
-    """The power of what quantization adds to the first output, and that of the output itself."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-
-    def add(self, outputs: Arrays, expected: NDArray[np.float32]) -> None:
-        """A batch, and the first output of the float network for it."""
-        self.signal += float(np.square(expected, dtype=np.float64).sum())
-        self.noise += float(np.square(outputs[0] - expected, dtype=np.float64).sum())
-
-    def value(self) -> float | None:
-        """Signal to noise in dB; None where nothing differs."""
-        return round(10 * float(np.log10(self.signal / self.noise)), 3) if self.noise and self.signal else None
-
-
-def arrays_of(targets: Any) -> Any:
-    """Arrays in place of tensors, in whatever containers."""
-    return pytree.tree_map(lambda x: x.cpu().numpy() if isinstance(x, Tensor) else x, targets)

@@ -18,7 +18,7 @@ import torch
 from pow2quant import config as configuration
 from pow2quant import run_folder
 from pow2quant.artifact import Artifact
-from pow2quant.backends.base import SILENT, Progress, Simulation
+from pow2quant.backends.base import SILENT, Progress, Simulation, inputs
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.runs import Job, Result, finish, write_report
@@ -257,10 +257,10 @@ class Search:
         """Takes sensitivities by a metric as what is predicted to be lost."""
         job, device = self.job, self.job.device
         batches = [
-            (x.to(device), y.to(device))
-            for x, y in islice(job.data.calibration, self.request.search.sensitivity_batches)
+            (tuple(x.to(device) for x in inputs(batch)), y.to(device) if isinstance(y, torch.Tensor) else y)
+            for batch, y in islice(job.data.calibration, self.request.search.sensitivity_batches)
         ]
-        criterion = criterion_of(job.config.training)
+        criterion = criterion_of(job.config.training, job.task.loss or "MSELoss")
         if isinstance(criterion, torch.nn.Module):
             criterion.to(device)
         measurement = Measurement(self.groups, self.simulations, batches, criterion, job.config.seed, self.progress)

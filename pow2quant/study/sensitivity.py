@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,10 @@ from torch.nn import functional as F
 from pow2quant.artifact import Site
 from pow2quant.backends.base import SILENT, Progress, Simulation, Tap
 from pow2quant.study.candidates import CANDIDATES, Group
+from pow2quant.training.schedule import Criterion, loss_of
 
-Labelled = Sequence[tuple[Tensor, Tensor]]
-"""Images and labels, batch by batch."""
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
-"""(logits, labels) -> the mean loss."""
+Labelled = Sequence[tuple[tuple[Tensor, ...], Any]]
+"""Inputs and targets, batch by batch."""
 
 Table = dict[str, dict[str, float]]
 """By group, then by candidate."""
@@ -98,7 +97,7 @@ class Measurement:
             return float(kl_divergence(logits, expected))
         if metric == "sqnr":
             return float((logits.double() - expected.double()).square().sum())
-        return float(self.criterion(logits, labels)) * _rows(logits)
+        return float(loss_of(self.criterion, logits, labels)) * _rows(logits)
 
     def _by_hessian(self) -> Table:
         """Omega = mean eigenvalue x squared error: trace(H) / n x |Q(x) - x|^2 (Dong et al. 2020, eq. 10 and 14).
@@ -125,7 +124,7 @@ class Measurement:
         for images, labels in self.progress.track(self.batches, "traces of the Hessian", len(self.batches)):
             tensors: dict[str, Tensor] = {}
             with sim.intercept(_recording(sim, tensors)):
-                loss = self.criterion(_logits(sim.model, images), labels)
+                loss = loss_of(self.criterion, _logits(sim.model, images), labels)
             chosen = [tensors[s] for s in sites]
             probes = [[_rademacher(t, generator) for _ in range(PROBES)] for t in chosen]
             for s, x, trace in zip(sites, chosen, traces(loss, chosen, probes), strict=True):
@@ -147,8 +146,8 @@ class Measurement:
         batches = self.batches[:1] if group.role == "weight" else self.batches
         with sim.intercept(measure):
             for x, _ in batches:
-                sim.model(x)
-        images = 1 if group.role == "weight" else sum(len(x) for x, _ in batches)
+                sim.model(*x)
+        images = 1 if group.role == "weight" else sum(len(x[0]) for x, _ in batches)
         return {name: value / images for name, value in sums.items()}
 
 
@@ -192,8 +191,8 @@ def _rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
     return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)
 
 
-def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    result = model(images.clone())
+def _logits(model: nn.Module, arguments: Sequence[Tensor]) -> Tensor:
+    result = model(*(x.clone() for x in arguments))
     logits: Tensor = result[0] if isinstance(result, (tuple, list)) else result
     return logits
 

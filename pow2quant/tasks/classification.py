@@ -19,7 +19,10 @@ class Classification:
 
     shapes: Shapes
     name: str = "classification"
-    loss: str = "CrossEntropyLoss"
+
+    @property
+    def loss(self) -> str:
+        return "BCEWithLogitsLoss" if self.shapes[0][-1] == 1 else "CrossEntropyLoss"
 
     @property
     def classes(self) -> int:

@@ -12,8 +12,8 @@ from torch import Tensor
 from pow2quant.errors import DataError
 from pow2quant.tasks.base import Array, Metric, Outputs, Shapes, tensor_of, wrong
 
-IGNORED = 255
-"""The class of pixels that do not count, besides negative ones."""
+IGNORED, LEFT_OUT = 255, -100
+"""The class of pixels that do not count, besides negative ones; and how the losses of torch know it."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,11 @@ class Segmentation:
 
     shapes: Shapes
     name: str = "segmentation"
-    loss: str = "CrossEntropyLoss"
     diagnostics: tuple[Metric, ...] = ()
+
+    @property
+    def loss(self) -> str:
+        return "BCEWithLogitsLoss" if self.shapes[0][0] == 1 else "CrossEntropyLoss"
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -47,7 +50,7 @@ class Segmentation:
         odd = masks[(masks >= classes) & (masks != IGNORED)]
         if len(odd):
             raise DataError(f"{where}: class {int(odd[0])} in a mask; legal: 0 to {classes - 1}, {IGNORED} is ignored")
-        return masks
+        return masks.masked_fill((masks < 0) | ((masks >= classes) & (masks == IGNORED)), LEFT_OUT)
 
     @classmethod
     def fits(cls, targets: Any, shapes: Shapes) -> bool:

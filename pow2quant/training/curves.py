@@ -51,13 +51,16 @@ def log(folder: Path, epoch: Epoch) -> None:
 
 
 def save(folder: Path, epochs: Sequence[Epoch], facts: Mapping[str, Any], lines: Mapping[str, float]) -> None:
-    """Writes both files. facts: further keys of the JSON. lines: accuracies in per cent to compare with, by label."""
+    """Writes both files. facts: further keys of the JSON, `best_epoch` among them, and `metric` with its `unit`.
+
+    lines: values of the metric to compare with, by label.
+    """
     document = {**facts, "epochs": [asdict(epoch) for epoch in epochs]}
     write(folder / METRICS, (json.dumps(document, indent=2) + "\n").encode())
-    write(folder / CURVES, _drawn(epochs, lines))
+    write(folder / CURVES, _drawn(epochs, facts, lines))
 
 
-def _drawn(epochs: Sequence[Epoch], lines: Mapping[str, float]) -> bytes:
+def _drawn(epochs: Sequence[Epoch], facts: Mapping[str, Any], lines: Mapping[str, float]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -68,13 +71,15 @@ def _drawn(epochs: Sequence[Epoch], lines: Mapping[str, float]) -> bytes:
     trained = [e for e in epochs if e.loss is not None]
     loss.plot([e.epoch for e in trained], [e.loss for e in trained], "o-", color="tab:blue")
     loss.set_ylabel("training loss")
-    best = max(epochs, key=lambda e: (e.quantized, e.accuracy))
+    best, unit = epochs[facts["best_epoch"]], facts["unit"]
     accuracy.plot([e.epoch for e in epochs], [e.accuracy for e in epochs], "o-", color="tab:green", label="test data")
-    accuracy.plot(best.epoch, best.accuracy, "*", color="black", markersize=13, label=f"best: {best.accuracy:.2f} %")
+    accuracy.plot(
+        best.epoch, best.accuracy, "*", color="black", markersize=13, label=f"best: {best.accuracy:.4g} {unit}"
+    )
     for (label, value), style in zip(lines.items(), ("--", ":", "-."), strict=False):
-        accuracy.axhline(value, color="gray", linestyle=style, label=f"{label}: {value:.2f} %")
-    accuracy.set_ylabel("top-1 accuracy, %")
-    accuracy.legend(loc="lower right")
+        accuracy.axhline(value, color="gray", linestyle=style, label=f"{label}: {value:.4g} {unit}")
+    accuracy.set_ylabel(", ".join(word for word in (facts["metric"], unit) if word))
+    accuracy.legend(loc="best")
     exponents.plot([e.epoch for e in epochs], [e.moved for e in epochs], "o-", label="differ from calibration's")
     exponents.plot([e.epoch for e in epochs], [e.frozen for e in epochs], "s-", label="frozen")
     exponents.bar(

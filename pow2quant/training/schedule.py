@@ -21,10 +21,55 @@ LENGTHS = ("T_max", "total_steps", "total_iters")
 """Parameters by which torch's schedulers are told how long they last."""
 
 
-def criterion_of(config: TrainingConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of (logits, labels). Raises ConfigError for a name that torch does not know, or wrong parameters."""
-    made: Callable[[Tensor, Tensor], Tensor] = _made("criterion", config.criterion, nn, ())
+Criterion = Callable[[Any, Any], Tensor]
+"""(results, targets) -> the mean loss."""
+
+
+def criterion_of(config: TrainingConfig, default: str) -> Criterion:
+    """The loss of (results, targets); default: its name where the configuration has none. Lists are class weights.
+
+    Raises ConfigError for a name that torch does not know, for wrong parameters, and where there is no loss at all.
+    """
+    choice = config.criterion or Choice(default)
+    if not choice.name:
+        if config.distillation < 1:
+            raise ConfigError(
+                "training.criterion: the task has no loss of its own; give one (file.py:function), or "
+                "training.distillation: 1 to learn from the float network alone"
+            )
+        choice = Choice("MSELoss")
+    values = {
+        key: torch.tensor(value, dtype=torch.float32) if _is_numbers(value) and not is_in_file(choice.name) else value
+        for key, value in choice.parameters.items()
+    }
+    made: Criterion = _made("criterion", choice._replace(parameters=values), nn, ())
     return made
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(x, (int, float)) for x in value)
+
+
+def loss_of(criterion: Criterion, results: Any, targets: Any) -> Tensor:
+    """The loss of one batch: of the first result where there are several and the criterion is one of torch's.
+
+    Raises ConfigError where the criterion cannot take such results and targets.
+    """
+    if isinstance(criterion, nn.Module):
+        results = results[0] if isinstance(results, (tuple, list)) else results
+        of_one = isinstance(targets, Tensor) and targets.shape != results.shape and targets.numel() == results.numel()
+        if of_one and isinstance(criterion, ELEMENTWISE):
+            targets = targets.reshape(results.shape).to(results.dtype)
+    try:
+        return criterion(results, targets)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        what = type(criterion).__name__ if isinstance(criterion, nn.Module) else getattr(criterion, "__name__", "it")
+        raise ConfigError(f"training.criterion: {what} does not fit the data: {reason}") from error
+
+
+ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCEWithLogitsLoss, nn.BCELoss)
+"""Losses whose targets have the shape of the results."""
 
 
 def optimizer_of(config: TrainingConfig, parameters: Iterable[Tensor]) -> Optimizer:

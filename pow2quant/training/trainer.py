@@ -22,12 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pow2quant.artifact import Site, Table
-from pow2quant.backends.base import SILENT, Progress, Simulation
+from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
 from pow2quant.config import TrainingConfig
 from pow2quant.datasets import Data
 from pow2quant.errors import ConfigError, TrainingError
+from pow2quant.tasks.base import Task
+from pow2quant.tasks.judging import judged, leading
 from pow2quant.training import checkpoint, curves, schedule
 from pow2quant.training.batch_norm import BatchNorms
 from pow2quant.training.curves import Epoch
@@ -54,7 +57,8 @@ SMOOTHING = 0.05
 class Trainer:
     """One training of one simulation, which must be calibrated.
 
-    parameters: the float parameters that are trained, by name. teacher: the float network, for distillation. folder:
+    parameters: the float parameters that are trained, by name. teacher: the float network, for distillation. task: says
+    the loss where the configuration does not, and the metric by which epochs are compared. folder:
     where checkpoints go; None: there are none. limit: at most so many test batches. identity: what a checkpoint must
     have been made with.
     """
@@ -64,6 +68,7 @@ class Trainer:
     data: Data
     teacher: nn.Module
     config: TrainingConfig
+    task: Task
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     processes: Processes = field(default_factory=Processes)
@@ -98,7 +103,9 @@ class Trainer:
         own = {id(p): p.requires_grad_() for p in trained if id(p) not in replaced}
         self.tensors = [*own.values(), *self.norms.parameters()]
         self.steps = len(self.data.train) * self.config.epochs
-        self.criterion = schedule.criterion_of(self.config)
+        self.criterion = schedule.criterion_of(self.config, self.task.loss)
+        self.metric = leading(self.task)
+        self.classes = self.data.num_classes if self.task.name == "classification" else 0
         if isinstance(self.criterion, nn.Module):
             self.criterion.to(self.device)
         self.optimizer = schedule.optimizer_of(self.config, self.tensors)
@@ -125,8 +132,8 @@ class Trainer:
         if not self.norms.parameters():
             return
         with self.training(), self.norms.measuring():
-            for images, _ in islice(self.data.calibration, MEASURED):
-                self.sim.model(self._placed(images))
+            for batch, _ in islice(self.data.calibration, MEASURED):
+                self.sim.model(*self._placed(batch))
         self.sim.load(self.table)
 
     @property
@@ -167,8 +174,11 @@ class Trainer:
             for module in (self.sim.model, self.teacher):
                 module.to(memory_format=torch.contiguous_format)
 
-    def _placed(self, images: Tensor) -> Tensor:
-        return images.to(self.device, memory_format=LAYOUT if images.ndim == 4 else torch.preserve_format)
+    def _placed(self, batch: Batch) -> list[Tensor]:
+        """The inputs of a batch, on the device."""
+        return [
+            x.to(self.device, memory_format=LAYOUT if x.ndim == 4 else torch.preserve_format) for x in inputs(batch)
+        ]
 
     def _tap(self, site: Site, x: Tensor, quantized: Tensor) -> Tensor:
         norm = self.norms.get(site.module)
@@ -206,8 +216,8 @@ class Trainer:
         saved = time.monotonic()
         before = self.seconds
         title = f"epoch {self.epoch + 1} of {self.config.epochs}"
-        for images, labels in self.progress.track(self.batches(), title, len(self.data.train) - self.batch):
-            self.step(images, labels)
+        for batch, targets in self.progress.track(self.batches(), title, len(self.data.train) - self.batch):
+            self.step(batch, targets)
             self.batch += 1
             self.seconds = before + time.monotonic() - started
             if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
@@ -222,7 +232,7 @@ class Trainer:
         self.total, self.samples, self.flips, self.seconds = 0.0, 0, 0, 0.0
         self._save()
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self) -> Iterator[tuple[Batch, Any]]:
         """The rest of the epoch's batches: those of `data.train`, always in the order that seed and epoch give."""
         generator = torch.get_rng_state() if self.batch else None
         _seed(self.seed, self.epoch)
@@ -233,12 +243,14 @@ class Trainer:
             if index >= self.batch:
                 yield batch
 
-    def step(self, images: Tensor, labels: Tensor) -> None:
-        """One step on a batch (N, …) and its classes (N,), of which this process takes its share."""
-        count, share = len(labels), self.processes.share
+    def step(self, batch: Batch, targets: Any) -> None:
+        """One step on a batch's inputs (N, …) and its targets, of which this process takes its share."""
+        whole = inputs(batch)
+        count, share = len(whole[0]), self.processes.share
         if count < self.processes.size:  # a user's own loader may end an epoch so
             return
-        images, labels = self._placed(share(images)), share(labels).to(self.device)
+        arguments = self._placed(tuple(share(x) for x in whole))
+        targets = pytree.tree_map(lambda t: share(t).to(self.device) if isinstance(t, Tensor) else t, targets)
         self.optimizer.zero_grad()
         if self.exponent_optimizer is not None:
             self.exponent_optimizer.zero_grad()
@@ -246,8 +258,8 @@ class Trainer:
         live = done < self.config.freeze_batch_norm * self.steps
         with self._precision():
             with self.norms.on_batches(live):
-                logits = self.sim.model(images)
-            loss = self._loss(logits, images, labels) * (len(labels) / count)
+                results = self.sim.model(*arguments)
+            loss = self._loss(results, arguments, targets) * (len(arguments[0]) / count)
         self.scaler.scale(loss).backward()
         self.processes.sum_gradients([*self.tensors, *self.exponents.parameters()])
         if live:
@@ -270,14 +282,17 @@ class Trainer:
             self.exponents.freeze()
         self.total, self.samples = self.total + value * count, self.samples + count
 
-    def _loss(self, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, results: Any, arguments: list[Tensor], targets: Any) -> Tensor:
         share = self.config.distillation
-        loss = self.criterion(logits, labels) if share < 1 else logits.new_zeros(())
+        first = inputs(results)[0]
+        loss = schedule.loss_of(self.criterion, results, targets) if share < 1 else first.new_zeros(())
         if not share:
             return loss
         with torch.no_grad(), self._precision():
-            teacher = self.teacher(images)
-        return (1 - share) * loss + share * schedule.distillation(logits, teacher, self.config.temperature)
+            teacher = inputs(self.teacher(*arguments))[0]
+        if self.task.name not in ("classification", "segmentation", "none"):
+            return (1 - share) * loss + share * nn.functional.mse_loss(first, teacher)
+        return (1 - share) * loss + share * schedule.distillation(first, teacher, self.config.temperature)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.config.precision == "float32":
@@ -289,15 +304,17 @@ class Trainer:
         if math.isfinite(loss):
             self.smoothed = loss if self.smoothed is None else self.smoothed + SMOOTHING * (loss - self.smoothed)
             self.first = self.smoothed if self.first is None else self.first
-            if self.smoothed <= EXPLODED * max(self.first, math.log(self.data.num_classes)):
+            if self.smoothed <= EXPLODED * max(self.first, math.log(self.classes) if self.classes > 1 else 1.0):
                 return
             raise self._diverged(f"the loss has grown from {self.first:.3g} to {self.smoothed:.3g}")
         raise self._diverged(f"the loss is {loss}")
 
     def _check_accuracy(self) -> None:
-        """Raises TrainingError when the network that could tell the classes apart only guesses any more."""
+        """Raises TrainingError when a classifier that could tell the classes apart only guesses any more."""
+        if not self.classes:
+            return
         before, now = self.history[0].accuracy, self.history[-1].accuracy
-        limit = GUESSING * 100 / self.data.num_classes
+        limit = GUESSING * 100 / self.classes
         if now <= limit < before / 2:
             raise self._diverged(f"the accuracy has fallen from {before:.2f} % to {now:.2f} %")
 
@@ -308,17 +325,10 @@ class Trainer:
             f"lower training.learning_rate ({self.config.learning_rate:g}) or set training.gradient_clip"
         )
 
-    @torch.no_grad()
     def accuracy(self) -> float:
-        """Top-1 on the test data, in per cent, each process on its share of the batches."""
-        hits = torch.zeros(2, dtype=torch.float64, device=self.device)
+        """The leading metric on the test data; every process measures all of it."""
         size = min(len(self.data.test), self.limit or len(self.data.test))
-        for index, (images, labels) in zip(range(size), self.data.test, strict=False):
-            if index % self.processes.size == self.processes.rank:
-                found = self.sim.model(images.to(self.device)).argmax(1).cpu() == labels
-                hits += torch.tensor([int(found.sum()), len(labels)], dtype=torch.float64, device=self.device)
-        right, total = self.processes.summed(hits)
-        return round(float(100 * right / total), 4)
+        return judged(self.task, self.sim.model, self.teacher, islice(self.data.test, size), self.device)
 
     def _measure(self, loss: float | None, seconds: float) -> None:
         """Adds an epoch to the history; remembers it if it is the best of those in which everything was quantized."""
@@ -342,8 +352,10 @@ class Trainer:
         if self.config.tensorboard and self.folder is not None and self.processes.leads:
             curves.log(self.folder, self.history[-1])
         if loss is not None:
-            self.progress.note(f"epoch {epoch}: loss {loss:.4f}, accuracy {accuracy:.2f} %, {moved} exponents moved")
-        if self.active == self.whole and accuracy > self.best.get("accuracy", -1.0):
+            word = "accuracy" if self.metric.key == "accuracy" else self.metric.name
+            shown = f"{word} {self.metric.text(accuracy)}"
+            self.progress.note(f"epoch {epoch}: loss {loss:.4f}, {shown}, {moved} exponents moved")
+        if self.active == self.whole and (not self.best or self.metric.better(accuracy, self.best["accuracy"])):
             self.best = {"accuracy": accuracy, "epoch": epoch}
             if self.config.keep == "best":
                 self.best["learned"] = [t.detach().clone() for t in self.learned]
