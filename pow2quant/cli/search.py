@@ -143,19 +143,26 @@ def _listed(text: str | None) -> list[str] | None:
 
 
 def _show(console: Console, found: Found) -> None:
+    from pow2quant.report.summary import WORDS, number
     from pow2quant.study.front import front, shown
 
-    axis = found.result.report["search"]["axis"]
+    document = found.result.report["search"]
+    axis, unit = document["axis"], document["unit"]
     undominated = front(found.points, axis)
     points = sorted(found.points, key=lambda p: p.costs[axis])
     costs = list(found.chosen.costs)
     console.table(
-        ["plan", *(name.replace("_", " ") for name in costs), "top-1", "on the front"],
+        [
+            "plan",
+            *(name.replace("_", " ") for name in costs),
+            WORDS.get(document["metric"], document["metric"]),
+            "on the front",
+        ],
         [
             [
                 "chosen" if p == found.chosen else p.kind,
                 *shown(p).values(),
-                f"{p.accuracy:.2f} %",
+                number(p.value, unit),
                 "yes" if p in undominated else "",
             ]
             for p in points

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ def render(
     parts: dict[str, Any] = {
         "accuracies": list(_accuracies(report)),
         "scores": _scores(report),
+        "scored_by": summary.WORDS.get(name := (report.get("search") or {}).get("metric", "top1"), name),
+        "said": partial(summary.number, unit=(report.get("search") or {}).get("unit", "%")),
         "layers": layers,
         "network": (statistics or {}).get("network"),
         "histograms": drawn,

@@ -25,9 +25,9 @@ from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.prepare import is_prepared, prepare
 from pow2quant.plugins import resolve
 from pow2quant.reading import Batches, Checked, Signature
-from pow2quant.tasks.base import Task
+from pow2quant.tasks.base import Metric, Task
 from pow2quant.tasks.choosing import task_of
-from pow2quant.tasks.judging import judged
+from pow2quant.tasks.judging import judged, leading
 
 T = TypeVar("T")
 
@@ -143,14 +143,14 @@ class Job:
         rewrites, methods = methods_of(self.config, self.given)
         return [*(name for name, _ in rewrites), "calibrate", *(name for name, _ in methods)]
 
-    def score(self, model: nn.Module) -> float:
-        """The leading metric of the network or of a simulation's model on the test data.
+    def score(self, model: nn.Module, metric: Metric | None = None) -> float:
+        """A metric of the network or of a simulation's model on the test data; None: the task's leading one.
 
-        Without targets, the SQNR of its first output against the float network's, in dB.
+        Without targets that is the SQNR of its first output against the float network's, in dB.
         """
         size = min(len(self.data.test), self.config.ptq.max_eval_batches or len(self.data.test))
         batches = self.progress.track(islice(self.data.test, size), "evaluating", size)
-        return judged(self.task, model, self.model, batches, self.device)
+        return judged(metric or leading(self.task), model, self.model, batches, self.device)
 
     def parameters(self, sim: Simulation) -> dict[str, Tensor]:
         """The network's own parameters and buffers in the simulation, by name (a backend may have further ones)."""

@@ -9,6 +9,7 @@ from io import BytesIO, StringIO
 from typing import Any
 
 from pow2quant.study.limits import SHOWN
+from pow2quant.tasks.base import Metric
 
 LABELS = {"size": "size, kB", "average_bits": "average bits of a weight", "bops": "bit operations, G", "latency": "ms"}
 UNITS = {"size": 1e3, "average_bits": 1.0, "bops": 1e9, "latency": 1e3}
@@ -17,17 +18,26 @@ STYLES = {"uniform": ("s", "tab:orange"), "found": ("o", "tab:blue")}
 
 @dataclass(frozen=True)
 class Point:
-    """A plan that was evaluated. kind: `uniform` (with the width) or `found`. accuracy: in per cent."""
+    """A plan that was evaluated. kind: `uniform` (with the width) or `found`.
+
+    accuracy: the metric times `sign`, so that more is better; top-1 in per cent where the task is classification.
+    """
 
     kind: str
     plan: Mapping[str, str]
     accuracy: float
     loss: float
     costs: Mapping[str, float]
+    sign: int = 1
+
+    @property
+    def value(self) -> float:
+        """The metric."""
+        return self.sign * self.accuracy
 
     def to_json(self) -> dict[str, Any]:
         """In JSON's types, without the plan."""
-        return {"kind": self.kind, "accuracy": self.accuracy, "predicted": self.loss, **self.costs}
+        return {"kind": self.kind, "accuracy": self.value, "predicted": self.loss, **self.costs}
 
 
 def front(points: Sequence[Point], axis: str) -> list[Point]:
@@ -53,8 +63,10 @@ def table(points: Sequence[Point], axis: str, chosen: Point) -> str:
     return text.getvalue()
 
 
-def draw(points: Sequence[Point], axis: str, chosen: Point, initial: float, floor: float | None) -> bytes:
-    """The picture, PNG. initial: accuracy of the float network; floor: the accuracy asked for, in per cent."""
+def draw(
+    points: Sequence[Point], axis: str, chosen: Point, initial: float, floor: float | None, metric: Metric
+) -> bytes:
+    """The picture, PNG. initial: of the float network; floor: what is asked for; both with the points' sign."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -63,23 +75,25 @@ def draw(points: Sequence[Point], axis: str, chosen: Point, initial: float, floo
     axes = figure.subplots()
     unit = UNITS[axis]
     best = front(points, axis)
-    axes.step([p.costs[axis] / unit for p in best], [p.accuracy for p in best], where="post", color="gray", lw=1)
+    axes.step([p.costs[axis] / unit for p in best], [p.value for p in best], where="post", color="gray", lw=1)
     for kind, (marker, color) in STYLES.items():
         own = [p for p in points if p.kind.startswith(kind)]
-        axes.plot([p.costs[axis] / unit for p in own], [p.accuracy for p in own], marker, color=color, label=kind)
+        axes.plot([p.costs[axis] / unit for p in own], [p.value for p in own], marker, color=color, label=kind)
         for p in own if kind == "uniform" else ():
-            at = (p.costs[axis] / unit, p.accuracy)
+            at = (p.costs[axis] / unit, p.value)
             axes.annotate(p.kind.removeprefix("uniform "), at, (4, -11), textcoords="offset points", fontsize=8)
     axes.plot(
-        chosen.costs[axis] / unit, chosen.accuracy, "*", color="black", ms=14, label=f"chosen: {chosen.accuracy:.2f} %"
+        chosen.costs[axis] / unit, chosen.value, "*", color="black", ms=14, label=f"chosen: {metric.text(chosen.value)}"
     )
-    axes.axhline(initial, color="gray", linestyle="--", label=f"float: {initial:.2f} %")
-    if floor is not None:
-        axes.axhline(floor, color="tab:red", linestyle=":", label=f"asked for: {floor:.2f} %")
+    wanted = {"float": (initial, "gray", "--"), "asked for": (floor, "tab:red", ":")}
+    for label, (quality, color, style) in wanted.items():
+        if quality is not None:
+            value = chosen.sign * quality
+            axes.axhline(value, color=color, linestyle=style, label=f"{label}: {metric.text(value)}")
     axes.set_xlabel(LABELS[axis])
-    axes.set_ylabel("top-1 accuracy, %")
+    axes.set_ylabel("top-1 accuracy, %" if metric.key == "accuracy" else f"{metric.name} {metric.unit}".strip())
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     content = BytesIO()
     figure.savefig(content, format="png", dpi=110)
     return content.getvalue()

@@ -26,6 +26,16 @@ UNITS: dict[str, Mapping[str, float]] = {
 }
 """What may stand behind a number, and what it multiplies: to per cent, bytes, bits, bit operations, microseconds."""
 
+_PLAIN = {"": 1.0}
+_DECIBELS = {"": 1.0, "dB": 1.0}
+
+METRICS: dict[str, Mapping[str, float]] = {
+    **dict.fromkeys(("top1", "top5", "miou", "pixel_accuracy", "f1", "label_accuracy"), _SHARE),
+    **dict.fromkeys(("sqnr", "psnr"), _DECIBELS),
+    **dict.fromkeys(("mae", "rmse", "r2", "ssim"), _PLAIN),
+}
+"""Metrics of tasks, and `sqnr` of any: what may stand behind a bound on one."""
+
 EXAMPLES = {
     "accuracy": "accuracy=0.88 or accuracy=88%",
     "accuracy_drop": "accuracy_drop=0.5% (points)",
@@ -33,34 +43,41 @@ EXAMPLES = {
     "average_bits": "average_bits=5.2",
     "bops": "bops=1.2G",
     "latency": "latency=1.5ms",
+    "sqnr": "sqnr=30dB",
+    "metric": "METRIC=VALUE of the task, such as miou=70% or mae=0.1",
 }
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """A bound: from below on accuracy, from above on all else. value: in the units of the costs. text: as written."""
+    """A bound: on quality for the worse, on a cost from above. value: in the units of the costs. text: as written."""
 
     quantity: str
     value: float
     text: str
+
+    @property
+    def is_quality(self) -> bool:
+        """Whether it bounds how good the network is, and not what it costs."""
+        return self.quantity in ("accuracy", "accuracy_drop", *METRICS)
 
 
 def parse(text: str) -> Constraint:
     """Reads one constraint. Raises ConfigError with an example of what is legal."""
     name, equals, value = (part.strip() for part in text.partition("="))
     quantity = name.replace("-", "_")
-    if not equals or quantity not in UNITS:
+    known = {**UNITS, **METRICS}
+    if not equals or quantity not in known:
         raise ConfigError(f"constraint: {text!r} is not legal; legal: {', '.join(EXAMPLES.values())}")
+    example = EXAMPLES.get(quantity, EXAMPLES["metric"])
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*([A-Za-z%]*)", value)
-    units = UNITS[quantity]
+    units = known[quantity]
     if match is None or match[3] not in units:
         words = ", ".join(unit or "none" for unit in units)
-        raise ConfigError(
-            f"constraint: {text!r}: a number with a unit of {words} is legal, such as {EXAMPLES[quantity]}"
-        )
+        raise ConfigError(f"constraint: {text!r}: a number with a unit of {words} is legal, such as {example}")
     amount = float(match[1] + (match[2] or "")) * units[match[3]]
-    if quantity in ("accuracy", "accuracy_drop") and amount > 100:
-        raise ConfigError(f"constraint: {text!r} is more than all; write {EXAMPLES[quantity]}")
+    if units is _SHARE and amount > 100:
+        raise ConfigError(f"constraint: {text!r} is more than all; write {example}")
     return Constraint(quantity, amount, f"{quantity}={value}")
 
 
@@ -68,14 +85,25 @@ def ceilings(constraints: Sequence[Constraint]) -> dict[str, float]:
     """The least bound on every cost."""
     found: dict[str, float] = {}
     for c in constraints:
-        if not c.quantity.startswith("accuracy"):
+        if not c.is_quality:
             found[c.quantity] = min(c.value, found.get(c.quantity, c.value))
     return found
 
 
-def accuracy_floor(constraints: Sequence[Constraint], initial: float) -> float | None:
-    """The accuracy in per cent that is asked for, None where none is. initial: the float network's."""
-    floors = [c.value for c in constraints if c.quantity == "accuracy"]
+def metric_named(constraints: Sequence[Constraint]) -> str | None:
+    """The metric that constraints bound by its name, None where there is no such. Raises ConfigError for several."""
+    named = dict.fromkeys(c.quantity for c in constraints if c.quantity in METRICS)
+    if len(named) > 1:
+        raise ConfigError(f"constraint: bounds on several metrics ({', '.join(named)}); legal: on one of them")
+    return next(iter(named), None)
+
+
+def accuracy_floor(constraints: Sequence[Constraint], initial: float, sign: int = 1) -> float | None:
+    """The quality that is asked for, None where none is: `sign` times the metric, so that more is better.
+
+    initial: the float network's, with the sign.
+    """
+    floors = [sign * c.value for c in constraints if c.is_quality and c.quantity != "accuracy_drop"]
     floors += [initial - c.value for c in constraints if c.quantity == "accuracy_drop"]
     return max(floors, default=None)
 
@@ -88,8 +116,9 @@ class Request:
 
     def __post_init__(self) -> None:
         quantities = {c.quantity for c in self.constraints}
+        metric_named(self.constraints)
         objective = self.search.objective
-        if objective != "accuracy" and not quantities & {"accuracy", "accuracy_drop"}:
+        if objective != "accuracy" and not any(c.is_quality for c in self.constraints):
             raise ConfigError(
                 f"objective {objective} needs a constraint on the accuracy, such as accuracy_drop=0.5%; "
                 "without one, the least widths would do"

@@ -30,6 +30,8 @@ from pow2quant.study.front import Point, draw, front, table
 from pow2quant.study.limits import Request
 from pow2quant.study.program import Problem, Quantity
 from pow2quant.study.sensitivity import Measurement, Table
+from pow2quant.tasks.base import Metric
+from pow2quant.tasks.judging import SQNR, leading
 from pow2quant.training.schedule import criterion_of
 
 PLAN, SEARCH, CHIP = "plan.yaml", "search.json", "latency.yaml"
@@ -93,6 +95,7 @@ class Search:
     initial: float
     random_state: torch.Tensor
     progress: Progress
+    metric: Metric
     simulations: dict[tuple[str, str], Simulation] = field(default_factory=dict)
     points: dict[tuple[str, ...], Point] = field(default_factory=dict)
 
@@ -109,7 +112,8 @@ class Search:
         if not any(g.is_open for g in groups):
             raise ConfigError("candidates: nothing is left to choose; every tensor's width is decided by overrides")
         layers = costs.layers_of(job.network, placement, groups)
-        work = cls(request, job, groups, layers, Problem({}, {}), None, {}, 0.0, state, progress)
+        metric = _metric(job, limits.metric_named(request.constraints))
+        work = cls(request, job, groups, layers, Problem({}, {}), None, {}, 0.0, state, progress, metric)
         work.chip = work._chip()
         names = {g.name: g.candidates for g in groups}
         try:
@@ -118,7 +122,7 @@ class Search:
             raise ConfigError(f"{config.search.latency_table}: {error}") from None
         work.problem = Problem(names, quantities)
         work._check_costs()
-        work.initial = job.score(job.model)
+        work.initial = work.sign * job.score(job.model, metric)
         work._quantize()
         work.measure(config.search.sensitivity)
         return work
@@ -154,9 +158,17 @@ class Search:
         return limits.ceilings(self.request.constraints)
 
     @property
+    def sign(self) -> int:
+        """What makes more of the metric better."""
+        return 1 if self.metric.higher_is_better else -1
+
+    @property
     def floor(self) -> float | None:
-        """The accuracy asked for, in per cent."""
-        return limits.accuracy_floor(self.request.constraints, self.initial)
+        """The quality asked for: the metric with the sign."""
+        return limits.accuracy_floor(self.request.constraints, self.initial, self.sign)
+
+    def _said(self, quality: float | None) -> str:
+        return "" if quality is None else self.metric.text(self.sign * quality)
 
     def document(self, chosen: Point) -> dict[str, Any]:
         """search.json."""
@@ -180,8 +192,11 @@ class Search:
             "activation_candidates": list(self.request.search.activation_candidates),
             "chip": None if self.chip is None else self.chip.name,
             "axis": self.request.axis,
-            "float_accuracy": self.initial,
-            "accuracy_floor": self.floor,
+            "metric": self.metric.name,
+            "unit": self.metric.unit,
+            "higher_is_better": self.metric.higher_is_better,
+            "float_accuracy": self.sign * self.initial,
+            "accuracy_floor": None if self.floor is None else self.sign * self.floor,
             "chosen": chosen.to_json(),
             "points": [p.to_json() | {"on_front": p in undominated, "chosen": p == chosen} for p in points],
             "plan": {name: chosen.plan[group] for name, group in by_site.items()},
@@ -202,7 +217,7 @@ class Search:
             texts[CHIP] = latency.dump(self.chip)
         for name, text in texts.items():
             write(folder / name, text.encode())
-        write(folder / "pareto.png", draw(points, axis, chosen, self.initial, self.floor))
+        write(folder / "pareto.png", draw(points, axis, chosen, self.initial, self.floor, self.metric))
 
     def _chip(self) -> Chip | None:
         if self.request.search.latency_table is not None:
@@ -276,9 +291,11 @@ class Search:
         return self.points[key]
 
     def _add(self, plan: Plan, kind: str, sim: Simulation) -> None:
-        accuracy = replace(self.job, progress=SILENT).score(sim.model)
+        accuracy = self.sign * replace(self.job, progress=SILENT).score(sim.model, self.metric)
         values = {name: self.problem.value(name, plan) for name in self.problem.quantities}
-        self.points[tuple(plan.values())] = Point(kind, dict(plan), accuracy, values.pop("loss", 0.0), values)
+        self.points[tuple(plan.values())] = Point(
+            kind, dict(plan), accuracy, values.pop("loss", 0.0), values, self.sign
+        )
 
     def _budgets(self) -> list[float]:
         """From the least that is possible to the most, or to the bound."""
@@ -314,7 +331,7 @@ class Search:
             if plan is None or tuple(plan.values()) in self.points:
                 break
             point = self._verify(plan)
-            self.progress.note(f"verified {axis}={limits.SHOWN[axis](self._cost(point))}: {point.accuracy:.2f} %")
+            self.progress.note(f"verified {axis}={limits.SHOWN[axis](self._cost(point))}: {self._said(point.accuracy)}")
             if point in self._good():
                 best = point
             else:
@@ -330,18 +347,19 @@ class Search:
             if self.problem.value(axis, plan) >= cheaper_than:
                 return
             repaired = self._verify(plan)
-            self.progress.note(f"repaired {axis}={limits.SHOWN[axis](self._cost(repaired))}: {repaired.accuracy:.2f} %")
+            cost = limits.SHOWN[axis](self._cost(repaired))
+            self.progress.note(f"repaired {axis}={cost}: {self._said(repaired.accuracy)}")
             if repaired in self._good():
                 return
 
     def _unreachable(self) -> str:
-        asked = " ".join(c.text for c in self.request.constraints if c.quantity.startswith("accuracy"))
+        asked = " ".join(c.text for c in self.request.constraints if c.is_quality)
         others = " ".join(c.text for c in self.request.constraints if c.quantity in self.ceilings)
         best = self._most_accurate()
         return (
-            f"constraint {asked} cannot be met{f' with {others}' if others else ''}: asked for {self.floor:.2f} %, the "
-            f"best reachable is {best.accuracy:.2f} % (float: {self.initial:.2f} %); wider candidates or other methods "
-            "may help"
+            f"constraint {asked} cannot be met{f' with {others}' if others else ''}: asked for "
+            f"{self._said(self.floor)}, the best reachable is {self._said(best.accuracy)} (float: "
+            f"{self._said(self.initial)}); wider candidates or other methods may help"
         )
 
     def _sensitivity_table(self) -> str:
@@ -355,6 +373,16 @@ class Search:
 
 METHODS = (configuration.Choice("output_mse"), configuration.Choice("bias_correction"))
 """The default methods of a search. No rewrite is among them: one would have to know the widths that are searched."""
+
+
+def _metric(job: Job, name: str | None) -> Metric:
+    """The metric that plans are judged by: the task's leading one, or the one with this name."""
+    if name is None:
+        return leading(job.task)
+    known = {m.name: m for m in (*job.task.metrics, SQNR)}
+    if name not in known:
+        raise ConfigError(f"constraint: {name} is no metric of {job.task.name}; legal: {', '.join(known)}")
+    return known[name]
 
 
 def _with_methods(config: RunConfig) -> RunConfig:

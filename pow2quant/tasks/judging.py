@@ -1,4 +1,4 @@
-"""Judging one network by a task's leading metric."""
+"""Judging one network by one metric."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def leading(task: Task) -> Metric:
 
 @torch.no_grad()
 def judged(
-    task: Task, run: Callable[..., Any], exact: Callable[..., Any], batches: Iterable[tuple[Any, Any]], device: Any
+    metric: Metric,
+    run: Callable[..., Any],
+    exact: Callable[..., Any],
+    batches: Iterable[tuple[Any, Any]],
+    device: torch.device,
 ) -> float:
-    """The leading metric of `run`, which is called with a batch's tensors; `exact` is the float network.
-
-    Raises nothing: over no batches it is 0.
-    """
-    metric = leading(task)
+    """A metric of `run`, which is called with a batch's tensors; `exact` is the float network. 0 over no batches."""
     counter = metric.counter()
     for batch, targets in batches:
         arguments = [x.to(device) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]

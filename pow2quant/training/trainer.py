@@ -328,7 +328,7 @@ class Trainer:
     def accuracy(self) -> float:
         """The leading metric on the test data; every process measures all of it."""
         size = min(len(self.data.test), self.limit or len(self.data.test))
-        return judged(self.task, self.sim.model, self.teacher, islice(self.data.test, size), self.device)
+        return judged(self.metric, self.sim.model, self.teacher, islice(self.data.test, size), self.device)
 
     def _measure(self, loss: float | None, seconds: float) -> None:
         """Adds an epoch to the history; remembers it if it is the best of those in which everything was quantized."""

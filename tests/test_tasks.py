@@ -1,0 +1,318 @@
+"""Tasks: their metrics by hand or by scikit-learn, which task data look like, and every command on several of them."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score, jaccard_score, r2_score
+from torch import nn
+
+import pow2quant
+from pow2quant.cli import main
+from pow2quant.errors import ConfigError, DataError
+from pow2quant.plugins import names, resolve
+from pow2quant.study import limits
+from pow2quant.tasks.base import Metric
+from pow2quant.tasks.choosing import task_of
+from pow2quant.tasks.images import ssim
+from pow2quant.tasks.judging import SQNR, judged
+from pow2quant.tasks.own import metric_of
+from pow2quant.training.schedule import loss_of
+
+rng = np.random.default_rng(0)
+
+
+def counted(metric: Metric, outputs: np.ndarray, targets: Any, parts: int = 3) -> float | None:
+    """A metric over some batches of different sizes."""
+    counter = metric.counter()
+    bounds = [0, *sorted(rng.choice(np.arange(1, len(outputs)), parts - 1, replace=False)), len(outputs)]
+    for low, high in pairwise(bounds):
+        counter.add([outputs[low:high].astype(np.float32)], targets[low:high])
+    return counter.value()
+
+
+def metrics_of(task: str, shape: tuple[int, ...]) -> dict[str, Metric]:
+    return {m.name: m for m in resolve("tasks", task)([shape]).metrics}
+
+
+def test_metrics_of_classes() -> None:
+    logits, labels = rng.normal(size=(40, 7)), rng.integers(0, 7, 40)
+    found = metrics_of("classification", (7,))
+    assert counted(found["top1"], logits, labels) == pytest.approx(100 * (logits.argmax(1) == labels).mean(), abs=1e-4)
+    best = np.argsort(-logits, 1)[:, :5]
+    assert counted(found["top5"], logits, labels) == pytest.approx(100 * (best == labels[:, None]).any(1).mean())
+    assert counted(found["top1"], logits, np.eye(7)[labels]) == counted(found["top1"], logits, labels)
+    one = logits[:, :1]
+    assert counted(metrics_of("classification", (1,))["top1"], one, labels % 2) == pytest.approx(
+        100 * ((one[:, 0] > 0) == (labels % 2 > 0)).mean()
+    )
+
+
+def test_metrics_of_labels_and_masks() -> None:
+    logits, labels = rng.normal(size=(30, 4)), rng.integers(0, 2, (30, 4))
+    found = metrics_of("multi-label", (4,))
+    assert counted(found["f1"], logits, labels) == pytest.approx(100 * f1_score(labels, logits > 0, average="micro"))
+    assert counted(found["label_accuracy"], logits, labels) == pytest.approx(100 * ((logits > 0) == labels).mean())
+    logits, masks = rng.normal(size=(9, 3, 5, 4)), rng.integers(0, 3, (9, 5, 4))
+    masks[:, 0] = -100  # does not count
+    seen, named = masks >= 0, logits.argmax(1)
+    expected = 100 * jaccard_score(masks[seen], named[seen], average="macro")
+    found = metrics_of("segmentation", (3, 5, 4))
+    assert counted(found["miou"], logits, masks) == pytest.approx(expected, abs=1e-3)
+    assert counted(found["pixel_accuracy"], logits, masks) == pytest.approx(100 * (masks == named)[seen].mean())
+    last = np.moveaxis(logits, 1, -1)  # tokens have their classes in the last dimension
+    assert counted(metrics_of("segmentation", (5, 4, 3))["miou"], last, masks) == pytest.approx(expected, abs=1e-3)
+
+
+def test_metrics_of_numbers_and_images() -> None:
+    y = rng.normal(size=(50, 3)).astype(np.float32)
+    t = y + rng.normal(size=(50, 3))
+    found = metrics_of("regression", (3,))
+    assert counted(found["mae"], y, t) == pytest.approx(np.abs(y - t).mean(), abs=1e-4)
+    assert counted(found["rmse"], y, t) == pytest.approx(np.sqrt(np.square(y - t).mean()), rel=1e-5)
+    assert counted(found["r2"], y, t) == pytest.approx(r2_score(t, y), abs=1e-6)
+    assert not found["mae"].higher_is_better
+    images = rng.random((6, 1, 24, 20)).astype(np.float32)
+    noisy = images + 0.1 * rng.choice([-1, 1], images.shape)
+    found = metrics_of("image-to-image", (1, 24, 20))
+    assert counted(found["psnr"], noisy, images) == pytest.approx(20, abs=1e-3)
+    assert counted(found["ssim"], images, images) == pytest.approx(1)
+    window = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    window = np.outer(window, window) / window.sum() ** 2
+    x, y = noisy[0, 0, :11, :11].astype(np.float64), images[0, 0, :11, :11].astype(np.float64)
+    mx, my = (window * x).sum(), (window * y).sum()
+    vx, vy, both = (window * x * x).sum() - mx**2, (window * y * y).sum() - my**2, (window * x * y).sum() - mx * my
+    expected = (2 * mx * my + 1e-4) * (2 * both + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))
+    cut = slice(0, 1), slice(0, 1), slice(0, 11), slice(0, 11)
+    whole = np.zeros((1, 1, 23, 23), np.float32), np.zeros((1, 1, 23, 23), np.float32)
+    for image, part in zip(whole, (noisy[cut], images[cut]), strict=True):
+        image[..., 6:17, 6:17] = part
+    blurred = ssim([whole[0]], whole[1])
+    assert expected < float(blurred[0]) < 1, "the zeros around the centre are alike"
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets", "task"),
+    [
+        ((10,), torch.arange(4), "classification"),
+        ((10,), torch.arange(4)[:, None], "classification"),
+        ((1,), torch.tensor([0, 1, 1, 0]), "classification"),
+        ((3,), torch.eye(3), "classification"),
+        ((3,), torch.tensor([[1.0, 1, 0], [0, 0, 0]]), "multi-label"),
+        ((2, 8, 8), torch.zeros(4, 8, 8, dtype=torch.long), "segmentation"),
+        ((2, 8, 8), torch.zeros(4, 1, 8, 8, dtype=torch.long), "segmentation"),
+        ((1, 8, 8), torch.ones(4, 1, 8, 8), "segmentation"),
+        ((6, 5), torch.zeros(4, 6, dtype=torch.long), "segmentation"),
+        ((3, 8, 8), torch.rand(4, 3, 8, 8), "image-to-image"),
+        ((1,), torch.rand(4), "regression"),
+        ((1,), torch.tensor([3, 5]), "regression"),
+        ((4,), torch.rand(5, 4), "regression"),
+        ((4, 9), [{"boxes": torch.rand(2, 4)}], "none"),
+        ((10,), None, "none"),
+    ],
+)
+def test_which_task_data_look_like(shape: tuple[int, ...], targets: Any, task: str) -> None:
+    found = task_of(None, None, targets, [shape])
+    assert found.name == task
+    if targets is not None:
+        found.check(targets, len(targets), "here")
+
+
+def test_every_task_that_is_known_refuses_what_it_cannot_read() -> None:
+    for name in set(names("tasks")) - {"none", "detection"}:
+        with pytest.raises(DataError, match="here: expected"):
+            resolve("tasks", name)([(3, 8, 8)]).check(torch.rand(2, 77), 2, "here")
+        with pytest.raises(DataError, match=r"here: expected .*, got a list"):
+            resolve("tasks", name)([(3, 8, 8)]).check(["a", "b"], 2, "here")
+    with pytest.raises(DataError, match="class 9 in a mask; legal: 0 to 2, 255 is ignored"):
+        resolve("tasks", "segmentation")([(3, 2, 2)]).check(torch.full((1, 2, 2), 9), 1, "here")
+    masks = resolve("tasks", "segmentation")([(3, 2, 2)]).check(torch.tensor([[[0, 255], [-1, 2]]]), 1, "here")
+    assert masks.tolist() == [[[0, -100], [-100, 2]]]
+    assert float(nn.CrossEntropyLoss()(torch.zeros(1, 3, 2, 2), masks)) == pytest.approx(np.log(3), abs=1e-6)
+
+
+class Largest:
+    """A metric that counts, as those of torchmetrics do."""
+
+    higher_is_better = False
+
+    def __init__(self) -> None:
+        self.seen = 0.0
+
+    def update(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+        self.seen = max(self.seen, float((outputs - targets).abs().max()))
+
+    def compute(self) -> torch.Tensor:
+        return torch.tensor(self.seen)
+
+
+def largest(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+    return float((outputs - targets).abs().max())
+
+
+def make() -> Largest:
+    return Largest()
+
+
+def largest_error(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+    return largest(outputs, targets)
+
+
+@pytest.mark.parametrize("given", [Largest, Largest(), make, largest, partial(largest)])
+def test_metrics_of_the_user(given: Any) -> None:
+    metric = metric_of(given, ())
+    y, t = rng.normal(size=(20, 2)).astype(np.float32), rng.normal(size=(20, 2)).astype(np.float32)
+    for _ in range(2):  # an object is not shared between executors
+        assert counted(metric, y, t) == pytest.approx(float(np.abs(y - t).max()), rel=1e-5)
+
+
+def test_which_way_a_metric_is_good(tmp_path: Path) -> None:
+    assert not metric_of(largest_error, ()).higher_is_better
+    assert metric_of(largest, ()).higher_is_better
+    assert not metric_of(Largest, ()).higher_is_better
+    (tmp_path / "own.py").write_text("def wrong(outputs, targets): return 1 / 0\ndef text(o, t): return 'much'\n")
+    for name, expected in (("wrong", "own.py, line 1: ZeroDivisionError"), ("text", "gave a str, not a number")):
+        counter = metric_of(f"{tmp_path / 'own.py'}:{name}", ()).counter()
+        counter.add([np.zeros((2, 1), np.float32)], np.zeros(2))
+        with pytest.raises(ConfigError, match=expected):
+            counter.value()
+
+
+def test_without_targets_a_network_is_judged_by_its_noise() -> None:
+    batches = [(torch.ones(4, 3), None), (torch.ones(2, 3), None)]
+    found = judged(SQNR, lambda x: x * 1.1, lambda x: x, batches, torch.device("cpu"))
+    assert found == pytest.approx(20, abs=1e-2)
+
+
+MINE = """
+import torch
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    return make()
+
+
+def segmenter():
+    return seeded(lambda: nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 2, 1)
+    ))
+
+
+def regressor(): return seeded(lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1)))
+
+
+def halves(make): return seeded(make), seeded(make)
+
+
+def masks():
+    def make():
+        x = torch.rand(32, 1, 8, 8)
+        return TensorDataset(x, (x[:, 0] > 0.5).long())
+    return halves(make)
+
+
+def numbers():
+    def make():
+        x = torch.rand(32, 5)
+        return TensorDataset(x, x.sum(1))
+    return halves(make)
+
+
+class Boxes(Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, i): return torch.full((1, 8, 8), i / 8), {"boxes": torch.rand(i % 3, 4)}
+
+
+def boxes(): return Boxes(), Boxes()
+def found(outputs, targets): return sum(len(t["boxes"]) for t in targets) / len(outputs)
+def own_loss(outputs, targets): return (outputs[:, 0] - outputs[:, 1]).square().mean()
+"""
+FEW = {"report": {"statistics": False, "latency": False}, "training": {"epochs": 1, "learning_rate": 0.01}}
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "few.yaml").write_text(json.dumps(FEW))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command: str, model: str, data: str, *more: str) -> dict[str, Any]:
+    arguments = [command, "--model", f"mine.py:{model}", "--data", f"mine.py:{data}", "--config", "few.yaml", "--quiet"]
+    assert main([*arguments, "--output", f"{command}-{data}", "--overwrite", *more]) == 0
+    report: dict[str, Any] = json.loads(Path(f"{command}-{data}", "report.json").read_text())
+    return report
+
+
+@pytest.mark.parametrize(("model", "data", "metric"), [("segmenter", "masks", "miou"), ("regressor", "numbers", "mae")])
+def test_training_and_search_know_which_way_is_good(model: str, data: str, metric: str, mine: Path) -> None:
+    trained = run("qat", model, data, "--weight-bits", "4", "--mode", "full")
+    values = trained["metrics"][metric]
+    assert {"float", "ptq", "qat_best", "quantized", "onnxruntime"} <= values.keys()
+    assert values["quantized"] == values["onnxruntime"]
+    epochs = json.loads(Path(f"qat-{data}", "training_metrics.json").read_text())["epochs"]
+    best = min if metric == "mae" else max
+    assert values["qat_best"] == best(e["accuracy"] for e in epochs)
+    assert "initial_accuracy" not in trained or trained["initial_accuracy"] is None
+    assert "Quality" in Path(f"qat-{data}", "report.html").read_text()
+    bound = "mae=100" if metric == "mae" else "miou=0%"
+    found = run("search", model, data, "--constraint", bound, "--candidates", "2,8")["search"]
+    assert found["metric"] == metric
+    assert found["chosen"]["average_bits"] == 2, "any plan is good enough, and the cheapest is the best"
+
+
+def test_a_bound_on_noise_holds_for_every_task(mine: Path) -> None:
+    found = run("search", "segmenter", "masks", "--constraint", "sqnr=25dB", "--candidates", "2,4,8")
+    assert found["search"]["unit"] == "dB"
+    assert found["final_sqnr_db"] >= 25
+    assert found["search"]["chosen"]["average_bits"] < 8
+
+
+def test_detection_is_judged_by_the_user_s_metric(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run("ptq", "segmenter", "boxes", "--metric", "mine.py:found")
+    assert (report["task"], report["metric"]) == ("detection", "found")
+    assert report["metrics"]["found"]["float"] == report["metrics"]["found"]["onnxruntime"] == pytest.approx(7 / 8)
+    assert run("ptq", "segmenter", "boxes")["task"] == "none"
+    arguments = ["qat", "--model", "mine.py:segmenter", "--data", "mine.py:boxes", "--quiet", "--output", "q"]
+    assert main(arguments) == 2
+    assert "training.criterion: the task has no loss of its own" in capsys.readouterr().err
+    assert run("qat", "segmenter", "boxes", "--loss", "mine.py:own_loss")["task"] == "none"
+
+
+def test_losses_that_fit_and_losses_that_do_not() -> None:
+    logits = torch.zeros(4, 3)
+    assert float(loss_of(nn.CrossEntropyLoss(), (logits, logits), torch.zeros(4, dtype=torch.long))) > 1
+    assert float(loss_of(nn.MSELoss(), torch.ones(4, 1), torch.zeros(4))) == 1
+    with pytest.raises(ConfigError, match=r"training\.criterion: BCEWithLogitsLoss does not fit the data"):
+        loss_of(nn.BCEWithLogitsLoss(), logits, torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("text", ["mae=3%", "psnr=much", "miou=101%", "miou=101"])
+def test_bounds_on_metrics_have_units(text: str) -> None:
+    with pytest.raises(ConfigError, match="constraint: "):
+        limits.parse(text)
+
+
+def test_the_metric_can_be_chosen_from_python() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1))
+    data = torch.rand(16, 5), torch.rand(16)
+    config = {"report": {"statistics": False, "latency": False}}
+    named = pow2quant.quantize(net, data, metric="r2", config=config, progress=False)
+    assert (named.report["metric"], list(named.report["metrics"])) == ("r2", ["r2", "mae", "rmse"])
+    own = pow2quant.quantize(net, data, metric=largest_error, config=config, progress=False)
+    with torch.no_grad():
+        expected = float((own.model(data[0])[:, 0] - data[1]).abs().max())
+    assert own.report["metrics"]["largest_error"]["quantized"] == pytest.approx(expected, rel=1e-5)
+    assert own.report["metrics"]["largest_error"]["higher_is_better"] is False
