@@ -115,7 +115,9 @@ def test_a_whole_file(tmp_path):
             overrides={"classifier.*": {"weight": {"bitwidth": 4}}, "features.0": None},
         ),
         ptq=PtqConfig(50, 100, (Choice("qdrop"), Choice("adaround", {"iterations": 10000}))),
-        training=TrainingConfig(optimizer=Choice("SGD", {"momentum": 0.9}), scheduler=None),
+        training=TrainingConfig(
+            criterion=Choice("CrossEntropyLoss"), optimizer=Choice("SGD", {"momentum": 0.9}), scheduler=None
+        ),
     )
     assert [(name, values) for name, values in config.ptq.methods] == [
         ("qdrop", {}),
