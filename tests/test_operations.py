@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from pow2quant import prepare
+from pow2quant import prepare, simulate
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.operators import OPERATORS
+from pow2quant.plugins import resolve
 from tests.prepared import Sketch, outcome
 
 VOLUMES, MAPS, ROWS, VECTORS, TOKENS = (8, 4, 4, 4), (8, 6, 6), (8, 12), (8,), (6,)
@@ -223,3 +224,13 @@ def test_every_operation_has_a_case():
     sources = Path(__file__).read_text(encoding="utf-8")
     missing = [cls.__name__ for cls in OPERATORS if cls not in tried and f"{cls.__name__}(" not in sources]
     assert missing == []
+
+
+@pytest.mark.parametrize("name", ["bias_correction", "output_mse"])
+def test_methods_walk_past_constants(name):
+    batches = [(torch.randn(n, 5, 6),) for n in (4, 4)]
+    sim = simulate(prepare(Mixer().eval(), batches[0]), batches[0])
+    sim.calibrate(batches)
+    before = sim.export(batches[0]).model.SerializeToString()
+    resolve("methods", name)().apply(sim, batches)
+    assert sim.export(batches[0]).model.SerializeToString() != before

@@ -111,12 +111,12 @@ def walk(sim: Simulation, batches: Iterable[Batch], parts: Sequence[Part] | None
         exact[node] = [x[i] for x in data]
         quantized[node] = [x if site is None else quantize(site, x) for x in exact[node]]
     for part in _complete(sim.network, layers(sim) if parts is None else parts):
-        _advance(part, exact, twin.compute_float)
+        _advance(part, len(data), exact, twin.compute_float)
         if part_layers := tuple(twin.layers[n.target] for n in part if n.target in twin.layers):
             sources = tuple(dict.fromkeys(a for n in part for a in _arguments(n) if a not in part))
             entering, beside = (list(zip(*(v[s] for s in sources), strict=True)) for v in (quantized, exact))
             yield Step(part, part_layers, sources, entering, beside, exact[part[-1]], twin, quantized)
-        _advance(part, quantized, partial(twin.compute, quantize=quantizing(sim.encodings())))
+        _advance(part, len(data), quantized, partial(twin.compute, quantize=quantizing(sim.encodings())))
         computed.update(part)
         for dead in [n for n in exact if computed.issuperset(n.users)]:
             del exact[dead], quantized[dead]
@@ -295,9 +295,10 @@ def _arguments(node: fx.Node) -> list[fx.Node]:
 
 
 @torch.no_grad()
-def _advance(part: Part, values: dict[fx.Node, list[Tensor]], compute: Callable[[fx.Node, Values], Tensor]) -> None:
-    """Computes the nodes of a part, batch by batch."""
+def _advance(
+    part: Part, count: int, values: dict[fx.Node, list[Tensor]], compute: Callable[[fx.Node, Values], Tensor]
+) -> None:
+    """Computes the nodes of a part, for each of `count` batches."""
     for node in part:
         arguments = {a: values[a] for a in _arguments(node)}
-        count = len(next(iter(arguments.values())))
         values[node] = [compute(node, {a: v[i] for a, v in arguments.items()}) for i in range(count)]
