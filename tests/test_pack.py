@@ -300,6 +300,16 @@ def test_a_tensor_that_stays_float_is_named(network, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_certificate_engine_and_readme_name_one_accumulator(network, pack):
+    certificate = certify(network)
+    steps = {step["node"]: step["accumulator"] for step in pack.program["steps"] if step["kind"] != "average"}
+    bounds = {layer.node: layer for layer in certificate.layers if layer.node in steps}
+    assert {layer.op for layer in bounds.values()} >= {"Conv", "Gemm", "Add"}
+    for node, layer in bounds.items():
+        assert steps[node] == {"bound": layer.accumulator_max, "bits": layer.bits}, node
+    assert certificate.sentence[1:] in (pack.folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_certificate_bounds_sums_of_raw_codes(network, pack):
     """Both bounds are reached: by the worst inputs, summed in the worst order."""
     document = json.loads((pack.folder / "certificate.json").read_text())

@@ -1,6 +1,8 @@
 """The main job end to end, on the embedded default: files, agreement, repetition, and what must not be left behind."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -381,6 +383,56 @@ def test_simulating_a_prepared_network_leaves_it_as_it_was() -> None:
     network = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), x)
     runs.simulate(network, x)
     assert [n.target for n in network.graph.nodes if n.op == "call_module"] == ["0", "1"]
+
+
+@pytest.mark.parametrize("write", ["mul_", "data.mul_", "data ="])
+def test_a_weight_that_is_written_is_quantized_anew(write: str) -> None:
+    """EMA, pruning and torch.nn.utils write through `.data`, which PyTorch does not count."""
+    x = torch.rand(4, 3, 8, 8)
+    sim = runs.simulate(nn.Sequential(nn.Conv2d(3, 4, 3)), x)
+    sim.calibrate([x])
+    weight = sim.model.get_parameter("0.weight")
+    with torch.no_grad():
+        before = sim.model(x)
+        if write == "mul_":
+            weight.mul_(-1)
+        elif write == "data.mul_":
+            weight.data.mul_(-1)
+        else:
+            weight.data = -weight.data
+        after = sim.model(x)
+        weight.data.mul_(-1)
+        assert torch.equal(sim.model(x), before)
+    assert not torch.equal(after, before)
+    artifact = sim.export(x)
+    assert torch.equal(torch.from_numpy(ort.plain(onnx_qdq.to_qdq(artifact)).run([x.numpy()])[0].copy()), before)
+
+
+PRECISION = """
+import torch
+from torch import nn
+
+from pow2quant import simulate
+
+torch.backends.{setting}
+simulate(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.rand(1, 3, 8, 8))
+assert torch.get_float32_matmul_precision() == "highest"
+assert not torch.backends.cuda.matmul.allow_tf32
+assert not torch.backends.cudnn.allow_tf32
+if hasattr(torch.backends, "fp32_precision"):
+    for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul):
+        assert part.fp32_precision == "ieee", part
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+else:
+    torch.backends.cuda.matmul.allow_tf32 = True
+"""
+
+
+@pytest.mark.parametrize("setting", ["cuda.matmul.allow_tf32 = True", "fp32_precision = 'tf32'"])
+def test_both_ways_to_set_the_precision_of_products_work_afterwards(setting: str) -> None:
+    code = PRECISION.format(setting=setting)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 def test_weights_behave_under_inference_mode_and_under_taps_that_write() -> None:

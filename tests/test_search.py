@@ -144,6 +144,29 @@ def test_transposed_convolutions_are_counted_from_their_inputs() -> None:
     assert costs.macs(network.get_submodule(node.target), node) == 3 * 25 * 2 * 4
 
 
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc, self.head = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 64), nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.fc(self.conv(x).permute(0, 2, 3, 1).flatten(1, 2))  # (N, 64, 16) -> (N, 64, 64)
+        return self.head(tokens.mean(1))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_a_linear_layer_on_tokens_counts_every_token_once(batch: int) -> None:
+    example, plan = torch.rand(batch, 3, 32, 32), QuantPlan.default()
+    network = prepare(Tokens().eval(), example)
+    placement = simulate(network, example, plan).placement
+    groups = groups_of(network, placement, plan, ("8",), ("8",))
+    layers = costs.layers_of(network, placement, groups)
+    counted = {layer.name: layer.macs for layer in layers}
+    assert counted == {"conv": 16 * 64 * 48, "fc": 64 * 16 * 64, "head": 640}
+    problem = Problem({g.name: g.candidates for g in groups}, costs.quantities(layers, groups))
+    assert problem.value("bops", uniform(groups, "", None)) == 64 * sum(counted.values())
+
+
 def test_what_overrides_decide_is_not_searched_and_plans_become_overrides() -> None:
     values = {"conv": {"weight": {"bitwidth": 7}}, "fc": {"weight": None}}
     config = configuration.with_values(RunConfig(), {"quantization.overrides": values})

@@ -72,14 +72,14 @@ class FakeQuantize(nn.Module):
     """The quantizer of one site. Without an encoding, or with `encoding = None`, values pass unchanged.
 
     site: what it quantizes. overwrites: the incoming tensor is a fresh result that nobody else reads, so that inference
-    may quantize it in place. caches: it is a parameter, whose quantized value is kept for inference until the parameter
-    is written (PyTorch counts the writes; those through `.data` it does not see) or the encoding changes.
+    may quantize it in place. caches: it is a parameter, whose quantized value is kept for inference on the CPU while
+    the parameter holds the same values, however it is written, and the encoding stays.
     """
 
     def __init__(self, site: Site, *, overwrites: bool = False, caches: bool = False) -> None:
         super().__init__()
         self.site, self.overwrites, self.caches = site, overwrites, caches
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept: tuple[Tensor, Tensor] | None = None
         self.tap: Tap | None = None
         self._encoding: Encoding | None = None
         self._constants: _Constants | None = None
@@ -101,7 +101,7 @@ class FakeQuantize(nn.Module):
             constants = self._constants = _Constants(self._encoding, x.ndim, x.device)
         if torch.is_grad_enabled() and x.requires_grad:
             quantized: Tensor = _StraightThrough.apply(x, constants)
-        elif self.caches and self.tap is None and not (x.is_inference() or torch.is_inference_mode_enabled()):
+        elif self.caches and self.tap is None and x.device.type == "cpu" and not _infers(x):
             quantized = self._cached(x, constants)
         elif self.overwrites and self.tap is None and not x.requires_grad:
             return constants.overwrite(x)
@@ -110,13 +110,18 @@ class FakeQuantize(nn.Module):
         return quantized if self.tap is None else self.tap(self.site, x, quantized)
 
     def _cached(self, x: Tensor, constants: _Constants) -> Tensor:
-        key = (x.data_ptr(), x._version, x.shape)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, constants.finish(constants.codes(x)))
+        # Comparing values costs a third of quantizing them; PyTorch's count of writes misses those through `.data`.
+        if self._kept is None or not torch.equal(self._kept[0], x):
+            self._kept = (x.detach().clone(), constants.finish(constants.codes(x)))
         return self._kept[1]
 
     def extra_repr(self) -> str:
         return f"{self.site.name}: {self._encoding}"
+
+
+def _infers(x: Tensor) -> bool:
+    """Whether results are inference tensors, which may not be kept for later."""
+    return x.is_inference() or torch.is_inference_mode_enabled()
 
 
 # -- scales that are learned -------------------------------------------------------------------------------------------

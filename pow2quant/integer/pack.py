@@ -54,8 +54,9 @@ def export_integers(artifact: Artifact, folder: Path, *, samples: int = SAMPLES,
             "steps": [pack.step(program, step) for step in program.steps],
         }
         _write_json(staging / PROGRAM, document)
-        _write_json(staging / CERTIFICATE, certify(artifact).to_json(per_channel=True))
-        (staging / "README.md").write_text(readme(document), encoding="utf-8")
+        certificate = certify(artifact)
+        _write_json(staging / CERTIFICATE, certificate.to_json(per_channel=True))
+        (staging / "README.md").write_text(readme(document, certificate.sentence), encoding="utf-8")
     return folder
 
 

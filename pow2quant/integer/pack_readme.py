@@ -37,7 +37,7 @@ TEXT = """\
 Written by pow2quant. `program.json` lists the tensors and the steps in the order of computation; nothing but the files
 here is needed to compute the network. A test of pow2quant does so from these files alone.
 
-{steps} steps; inputs: {inputs}; outputs: {outputs}. The widest accumulator needs {bits} bits (`{widest}`).
+{steps} steps; inputs: {inputs}; outputs: {outputs}. {certificate}.
 
 ## Files
 
@@ -107,17 +107,15 @@ map count as real zero (`convolution`, `average`) or not at all (`maximum`). A o
 """
 
 
-def readme(document: dict[str, Any]) -> str:
-    """The text for what program.json holds."""
+def readme(document: dict[str, Any], certificate: str) -> str:
+    """The text for what program.json holds. certificate: its sentence."""
     steps = document["steps"]
-    widest = max(steps, key=lambda step: step["accumulator"]["bits"], default=None)
     kinds = sorted({step["kind"] for step in steps})
     return TEXT.format(
         steps=len(steps),
         inputs=", ".join(f"`{name}`" for name in document["inputs"]),
         outputs=", ".join(f"`{name}`" for name in document["outputs"]),
-        bits=widest["accumulator"]["bits"] if widest else 0,
-        widest=widest["node"] if widest else "-",
+        certificate=certificate[:1].upper() + certificate[1:],
         samples=document["samples"],
         kinds="\n\n".join(f"**{kind}**: {KINDS[kind]}" for kind in kinds),
     )

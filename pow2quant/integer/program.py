@@ -69,9 +69,15 @@ class Tensor:
         return storage(self.low, self.high)
 
     @property
+    def ends(self) -> tuple[int, int]:
+        """The smallest and the largest q - zero."""
+        return self.low - self.zero, self.high - self.zero
+
+    @property
     def magnitude(self) -> int:
         """The largest |q - zero|."""
-        return max(self.high - self.zero, self.zero - self.low)
+        low, high = self.ends
+        return max(high, -low)
 
 
 def storage(low: int, high: int) -> np.dtype[np.integer]:
@@ -160,6 +166,19 @@ class Program:
     def work(self) -> int:
         """Multiply-accumulates of one sample."""
         return sum(step.work(self) for step in self.steps)
+
+
+def largest_sum(weight: Ints, bias: Ints, x: Tensor) -> int:
+    """The largest magnitude of any partial sum of w * (q - zero), in any order, with the bias.
+
+    weight: (C, …), a row for each result; bias: (C,). It is the certificate's `accumulator_max`.
+    """
+    rows = weight.reshape(len(weight), -1)
+    up, down = np.maximum(rows, 0).sum(1), np.minimum(rows, 0).sum(1)
+    low, high = x.ends
+    most = up * high + down * low + np.maximum(bias, 0)
+    least = up * low + down * high + np.minimum(bias, 0)
+    return int(max(most.max(), -least.min()))
 
 
 def exact_kind(bound: int) -> np.dtype[np.generic]:

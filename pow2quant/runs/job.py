@@ -40,8 +40,8 @@ def simulate(network: nn.Module, example: Batch, plan: QuantPlan | None = None, 
 
     network: any traceable module (left unchanged), or what `prepare` returned. example: inputs of one call, (N, …).
     """
-    be_exact()
     prepared = network if isinstance(network, fx.GraphModule) and is_prepared(network) else prepare(network, example)
+    be_exact()  # after torch.export, which sets cuDNN's precision
     folded = fold_batch_norm(copy.deepcopy(prepared))
     sim: Simulation = resolve("backends", backend)(folded, example, plan or QuantPlan.default())
     return sim
@@ -319,9 +319,18 @@ def device_of(name: str) -> torch.device:
 
 
 def be_exact() -> None:
-    """Deterministic, no reduced precision, and sums of products only (NNPACK's Winograd computes others)."""
+    """Deterministic, no reduced precision, and sums of products only (NNPACK's Winograd computes others).
+
+    Both of PyTorch's ways to say so are used, in this order: after it, each can still be read.
+    """
     torch.backends.nnpack.set_flags(False)
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    libraries: Any = torch.backends
+    if hasattr(libraries, "fp32_precision"):  # since PyTorch 2.9
+        for part in (libraries.cuda.matmul, libraries.cudnn.conv, libraries.cudnn.rnn):
+            part.fp32_precision = "ieee"
+        for part in (libraries.mkldnn.matmul, libraries.mkldnn.conv, libraries.mkldnn.rnn):
+            part.fp32_precision = "ieee"
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

@@ -16,6 +16,7 @@ from pow2quant import config as configuration
 from pow2quant.backends.placement import Placement
 from pow2quant.config import Legal
 from pow2quant.errors import ConfigError
+from pow2quant.frontends.modules import TRANSPOSED
 from pow2quant.study.candidates import CANDIDATES, Group, Plan
 from pow2quant.study.program import Quantity
 
@@ -81,12 +82,13 @@ def macs(module: nn.Module, node: fx.Node) -> int:
     """Multiply-accumulates of a convolution or a linear layer for one image.
 
     Every result takes C_in / groups times the kernel's size; every input of a transposed convolution gives C_out /
-    groups times that. A linear layer on (N, 64): 64 x C_out.
+    groups times that. A linear layer on (N, 64): 64 x C_out; on T tokens, which it sees as (N T, 64): T times that.
     """
-    transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d))
+    transposed = isinstance(module, TRANSPOSED)
     values = node.all_input_nodes[0].meta["shape"] if transposed else node.meta["shape"]
+    entering = next(n for n in node.graph.nodes if n.op == "placeholder")
     weight: Any = module.weight
-    return int(math.prod(int(d) for d in values[1:]) * math.prod(weight.shape[1:]))
+    return int(math.prod(values) * math.prod(weight.shape[1:])) // int(entering.meta["shape"][0])
 
 
 def quantities(

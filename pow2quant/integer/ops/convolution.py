@@ -12,7 +12,7 @@ from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_layer import BLOCK, LANES, ctype, folded
 from pow2quant.integer.nodes import Window, attribute, title
 from pow2quant.integer.ops.copy import Copy, Part
-from pow2quant.integer.program import exact_kind
+from pow2quant.integer.program import exact_kind, largest_sum
 from pow2quant.integer.ternary import Ternary
 
 if TYPE_CHECKING:
@@ -103,8 +103,7 @@ class Convolution:
 
     def bound(self, program: Program) -> int:
         """See `Step.bound`."""
-        products = np.abs(self.weight).reshape(len(self.weight), -1).sum(1) * program.tensors[self.inputs[0]].magnitude
-        return int((products + np.abs(self.bias)).max())
+        return largest_sum(self.weight, self.bias, program.tensors[self.inputs[0]])
 
     def work(self, program: Program) -> int:
         """See `Step.work`."""

@@ -10,7 +10,7 @@ import numpy as np
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_layer import ctype, folded
 from pow2quant.integer.nodes import attribute, title
-from pow2quant.integer.program import exact_kind
+from pow2quant.integer.program import exact_kind, largest_sum
 from pow2quant.integer.ternary import Ternary
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ class Dense:
 
     def bound(self, program: Program) -> int:
         """See `Step.bound`."""
-        products = np.abs(self.weight).sum(1) * program.tensors[self.inputs[0]].magnitude
-        return int((products + np.abs(self.bias)).max())
+        return largest_sum(self.weight, self.bias, program.tensors[self.inputs[0]])
 
     def work(self, program: Program) -> int:
         """See `Step.work`."""

@@ -55,7 +55,9 @@ class Sum:
 
     def bound(self, program: Program) -> int:
         """See `Step.bound`."""
-        return sum(program.tensors[n].magnitude << s for n, s in zip(self.inputs, self.shifts, strict=True))
+        (a, b), (i, j) = (program.tensors[name].ends for name in self.inputs), self.shifts
+        low, high = (-b[1], -b[0]) if self.subtracts else b
+        return max((a[1] << i) + (high << j), -(a[0] << i) - (low << j))
 
     def work(self, program: Program) -> int:
         """See `Step.work`."""
