@@ -1,12 +1,15 @@
 """Operations that do nothing are dropped by preparation, and only these; such networks are proved."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pow2quant import prepare, simulate
+from pow2quant import QuantPlan, TensorSpec, prepare, simulate
 from pow2quant.adapters import onnx_qdq
+from pow2quant.errors import ConfigError
 from pow2quant.integer.certificate import certify
 from pow2quant.validation import ort
 
@@ -106,6 +109,22 @@ def test_a_module_of_the_user_that_does_nothing_leaves_its_place():
     network = prepare(nn.Sequential(model), X)
     assert targets(network) == ["0.0", "0.2"]
     assert isinstance(network.get_submodule("0")[1], nn.Identity)
+
+
+def test_an_override_of_a_dropped_module_is_no_error():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.b(self.a(x) * 1.0)
+
+    network = prepare(Net(), X)
+    plan = replace(QuantPlan.default(), overrides=(("scale", {"output": TensorSpec(8, False, range="minmax")}),))
+    simulate(network, X, plan).calibrate([X])
+    with pytest.raises(ConfigError, match=r"quantization\.overrides\.scales: the prepared network has no such module"):
+        simulate(network, X, replace(plan, overrides=(("scales", None),)))
 
 
 @pytest.mark.parametrize("name", ["times one", "plus zero", "expand", "permuted back", "there and back"])

@@ -15,6 +15,7 @@ from pow2quant.artifact import Site
 from pow2quant.config import QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.idle import DROPPED
 from pow2quant.frontends.operators import operator, weight_axis
 from pow2quant.operators import Kind
 
@@ -145,9 +146,10 @@ def connect(model: nn.Module, network: fx.GraphModule, placement: Placement, qua
 
 
 def _check_overrides(network: fx.GraphModule, plan: QuantPlan) -> None:
+    """Raises ConfigError for an override of nothing; what preparation dropped, since it does nothing, may be named."""
     names = [str(n.target) for n in network.graph.nodes if n.op in ("placeholder", "call_module")]
     for pattern, _ in plan.overrides:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in (*names, *network.meta.get(DROPPED, ()))):
             near = get_close_matches(pattern, names, 3, 0.0)
             raise ConfigError(
                 f"quantization.overrides.{pattern}: the prepared network has no such module; near are {', '.join(near)}"

@@ -73,6 +73,9 @@ IDLE: dict[type[nn.Module], Callable[[Any, Shape], bool]] = {
 }
 """When a module gives its operand as it is: (module, the operand's shape) -> bool."""
 
+DROPPED = "pow2quant_dropped"
+"""Where a network's `meta` keeps the names of the modules that were dropped."""
+
 RESHAPES = (m.Reshape, nn.Flatten)
 """Modules whose result follows from its shape alone."""
 
@@ -80,8 +83,10 @@ RESHAPES = (m.Reshape, nn.Flatten)
 def drop_idle(network: fx.GraphModule) -> None:
     """Drops them, in place; every node has its `shape` and `free` in `meta`.
 
-    One between an input and an output stays, and so does one that makes a second output of another.
+    One between an input and an output stays, and so does one that makes a second output of another. The names of those
+    that go are in `network.meta[DROPPED]`.
     """
+    dropped: list[str] = []
     for node in list(network.graph.nodes):
         source = _same_value(network, node) if node.op == "call_module" else None
         if source is None:
@@ -91,9 +96,11 @@ def drop_idle(network: fx.GraphModule) -> None:
             continue
         node.replace_all_uses_with(source)
         network.graph.erase_node(node)
+        dropped.append(str(node.target))
     network.graph.eliminate_dead_code()
     network.delete_all_unused_submodules()
     network.recompile()
+    network.meta[DROPPED] = tuple(dropped)
 
 
 def _same_value(network: fx.GraphModule, node: fx.Node) -> fx.Node | None:
