@@ -16,7 +16,7 @@ from pow2quant import QuantPlan, simulate
 from pow2quant.adapters import onnx_qdq
 from pow2quant.backends import aimet
 from pow2quant.frontends import modules as m
-from pow2quant.functions import KEY, Softmax, definition, mark
+from pow2quant.functions import KEY, Norm, Softmax, definition, mark
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.lower import lower
 from pow2quant.integer.run import run
@@ -257,3 +257,104 @@ def test_attention_with_masks_is_proved(tmp_path):
     assert found.pop("proved")
     assert len(found) == 4
     assert set(found.values()) == {0}
+
+
+def half_up(numerator: int, shift: int) -> int:
+    return (numerator + (1 << shift >> 1)) >> shift
+
+
+def norm_of(q: list[int], defined: Norm, where: int, f: int, e: int) -> list[int]:
+    """One row in Python's integers, in units of 2^-fine. where: of its first value among gammas and betas."""
+    n, total = len(q), sum(q) if defined.centered else 0
+    spread = max(1, n * sum(v * v for v in q) - total * total + e)
+    reciprocal = 2**40 // math.isqrt(spread * 4**f)
+    z = [half_up((n * v - total) * reciprocal, 40 - f - 16) for v in q]
+    channels = [(where + i) // defined.inner for i in range(n)]
+    return [half_up(v * defined.gamma[c] + defined.beta[c], defined.drop) for v, c in zip(z, channels, strict=True)]
+
+
+def norm_network(defined, shape, source, target):
+    g = Graph()
+    g.input("x", shape, source)
+    g.node("Exp", "n", ["x"], target)  # whatever stands here means the definition
+    artifact = g.artifact("n.output")
+    mark(artifact.model.graph.node[0], defined)
+    return artifact
+
+
+def factors(count):
+    rng = np.random.default_rng(count)
+    return rng.normal(1, 1, count).astype(np.float32), rng.normal(0, 2, count).astype(np.float32)
+
+
+NORMS = {
+    "layer": (Norm.of((24,), 0, True, 1e-5, *factors(24)), (3, 24), encoding(-4, 118), encoding(-5, 128)),
+    "layer, two dimensions": (
+        Norm.of((4, 6), 0, True, 1e-5, *factors(24)),
+        (4, 6),
+        encoding(-6, 0, 8, True),
+        encoding(-4, 128),
+    ),
+    "layer, 16 bits": (
+        Norm.of((24,), 0, True, 1e-6, *factors(24)),
+        (2, 24),
+        encoding(-11, 2**15 - 80, 16),
+        encoding(-12, 2**15, 16),
+    ),
+    "rms": (Norm.of((24,), 0, False, 1e-6, *factors(24)), (3, 24), encoding(-4, 118), encoding(-5, 128)),
+    "group": (Norm.of((6, 2, 3), 3, True, 1e-5, *factors(6)), (6, 2, 3), encoding(-4, 118), encoding(-5, 128)),
+    "instance": (Norm.of((6, 2, 3), 6, True, 1e-5, *factors(6)), (6, 2, 3), encoding(3, 0), encoding(-5, 128)),
+    "a coarse grid and a large epsilon": (
+        Norm.of((24,), 0, True, 0.5, *factors(24)),
+        (24,),
+        encoding(-9, 128),
+        encoding(-8, 128),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_is_its_definition_everywhere(name):
+    defined, shape, source, target = NORMS[name]
+    artifact = norm_network(defined, shape, source, target)
+    assert certify(artifact).proved, certify(artifact).layers[0].reason
+    rng, n = np.random.default_rng(0), defined.length
+    low, high, zero = int(source.grid.qmin), int(source.grid.qmax), int(source.zero_point)
+    rows = rng.integers(low, high + 1, (300, *shape))
+    narrow = np.clip(rng.integers(low, high + 1, (100, *shape)) // 16 + zero, low, high)
+    codes = np.concatenate([rows, narrow, np.full((1, *shape), high), np.full((1, *shape), zero)])
+    found = agreed_codes(artifact, codes.astype(np.int8 if low < 0 else np.uint16 if high > 255 else np.uint8))
+    f, e = defined.precision(source), defined.epsilon(source)
+    per_sample = math.prod(shape) if defined.groups else n
+    values = (codes - zero).reshape(-1, n).tolist()
+    exact = [norm_of(row, defined, i * n % per_sample, f, e) for i, row in enumerate(values)]
+    shift = int(target.exponent) + defined.fine
+    expected = [half_even(v, shift) if shift >= 0 else v << -shift for row in exact for v in row]
+    clipped = np.clip(np.array(expected) + int(target.zero_point), int(target.grid.qmin), int(target.grid.qmax))
+    assert np.array_equal(found.reshape(-1), clipped)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_norms_are_close_to_the_real_ones(bits):
+    rng = np.random.default_rng(0)
+    x = encoding(-4, 128) if bits == 8 else encoding(-11, 2**15, 16)
+    gamma, beta = factors(192)
+    defined = Norm.of((192,), 0, True, float(np.float32(1e-5)), gamma, beta)
+    layer = m.LayerNorm(192)
+    layer.weight.data, layer.bias.data = torch.from_numpy(gamma), torch.from_numpy(beta)
+    real = torch.from_numpy(x.fake_quantize(rng.normal(0, 2, (500, 192)).astype(np.float32)))
+    quantizer = type("Quantizer", (), {"encoding": x})()
+    layer.connect(quantizer, quantizer)
+    with torch.no_grad():
+        assert layer.definition((500, 192), x, bits) == defined
+        assert float((layer(real) - layer.plain(real)).abs().max()) < 3e-4
+        assert not torch.equal(layer(real), layer.plain(real))
+
+
+def test_norms_beyond_the_conditions_are_not_proved():
+    gamma, beta = factors(4096)
+    wide = Norm.of((4096,), 0, True, 1e-5, gamma, beta)
+    assert "2^53" in certify(norm_network(wide, (4096,), encoding(-8, 2**15, 16), encoding(-4))).layers[0].reason
+    other = replace(wide, shape=(2048,), gamma=wide.gamma[:2048], beta=wide.beta[:2048])
+    assert "of shape" in certify(norm_network(other, (4096,), encoding(-8), encoding(-4))).layers[0].reason
+    assert Norm.of((4,), 0, True, 1e-5, np.float32([1, np.inf, 1, 1]), np.zeros(4, np.float32)) is None

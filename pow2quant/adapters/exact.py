@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from pow2quant.functions import FINE, Definition, Softmax, definition, region
+from pow2quant.functions import DEPTH, FINE, RECIPROCAL, Definition, Norm, Softmax, definition, region
 from pow2quant.graphs import GraphIndex
 
 if TYPE_CHECKING:
@@ -185,5 +185,35 @@ def _softmax(f: _Expansion, defined: Softmax, x: str, encoding: Encoding) -> Non
     f("Cast", f("Mul", result, f.constant(np.float64(2.0**-FINE))), to=TensorProto.FLOAT)
 
 
-WRITERS: dict[type[Definition], Callable[[_Expansion, Any, str, Encoding], None]] = {Softmax: _softmax}
+def _norm(f: _Expansion, defined: Norm, x: str, encoding: Encoding) -> None:
+    def number(value: float) -> str:
+        return f.constant(np.float64(value))
+
+    def rounded(value: str, shift: int) -> str:
+        return f("Floor", f("Add", f("Mul", value, number(2.0**-shift)), number(0.5)))
+
+    n, precision = defined.length, defined.precision(encoding)
+    q = f("Cast", x, to=TensorProto.DOUBLE)
+    q = f("Mul", q, number(2.0 ** -int(encoding.exponent)))
+    dims = 1 if defined.groups else len(defined.shape)
+    if defined.groups:
+        q = f("Reshape", q, f.constant(np.array([0, defined.groups, -1])))
+    axes = f.constant(np.arange(-dims, 0))
+    spread = f("Mul", f("ReduceSum", f("Mul", q, q), axes, keepdims=1), number(n))
+    centred = f("Mul", q, number(n))
+    if defined.centered:
+        total = f("ReduceSum", q, axes, keepdims=1)
+        spread, centred = f("Sub", spread, f("Mul", total, total)), f("Sub", centred, total)
+    spread = f("Max", f("Add", spread, number(defined.epsilon(encoding))), number(1))
+    root = f("Floor", f("Sqrt", f("Mul", spread, number(4.0**precision))))
+    reciprocal = f("Floor", f("Div", number(2.0**RECIPROCAL), root))
+    z = rounded(f("Mul", centred, reciprocal), RECIPROCAL - precision - DEPTH)
+    if defined.groups:
+        z = f("Reshape", z, f.constant(np.array([0, *defined.shape])))
+    gamma, beta = (f.constant(v.astype(np.float64)) for v in defined.factors())
+    y = rounded(f("Add", f("Mul", z, gamma), beta), defined.drop)
+    f("Cast", f("Mul", y, number(2.0**-defined.fine)), to=TensorProto.FLOAT)
+
+
+WRITERS: dict[type[Definition], Callable[[_Expansion, Any, str, Encoding], None]] = {Softmax: _softmax, Norm: _norm}
 """What writes each definition: the last node's result is the function's."""

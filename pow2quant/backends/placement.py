@@ -120,17 +120,10 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
         if own is not None:
             quantized[node.name] = own
             source = carried[node.args[0].name] if isinstance(module, m.Exact) else None
-            if source is not None and plan.functions == "exact" and _is_defined(module, node, specs, source, own):
+            if source is not None and plan.functions == "exact":
                 exact[node.name] = source, own
     ties = _ties(network, quantized, specs)
     return Placement(tuple(sites), specs, quantized, carried, ties, tuple(layers), frozenset(fused), exact)
-
-
-def _is_defined(module: nn.Module | None, node: fx.Node, specs: dict[str, TensorSpec], source: Site, own: Site) -> bool:
-    """Whether a module computes integers between these sites."""
-    assert isinstance(module, m.Exact)
-    shape = tuple(int(d) for d in node.args[0].meta["shape"])  # type: ignore[union-attr]
-    return specs[source.name].power_of_2 and module.definition(shape, specs[own.name].bits) is not None
 
 
 def connect(model: nn.Module, network: fx.GraphModule, placement: Placement, quantizers: Mapping[str, Any]) -> None:

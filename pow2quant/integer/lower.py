@@ -18,7 +18,7 @@ import onnx
 from onnx import numpy_helper
 
 from pow2quant.errors import EncodingError, NotPowerOfTwoError, UnsupportedModelError
-from pow2quant.functions import accepts, definition, region
+from pow2quant.functions import accepts, definition, inside_definitions, region
 from pow2quant.graphs import GraphIndex
 from pow2quant.integer.nodes import attribute, title
 from pow2quant.integer.ops import LOWER, LOWER_DEFINED
@@ -47,8 +47,10 @@ def lower(artifact: Artifact) -> Program:
     a free scale, EncodingError for a parameter off its grid; each names the tensor or node.
     """
     graph = Lowering.of(artifact)
+    inner = inside_definitions(graph.index, graph.encodings)
     for node in artifact.model.graph.node:
-        graph.add(node)
+        if node.output[0] not in inner:
+            graph.add(node)
     return graph.program()
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from pow2quant.functions import FINE, Definition, Softmax, accepts, definition, region
+from pow2quant.functions import FINE, Definition, Norm, Softmax, accepts, definition, region
 from pow2quant.graphs import GraphIndex
 from pow2quant.integer.lattice import FLOAT32_EXACT, Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute
@@ -450,7 +450,23 @@ def _keeps_some(kept: NDArray[np.bool_], axis: int, rank: int) -> bool:
     return kept.ndim <= rank and bool(kept.reshape((1,) * (rank - kept.ndim) + kept.shape).any(axis).all())
 
 
-CONDITIONS: dict[type[Definition], Callable[[Any, tuple[int | None, ...], Encoding], Lattice]] = {Softmax: _softmax}
+def _norm(defined: Norm, shape: tuple[int | None, ...], encoding: Encoding) -> Lattice:
+    rows = shape[1:] if defined.groups else shape[1:][-len(defined.shape) :]
+    if rows != defined.shape or math.prod(defined.shape) % max(1, defined.groups):
+        raise NotProvedError(f"its integers are those of rows of shape {defined.shape}")
+    counts = {len(defined.gamma), len(defined.beta)}
+    if len(counts) > 1 or 0 in counts or math.prod(defined.shape) % len(defined.gamma):
+        raise NotProvedError("it has not one factor and one offset for each channel")
+    if not 0 <= defined.gamma_bits <= 20 or not 0 <= defined.eps < 2**20 or not defined.is_exact(encoding):
+        raise NotProvedError("its sums may leave what float64 holds exactly, 2^53")
+    largest = float((defined.magnitude >> defined.drop) + 1)
+    return Lattice(np.asarray(-defined.fine), np.asarray(-largest), np.asarray(largest))
+
+
+CONDITIONS: dict[type[Definition], Callable[[Any, tuple[int | None, ...], Encoding], Lattice]] = {
+    Softmax: _softmax,
+    Norm: _norm,
+}
 """What must hold for a definition's operations to be exact, and where its result lies."""
 
 

@@ -35,7 +35,7 @@ class Exact(nn.Module):
         encoding, target = (None, None) if self.ends is None else (end.encoding for end in self.ends)
         if encoding is None or target is None or not accepts(encoding):
             return self.plain(x)
-        defined = self.definition(tuple(x.shape), target.grid.width)
+        defined = self.definition(tuple(x.shape), encoding, target.grid.width)
         if defined is None:
             return self.plain(x)
         with torch.no_grad():
@@ -49,8 +49,8 @@ class Exact(nn.Module):
             result = plain if defined is None else _Replaced.apply(plain, result)
         return result
 
-    def definition(self, shape: tuple[int, ...], bits: int) -> Definition | None:
-        """The definition for an input of this shape and a result of so many bits; None where there is none."""
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, bits: int) -> Definition | None:
+        """The definition for an input of this shape and encoding and a result of so many bits; None: there is none."""
         raise NotImplementedError
 
     def plain(self, x: Tensor) -> Tensor:

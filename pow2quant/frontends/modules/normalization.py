@@ -41,7 +41,7 @@ class Softmax(Exact, nn.Softmax):
     def plain(self, x: Tensor) -> Tensor:
         return nn.Softmax.forward(self, x.double()).to(x.dtype)
 
-    def definition(self, shape: tuple[int, ...], bits: int) -> functions.Softmax | None:
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, bits: int) -> functions.Softmax | None:
         """See `Exact.definition`."""
         if self.dim is None or self.dim % len(shape) == 0:
             return None
@@ -53,13 +53,56 @@ class Softmax(Exact, nn.Softmax):
         return _integer_softmax(codes, defined, encoding)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Rounded once from float64; epsilon is a float32, as in ONNX."""
+def _integer_norm(codes: Tensor, defined: functions.Norm, encoding: Encoding) -> Tensor:
+    """`functions.Norm` of integers in float64, as real values."""
+    n, f = defined.length, defined.precision(encoding)
+    axes = tuple(range(-len(defined.shape), 0)) if not defined.groups else (-1,)
+    rows = codes.reshape(len(codes), defined.groups, -1) if defined.groups else codes
+    spread = (rows * rows).sum(axes, keepdim=True) * n
+    centred = rows * n
+    if defined.centered:
+        total = rows.sum(axes, keepdim=True)
+        spread, centred = spread - total * total, centred - total
+    root = torch.sqrt((spread + defined.epsilon(encoding)).clamp(min=1) * 4.0**f).floor()
+    reciprocal = torch.floor(2.0**functions.RECIPROCAL / root)
+    down = 2.0 ** (f + functions.DEPTH - functions.RECIPROCAL)
+    z = torch.floor(centred * reciprocal * down + 0.5).reshape(codes.shape)
+    gamma, beta = (torch.from_numpy(v).to(codes) for v in defined.factors())
+    return torch.floor((z * gamma + beta) * 2.0**-defined.drop + 0.5) * 2.0**-defined.fine
 
-    def forward(self, input: Tensor) -> Tensor:
+
+class ExactNorm(Exact):
+    """A norm: rounded once from float64, or `functions.Norm`."""
+
+    def integers(self, codes: Tensor, defined: functions.Norm, encoding: Encoding) -> Tensor:
+        """See `Exact.integers`."""
+        return _integer_norm(codes, defined, encoding)
+
+    def _definition(
+        self, shape: tuple[int, ...], groups: int, centered: bool, eps: float, channels: int, encoding: Encoding
+    ) -> functions.Norm | None:
+        gamma, beta = (
+            np.full(channels, missing, np.float32) if p is None else p.detach().float().cpu().numpy()
+            for p, missing in ((getattr(self, name, None), value) for name, value in (("weight", 1), ("bias", 0)))
+        )
+        defined = functions.Norm.of(shape, groups, centered, single(eps), gamma, beta)
+        return defined if defined is not None and defined.is_exact(encoding) else None
+
+
+class LayerNorm(ExactNorm, nn.LayerNorm):
+    """Rounded once from float64, epsilon a float32, as in ONNX; or `functions.Norm`."""
+
+    def plain(self, x: Tensor) -> Tensor:
         weight, bias = (p.double() if p is not None else None for p in (self.weight, self.bias))
         eps = float(np.float32(self.eps))
-        return F.layer_norm(input.double(), self.normalized_shape, weight, bias, eps).to(input.dtype)
+        return F.layer_norm(x.double(), self.normalized_shape, weight, bias, eps).to(x.dtype)
+
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, bits: int) -> functions.Norm | None:
+        """See `Exact.definition`."""
+        if len(shape) <= len(self.normalized_shape):
+            return None
+        rows = tuple(self.normalized_shape)
+        return self._definition(rows, 0, True, self.eps, math.prod(rows), encoding)
 
 
 class LogSoftmax(nn.LogSoftmax):
@@ -89,7 +132,7 @@ class MaskedSoftmax(Exact):
         scores = scores if self.mask is None else scores + self.mask.double()
         return torch.softmax(scores, self.dim).to(x.dtype)
 
-    def definition(self, shape: tuple[int, ...], bits: int) -> functions.Softmax | None:
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, bits: int) -> functions.Softmax | None:
         """See `Exact.definition`."""
         axis = self.dim % len(shape) - len(shape)
         if axis == -len(shape) or self.factor <= 0:
@@ -128,24 +171,38 @@ class Normalize(Rounded):
         return x / torch.sqrt((x * x).sum(self.dims, keepdim=True)).clamp(min=self.eps)
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean of squares + eps) * weight over the last dimensions, rounded once from float64."""
+class RMSNorm(ExactNorm, nn.RMSNorm):
+    """x / sqrt(mean of squares + eps) * weight over the last dimensions, once rounded from float64; or integers."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         dims, wide = tuple(range(-len(self.normalized_shape), 0)), x.double()
         mean = (wide * wide).sum(dims, keepdim=True) / single(math.prod(self.normalized_shape))
-        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
-        result = wide / torch.sqrt(mean + single(eps))
+        result = wide / torch.sqrt(mean + single(self._epsilon))
         return (result if self.weight is None else result * self.weight.double()).to(x.dtype)
 
+    @property
+    def _epsilon(self) -> float:
+        return torch.finfo(torch.float32).eps if self.eps is None else self.eps
 
-class GroupNorm(nn.GroupNorm):
-    """Rounded once from float64, from sums of values and of squares, S and Q, that are exact there.
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, bits: int) -> functions.Norm | None:
+        """See `Exact.definition`."""
+        if len(shape) <= len(self.normalized_shape):
+            return None
+        rows = tuple(self.normalized_shape)
+        return self._definition(rows, 0, False, self._epsilon, math.prod(rows), encoding)
+
+
+class GroupNorm(ExactNorm, nn.GroupNorm):
+    """Rounded once from float64, from sums of values and of squares, S and Q, that are exact there; or integers.
 
     (n x - S) / sqrt(n Q - S^2 + n^2 eps) * weight + bias, with the n values of each group of channels.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, bits: int) -> functions.Norm | None:
+        """See `Exact.definition`."""
+        return self._definition(tuple(shape[1:]), self.num_groups, True, self.eps, self.num_channels, encoding)
+
+    def plain(self, input: Tensor) -> Tensor:
         wide = input.double().reshape(input.shape[0], self.num_groups, -1)
         n = single(wide.shape[2])
         total, squares = (y.sum(2, keepdim=True) for y in (wide, wide * wide))

@@ -91,9 +91,9 @@ ROWS: Rows = {
     m.Softmax: Operator("Softmax", _softmax, integers=True, proved=True),
     m.LogSoftmax: Operator("LogSoftmax", _log_softmax),
     m.MaskedSoftmax: Operator("Softmax", formula(_masked_softmax), integers=True, proved=True),
-    m.LayerNorm: Operator("LayerNormalization", _layer_norm),
+    m.LayerNorm: Operator("LayerNormalization", _layer_norm, integers=True, proved=True),
     m.Normalize: Operator("Div", formula(_normalize)),
-    m.RMSNorm: Operator("Div", formula(_rms_norm)),
-    m.GroupNorm: Operator("Div", _group_norm),
+    m.RMSNorm: Operator("Div", formula(_rms_norm), integers=True, proved=True),
+    m.GroupNorm: Operator("Div", _group_norm, integers=True, proved=True),
     m.LocalResponseNorm: Operator("Div", _local_response_norm),
 }

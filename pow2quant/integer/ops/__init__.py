@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pow2quant.functions import Definition, Softmax
+from pow2quant.functions import Definition, Norm, Softmax
 from pow2quant.integer.ops import (
     average,
     convolution,
@@ -17,6 +17,7 @@ from pow2quant.integer.ops import (
     extreme,
     matmul,
     maximum,
+    norm,
     product,
     softmax,
     sum,
@@ -68,5 +69,8 @@ LOWER: dict[str, Lower] = {
     "Unsqueeze": view.lower,
 }
 
-LOWER_DEFINED: dict[type[Definition], Callable[[Lowering, onnx.NodeProto, Any], None]] = {Softmax: softmax.lower}
+LOWER_DEFINED: dict[type[Definition], Callable[[Lowering, onnx.NodeProto, Any], None]] = {
+    Softmax: softmax.lower,
+    Norm: norm.lower,
+}
 """What lowers a node that bears an integer definition."""

@@ -35,7 +35,8 @@ class SoftmaxStep:
     def run(self, program: Program, *inputs: Codes) -> Codes:
         """See `Step.run`."""
         (x,) = inputs
-        defined, codes = self.definition, x.astype(np.int64)
+        defined = self.definition
+        codes = x.astype(np.int64).reshape(-1, *program.tensors[self.inputs[0]].shape)
         kept = defined.kept()
         if kept is not None:
             codes = np.where(kept, codes, -(2**40))
