@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pow2quant.config import from_file, is_in_file, users_code
 from pow2quant.errors import ModelError, WeightsError
+from pow2quant.frontends.onnx.network import read_network
 from pow2quant.plugins import names, resolve
 
 TORCHVISION = "torchvision:"
@@ -80,7 +81,8 @@ def build(name: str, *, num_classes: int | None = None, weights: str | Path | No
     """A network in eval mode.
 
     name: `digits-cnn` or another plug-in's name, `torchvision:NAME` or, where timm is installed, `timm:NAME`
-    (architecture only, nothing is downloaded), or `path/to/file.py:factory`. num_classes goes to every factory that
+    (architecture only, nothing is downloaded), a float ONNX file
+    `path/to/net.onnx`, or `path/to/file.py:factory`. num_classes goes to every factory that
     takes it; others decide themselves.
     weights: a file for `load_weights`; without it the network is as its factory made it.
 
@@ -99,6 +101,8 @@ def build(name: str, *, num_classes: int | None = None, weights: str | Path | No
         model = _from_torchvision(name.removeprefix(TORCHVISION), num_classes)
     elif name.startswith(TIMM):
         model = _from_timm(name.removeprefix(TIMM), num_classes)
+    elif name.endswith(".onnx"):
+        model = read_network(name)
     elif is_in_file(name):
         factory = from_file(name, ModelError)
         with users_code(name, ModelError):
@@ -212,7 +216,7 @@ def _unknown(name: str) -> ModelError:
 
     ours = [*sorted(names("models")), *(TORCHVISION + known for known in models.list_models(module=models))]
     near = get_close_matches(name, ours, n=3) or get_close_matches(TORCHVISION + name, ours, n=3)
-    known = ", ".join([*sorted(names("models")), f"{TORCHVISION}NAME", f"{TIMM}NAME", "path/to/file.py:factory"])
+    known = ", ".join([*sorted(names("models")), f"{TORCHVISION}NAME", f"{TIMM}NAME", "net.onnx", "path/to/file.py:factory"])
     hint = f"did you mean {', '.join(near)}? " if near else ""
     return ModelError(f"unknown model {name!r}; {hint}known: {known}")
 

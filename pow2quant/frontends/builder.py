@@ -396,7 +396,9 @@ def scope(node: fx.Node) -> str:
 
 
 def _is_one_operation(module: nn.Module) -> bool:
-    """Whether a module is PyTorch's own for one operation, or a subclass that computes as it does."""
+    """Whether a module is PyTorch's own for one operation, a subclass that computes as it does, or says that it is."""
+    if getattr(module, "one_operation", False) and not _children(module):
+        return True
     forward = type(module).forward
     own = getattr(forward, "__module__", "") or ""
     return own.startswith("torch.nn.") and not isinstance(module, COMPOSED) and not _children(module)

@@ -1,0 +1,1 @@
+"""Float ONNX files as networks: read into PyTorch's modules, then prepared like any other network."""

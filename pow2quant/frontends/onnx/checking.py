@@ -1,0 +1,71 @@
+"""Whether a network that was read from a file computes what onnxruntime computes from the file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+from pow2quant.errors import ModelError, UnsupportedModelError
+from pow2quant.frontends.onnx.file import OnnxFile
+
+MOST_VALUES = 1 << 26
+"""Values of inputs that are made for the check; a file with larger inputs is checked when it is prepared."""
+
+
+def examples(file: OnnxFile, batch: int, seed: int = 0) -> list[Tensor] | None:
+    """Random inputs of a batch, or None where the file leaves other sizes than the batch open."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for name, dims in file.inputs:
+        size = dims[1:]
+        known = [d for d in size if d is not None]
+        if len(known) != len(size) or np.prod([batch, *known], dtype=float) > MOST_VALUES:
+            return None
+        shape = (batch, *known) if dims else ()
+        if file.types[name] in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE):
+            made.append(torch.randn(shape, generator=generator))
+        else:
+            kind = torch.from_numpy(np.empty(0, helper.tensor_dtype_to_np_dtype(file.types[name]))).dtype
+            made.append(torch.randint(0, 2, shape, generator=generator).to(kind))
+    return made
+
+
+def check(file: OnnxFile, network: nn.Module) -> None:
+    """Compares on random inputs; where the file fixes the batch size, a batch of twice that size, run in two parts."""
+    step = file.batch or 2
+    inputs = examples(file, 2 * step if file.batch else step)
+    if inputs is None:
+        return
+    expected = _run(file, inputs, step)
+    with torch.no_grad():
+        results = network(*inputs)
+    results = results if isinstance(results, (tuple, list)) else [results]
+    tolerance = 3e-2 if TensorProto.FLOAT16 in file.types.values() else 1e-4
+    for name, got, wanted in zip(file.outputs, results, expected, strict=True):
+        finite = np.abs(wanted[np.isfinite(wanted)], dtype=np.float64)
+        bound = tolerance * float(finite.max(initial=0.0)) + 1e-12
+        same = got.shape == wanted.shape and np.allclose(got.numpy(), wanted, rtol=0, atol=bound, equal_nan=True)
+        if not same:
+            why = "the batch size that the file fixes cannot be opened" if file.batch else "a node is not understood"
+            raise UnsupportedModelError(f"{file.name}: output {name!r} is not what onnxruntime computes ({why})")
+
+
+def _run(file: OnnxFile, inputs: list[Tensor], step: int) -> list[Any]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    kinds = [helper.tensor_dtype_to_np_dtype(file.types[name]) for name, _ in file.inputs]
+    arrays = [(n, x.numpy().astype(kind)) for (n, _), x, kind in zip(file.inputs, inputs, kinds, strict=True)]
+    try:
+        session = onnxruntime.InferenceSession(file.model.SerializeToString(), options, ["CPUExecutionProvider"])
+        runs = [
+            session.run(file.outputs, {name: x[i : i + step] if x.ndim else x for name, x in arrays})
+            for i in range(0, max((len(x) for _, x in arrays if x.ndim), default=1), step)
+        ]
+    except Exception as error:  # onnxruntime's errors share no base
+        raise ModelError(f"{file.name}: onnxruntime does not run it: {' '.join(str(error).split())[:200]}") from error
+    return [np.concatenate(parts).astype(parts[0].dtype) if parts[0].ndim else parts[0] for parts in zip(*runs, strict=True)]

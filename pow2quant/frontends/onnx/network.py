@@ -1,0 +1,240 @@
+"""A float ONNX file as a network of PyTorch: one module for each node, under the file's names, open in its batch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from onnx import ModelProto, NodeProto
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pow2quant.errors import UnsupportedModelError, WeightsError
+from pow2quant.frontends.onnx.checking import check, examples
+from pow2quant.frontends.onnx.evaluate import EVALUATED, evaluate
+from pow2quant.frontends.onnx.file import DOMAINS, OnnxFile, load
+from pow2quant.frontends.onnx.layers import LAYERS
+from pow2quant.frontends.onnx.patterns import OWN, recognize
+from pow2quant.frontends.onnx.rows import ROWS
+from pow2quant.frontends.onnx.step import LARGEST, Step
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def read_network(source: str | Path | ModelProto) -> fx.GraphModule:
+    """What a float ONNX file computes, as a network in eval mode that can be trained; `prepare` takes it from there.
+
+    A layer is named as its weight (`conv1.weight` belongs to conv1), any other module as its node. A batch size that
+    the file fixes is opened. On random inputs the network gives what onnxruntime gives.
+    Raises FileFormatError for a damaged or quantized file, UnsupportedModelError naming file, node and operation,
+    WeightsError for weights that are not finite, ModelError where onnxruntime does not run the file.
+    """
+    file = load(source)
+    for name, array in file.constants.items():
+        if array.dtype == np.float32 and np.isnan(array).any():
+            raise WeightsError(f"{file.name}: {name} holds NaN")
+    _fold_constants(file)
+    recognize(file)
+    network = Writer(file).write()
+    _note_shapes(file, network)
+    check(file, network)
+    return network
+
+
+def _fold_constants(file: OnnxFile) -> None:
+    """Computes what depends on constants alone."""
+    kept = []
+    for node in file.nodes:
+        if node.op_type not in EVALUATED or not all(not t or t in file.constants for t in node.input):
+            kept.append(node)
+            continue
+        try:
+            results = evaluate(node, [file.constants[t] if t else None for t in node.input], file.opset)
+        except Exception as error:  # whatever a malformed node makes numpy and onnx raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise file.error(node, f"cannot be computed: {reason}") from error
+        file.constants.update(zip(node.output, results, strict=False))
+    file.nodes = kept
+    file.forget()
+
+
+class Writer:
+    """Writes the graph. values: by tensor name, for what is computed from the network's inputs."""
+
+    def __init__(self, file: OnnxFile) -> None:
+        self.file = file
+        self.graph, self.root = fx.Graph(), nn.Module()
+        self.values: dict[str, fx.Node] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.held: dict[str, fx.Node] = {}
+        for name, _ in file.inputs:
+            self.values[name] = self.graph.placeholder(_identifier(name))
+
+    def write(self) -> fx.GraphModule:
+        """The network. Raises UnsupportedModelError that names file, node and operation."""
+        for node in self.file.nodes:
+            self._node(node)
+        missing = [name for name in self.file.outputs if name not in self.values]
+        if missing:
+            raise UnsupportedModelError(f"{self.file.name}: output {missing[0]!r} does not depend on the inputs")
+        results = tuple(self.values[name] for name in self.file.outputs)
+        self.graph.output(results[0] if len(results) == 1 else results)
+        return fx.GraphModule(self.root, self.graph).eval()
+
+    def _node(self, node: NodeProto) -> None:
+        file = self.file
+        known = [None if not t else file.constants.get(t) for t in node.input]
+        data = [self.values.get(t) for t in node.input]
+        if node.domain not in (*DOMAINS, OWN) or node.op_type not in {*ROWS, *LAYERS, *EVALUATED}:
+            domain = f"{node.domain}." if node.domain else ""
+            supported = ", ".join(sorted({*ROWS, *LAYERS}))
+            raise file.error(node, f"{domain}{node.op_type} is not supported; supported are {supported}")
+        layer = self._layer(node)
+        if layer is not None:
+            self._result(node, self.graph.call_module(self.place(self._layer_name(node), layer), (data[0],)))
+            return
+        args, rest = [], {}
+        for i, name in enumerate(node.input):
+            value = data[i] if data[i] is not None else self._parameter_node(name, known[i])
+            if value is None:
+                rest[i] = known[i]
+            else:
+                args.append(value)
+        step = Step(file.name, node, file.opset, ROWS.get(node.op_type), rest)
+        step.batch = file.batch
+        self._result(node, self.graph.call_module(self.place(node.name or _first(node), step), tuple(args)))
+
+    def _result(self, node: NodeProto, made: fx.Node) -> None:
+        if len(node.output) == 1 or node.op_type in LAYERS:
+            self.values[node.output[0]] = made
+            return
+        several = len([o for o in node.output if o]) > 1
+        for i, name in enumerate(node.output):
+            if name:
+                self.values[name] = self.graph.call_function(_item, (made, i)) if several else made
+
+    def _layer(self, node: NodeProto) -> nn.Module | None:
+        """A module of PyTorch with the node's weights; None where there is none, or the weights are computed."""
+        make = LAYERS.get(node.op_type)
+        if make is None or node.input[0] not in self.values or any(t in self.values for t in node.input[1:]):
+            return None
+        try:
+            return make(self, node)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            raise self.file.error(node, f"cannot be read: {error}") from error
+
+    # -- names and parameters ------------------------------------------------------------------------------------------
+
+    def constant(self, node: NodeProto, at: int) -> NDArray[Any] | None:
+        """An operand's values, None where the node has none."""
+        return self.file.constants[node.input[at]] if at < len(node.input) and node.input[at] else None
+
+    def parameter(self, node: NodeProto, at: int) -> nn.Parameter | None:
+        """An operand as a parameter: the same one wherever the file reads the tensor."""
+        values = self.constant(node, at)
+        if values is None:
+            return None
+        name = node.input[at]
+        if name not in self.parameters:
+            self.parameters[name] = nn.Parameter(torch.from_numpy(np.array(values, np.float32)))
+        return self.parameters[name]
+
+    def _parameter_node(self, name: str, values: Any) -> fx.Node | None:
+        """A constant with several finite values stands in the network under its own name, and can be trained."""
+        if values is None or values.dtype != np.float32 or values.size < 2 or not np.isfinite(values).all():
+            return None
+        if name not in self.held:
+            self.held[name] = self.graph.get_attr(
+                self.place(name, self.parameters.setdefault(name, nn.Parameter(torch.from_numpy(np.array(values)))))
+            )
+        return self.held[name]
+
+    def _layer_name(self, node: NodeProto) -> str:
+        weight = node.input[1]
+        stem = weight.removesuffix(".weight")
+        return stem if stem and stem != weight else node.name or _first(node)
+
+    def place(self, name: str, value: nn.Module | nn.Parameter) -> str:
+        """Puts a module or parameter into the network under this name, or the next free one."""
+        name = base = ".".join(f"{p}_" if _reserved(p) else p for p in name.split("."))
+        count = 0
+        while not self._fits(name):
+            count += 1
+            name = f"{base.replace('.', '_') if count == 1 else base}_{count}"
+        *path, last = name.split(".")
+        owner = self.root
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        if isinstance(value, nn.Module):
+            owner.add_module(last, value)
+        else:
+            owner.register_parameter(last, value)
+        return name
+
+    def _fits(self, name: str) -> bool:
+        """Whether the name is free, and no module that computes stands above it."""
+        *path, last = name.split(".")
+        owner = self.root
+        for part in path:
+            if not hasattr(owner, part):
+                return True
+            owner = getattr(owner, part)
+            if type(owner) is not nn.Module:
+                return False
+        return not hasattr(owner, last)
+
+
+def _item(values: Any, at: int) -> Any:
+    return values[at]
+
+
+def _first(node: NodeProto) -> str:
+    return next(o for o in node.output if o)
+
+
+def _reserved(part: str) -> bool:
+    return not part or hasattr(fx.GraphModule, part) or part in ("training", "graph", "meta", "code")
+
+
+def _identifier(name: str) -> str:
+    plain = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return plain if plain.isidentifier() else f"input_{plain}"
+
+
+class _Noting(fx.Interpreter):
+    """Runs the network without values: no tensor may be too large, and reshapes note the shapes of a fixed batch."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs one node."""
+        result = super().run_node(n)
+        step = self.module.get_submodule(str(n.target)) if n.op == "call_module" else None
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, Tensor) and x.numel() > LARGEST:
+                raise UnsupportedModelError(
+                    f"{n.target}: makes a tensor of shape {tuple(x.shape)}, more than {LARGEST:,} elements"
+                )
+        if isinstance(step, Step) and step.node.op_type == "Reshape" and isinstance(result, Tensor):
+            assert isinstance(n.args[0], fx.Node)
+            step.fixed = (tuple(self.env[n.args[0]].shape), tuple(result.shape))
+        return result
+
+
+def _note_shapes(file: OnnxFile, network: fx.GraphModule) -> None:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = examples(file, file.batch or 2)
+    if inputs is None:
+        return
+    with torch.no_grad(), mode:
+        _Noting(network, garbage_collect_values=False).run(*(mode.from_tensor(x) for x in inputs))
+    if file.batch is None:
+        for step in network.modules():
+            if isinstance(step, Step):
+                step.fixed = None

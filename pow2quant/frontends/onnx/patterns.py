@@ -1,0 +1,173 @@
+"""Functions that exporters write as several nodes: found and written as one, as PyTorch has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from pow2quant.frontends.onnx.file import OnnxFile, attribute
+
+OWN = "pow2quant"
+"""The domain of operations that ONNX does not have."""
+
+COMMUTES = ("Add", "Mul")
+Pattern = Any
+"""A name (any tensor, the same one wherever it stands), a number (a constant), or (operation, *operands)."""
+
+
+def _products(*factors: Pattern) -> list[Pattern]:
+    """A product of three, however it is bracketed."""
+    a, b, c = factors
+    return [("Mul", ("Mul", a, b), c), ("Mul", ("Mul", a, c), b), ("Mul", ("Mul", b, c), a)]
+
+
+_ERF = [("Add", ("Erf", u), 1.0) for u in (("Div", "x", 2**0.5), ("Mul", "x", 0.5**0.5))]
+_CUBES = [("Pow", "x", 3.0), ("Mul", ("Mul", "x", "x"), "x"), ("Mul", "x", ("Pow", "x", 2.0))]
+_TANH = [
+    ("Add", ("Tanh", ("Mul", ("Add", "x", ("Mul", cube, 0.044715)), (2 / np.pi) ** 0.5)), 1.0) for cube in _CUBES
+]
+_SHIFTED = [("Clip", ("Add", "x", 3.0), 0.0, 6.0)]
+_SIXTHS = [p for s in _SHIFTED for p in (("Div", s, 6.0), ("Mul", s, 1 / 6))]
+_CENTRED = ("Sub", "x", ("ReduceMean", "x"))
+_VARIANCES = [("ReduceMean", ("Pow", _CENTRED, 2.0)), ("ReduceMean", ("Mul", _CENTRED, _CENTRED))]
+
+PATTERNS: list[tuple[str, dict[str, Any], list[Pattern]]] = [
+    ("Silu", {}, [("Mul", "x", ("Sigmoid", "x"))]),
+    ("Mish", {}, [("Mul", "x", ("Tanh", ("Softplus", "x")))]),
+    ("HardSwish", {}, [
+        ("Mul", "x", ("HardSigmoid", "x")),
+        *(("Mul", "x", s) for s in _SIXTHS),
+        *(p for s in _SHIFTED for p in (("Div", ("Mul", "x", s), 6.0), ("Mul", ("Mul", "x", s), 1 / 6))),
+    ]),
+    ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}, _SIXTHS),
+    ("Gelu", {"approximate": "none"}, [p for e in _ERF for p in _products("x", 0.5, e)]),
+    ("Gelu", {"approximate": "tanh"}, [p for e in _TANH for p in _products("x", 0.5, e)]),
+    ("LayerNormalization", {}, [
+        ("Add", ("Mul", ("Div", _CENTRED, ("Sqrt", ("Add", v, "#eps"))), "#scale"), "#bias") for v in _VARIANCES
+    ]),
+]  # fmt: skip
+"""(operation, its attributes, how it is written by parts). `#name`: any constant."""
+
+
+class Matcher:
+    """Compares the nodes that compute a tensor with patterns."""
+
+    def __init__(self, file: OnnxFile) -> None:
+        self.file = file
+        self.found: dict[str, str] = {}
+
+    def match(self, name: str, pattern: Pattern) -> Iterator[dict[str, str]]:
+        """Every way in which the tensor is what the pattern says: names of the pattern -> tensors."""
+        yield from self._match(name, pattern, {})
+
+    def _match(self, name: str, pattern: Pattern, bound: dict[str, str]) -> Iterator[dict[str, str]]:
+        constant = self.file.constants.get(name)
+        if isinstance(pattern, float):
+            if constant is not None and constant.size == 1 and np.isclose(float(constant.reshape(())), pattern, 1e-5):
+                yield bound
+        elif isinstance(pattern, str):
+            fits = pattern not in bound or bound[pattern] == name
+            if fits and (constant is not None) == pattern.startswith("#"):
+                yield {**bound, pattern: name}
+        else:
+            node = self.file.producers.get(name)
+            if node is not None and node.op_type == pattern[0] and self._fits(node, pattern):
+                yield from self._operands(node, pattern, bound)
+
+    def _operands(self, node: NodeProto, pattern: Pattern, bound: dict[str, str]) -> Iterator[dict[str, str]]:
+        wanted = pattern[1:]
+        if node.op_type == "Clip":
+            wanted = wanted[:1]
+        if node.op_type == "ReduceMean":
+            given = [node.input[0]]
+        else:
+            given = list(node.input[: len(wanted)])
+        if len(given) != len(wanted):
+            return
+        for order in permutations(given) if node.op_type in COMMUTES else [tuple(given)]:
+            yield from self._each(list(order), list(wanted), bound)
+
+    def _each(self, names: list[str], wanted: list[Pattern], bound: dict[str, str]) -> Iterator[dict[str, str]]:
+        if not names:
+            yield bound
+            return
+        for one in self._match(names[0], wanted[0], bound):
+            yield from self._each(names[1:], wanted[1:], one)
+
+    def _fits(self, node: NodeProto, pattern: Pattern) -> bool:
+        """Attributes, where an operation has any that matter."""
+        if node.op_type == "HardSigmoid":
+            return abs(attribute(node, "alpha", 0.2) - 1 / 6) < 1e-6 and attribute(node, "beta", 0.5) == 0.5
+        if node.op_type == "Clip":
+            return self._bounds(node) == pattern[2:]
+        if node.op_type == "ReduceMean":
+            return self._axes(node) == [-1] and attribute(node, "keepdims", 1) == 1
+        return True
+
+    def _bounds(self, node: NodeProto) -> tuple[float | None, ...]:
+        found: list[float | None] = [attribute(node, "min"), attribute(node, "max")]
+        for i, name in enumerate(node.input[1:3]):
+            value = self.file.constants.get(name)
+            found[i] = None if value is None else float(value.reshape(()))
+        return tuple(found)
+
+    def _axes(self, node: NodeProto) -> list[int] | None:
+        axes = attribute(node, "axes")
+        if axes is None and len(node.input) > 1 and node.input[1] in self.file.constants:
+            axes = self.file.constants[node.input[1]].reshape(-1).tolist()
+        return None if axes is None else [int(a) for a in axes]
+
+
+def recognize(file: OnnxFile) -> None:
+    """Replaces the last node of every pattern by the whole operation; parts that nothing else reads go."""
+    _fold_bias(file)
+    matcher = Matcher(file)
+    for i, node in enumerate(file.nodes):
+        if node.op_type in ("Add", "Mul", "Div"):
+            whole = _whole(file, matcher, node)
+            if whole is not None:
+                file.nodes[i] = whole
+    file.forget()
+
+
+def _whole(file: OnnxFile, matcher: Matcher, node: NodeProto) -> NodeProto | None:
+    for operation, attributes, patterns in PATTERNS:
+        for pattern in patterns:
+            for bound in matcher.match(node.output[0], pattern):
+                inputs = [bound["x"]]
+                if operation == "LayerNormalization":
+                    if file.constants[bound["#scale"]].ndim != 1 or file.constants[bound["#bias"]].ndim != 1:
+                        continue
+                    attributes = {"axis": -1, "epsilon": float(file.constants[bound["#eps"]].reshape(()))}
+                    inputs += [bound["#scale"], bound["#bias"]]
+                domain = OWN if operation == "Silu" else ""
+                return helper.make_node(
+                    operation, inputs, list(node.output), node.name, domain=domain, **attributes
+                )
+    return None
+
+
+def _fold_bias(file: OnnxFile) -> None:
+    """MatMul by a matrix of weights, then Add of one number per column: the bias becomes the product's third operand."""
+    read = {t: nodes for t, nodes in file.readers.items()}
+    gone: set[int] = set()
+    for node in file.nodes:
+        weight = file.constants.get(node.input[1]) if node.op_type == "MatMul" and len(node.input) == 2 else None
+        readers = read.get(node.output[0], [])
+        if weight is None or weight.ndim != 2 or len(readers) != 1 or node.output[0] in file.outputs:
+            continue
+        add = readers[0]
+        other = next((t for t in add.input if t != node.output[0]), "")
+        bias = file.constants.get(other)
+        if add.op_type == "Add" and bias is not None and bias.shape == (weight.shape[1],):
+            node.input.append(other)
+            node.output[0] = add.output[0]
+            gone.add(id(add))
+    file.nodes = [n for n in file.nodes if id(n) not in gone]
+    file.forget()
+
+
