@@ -216,7 +216,9 @@ def _unknown(name: str) -> ModelError:
 
     ours = [*sorted(names("models")), *(TORCHVISION + known for known in models.list_models(module=models))]
     near = get_close_matches(name, ours, n=3) or get_close_matches(TORCHVISION + name, ours, n=3)
-    known = ", ".join([*sorted(names("models")), f"{TORCHVISION}NAME", f"{TIMM}NAME", "net.onnx", "path/to/file.py:factory"])
+    known = ", ".join(
+        [*sorted(names("models")), f"{TORCHVISION}NAME", f"{TIMM}NAME", "net.onnx", "path/to/file.py:factory"]
+    )
     hint = f"did you mean {', '.join(near)}? " if near else ""
     return ModelError(f"unknown model {name!r}; {hint}known: {known}")
 

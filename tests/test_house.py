@@ -74,6 +74,7 @@ DOORS = {  # the only imports between two rooms of one floor
     ("pow2quant.training", "pow2quant.methods"),
     ("pow2quant.training", "pow2quant.tasks"),
     ("pow2quant.backends", "pow2quant.frontends"),
+    ("pow2quant.models", "pow2quant.frontends"),
     ("pow2quant.study", "pow2quant.runs"),
     ("pow2quant.study", "pow2quant.three_steps"),
     ("pow2quant.pow2_constraints", "pow2quant.errors"),

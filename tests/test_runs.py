@@ -362,6 +362,14 @@ def test_a_folder_that_appears_during_a_run_is_kept(
     assert (target / "precious.txt").read_text() == "mine"
 
 
+def test_a_qdq_file_is_exported_as_its_run_is(run: runs.Result, tmp_path: Path) -> None:
+    runs.export(run.folder, "c", tmp_path / "run")
+    runs.export(run.folder / "model.onnx", "c", tmp_path / "file")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert files
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "file").rglob("*") if p.is_file()}
+
+
 def test_exports_do_not_overwrite(run: runs.Result, tmp_path: Path) -> None:
     runs.export(run.folder, "qdq", tmp_path)
     with pytest.raises(OutputError, match="--overwrite"):

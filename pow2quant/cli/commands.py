@@ -284,7 +284,9 @@ def validate(
 
 @app.command(epilog="Example: pow2quant export runs/mine --to aimet-2.0.0")
 def export(
-    source: Annotated[Path, typer.Argument(help="A finished run's folder, or an .encodings file.", metavar="SOURCE")],
+    source: Annotated[
+        Path, typer.Argument(help="A finished run's folder, a QDQ .onnx file, or an .encodings file.", metavar="SOURCE")
+    ],
     to: Annotated[str, Option(help="The format; `pow2quant list` names them.")],
     output: Annotated[Path | None, Option(help="Folder to write; default: DIR/export/<format>.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Write into a folder that holds something.")] = False,

@@ -17,10 +17,13 @@ def export(source: Path, form: str, output: Path | None = None, *, overwrite: bo
 
     Raises OutputError when that folder holds something and `overwrite` is not set.
 
-    source: a run's folder; or an encodings file, which becomes `<output>/<its name>` in another version (`output` then
-    defaults to `<its folder>/<form>`).
+    source: a run's folder; a QDQ file; or an encodings file, which becomes `<output>/<its name>` in another version. Of
+    a file, `output` defaults to `<its folder>/<form>`.
     """
     exporter: Callable[[Artifact, Path], Path] = resolve("exporters", form)
+    if source.is_file() and source.suffix == ".onnx":
+        artifact = onnx_qdq.from_qdq(onnx_qdq.load(source))
+        return [exporter(artifact, _free(output or source.parent / form, overwrite))]
     if source.is_file():
         if not form.startswith("aimet-"):
             raise ConfigError(f"{source}: an encodings file alone can only become aimet-VERSION, not {form!r}")

@@ -68,4 +68,6 @@ def _run(file: OnnxFile, inputs: list[Tensor], step: int) -> list[Any]:
         ]
     except Exception as error:  # onnxruntime's errors share no base
         raise ModelError(f"{file.name}: onnxruntime does not run it: {' '.join(str(error).split())[:200]}") from error
-    return [np.concatenate(parts).astype(parts[0].dtype) if parts[0].ndim else parts[0] for parts in zip(*runs, strict=True)]
+    return [
+        np.concatenate(parts).astype(parts[0].dtype) if parts[0].ndim else parts[0] for parts in zip(*runs, strict=True)
+    ]

@@ -57,7 +57,7 @@ def _range(node: NodeProto, x: Arrays) -> int:
 
 def _gather(node: NodeProto, x: Arrays) -> int:
     data, axis = _given(x, 0), attribute(node, "axis", 0)
-    return _given(x, 1).size * (data.size // max(1, data.shape[axis]))
+    return int(_given(x, 1).size * (data.size // max(1, data.shape[axis])))
 
 
 def _pad(node: NodeProto, x: Arrays) -> int:
@@ -69,7 +69,7 @@ def _pad(node: NodeProto, x: Arrays) -> int:
 
 
 def _matmul(node: NodeProto, x: Arrays) -> int:
-    return _given(x, 0).size * max(1, _given(x, 1).shape[-1])
+    return int(_given(x, 0).size * max(1, _given(x, 1).shape[-1]))
 
 
 def _one_hot(node: NodeProto, x: Arrays) -> int:

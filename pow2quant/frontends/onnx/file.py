@@ -169,8 +169,8 @@ def _bytes(tensor: TensorProto, where: str) -> int:
         raise FileFormatError(f"{where}: has the unknown data type {tensor.data_type}") from error
     count = math.prod(tensor.dims)
     if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4):
-        return (count + 1) // 2
-    return count * size
+        return int(count + 1) // 2
+    return int(count * size)
 
 
 def _check_size(tensor: TensorProto, name: str) -> None:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 from torch import Tensor, nn
 
-from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends.onnx.file import OnnxFile, attribute
 from pow2quant.frontends.onnx.windows import paddings
 
@@ -65,7 +64,7 @@ def equipped(layer: nn.Module, weight: nn.Parameter | None, bias: nn.Parameter |
     """The layer with these parameters. Raises ValueError where a shape is not the layer's."""
     for name, value in (("weight", weight), ("bias", bias)):
         own = getattr(layer, name)
-        if (own is None) != (value is None) or (own is not None and own.shape != value.shape):
+        if (own is None) != (value is None) or (own is not None and value is not None and own.shape != value.shape):
             given = None if value is None else tuple(value.shape)
             raise ValueError(f"its {name} has shape {given}, not {None if own is None else tuple(own.shape)}")
         setattr(layer, name, value)
@@ -132,7 +131,7 @@ def _gemm(w: Weights, node: NodeProto) -> nn.Module | None:
     layer = linear(w, node, bool(attribute(node, "transB", 0)))
     if isinstance(layer, nn.Linear) and (alpha != 1 or (beta != 1 and layer.bias is not None)):
         layer.weight = nn.Parameter(layer.weight.detach() * alpha)
-        layer.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach() * beta)  # type: ignore[assignment]
+        layer.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach() * beta)
     return layer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 def read_network(source: str | Path | ModelProto) -> fx.GraphModule:
     """What a float ONNX file computes, as a network in eval mode that can be trained; `prepare` takes it from there.
 
-    A layer is named as its weight (`conv1.weight` belongs to conv1), any other module as its node. A batch size that
-    the file fixes is opened. On random inputs the network gives what onnxruntime gives.
+    A layer is named as its weight or bias (`conv1.weight` belongs to conv1), any other module as its node. A batch
+    size that the file fixes is opened. On random inputs the network gives what onnxruntime gives.
     Raises FileFormatError for a damaged or quantized file, UnsupportedModelError naming file, node and operation,
     WeightsError for weights that are not finite, ModelError where onnxruntime does not run the file.
     """
@@ -156,12 +157,14 @@ class Writer:
         return self.held[name]
 
     def _layer_name(self, node: NodeProto) -> str:
-        weight = node.input[1]
-        stem = weight.removesuffix(".weight")
-        return stem if stem and stem != weight else node.name or _first(node)
+        for name, ending in zip(node.input[1:3], (".weight", ".bias"), strict=False):
+            if name.endswith(ending) and name != ending:
+                return str(name).removesuffix(ending)
+        return node.name or _first(node)
 
     def place(self, name: str, value: nn.Module | nn.Parameter) -> str:
         """Puts a module or parameter into the network under this name, or the next free one."""
+        name = re.sub(r"[\"'\\\n\r\t]", "_", name)
         name = base = ".".join(f"{p}_" if _reserved(p) else p for p in name.split("."))
         count = 0
         while not self._fits(name):
@@ -197,11 +200,12 @@ def _item(values: Any, at: int) -> Any:
 
 
 def _first(node: NodeProto) -> str:
-    return next(o for o in node.output if o)
+    return str(next(o for o in node.output if o))
 
 
 def _reserved(part: str) -> bool:
-    return not part or hasattr(fx.GraphModule, part) or part in ("training", "graph", "meta", "code")
+    taken = hasattr(fx.GraphModule, part) or part in ("training", "graph", "meta", "code")
+    return not part or taken or keyword.iskeyword(part)
 
 
 def _identifier(name: str) -> str:
@@ -211,6 +215,10 @@ def _identifier(name: str) -> str:
 
 class _Noting(fx.Interpreter):
     """Runs the network without values: no tensor may be too large, and reshapes note the shapes of a fixed batch."""
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network, garbage_collect_values=False)
+        self.extra_traceback = False
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node."""
@@ -233,7 +241,7 @@ def _note_shapes(file: OnnxFile, network: fx.GraphModule) -> None:
     if inputs is None:
         return
     with torch.no_grad(), mode:
-        _Noting(network, garbage_collect_values=False).run(*(mode.from_tensor(x) for x in inputs))
+        _Noting(network).run(*(mode.from_tensor(x) for x in inputs))
     if file.batch is None:
         for step in network.modules():
             if isinstance(step, Step):

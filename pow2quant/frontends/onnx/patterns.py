@@ -27,9 +27,7 @@ def _products(*factors: Pattern) -> list[Pattern]:
 
 _ERF = [("Add", ("Erf", u), 1.0) for u in (("Div", "x", 2**0.5), ("Mul", "x", 0.5**0.5))]
 _CUBES = [("Pow", "x", 3.0), ("Mul", ("Mul", "x", "x"), "x"), ("Mul", "x", ("Pow", "x", 2.0))]
-_TANH = [
-    ("Add", ("Tanh", ("Mul", ("Add", "x", ("Mul", cube, 0.044715)), (2 / np.pi) ** 0.5)), 1.0) for cube in _CUBES
-]
+_TANH = [("Add", ("Tanh", ("Mul", ("Add", "x", ("Mul", cube, 0.044715)), (2 / np.pi) ** 0.5)), 1.0) for cube in _CUBES]
 _SHIFTED = [("Clip", ("Add", "x", 3.0), 0.0, 6.0)]
 _SIXTHS = [p for s in _SHIFTED for p in (("Div", s, 6.0), ("Mul", s, 1 / 6))]
 _CENTRED = ("Sub", "x", ("ReduceMean", "x"))
@@ -79,13 +77,8 @@ class Matcher:
                 yield from self._operands(node, pattern, bound)
 
     def _operands(self, node: NodeProto, pattern: Pattern, bound: dict[str, str]) -> Iterator[dict[str, str]]:
-        wanted = pattern[1:]
-        if node.op_type == "Clip":
-            wanted = wanted[:1]
-        if node.op_type == "ReduceMean":
-            given = [node.input[0]]
-        else:
-            given = list(node.input[: len(wanted)])
+        wanted = pattern[1:2] if node.op_type in ("Clip", "ReduceMean") else pattern[1:]
+        given = list(node.input[: len(wanted)])
         if len(given) != len(wanted):
             return
         for order in permutations(given) if node.op_type in COMMUTES else [tuple(given)]:
@@ -101,9 +94,9 @@ class Matcher:
     def _fits(self, node: NodeProto, pattern: Pattern) -> bool:
         """Attributes, where an operation has any that matter."""
         if node.op_type == "HardSigmoid":
-            return abs(attribute(node, "alpha", 0.2) - 1 / 6) < 1e-6 and attribute(node, "beta", 0.5) == 0.5
+            return bool(abs(attribute(node, "alpha", 0.2) - 1 / 6) < 1e-6 and attribute(node, "beta", 0.5) == 0.5)
         if node.op_type == "Clip":
-            return self._bounds(node) == pattern[2:]
+            return bool(self._bounds(node) == pattern[2:])
         if node.op_type == "ReduceMean":
             return self._axes(node) == [-1] and attribute(node, "keepdims", 1) == 1
         return True
@@ -145,15 +138,13 @@ def _whole(file: OnnxFile, matcher: Matcher, node: NodeProto) -> NodeProto | Non
                     attributes = {"axis": -1, "epsilon": float(file.constants[bound["#eps"]].reshape(()))}
                     inputs += [bound["#scale"], bound["#bias"]]
                 domain = OWN if operation == "Silu" else ""
-                return helper.make_node(
-                    operation, inputs, list(node.output), node.name, domain=domain, **attributes
-                )
+                return helper.make_node(operation, inputs, list(node.output), node.name, domain=domain, **attributes)
     return None
 
 
 def _fold_bias(file: OnnxFile) -> None:
-    """MatMul by a matrix of weights, then Add of one number per column: the bias becomes the product's third operand."""
-    read = {t: nodes for t, nodes in file.readers.items()}
+    """MatMul by a matrix of weights, then Add of one number per column: the bias becomes a third operand."""
+    read = file.readers
     gone: set[int] = set()
     for node in file.nodes:
         weight = file.constants.get(node.input[1]) if node.op_type == "MatMul" and len(node.input) == 2 else None
@@ -169,5 +160,3 @@ def _fold_bias(file: OnnxFile) -> None:
             gone.add(id(add))
     file.nodes = [n for n in file.nodes if id(n) not in gone]
     file.forget()
-
-

@@ -43,9 +43,7 @@ def _extreme(clamp: str, function: Callable[[Any, Any], Any]) -> Row:
 
     def row(s: Step, *given: Any) -> Any:
         operands = sorted((number(v) for v in given), key=lambda v: not isinstance(v, Tensor))
-        return reduce(
-            lambda a, b: function(a, b) if isinstance(b, Tensor) else torch.clamp(a, **{clamp: b}), operands
-        )
+        return reduce(lambda a, b: function(a, b) if isinstance(b, Tensor) else torch.clamp(a, **{clamp: b}), operands)
 
     return row
 
@@ -56,7 +54,7 @@ def _divide(left: Any, right: Any) -> Any:
 
 
 def _clip(s: Step, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
-    least, most = (scalar(v, s.attribute(name)) for v, name in ((low, "min"), (high, "max")))
+    least, most = (s.attribute(k) if v is None else number(v) for v, k in ((low, "min"), (high, "max")))
     least = None if least is None or least < -1e30 else least
     most = None if most is None or most > 1e30 else most
     if least is None and most is None:

@@ -30,8 +30,8 @@ def _with_batch(fixed: tuple[tuple[int, ...], tuple[int, ...]], shape: list[int]
     grown = next(i for i, (a, b) in enumerate(zip(before, shape, strict=True)) if a != b)
     values, result = math.prod(before[:grown]), list(after)
     for i in range(len(after)):
-        if math.prod(after[:i]) == values and after[i] % before[grown] == 0:
-            result[i] = after[i] // before[grown] * shape[grown]
+        if math.prod(after[:i]) == values and after[i] * shape[grown] % before[grown] == 0:
+            result[i] = after[i] * shape[grown] // before[grown]
             return result
     raise ValueError(f"{before} becomes {after}, which mixes the batch with other dimensions")
 
@@ -93,9 +93,8 @@ def _split(s: Step, x: Tensor, split: Any = None) -> Any:
     return torch.split(x, sizes, axis) if count > 1 else x
 
 
-def _gather(s: Step, x: Any, index: Any) -> Tensor:
-    if isinstance(index, Tensor) and not isinstance(x, Tensor):
-        x = tensor(x)
+def _gather(s: Step, table: Any, index: Any) -> Tensor:
+    x = tensor(table)
     axis = s.attribute("axis", 0) % x.ndim
     if isinstance(index, Tensor):
         if axis != 0:

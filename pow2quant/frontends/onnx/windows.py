@@ -108,8 +108,8 @@ def _interpolated(s: Step, x: Tensor, wanted: list[int], n: int, factors: list[f
             return F.interpolate(x, wanted, mode="nearest-exact")
         raise s.error(f"nearest with {coordinates} and {rounding} is not supported")
     kind = SMOOTH.get((mode, n))
-    exact = factors is None or [math.floor(d * f) == d * f for d, f in zip(x.shape[2:], factors, strict=True)]
-    if kind is None or coordinates not in ("half_pixel", "pytorch_half_pixel", "align_corners") or exact is False:
+    exact = factors is None or all(math.floor(d * f) == d * f for d, f in zip(x.shape[2:], factors, strict=True))
+    if kind is None or coordinates not in ("half_pixel", "pytorch_half_pixel", "align_corners") or not exact:
         raise s.error(f"{mode} in {n} dimensions with {coordinates} is not supported")
     if mode == "cubic" and abs(s.attribute("cubic_coeff_a", -0.75) + 0.75) > 1e-6:
         raise s.error("cubic_coeff_a must be -0.75")
