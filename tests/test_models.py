@@ -84,7 +84,7 @@ def test_torchvision(name, classes):
         ("resnet18", "torchvision:resnet18"),
         ("torchvision:resnet19", "torchvision:resnet18"),
         ("torchvision:fasterrcnn_resnet50_fpn", "unknown model"),
-        ("qqq", "known: digits-cnn, torchvision:NAME, timm:NAME, path/to/file.py:factory"),
+        ("qqq", "known: digits-cnn, torchvision:NAME, timm:NAME, net.onnx, path/to/file.py:factory"),
     ],
 )
 def test_an_unknown_name_gets_a_hint(name, hint):
