@@ -207,3 +207,30 @@ def test_plain_aimet_gives_our_bits(installed, tmp_path):
                 )
         for batch in batches:
             assert torch.equal(plain.model(batch), ours.model(batch))
+
+
+class Positions(nn.Module):
+    """A position embedding, a class token, and a mask of a softmax: constants beside the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.position = nn.Linear(4, 6), nn.Parameter(torch.randn(1, 5, 6))
+        self.token = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        y = self.layer(x) + self.position
+        y = torch.cat([self.token.expand(len(y), 1, 6), y], 1)
+        return torch.softmax(y @ y.mT + torch.full((6, 6), -torch.inf).triu(1), -1) @ y
+
+
+def test_constants_are_wrapped_too(installed):
+    torch.manual_seed(0)
+    x = torch.randn(8, 5, 4)
+    network = prepare(Positions().eval(), x)
+    simulations = [backend(network, x, PLAN) for backend in (CustomSimulation, AimetSimulation)]
+    for sim in simulations:
+        sim.calibrate([x])
+    first, second = (sim.export(x) for sim in simulations)
+    assert first.model == second.model
+    assert first.encodings == second.encodings
+    assert torch.equal(*(sim.model(x) for sim in simulations))

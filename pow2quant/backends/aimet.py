@@ -361,7 +361,9 @@ def _quantized(cls: type[nn.Module], mixin: type) -> type:
 
     def __quant_init__(self: Any) -> None:
         mixin.__quant_init__(self)  # type: ignore[attr-defined]
-        self.input_quantizers = nn.ModuleList([None] * max(1, cls.forward.__code__.co_argcount - 1))  # type: ignore[list-item]
+        code = cls.forward.__code__
+        count = code.co_argcount - 1 + bool(code.co_flags & 4)  # `*tensors` begins with one
+        self.input_quantizers = nn.ModuleList([None] * count)  # type: ignore[list-item]
 
     members = {
         "__module__": __name__,
