@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,16 @@ class Images(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def targets(self) -> Tensor:
+        """The labels, as torchvision's data sets call them."""
+        return self.labels
+
+    def identity(self, chosen: Sequence[int]) -> str:
+        """What tells these images from others, whatever is done to them."""
+        own = list(chosen)
+        return blake2b(self.pixels[own].numpy().tobytes() + self.labels[own].numpy().tobytes()).hexdigest()[:16]
 
     def __getitem__(self, index: int) -> Batch:
         images, labels = self.__getitems__([index])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class ImageFiles(Dataset[tuple[Any, int]]):
     """
 
     def __init__(self, root: Path, transform: Callable[[Any], Any]) -> None:
+        self.root = root
         self.transform = transform
         self.classes = classes_in(root)
         self.files: list[str] = []
@@ -59,6 +61,11 @@ class ImageFiles(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.transform(image(self.files[index])), self.targets[index]
+
+    def identity(self, chosen: Sequence[int]) -> str:
+        """What tells these images from others, whatever is done to them: their names within the folder, and sizes."""
+        lines = [f"{Path(f).relative_to(self.root)} {Path(f).stat().st_size}" for f in (self.files[i] for i in chosen)]
+        return blake2b("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def classes_in(root: Path) -> list[str]:

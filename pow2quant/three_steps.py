@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def qat(
             trainer = Trainer(
                 sim=sim,
                 parameters=job.parameters(sim),
-                data=job.data,
+                data=replace(job.data, test=job.sample(job.config.ptq.max_eval_batches).batches),
                 teacher=job.model,
                 task=job.task,
                 config=job.config.training,
@@ -62,7 +63,6 @@ def qat(
                 device=job.device,
                 processes=processes,
                 folder=checkpoints,
-                limit=job.config.ptq.max_eval_batches,
                 identity=configuration.dump(job.config),
                 progress=progress,
             )

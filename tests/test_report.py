@@ -84,6 +84,16 @@ REPORT: dict[str, Any] = {
     "onnxruntime_accuracy_top5": 99.5,
     "final_sqnr_db": 34.348,
     "evaluated_samples": 1280,
+    "evaluation": {
+        "images": 1280,
+        "of": 10_000,
+        "classes": 10,
+        "of_classes": 10,
+        "interval": [-2.5, 0.0],
+        "intervals": {"float": [97.0, 99.0], "quantized": [96.0, 98.0], "onnxruntime": [96.0, 98.0]},
+        "sample": "01ab",
+        "preprocessing": ["images: 32x32 -> 256 -> 224 (shorter side 256, central 224x224)"],
+    },
     "model_size_bytes": {"float": 49693, "quantized": 21395},
     "validation": [AGREEMENT],
     "certificate": {"proved": True, "sentence": "1 of 1 layers proved exact", "layers": [LAYER]},
@@ -220,11 +230,12 @@ def test_a_lost_accuracy_and_warnings_stand_beside_the_agreement():
 
 def test_accuracy():
     assert page().tables["Accuracy"] == [
-        ["executor", "top-1", "against float", "top-5"],
-        ["float", "98.50 %", NOTHING, "99.75 %"],
-        ["simulation", "97.25 %", "-1.25 points", "99.50 %"],
-        ["onnxruntime", "97.25 %", "-1.25 points", "99.50 %"],
+        ["executor", "top-1", "95 % interval", "against float", "top-5"],
+        ["float", "98.50 %", "97.00 to 99.00 %", NOTHING, "99.75 %"],
+        ["simulation", "97.25 %", "96.00 to 98.00 %", "-1.25 points", "99.50 %"],
+        ["onnxruntime", "97.25 %", "96.00 to 98.00 %", "-1.25 points", "99.50 %"],
     ]
+    assert "Measured on 1,280 of 10,000 images, a stratified sample, 10 of 10 classes. Images: 32x32" in page().text
 
 
 def test_accuracy_after_training_keeps_every_step():
@@ -588,13 +599,38 @@ def test_runs_are_compared_on_one_page(tmp_path: Path):
     found = Page(target.read_text(encoding="utf-8"))
     assert "✓ No output element differs in any run" in found.text
     assert "Best accuracy: _b, 98.25 %" in found.text
+    same = "Measured on the same images: 1,280 of 10,000 images, a stratified sample, 10 of 10 classes"
+    assert same in found.text
     head, first, second = found.tables["Runs"]
     assert head[:4] == ["run", "bits", "methods", "float"]
-    assert first == ["✓ a", "W4", "none", "98.50 %", "97.25 %", "-1.25", "34.3", "20.9 KiB", "2.00\u00d7", "14"]
+    assert first == [
+        "✓ a",
+        "W4",
+        "none",
+        "98.50 %",
+        "97.25 %",
+        "-1.25",
+        "-2.50 to +0.00",
+        "34.3",
+        "20.9 KiB",
+        "2.00\u00d7",
+        "14",
+    ]
     assert second[:3] == ["✓ _b", "W4", "gpfq"]
     assert {"Signal to noise in dB along the network, a line for each run"} <= {
         *re.findall(r'aria-label="([^"]*)"', target.read_text(encoding="utf-8"))
     }
+
+
+def test_runs_on_other_images_are_compared_by_their_change_alone(tmp_path: Path):
+    few = REPORT["evaluation"] | {"images": 320, "sample": "cd", "classes": 9}
+    lucky = {"initial_accuracy": 99.5, "final_accuracy": 98.0, "evaluation": few}
+    text = Page(comparison.compare(finished(tmp_path, a={}, b=lucky), tmp_path / "both").read_text("utf-8")).text
+    assert "Best accuracy" not in text
+    assert "Best change against float: a, -1.25 points" in text
+    assert "not measured on the same images: their accuracies cannot be compared" in text
+    assert "b: 320 of 10,000 images, a stratified sample, 9 of 10 classes" in text
+    assert "Change of top-1 against the size" in (tmp_path / "both" / "report.html").read_text("utf-8")
 
 
 def test_a_run_that_differs_is_named_in_the_comparison(tmp_path: Path):

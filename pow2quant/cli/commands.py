@@ -424,6 +424,7 @@ def show_run(console: Console, result: Result) -> None:
     facts = {
         "verdict": judged["agreement"],
         "quality": judged["change"],
+        "evaluated": summary.evaluated(r["evaluation"]),
         "certificate": r["certificate"]["sentence"],
         "logits": _quality(r["final_sqnr_db"]) + _ties(r["tied_logits"]),
         "size": f"{sizes['quantized']:,} bytes, {_times(sizes['float'], sizes['quantized'])} ({sizes['float']:,})",

@@ -73,7 +73,9 @@ ActivationBits = Annotated[
 ]
 PerTensor = Annotated[bool, Option("--per-tensor", help="One weight scale per tensor, not per output channel.")]
 CalibrationBatches = Annotated[int | None, Option(help="Calibrate on at most so many batches.")]
-EvalBatches = Annotated[int | None, Option(help="Evaluate on at most so many batches.")]
+EvalBatches = Annotated[
+    int | None, Option(help="Evaluate on as many images as so many batches have: a fixed sample, stratified by label.")
+]
 Methods = Annotated[
     list[str] | None,
     Option(help="A method's name (see `pow2quant list`), or none; repeatable, applied in order."),

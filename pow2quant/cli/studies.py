@@ -147,10 +147,13 @@ def _show_trials(console: Console, found: Any) -> None:
     def cells(row: Mapping[str, Any]) -> list[str]:
         labels = [str(row.get(axis, "")) for axis in found.axes]
         sqnr = "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
-        return [str(row["trial"]), *labels, percent(row["original_top1"]), percent(row["quantized_top1"]), sqnr]
+        tops = percent(row["original_top1"]), percent(row["quantized_top1"])
+        return [str(row["trial"]), *labels, *tops, _change(row), sqnr]
 
     short = [axis.rpartition(".")[2] for axis in found.axes]
-    console.table(["trial", *short, "float", "top-1", "SQNR dB"], [cells(row) for row in found.finished[:SHOWN]])
+    console.table(
+        ["trial", *short, "float", "top-1", "change (95 %)", "SQNR dB"], [cells(row) for row in found.finished[:SHOWN]]
+    )
     lines = [""] if found.finished else []
     reasons: dict[str, list[str]] = {}
     for row in found.failed:
@@ -160,8 +163,16 @@ def _show_trials(console: Console, found: Any) -> None:
         best = found.finished[0]
         what = ", ".join(f"{a.rpartition('.')[2]} {best[a]}" for a in found.axes if a in best)
         lines.append(f"best: {what}: {percent(best['quantized_top1'])} (float {percent(best['original_top1'])})")
+        lines.append(f"evaluated: {found.evaluated}")
     lines.append(f"trials: {len(found.finished)} finished, {len(found.failed)} failed; files: {found.folder}")
     console.result({"folder": str(found.folder), "best": (found.finished or [None])[0], "trials": found.rows}, lines)
+
+
+def _change(row: Mapping[str, Any]) -> str:
+    """`-0.25 (-1.01 to +0.51)`, in points."""
+    if row.get("change_low") is None:
+        return "-" if row.get("change") is None else f"{row['change']:+.2f}"
+    return f"{row['change']:+.2f} ({row['change_low']:+.2f} to {row['change_high']:+.2f})"
 
 
 def percent(value: float | None) -> str:
@@ -234,6 +245,7 @@ def compare(
     found = comparison.compare(chosen, folder, storage=storage, jobs=jobs, progress=console, stopped=interrupted)
     console.table(comparison.HEADER, [comparison.cells_of(cell) for cell in found.cells])
     lines = ["", *(comparison.sentence(cell) for cell in found.best)]
+    lines += [comparison.evaluated(found.cells)] if found.cells else []
     lines += [f"failed: {error}" for error in dict.fromkeys(found.errors)]
     console.result(comparison.document(found), [*lines, f"files: {folder}"])
     return 0 if found.cells else 1

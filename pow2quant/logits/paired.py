@@ -17,6 +17,17 @@ def paired(differences: NDArray[np.float64]) -> tuple[float, float]:
     return float(differences.mean()), float(differences.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
 
 
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share observed in `count` samples, count >= 1 (Wilson, 1927).
+
+    0.9 of 100 gives (0.826, 0.945).
+    """
+    z = NORMAL_95**2 / count
+    middle = (share + z / 2) / (1 + z)
+    half = NORMAL_95 / (1 + z) * math.sqrt(share * (1 - share) / count + z / (4 * count))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
 def interval(differences: NDArray[np.float64]) -> tuple[float, float]:
     """The 95 % interval of the mean of paired differences, (N,) with N >= 1, each within [-1, 1].
 

@@ -8,6 +8,10 @@ from typing import Any
 
 from pow2quant import run_folder
 from pow2quant.report.html import _widths, agrees, guarded, page, read
+from pow2quant.report.summary import evaluated
+
+TRADED = {"accuracy": "top-1 accuracy, %", "change": "change of top-1 against float, points"}
+"""What is drawn against size."""
 
 MOST_LINES = 5
 """So many runs have a line each in the chart of noise along the network."""
@@ -52,13 +56,16 @@ def names(folders: Sequence[Path]) -> list[str]:
 def render(runs: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
     """The page of (report, statistics) by the runs' names."""
     rows = [_row(name, report) for name, (report, _) in runs.items()]
-    best = max((r for r in rows if r["accuracy"] is not None), key=lambda r: (r["accuracy"], -r["bytes"]), default=None)
+    same = measured_alike([r["sample"] for r in rows])
+    value = "accuracy" if same else "change"
+    best = max((r for r in rows if r[value] is not None), key=lambda r: (r[value], -r["bytes"]), default=None)
     return page(
         "comparison.html.j2",
         rows=rows,
         best=best,
+        same=same,
         agree=[r["agrees"] for r in rows],
-        trade=_trade(rows),
+        trade=_trade(rows, value),
         profile=_profile({name: statistics for name, (_, statistics) in runs.items()}),
         verdicts=[
             (name, agrees(report), (report.get("verdict") or {}).get("text")) for name, (report, _) in runs.items()
@@ -67,9 +74,15 @@ def render(runs: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> s
     )
 
 
+def measured_alike(samples: Sequence[str | None]) -> bool:
+    """Whether all runs were measured on the same images, by `evaluation.sample` of their reports."""
+    return len(set(samples)) == 1 and samples[0] is not None
+
+
 def _row(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
     sizes, latency = report.get("model_size_bytes") or {}, report.get("latency") or {}
     first, final = report.get("initial_accuracy"), report.get("final_accuracy")
+    evaluation = report.get("evaluation") or {}
     pair = latency.get("float"), latency.get("quantized")
     return {
         "name": name,
@@ -86,21 +99,23 @@ def _row(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
         "bytes": sizes.get("quantized") or 0,
         "speed": pair[0] / pair[1] if pair[0] and pair[1] else None,
         "seconds": report.get("duration_seconds"),
-        "samples": report.get("evaluated_samples"),
+        "interval": evaluation.get("interval"),
+        "evaluated": evaluated(evaluation),
+        "sample": evaluation.get("sample"),
         "agrees": agrees(report),
     }
 
 
-def _trade(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Accuracy against size, where there are two runs with both."""
+def _trade(rows: Sequence[Mapping[str, Any]], value: str) -> Any:
+    """Accuracy or change against size, where there are two runs with both."""
     from markupsafe import Markup
 
     from pow2quant.report import figures
 
-    points = [(r["name"], r["bytes"] / 1024, r["accuracy"]) for r in rows if r["bytes"] and r["accuracy"] is not None]
+    points = [(r["name"], r["bytes"] / 1024, r[value]) for r in rows if r["bytes"] and r[value] is not None]
     if len(points) < 2:
         return None
-    return Markup(figures.trade(points, "quantized ONNX file, KiB", "top-1 accuracy, %"))
+    return Markup(figures.trade(points, "quantized ONNX file, KiB", TRADED[value]))
 
 
 def _profile(statistics: Mapping[str, Mapping[str, Any]]) -> Any:

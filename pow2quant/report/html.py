@@ -15,6 +15,7 @@ from pow2quant import run_folder
 from pow2quant.errors import FileFormatError
 from pow2quant.report import graph, histograms, summary
 from pow2quant.report.statistics import middle, tax_db
+from pow2quant.report.summary import evaluated
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -69,6 +70,8 @@ def render(
         statistics=statistics,
         measured=measured,
         agrees=agrees(report),
+        evaluated=evaluated(report.get("evaluation")),
+        intervals=(report.get("evaluation") or {}).get("intervals") or {},
         widths=_widths(report),
         strips=_picture(report, parts["network"], layers) if parts["network"] else None,
         profile=_profile(layers) if measured else None,

@@ -33,12 +33,34 @@ def scores(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     header = ["accuracy" if task == "classification" else task, *(WORDS.get(name, name) for name in metrics)]
     if not metrics:
         return header, []
-    rows = [
-        [label, *(number(m.get(key), m.get("unit", "")) for m in metrics.values())]
-        for key, label in EXECUTORS.items()
-        if any(m.get(key) is not None for m in metrics.values())
-    ]
-    return header, rows
+    intervals = (report.get("evaluation") or {}).get("intervals") or {}
+    leading = next(iter(metrics.values()))
+    rows = []
+    for key, label in EXECUTORS.items():
+        values = [number(m.get(key), m.get("unit", "")) for m in metrics.values()]
+        if any(m.get(key) is not None for m in metrics.values()):
+            rows.append([label, values[0], ends(intervals.get(key), leading.get("unit", "")), *values[1:]])
+    return [*header[:2], "95 % interval", *header[2:]], rows
+
+
+def ends(interval: Sequence[float] | None, unit: str) -> str:
+    """`96.4 to 98.9 %`; `-` for nothing."""
+    if interval is None:
+        return "-"
+    low, high = (f"{end:.2f}" if unit else f"{end:.4g}" for end in interval)
+    return f"{low} to {high} {unit}".rstrip()
+
+
+def evaluated(evaluation: Mapping[str, Any] | None) -> str:
+    """On what the figures were measured: `320 of 450 images, 10 of 10 classes`."""
+    if not evaluation:
+        return "-"
+    images, total = evaluation["images"], evaluation["of"]
+    words = f"all {total:,} images" if images == total else f"{images:,} of {total:,} images, a stratified sample"
+    classes, known = evaluation.get("classes"), evaluation.get("of_classes")
+    if not classes:
+        return words.replace(", a stratified", ", an evenly spaced")
+    return f"{words}, {classes} of {max(known or 0, classes)} classes"
 
 
 def number(value: float | None, unit: str) -> str:
@@ -65,6 +87,7 @@ def facts(report: Mapping[str, Any]) -> dict[str, str]:
     return {
         "verdict": report["verdict"]["agreement"],
         "quality": report["verdict"]["change"],
+        "evaluated": evaluated(report.get("evaluation")),
         "certificate": report["certificate"]["sentence"],
         "outputs": "equal to float" if sqnr is None else f"{sqnr} dB SQNR against float",
         "size": f"{sizes['quantized']:,} bytes (float: {sizes['float']:,})",

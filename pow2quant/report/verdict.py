@@ -25,7 +25,7 @@ class Change:
 
     interval: 95 %, of `after` less `before`, in the metric's unit; None where the metric is no mean over samples.
     constant: the metric of the answer that is most often right, given for every sample. guesses: whether the float
-    network is not clearly better than that.
+    network is not clearly better than that. total: of how many samples these were taken.
     """
 
     metric: str
@@ -37,6 +37,7 @@ class Change:
     samples: int
     constant: float | None = None
     guesses: bool = False
+    total: int = 0
 
     @property
     def gain(self) -> float:
@@ -133,7 +134,8 @@ def _figures(change: Change) -> str:
 
 
 def _noise(change: Change) -> str:
-    samples = f"{change.samples:,} samples"
+    of = f" of {change.total:,}" if change.total > change.samples else ""
+    samples = f"{change.samples:,}{of} samples"
     if change.interval is None:
         return f"{samples}, no interval: it is no mean over them"
     low, high = (_signed(end, change) for end in change.interval)

@@ -25,6 +25,7 @@ from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.prepare import is_prepared, prepare
 from pow2quant.plugins import resolve
 from pow2quant.reading import Batches, Checked, Signature
+from pow2quant.sampling import Sample, sample
 from pow2quant.tasks.base import Metric, Task
 from pow2quant.tasks.choosing import task_of
 from pow2quant.tasks.judging import judged, leading
@@ -80,6 +81,7 @@ class Job:
     progress: Progress
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     given: Given = NOTHING
+    samples: dict[int | None, Sample] = field(default_factory=dict)
 
     @classmethod
     def start(cls, config: RunConfig, progress: Progress, given: Given = NOTHING) -> Job:
@@ -148,8 +150,8 @@ class Job:
 
         Without targets that is the SQNR of its first output against the float network's, in dB.
         """
-        size = min(len(self.data.test), self.config.ptq.max_eval_batches or len(self.data.test))
-        batches = self.progress.track(islice(self.data.test, size), "evaluating", size)
+        tests = self.sample(self.config.ptq.max_eval_batches).batches
+        batches = self.progress.track(tests, "evaluating", len(tests))
         return judged(metric or leading(self.task), model, self.model, batches, self.device)
 
     def parameters(self, sim: Simulation) -> dict[str, Tensor]:
@@ -165,9 +167,15 @@ class Job:
         return Images(self.data.calibration, self.config.ptq.calibration_batches)
 
     def test(self, limit: int | None) -> Iterator[tuple[Batch, Any]]:
-        """Test inputs and targets, batch by batch."""
-        total = min(len(self.data.test), limit or len(self.data.test))
-        return self.progress.track(islice(self.data.test, total), "evaluating all executors", total)
+        """Test inputs and targets, batch by batch; of so many batches, a stratified sample."""
+        tests = self.sample(limit).batches
+        return self.progress.track(tests, "evaluating all executors", len(tests))
+
+    def sample(self, limit: int | None) -> Sample:
+        """The test data, or a sample as large as so many batches: the same in every evaluation."""
+        if limit not in self.samples:
+            self.samples[limit] = sample(cast(Checked, self.data.test), limit)
+        return self.samples[limit]
 
 
 def methods_of(config: RunConfig, given: Given = NOTHING) -> tuple[Named, Named]:

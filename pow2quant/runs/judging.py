@@ -23,7 +23,7 @@ def judge(
     job: Job, agreements: Sequence[Agreement], change: Change | None, sizes: Mapping[str, int], steps: Collection[str]
 ) -> dict[str, Any]:
     """`verdict` of report.json. sizes: of the files `float` and `quantized`, in bytes. steps: what the run did."""
-    return verdict(agreements, change, advice(job.config, steps), [*_unloaded(job), *_grown(sizes)])
+    return verdict(agreements, change, advice(job.config, steps), [*job.data.warnings, *_unloaded(job), *_grown(sizes)])
 
 
 def change_of(scores: Scores, executor: str) -> Change | None:
@@ -46,6 +46,7 @@ def change_of(scores: Scores, executor: str) -> Change | None:
         after=after,
         interval=None if one is None or other is None else _interval(other - one, share),
         samples=scores.samples,
+        total=scores.total or scores.samples,
         constant=None if constant is None else 100 * float(constant.mean()),
         guesses=constant is not None and one is not None and _interval(one - 100 * constant, True)[0] <= 0,
     )

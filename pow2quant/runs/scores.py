@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,16 @@ FLOAT = "float"
 class Scores:
     """Counts by executor and metric, and the power of the quantization noise, while batches stream by.
 
-    judged: the executors that are; None: all.
+    judged: the executors that are; None: all. limit, total: how many batches of the test data are looked at, and how
+    many samples these have in all; None: all, and as many as are counted. classes: the labels seen. digest: of inputs.
     """
 
     task: Task
     judged: Collection[str] | None = None
+    limit: int | None = None
+    total: int | None = None
+    classes: set[int] = field(default_factory=set)
+    digest: Any = field(default_factory=lambda: blake2b(digest_size=8))
     samples: int = 0
     counters: dict[str, dict[str, Counter]] = field(default_factory=dict)
     noise: Noise = field(default_factory=Noise)
@@ -44,9 +50,17 @@ class Scores:
             outputs = network(arrays)
             self.expected, self.running = outputs[0], True
             self.samples += len(arrays[0])
+            self._note(arrays)
             self._count(FLOAT, outputs)
             yield arrays
         self.running = False  # what runs from now on is no evaluation
+
+    def _note(self, arrays: Arrays) -> None:
+        """What tells the samples from others."""
+        for array in arrays:
+            self.digest.update(np.ascontiguousarray(array).data)
+        if isinstance(self.targets, np.ndarray) and self.targets.ndim == 1 and self.targets.dtype.kind in "iu":
+            self.classes.update(np.unique(self.targets).tolist())
 
     def watch(self, executor: Executor, noise: bool = False) -> Executor:
         """The executor, judged as it runs."""

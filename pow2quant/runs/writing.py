@@ -24,6 +24,7 @@ from pow2quant.plugins import resolve
 from pow2quant.report import document, statistics
 from pow2quant.report.html import page_of
 from pow2quant.report.network import describe
+from pow2quant.runs.evaluating import evaluation_of
 from pow2quant.runs.executors import SIMULATION, compared, executors, runner, simulation_executor
 from pow2quant.runs.job import NOTHING, Given, Job, methods_of
 from pow2quant.runs.judging import change_of, judge
@@ -80,19 +81,22 @@ def _note_what_is_replaced(config: RunConfig, progress: Progress) -> None:
 def score(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     """Quantizes as `ptq` does and evaluates the simulation on the test data; nothing is written or validated.
 
-    Returns keys of report.json: `backend`, `pipeline_steps`, `task`, `metrics`, the accuracies of the float network
-    (`initial_…`) and of the simulation (`final_…`), `final_sqnr_db` and `evaluated_samples`.
+    Returns keys of report.json: `backend`, `pipeline_steps`, `task`, `metrics`, `evaluation`, the accuracies of the
+    float network (`initial_…`) and of the simulation (`final_…`), `final_sqnr_db` and `evaluated_samples`.
     """
     job, sim, steps = quantized(config, progress)
-    scores = Scores(job.task)
+    limit = config.ptq.max_eval_batches
+    scores = Scores(job.task, limit=limit, total=job.sample(limit).total)
     simulation = scores.watch(simulation_executor(sim, config.backend, job.device), noise=True)
-    for batch in scores.stream(job.test(config.ptq.max_eval_batches), runner(job.model, job.device)):
+    for batch in scores.stream(job.test(limit), runner(job.model, job.device)):
         simulation.run(batch)
+    change = change_of(scores, simulation.name)
     return (
         {"backend": config.backend, "pipeline_steps": steps, "task": job.task.name}
         | scores.keyed(initial=FLOAT, final=simulation.name)
         | {
             "metrics": scores.metrics(float=FLOAT, quantized=simulation.name),
+            "evaluation": evaluation_of(job, scores, change, quantized=simulation.name),
             "final_sqnr_db": scores.noise.value(),
             "evaluated_samples": scores.samples,
         }
@@ -114,7 +118,7 @@ def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[d
     pair = (folder / run_folder.FLOAT, folder / run_folder.ENCODINGS)
     limit = job.config.ptq.max_eval_batches
     judged = (FLOAT, f"{job.config.backend} {SIMULATION}", ort.OPTIMIZED)
-    scores, left_out = Scores(job.task, judged), dict[str, str]()
+    scores, left_out = Scores(job.task, judged, limit, job.sample(limit).total), dict[str, str]()
     others = [
         replace(e, most=max(1, PATIENCE // e.work)) if e.work else e
         for e in executors(folder / run_folder.QDQ, pair, left_out)
@@ -179,8 +183,9 @@ def _report(
         "float": (folder / run_folder.FLOAT).stat().st_size,
         "quantized": (folder / run_folder.QDQ).stat().st_size,
     }
+    change = change_of(scores, simulated)
     report: dict[str, Any] = {
-        "verdict": judge(job, agreements, change_of(scores, simulated), sizes, steps),
+        "verdict": judge(job, agreements, change, sizes, steps),
         "quantization_type": "power_of_2" if document.is_power_of_two(artifact.encodings.values()) else "free_scale",
         "backend": job.config.backend,
         "model": job.config.model.name,
@@ -205,6 +210,7 @@ def _report(
         "tied_logits": scores.diagnostic(simulated, "tied_logits"),
         "total_improvement": None if initial is None or final is None else round(final - initial, 4),
         "evaluated_samples": scores.samples,
+        "evaluation": evaluation_of(job, scores, change, quantized=simulated, onnxruntime=measured),
         "model_size_bytes": sizes,
         "validation": [a.to_json() for a in agreements],
         "certificate": certificate.to_json(),

@@ -16,6 +16,7 @@ from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.plugins import names
+from pow2quant.report import summary
 from pow2quant.saving import write
 from pow2quant.study.figures import COLOURS, MARKERS, blank, png
 from pow2quant.study.ledger import Plan
@@ -36,7 +37,8 @@ class Cell:
     """One configuration over its seeds: top-1 in per cent, mean and standard deviation; SQNR of the logits in dB.
 
     best: whether no other method has a higher mean with this network and these widths. spread: None for one seed.
-    failed: seeds without a result, which the means leave out.
+    failed: seeds without a result, which the means leave out. change, change_low, change_high: of top-1 against float,
+    in points, and the ends of its 95 % interval, means over seeds; measured on `images` of `of_images`, of `classes`.
     """
 
     network: str
@@ -50,6 +52,12 @@ class Cell:
     top5: float | None
     sqnr_db: float | None
     seconds: float
+    change: float | None = None
+    change_low: float | None = None
+    change_high: float | None = None
+    images: int = 0
+    of_images: int = 0
+    classes: int | None = None
     best: bool = False
 
 
@@ -169,10 +177,16 @@ def _cell(key: tuple[str, str, str], rows: Sequence[Row]) -> Cell:
         top5=mean("quantized_top5"),
         sqnr_db=mean("sqnr_db"),
         seconds=mean("duration_seconds") or 0.0,
+        change=mean("change"),
+        change_low=mean("change_low"),
+        change_high=mean("change_high"),
+        images=complete[0]["images"],
+        of_images=complete[0].get("of_images", 0),
+        classes=complete[0].get("classes"),
     )
 
 
-HEADER = ("network", "widths", "method", "float", "top-1", "SQNR dB", "seconds", "")
+HEADER = ("network", "widths", "method", "float", "top-1", "95 % of the change", "SQNR dB", "seconds", "")
 
 
 def cells_of(cell: Cell) -> list[str]:
@@ -184,6 +198,7 @@ def cells_of(cell: Cell) -> list[str]:
         cell.method,
         f"{cell.original_top1:.2f}",
         f"{cell.top1:.2f}{spread}",
+        "-" if cell.change_low is None else f"{cell.change_low:+.2f} to {cell.change_high:+.2f}",
         "-" if cell.sqnr_db is None else f"{cell.sqnr_db:.1f}",
         f"{cell.seconds:.1f}",
         "best" if cell.best else "",
@@ -200,6 +215,12 @@ def sentence(cell: Cell) -> str:
     )
 
 
+def evaluated(found: Sequence[Cell]) -> str:
+    """On how many images everything was measured, in a line; the same ones, since all have the same data."""
+    texts = {summary.evaluated({"images": c.images, "of": c.of_images, "classes": c.classes}) for c in found}
+    return f"evaluated: all on the same images: {', '.join(sorted(texts))}"
+
+
 def markdown(found: Comparison) -> str:
     """The comparison as a document: the table, and the best of each network."""
     rows = [HEADER[:-1], tuple("---" for _ in HEADER[:-1])]
@@ -213,6 +234,7 @@ def markdown(found: Comparison) -> str:
         "# Comparison",
         about,
         "\n".join(lines),
+        evaluated(found.cells) if found.cells else "",
         "\n".join(f"- {sentence(cell)}" for cell in found.best),
         "\n".join(f"![{network}]({name})" for network, name in zip(_networks(found.cells), files, strict=True)),
     ]

@@ -19,7 +19,7 @@ from pow2quant import config as configuration
 from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
-from pow2quant.report import comparison
+from pow2quant.report import comparison, summary
 from pow2quant.saving import write
 from pow2quant.study.figures import figures
 from pow2quant.study.ledger import SAMPLERS, Entry, Ledger, Plan
@@ -31,7 +31,10 @@ RESULTS, SUMMARY, STUDY, DATABASE = "results.csv", "study.json", "study.yaml", "
 MOST_RUNS = 50
 """So many runs are compared on one page."""
 
-ENDING = ("original_top1", "original_top5", "quantized_top1", "quantized_top5", "sqnr_db", "images", "agrees", "run")
+ENDING = (
+    *("original_top1", "original_top5", "quantized_top1", "quantized_top5", "sqnr_db"),
+    *("change", "change_low", "change_high", "images", "of_images", "classes", "sample", "agrees", "run"),
+)
 """Columns that come behind those that say what was tried."""
 
 
@@ -89,9 +92,29 @@ class Found:
 
     @property
     def finished(self) -> list[Row]:
-        """The trials that have an accuracy, best first; of equal ones, those with more SQNR."""
-        complete = (r for r in self.rows if r["state"] == "complete")
-        return sorted(complete, key=lambda r: (-r["quantized_top1"], -(r["sqnr_db"] or 0.0)))
+        """The trials that have an accuracy, best first; of equal ones, those with more SQNR.
+
+        Best by accuracy, or by its change where not all were measured on the same images.
+        """
+        value = "quantized_top1" if self.alike else "change"
+        return sorted(self._complete, key=lambda r: (-(r.get(value) or 0.0), -(r["sqnr_db"] or 0.0)))
+
+    @property
+    def _complete(self) -> list[Row]:
+        return [r for r in self.rows if r["state"] == "complete"]
+
+    @property
+    def alike(self) -> bool:
+        """Whether all trials were measured on the same images."""
+        return comparison.measured_alike([r.get("sample") for r in self._complete])
+
+    @property
+    def evaluated(self) -> str:
+        """On what, in words."""
+        texts = dict.fromkeys(measured_on(r) for r in self._complete)
+        if self.alike:
+            return f"all on the same images: {next(iter(texts))}"
+        return f"not all on the same images ({'; '.join(texts)}), so by the change against float, each on its own"
 
     @property
     def failed(self) -> list[Row]:
@@ -235,8 +258,8 @@ def save(study: Study, rows: list[Row], output: Path) -> Found:
     """Writes study.json and draws the figures."""
     found = Found(output, rows, study.axes)
     best = found.finished[:1]
-    summary = {"study": study.called, "trials": len(study.plan), "best": best[0] if best else None, "rows": rows}
-    write(output / SUMMARY, json.dumps(summary, indent=1).encode())
+    told = {"study": study.called, "trials": len(study.plan), "best": best[0] if best else None, "rows": rows}
+    write(output / SUMMARY, json.dumps(told, indent=1).encode())
     for name, picture in figures(study.plan.grids, rows):
         write(output / name, picture)
     report(found.finished, output)
@@ -248,6 +271,11 @@ def report(rows: Sequence[Row], output: Path) -> None:
     runs = [Path(row["run"]) for row in rows if row.get("run")]
     if len(runs) > 1:
         comparison.compare(runs[:MOST_RUNS], output)
+
+
+def measured_on(row: Row) -> str:
+    """On how many images a trial was measured, in words."""
+    return summary.evaluated({"images": row["images"], "of": row.get("of_images", 0), "classes": row.get("classes")})
 
 
 def row_of(entry: Entry) -> Row:

@@ -58,7 +58,7 @@ class Trials:
             row = described(config)
             found = self._quantized(config, claim, progress)
             row |= measured(found)
-            value, error = found["final_accuracy"], ""
+            value, error = found.get("final_accuracy"), ""
             if value is None:
                 error = "the network's output is no (N, classes): there is no accuracy"
         except Pow2QuantError as raised:
@@ -109,14 +109,26 @@ def _parameters(method: Choice) -> dict[str, Any]:
 
 
 def measured(report: Mapping[str, Any]) -> Row:
-    """What a report, or `runs.score`, says of a trial: top-1 and top-5 before and after, in per cent."""
+    """What a report, or `runs.score`, says of a trial: top-1 and top-5 before and after, in per cent.
+
+    change: of top-1, in points, with its 95 % interval; images, of_images, classes, sample: on what it was measured.
+    """
+    evaluation = report["evaluation"]
+    first, final = report.get("initial_accuracy"), report.get("final_accuracy")
+    low, high = evaluation["interval"] or (None, None)
     row: Row = {
-        "original_top1": report["initial_accuracy"],
+        "original_top1": first,
         "original_top5": report.get("initial_accuracy_top5"),
-        "quantized_top1": report["final_accuracy"],
+        "quantized_top1": final,
         "quantized_top5": report.get("final_accuracy_top5"),
         "sqnr_db": report["final_sqnr_db"],
-        "images": report["evaluated_samples"],
+        "images": evaluation["images"],
+        "of_images": evaluation["of"],
+        "classes": evaluation["classes"],
+        "sample": evaluation["sample"],
+        "change": None if first is None or final is None else round(final - first, 4),
+        "change_low": low,
+        "change_high": high,
     }
     return row | {key: report[key] for key in ("agrees", "run") if key in report}
 

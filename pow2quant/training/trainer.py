@@ -58,9 +58,8 @@ class Trainer:
     """One training of one simulation, which must be calibrated.
 
     parameters: the float parameters that are trained, by name. teacher: the float network, for distillation. task: says
-    the loss where the configuration does not, and the metric by which epochs are compared. folder:
-    where checkpoints go; None: there are none. limit: at most so many test batches. identity: what a checkpoint must
-    have been made with.
+    the loss where the configuration does not, and the metric by which epochs are compared. folder: where checkpoints
+    go; None: there are none. identity: what a checkpoint must have been made with.
     """
 
     sim: Simulation
@@ -73,7 +72,6 @@ class Trainer:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     processes: Processes = field(default_factory=Processes)
     folder: Path | None = None
-    limit: int | None = None
     identity: str = ""
     progress: Progress = SILENT
 
@@ -327,8 +325,7 @@ class Trainer:
 
     def accuracy(self) -> float:
         """The leading metric on the test data; every process measures all of it."""
-        size = min(len(self.data.test), self.limit or len(self.data.test))
-        return judged(self.metric, self.sim.model, self.teacher, islice(self.data.test, size), self.device)
+        return judged(self.metric, self.sim.model, self.teacher, self.data.test, self.device)
 
     def _measure(self, loss: float | None, seconds: float) -> None:
         """Adds an epoch to the history; remembers it if it is the best of those in which everything was quantized."""
