@@ -368,7 +368,10 @@ def test_a_comparison_by_hand() -> None:
         start = {"network": "net", "widths": "W4A8", "method": method, "seed": seed, "state": "complete"}
         if top1 is None:
             return start | {"state": "failed", "error": "broken"}
-        return start | {"original_top1": 92.0, "quantized_top1": top1, "sqnr_db": 10.0, "duration_seconds": 2.0}
+        on = {"images": 64, "of_images": 450, "classes": 10}
+        change = {"change": top1 - 92.0, "change_low": top1 - 95.0, "change_high": top1 - 91.0}
+        figures = {"original_top1": 92.0, "quantized_top1": top1, "sqnr_db": 10.0, "duration_seconds": 2.0}
+        return start | figures | change | on
 
     made = cells([row("a", 0, 88.0), row("a", 1, 90.0), row("a", 2, None), row("b", 0, 90.0), row("b", 1, 90.0)])
     assert [(c.method, c.top1, c.spread, c.seeds, c.failed, c.best) for c in made] == [
@@ -377,7 +380,23 @@ def test_a_comparison_by_hand() -> None:
     ]
     found = Comparison(Path("out"), made, ["broken"])
     assert sentence(found.best[0]) == "net: best is b at W4A8: 90.00 ± 0.00 % (float 92.00 %, 2 seeds)"
-    assert "| net | W4A8 | **b** | 92.00 | **90.00 ± 0.00** | 10.0 | 2.0 |" in markdown(found)
+    assert "| net | W4A8 | **b** | 92.00 | **90.00 ± 0.00** | -5.00 to -1.00 | 10.0 | 2.0 |" in markdown(found)
+    same = "evaluated: all on the same images: 64 of 450 images, a stratified sample, 10 of 10 classes"
+    assert same in markdown(found)
+
+
+def test_trials_on_other_images_are_ranked_by_their_change() -> None:
+    from pow2quant.study.sweep import Found
+
+    on = {"state": "complete", "images": 64, "of_images": 450, "classes": 10, "sqnr_db": 9.0}
+    easy = on | {"trial": 0, "quantized_top1": 97.0, "change": -2.0, "sample": "a"}
+    hard = on | {"trial": 1, "quantized_top1": 90.0, "change": -0.5, "sample": "b"}
+    found = Found(Path("out"), [easy, hard], ())
+    assert [r["trial"] for r in found.finished] == [1, 0]
+    assert found.evaluated.startswith("not all on the same images (64 of 450 images, ")
+    alike = Found(Path("out"), [easy, hard | {"sample": "a"}], ())
+    assert [r["trial"] for r in alike.finished] == [0, 1]
+    assert alike.evaluated.startswith("all on the same images: 64 of 450 images, a stratified sample")
 
 
 def test_methods_are_compared_on_networks_over_seeds(

@@ -180,7 +180,7 @@ def _cell(key: tuple[str, str, str], rows: Sequence[Row]) -> Cell:
         change=mean("change"),
         change_low=mean("change_low"),
         change_high=mean("change_high"),
-        images=complete[0]["images"],
+        images=complete[0].get("images", 0),
         of_images=complete[0].get("of_images", 0),
         classes=complete[0].get("classes"),
     )
