@@ -20,7 +20,7 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check ptq ptq-aimet qat qat-full qat-aimet bench docs docker lock clean clean-data
+.PHONY: help demo test check sbom ptq ptq-aimet qat qat-full qat-aimet bench docs docker lock clean clean-data
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,10 +31,14 @@ demo: $(VENV)/installed ## Quantize a small network on real images and validate 
 test: $(VENV)/installed-dev ## Run the tests (WORKERS=2, PYTEST_ARGS='-k house')
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-check: $(VENV)/installed-dev ## Lint, check the format and the types
+check: $(VENV)/installed-dev ## Lint, check the format, the types and known vulnerabilities
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	BIN=$(BIN) scripts/audit.sh
+
+sbom: $(VENV)/installed ## Write what is installed as CycloneDX (sbom.json)
+	$(BIN)/python scripts/sbom.py > sbom.json
 
 ptq: $(VENV)/installed ## Quantize as configs/quantization_config.yaml and ARGS say (ARGS='--weight-bits 4'; runs/ptq)
 	$(BIN)/pow2quant ptq --config configs/quantization_config.yaml --output runs/ptq --overwrite $(ARGS)

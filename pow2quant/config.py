@@ -25,6 +25,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, get_args, get_
 
 import yaml
 
+from pow2quant import foreign
 from pow2quant.errors import ConfigError, Pow2QuantError
 from pow2quant.plugins import names
 from pow2quant.pow2_constraints import CHOOSERS
@@ -75,8 +76,9 @@ class Legal:
 
 def integer(low: int, high: float = math.inf) -> Legal:
     """Integers from `low` to `high`, both included."""
-    words = f"an integer from {low} {'up' if high == math.inf else f'to {high}'}"
-    return Legal(lambda: words, lambda v: low <= v <= high)
+    words = f"an integer from {low} {'up, below 2^31' if high == math.inf else f'to {high}'}"
+    most = 2**31 - 1 if high == math.inf else high
+    return Legal(lambda: words, lambda v: low <= v <= most)
 
 
 def finite(words: str, accepts: Callable[[float], bool] = lambda v: True) -> Legal:
@@ -170,7 +172,8 @@ _BACKEND = one_of(lambda: names("backends"))
 _VERSION = one_of(lambda: ENCODINGS_VERSIONS)
 _DEVICE = Legal(lambda: "cpu, cuda or cuda:N", lambda v: re.fullmatch(r"cpu|cuda(:\d+)?", v) is not None)
 _SEED = integer(0, 2**32 - 1)
-_WORKERS = integer(0)
+_WORKERS = integer(0, 1024)
+_EPOCHS = integer(0)
 _OVERRIDES = Legal(lambda: "{PATTERN: {ROLE: {key: value}}}, with null for a role or a pattern that stays float")
 _BITWIDTH = Legal(lambda: "an integer from 2 to 16 (bias: 8 to 32); null in place of the role's mapping keeps it float")
 _SYMMETRIC = Legal(lambda: "true or false for input and output; true for weight and bias")
@@ -338,8 +341,8 @@ class TrainingConfig:
     ternary: Annotated[str | None, _TERNARY] = None
     batch_norm: Annotated[str, _BATCH_NORM] = "live"
     freeze_batch_norm: Annotated[float, _SHARE] = 0.5
-    warmup_epochs: Annotated[int, _WORKERS] = 0
-    gradual_epochs: Annotated[int, _WORKERS] = 0
+    warmup_epochs: Annotated[int, _EPOCHS] = 0
+    gradual_epochs: Annotated[int, _EPOCHS] = 0
     gradient_clip: Annotated[float | None, _RATE] = None
     distillation: Annotated[float, _SHARE] = 0.0
     temperature: Annotated[float, _RATE] = 1.0
@@ -414,13 +417,7 @@ def read(path: str | os.PathLike[str]) -> Any:
 
     Raises ConfigError: one line with the file and what is wrong in it.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    return _parse(text, str(path))
+    return _parse(foreign.text(path, foreign.MOST_TEXT, ConfigError), str(path))
 
 
 def from_mapping(mapping: Mapping[str, Any], source: str = "configuration") -> RunConfig:
@@ -516,7 +513,9 @@ def users_code(name: str, error: type[Pow2QuantError]) -> Iterator[None]:
         yield
     except Pow2QuantError:
         raise
-    except (Exception, SystemExit) as raised:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as raised:
         frames = [f.lineno for f in traceback.extract_tb(raised.__traceback__) if f.filename == str(path)]
         line = raised.lineno if isinstance(raised, SyntaxError) else frames[-1] if frames else None
         place = f"{path}, line {line}" if line else str(path)
@@ -656,7 +655,10 @@ def _written(hint: Any, value: Any) -> Any:
 
 
 def _illegal(path: str, value: Any, words: str) -> ConfigError:
-    text = json.dumps(value) if isinstance(value, bool | int | float | str | None) else _line(repr(value))
+    try:
+        text = json.dumps(value) if isinstance(value, bool | int | float | str | None) else _line(repr(value))
+    except ValueError:
+        text = "an integer of thousands of digits"
     return ConfigError(f"{_line(path)}: {text if len(text) <= 60 else text[:57] + '...'} is not legal; legal: {words}")
 
 
@@ -669,8 +671,24 @@ def _unknown(path: str, key: str, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"{_line(path)}: unknown key{''.join(nearest)}; known: {', '.join(known)}")
 
 
+MOST_DEPTH, MOST_VALUES = 30, 100_000
+"""Of a YAML file: values inside each other, and values altogether, those that aliases repeat counted again."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, in which 1e-4 is a number too."""
+    """YAML 1.1, in which 1e-4 is a number too. Raises ConfigError for a file that is too deep or has too much in it."""
+
+    depth = count = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self.depth, self.count = self.depth + 1, self.count + 1
+        if self.depth > MOST_DEPTH:
+            raise ConfigError(f"values are more than {MOST_DEPTH} deep")
+        if self.count > MOST_VALUES:
+            raise ConfigError(f"there are more than {MOST_VALUES:,} values")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -688,16 +706,40 @@ def _parse(text: str, source: str) -> Any:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
+        if node is None:
+            return {}
+        _reject_what_grows(node, {})
         _reject_duplicates(node, "")
-        return {} if node is None else loader.construct_document(node)
+        return loader.construct_document(node)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(f"{source}: not YAML: {place}{error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{source}: not YAML: {reason}") from None
+
+
+def _reject_what_grows(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """How many values a node has with everything that its aliases repeat. Raises ConfigError for too many, or a circle.
+
+    known: the sizes of nodes by identity; None while one is being counted.
+    """
+    if id(node) in known:
+        size = known[id(node)]
+        if size is None:
+            raise ConfigError(f"a value contains itself (line {node.start_mark.line + 1})")
+        return size
+    known[id(node)] = None
+    items: list[Any] = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
+    parts = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
+    size = 1 + sum(_reject_what_grows(part, known) for part in parts)
+    if size > MOST_VALUES:
+        raise ConfigError(f"with its aliases it has more than {MOST_VALUES:,} values")
+    known[id(node)] = size
+    return size
 
 
 def _reject_duplicates(node: yaml.Node | None, path: str) -> None:

@@ -18,9 +18,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pow2quant.errors import DataError
+from pow2quant.foreign import check_is_file
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """How the names of images end; those of torchvision's ImageFolder."""
+
+MOST_ENTRIES = 20_000_000
+"""Files and folders below one class's folder; ImageNet has 1,300."""
 
 ENOUGH = 100
 """So many images tell what sizes the images of a folder have."""
@@ -79,9 +83,18 @@ def hidden(name: str) -> bool:
 
 
 def _images(folder: Path) -> Iterator[str]:
-    """The files below a class's folder that are called as images are."""
-    for root, folders, files in os.walk(folder, followlinks=True):
+    """The files below a class's folder that are called as images are. The folder may be a link; those in it lead away.
+
+    Raises DataError for a link to where it lies, and for more than `MOST_ENTRIES`.
+    """
+    if folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{folder}: is a link to where it lies")
+    seen = 0
+    for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not hidden(name))
+        seen += len(folders) + len(files)
+        if seen > MOST_ENTRIES:
+            raise DataError(f"{folder}: has more than {MOST_ENTRIES:,} files")
         named = (name for name in files if name.lower().endswith(EXTENSIONS) and not hidden(name))
         yield from (os.path.join(root, name) for name in named)
 
@@ -93,9 +106,9 @@ def sizes(files: Sequence[str]) -> list[tuple[int, int]]:
     found = []
     for index in np.unique(np.linspace(0, len(files) - 1, min(len(files), ENOUGH)).astype(int)):
         try:
-            with Image.open(files[index]) as opened:
+            with Image.open(check_is_file(files[index], DataError)) as opened:
                 found.append(opened.size)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except (DataError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             continue  # reading the image itself will say what is wrong
     return found
 
@@ -108,6 +121,7 @@ def image(path: str) -> Any:
     """
     from PIL import Image
 
+    check_is_file(path, DataError)
     try:
         with Image.open(path) as opened:
             raw, depth = _stored(opened)

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from pow2quant.config import from_file, is_in_file, users_code
 from pow2quant.errors import ModelError, WeightsError
+from pow2quant.foreign import check_is_file
 from pow2quant.frontends.onnx.network import read_network
 from pow2quant.plugins import names, resolve
 
@@ -27,6 +29,9 @@ PYTHON = "python:"
 TIMM = "timm:"
 NESTED = ("state_dict", "model_state_dict", "model", "net")
 """Keys under which training scripts put the state dict in a checkpoint."""
+
+MOST_NESTED = 10
+"""Checkpoints inside each other: one may contain itself."""
 
 DIGITS_WEIGHTS = Path(__file__).parent / "weights" / "digits_cnn.safetensors"
 """The embedded network's weights, trained by `scripts/train_digits.py`."""
@@ -138,10 +143,23 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def check_finite(state: Mapping[str, Any], source: str) -> None:
     """Raises WeightsError, naming the tensor, when a parameter or buffer holds NaN or infinity."""
     for name, value in state.items():
+        if isinstance(value, Tensor):
+            _check_has_values(name, value, source)
         if isinstance(value, Tensor) and value.is_floating_point():
             wrong = int((~torch.isfinite(value)).sum())
             if wrong:
                 raise WeightsError(f"{source}: {name} holds NaN or infinity in {wrong} of {value.numel()} values")
+
+
+def _check_has_values(name: str, value: Tensor, source: str) -> None:
+    """Raises WeightsError, naming the tensor, for one that is not plain numbers beside each other."""
+    if isinstance(value, UninitializedParameter | UninitializedBuffer):
+        raise WeightsError(f"{source}: {name} has no shape yet (a lazy module): call the network once in its factory")
+    if value.is_meta:
+        raise WeightsError(f"{source}: {name} has no values (device meta)")
+    if value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_complex():
+        kind = "quantized" if value.is_quantized else "complex" if value.is_complex() else "sparse or nested"
+        raise WeightsError(f"{source}: {name} is {kind}; legal: plain floats")
 
 
 class _Digits(Protocol):
@@ -225,8 +243,7 @@ def _unknown(name: str) -> ModelError:
 
 def _read(path: Path) -> Any:
     """What a file of weights holds, on the CPU."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file")
+    check_is_file(path, WeightsError)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -247,15 +264,22 @@ def _read(path: Path) -> Any:
 
 
 def _state_dict(loaded: Any, path: str | Path) -> dict[str, Tensor]:
-    """The tensors by name, out of however many checkpoint dictionaries around them."""
-    while isinstance(loaded, Mapping):
+    """The tensors by name, out of the checkpoint dictionaries around them, of which one may be inside another."""
+    for _ in range(MOST_NESTED):
+        if not isinstance(loaded, Mapping):
+            break
         inner = next((loaded[key] for key in NESTED if isinstance(loaded.get(key), Mapping)), None)
         if inner is None:
             break
         loaded = inner
+    else:
+        raise WeightsError(f"{path}: is nested more than {MOST_NESTED} times, or contains itself")
     tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
     if not tensors:
         raise WeightsError(f"{path}: holds no state dict (tensors by name)")
+    for key in tensors:
+        if not isinstance(key, str):
+            raise WeightsError(f"{path}: holds a tensor under {key!r:.80}; the names in a state dict are text")
     return tensors
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import ModelProto, version_converter
 
+from pow2quant import foreign
 from pow2quant.adapters import aimet_config, aimet_encodings, onnx_qdq
 from pow2quant.artifact import Artifact, Site, Table
 from pow2quant.backends.base import ALL, Batch, Simulation
@@ -565,8 +566,8 @@ def _document(encodings: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[di
     if not isinstance(encodings, Mapping):
         source = str(encodings)
         try:
-            encodings = json.loads(Path(encodings).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            encodings = foreign.parsed(foreign.text(encodings, foreign.MOST_JSON))
+        except ValueError as error:
             raise FileFormatError(f"{source}: cannot be read as an encodings file: {error}") from error
     if not isinstance(encodings, Mapping):
         raise FileFormatError(f"{source}: expected an object at the top")

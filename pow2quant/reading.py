@@ -113,7 +113,14 @@ def read(batch: Any, signature: Signature, where: str) -> tuple[Any, Any]:
         inputs, targets = _from_sequence(batch, signature, where)
     else:
         inputs, targets = batch, None
-    return pytree.tree_map(lambda x: _input(x, where), inputs), _targets_of(targets)
+    return pytree.tree_map(lambda x: _input(x, where), inputs), _targets_of(targets, where)
+
+
+def check_has_values(x: Tensor, where: str) -> None:
+    """Raises DataError for a tensor that is not plain numbers beside each other."""
+    if x.is_meta or x.layout != torch.strided or x.is_quantized or x.is_nested or x.is_complex():
+        kind = "meta" if x.is_meta else "quantized" if x.is_quantized else "complex" if x.is_complex() else "sparse"
+        raise DataError(f"{where}: holds a {kind} tensor; expected plain numbers")
 
 
 def check_labels(labels: Tensor, classes: int, where: str) -> None:
@@ -187,6 +194,7 @@ def _input(x: Any, where: str) -> Tensor:
         x = torch.from_numpy(np.array(x, order="C"))
     if not isinstance(x, Tensor):
         raise DataError(f"{where}: holds a {type(x).__name__} where the network takes a tensor (images: add ToTensor)")
+    check_has_values(x, where)
     tensor: Tensor = x.detach().cpu()
     if not tensor.ndim or not len(tensor):
         raise DataError(f"{where}: has the shape {tuple(tensor.shape)}, so no samples; expected (N, ...)")
@@ -201,7 +209,7 @@ def _input(x: Any, where: str) -> Tensor:
     return tensor
 
 
-def _targets_of(targets: Any) -> Any:
+def _targets_of(targets: Any, where: str) -> Any:
     """Arrays and lists of numbers as tensors on the CPU, of float32 or integers; all else as it is."""
 
     def tensor(x: Any) -> Any:
@@ -209,6 +217,7 @@ def _targets_of(targets: Any) -> Any:
             x = torch.from_numpy(np.array(x))
         if not isinstance(x, Tensor):
             return x
+        check_has_values(x, where)
         x = x.detach().cpu()
         return x.float() if x.is_floating_point() else x.long() if x.dtype != torch.bool else x
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pow2quant import saving
 from pow2quant.artifact import Table
 from pow2quant.errors import EncodingError, FileFormatError
+from pow2quant.foreign import check_is_file, parsed
 from pow2quant.pow2_constraints import Encoding, IntGrid
 
 REPORT, CONFIG, STATE, CERTIFICATE = "report.json", "config.yaml", "model.safetensors", "certificate.json"
@@ -42,12 +43,13 @@ def load_state(path: Path) -> tuple[dict[str, NDArray[Any]], Table]:
     """The inverse of `save_state`. Raises FileFormatError when the file is missing, corrupt or foreign."""
     from safetensors import SafetensorError, safe_open
 
+    check_is_file(path)
     try:
         with safe_open(path, framework="numpy") as file:
-            grids = json.loads((file.metadata() or {})["pow2quant.grids"])
+            grids = parsed((file.metadata() or {})["pow2quant.grids"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         table = {name: _encoding(tensors, name, *grid) for name, grid in grids.items()}
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, EncodingError) as error:
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, EncodingError) as error:
         raise FileFormatError(f"{path}: not a quantized state of pow2quant: {error}") from error
     return {k.removeprefix("parameter:"): v for k, v in tensors.items() if k.startswith("parameter:")}, table
 

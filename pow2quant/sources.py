@@ -18,10 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from pow2quant.errors import DataError
-from pow2quant.reading import Batches, Checked, Signature, data_error
+from pow2quant.reading import Batches, Checked, Signature, check_has_values, data_error
 
 SHUFFLE_SEED = 20240917
 """Orders the calibration images, whatever the run's seed: the same images calibrate every run."""
+
+MOST_CLASSES = 1_000_000
+"""Of labels that say how many classes there are: a wrong column of a table would otherwise take all memory."""
 
 STREAMED = 100
 """So many batches are kept of what can be read once only, or has no length."""
@@ -68,7 +71,7 @@ def data_of(made: Any, name: str, batch_size: int, train_batch_size: int, worker
     first, (train, test) = parts[0], parts[-2:]
     calibration_set, (train_set, test_set) = datasets[0], datasets[-2:]
     for word, dataset in zip(words, (calibration_set, train_set, test_set), strict=True):
-        if dataset is not None and not len(dataset):
+        if dataset is not None and not _length(dataset, f"{name}: the {word} set"):
             raise DataError(f"{name}: the {word} set is empty")
     classes = _classes(train_set, test_set)
     data = Data(
@@ -80,6 +83,13 @@ def data_of(made: Any, name: str, batch_size: int, train_batch_size: int, worker
         input_shape=() if test_set is None else _shape(test_set, name),
     )
     return _checked(data, name)
+
+
+def _length(dataset: Any, what: str) -> int:
+    try:
+        return len(dataset)
+    except Exception as error:
+        raise data_error(error, f"{what}: its length") from error
 
 
 def _is_parts(made: Any) -> bool:
@@ -252,7 +262,10 @@ def _classes(train: Any, test: Any) -> tuple[str, ...]:
     if hasattr(train, "classes"):
         return tuple(map(str, train.classes))
     known = [labels for each in (train, test) if (labels := _labels(each)) is not None]
-    return tuple(map(str, range(max(int(max(labels)) for labels in known) + 1))) if known else ()
+    count = max(int(labels.max()) for labels in known) + 1 if known else 0
+    if count > MOST_CLASSES:
+        raise DataError(f"label {count - 1} is no class; legal: 0 to {MOST_CLASSES - 1}")
+    return tuple(map(str, range(count)))
 
 
 def _labels(dataset: Any) -> Any:
@@ -265,7 +278,11 @@ def _labels(dataset: Any) -> Any:
         labels = getattr(dataset, "targets", None)
     if labels is None or not len(labels) or not (_is_array(labels) or isinstance(labels[0], int)):
         return None
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels)
+        check_has_values(labels, "labels")
+    except (DataError, RuntimeError, TypeError, ValueError):  # what they are is said when they are read
+        return None
     return labels if labels.ndim == 1 and not labels.is_floating_point() else None
 
 

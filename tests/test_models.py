@@ -304,7 +304,7 @@ def test_files_that_are_no_weights(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     torch.save({"epoch": 3}, tmp_path / "counts.pt")
     for name, expected in [
-        ("missing.pt", "missing.pt: no such file"),
+        ("missing.pt", "missing.pt: cannot be read: no such file"),
         ("notes.pt", "notes.pt: truncated, or not a file of weights"),
         ("list.pt", "list.pt: holds no state dict"),
         ("counts.pt", "counts.pt: holds no state dict"),

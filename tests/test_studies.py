@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pow2quant import models
+from pow2quant import models, runs
 from pow2quant.cli import main
 from pow2quant.config import Choice, RunConfig
 from pow2quant.errors import ConfigError, OutputError
@@ -31,6 +31,7 @@ optuna = pytest.importorskip("optuna", reason="the extra 'search' is not install
 
 from pow2quant.study.ledger import ATTEMPTS, Ledger, Plan  # noqa: E402
 from pow2quant.study.locks import FileLock  # noqa: E402
+from pow2quant.study.trials import Trials, work  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--max-eval-batches", "1", "--max-calibration-batches", "1", "--method", "none", "--quiet"]
@@ -94,8 +95,8 @@ TEN = Plan(GRID)
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """The URL of a PostgreSQL server of our own, on a socket in a temporary folder."""
+def server() -> Iterator[tuple[str, Callable[[str], None]]]:
+    """A PostgreSQL server of our own, on a socket in a temporary folder: its URL, and what starts and stops it."""
     pytest.importorskip("psycopg", reason="the extra 'search' is not installed")
     installed = [shutil.which("postgres"), *map(str, Path("/usr/lib/postgresql").glob("*/bin/postgres"))]
     server = next((Path(p).resolve().parent for p in installed if p), None)
@@ -112,8 +113,13 @@ def postgres() -> Iterator[str]:
     control = [*user, server / "pg_ctl", "-D", data, "-w", "-l", folder / "log"]
     try:
         subprocess.run(made, check=True, capture_output=True, cwd=folder)
-        subprocess.run([*control, "-o", socket, "start"], check=True, capture_output=True, cwd=folder)
-        yield f"postgresql://study@/postgres?host={folder}"
+
+        def order(what: str) -> None:
+            options = ["-o", socket] if what == "start" else ["-m", "fast"]
+            subprocess.run([*control, *options, what], check=True, capture_output=True, cwd=folder)
+
+        order("start")
+        yield f"postgresql://study@/postgres?host={folder}", order
     finally:
         subprocess.run([*control, "-m", "immediate", "stop"], check=False, capture_output=True, cwd=folder)
         shutil.rmtree(folder, ignore_errors=True)
@@ -180,6 +186,51 @@ def test_of_two_workers_one_is_killed_and_no_trial_is_lost_or_done_twice(
     (taken_over,) = (e for e in entries if e.attempts == 2)
     assert lines.count(f"began {taken_over.number}") == 2
     assert sum(e.result == {"by": "yes"} for e in entries) == 2
+
+
+@pytest.fixture
+def postgres(server: tuple[str, Callable[[str], None]]) -> str:
+    return server[0]
+
+
+def test_a_database_that_is_away_for_a_while_loses_nothing(
+    server: tuple[str, Callable[[str], None]], tmp_path: Path
+) -> None:
+    """PostgreSQL stops and starts again under two workers: both go on, and all trials are finished."""
+    (url, order), log = server, tmp_path / "log"
+    name = f"study-{tmp_path.name}"
+    command = [sys.executable, "-W", "error", "-c", WORKER, url, name, str(log), "no"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    workers = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    end = time.monotonic() + 60
+    while (log.read_text().count("ended") if log.exists() else 0) < 3 and time.monotonic() < end:
+        time.sleep(0.02)
+    order("stop")
+    order("start")
+    assert [worker.wait(120) for worker in workers] == [0, 0]
+    entries = Ledger(url, name, TEN, "fingerprint").entries()
+    assert [(e.number, e.state) for e in entries] == [(number, "complete") for number in range(10)]
+    assert len({json.dumps(e.combination) for e in entries}) == 10
+
+
+@pytest.mark.parametrize(("failures", "state"), [(1, "complete"), (2, "failed")])
+def test_a_trial_that_fails_by_accident_is_tried_once_more(
+    failures: int, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [failures]
+
+    def score(*_: object) -> dict[str, Any]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(28, "No space left on device")
+        return {"initial_accuracy": 1.0, "final_accuracy": 1.0, "final_sqnr_db": 1.0, "evaluated_samples": 1}
+
+    monkeypatch.setattr(runs, "score", score)
+    plan = Plan(((given("seed=1"),),))
+    trials = Trials(RunConfig(), plan, tmp_path)
+    (entry,) = work(Ledger(f"sqlite:///{tmp_path / 'study.db'}", "study", plan, "fingerprint"), trials)
+    assert entry.state == state
+    assert ("tried twice" in entry.error) == (state == "failed")
 
 
 def test_what_a_worker_has_lost_it_cannot_finish(study: partial[Ledger]) -> None:

@@ -7,11 +7,11 @@ the supergroups say, and a supergroup that would fuse more is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pow2quant import foreign
 from pow2quant.errors import ConfigError
 from pow2quant.operators import OPERATIONS, Values, operations
 
@@ -33,8 +33,8 @@ def plan(path: Path, base: QuantPlan, types: Mapping[str, str], outputs: Collect
     Raises ConfigError, naming file and key, for a file that cannot be read and for what has no meaning here.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        document = foreign.parsed(foreign.text(path, foreign.MOST_TEXT, ConfigError))
+    except ValueError as error:
         raise ConfigError(f"config_file: {path}: cannot be read as JSON: {error}") from error
     root = _Section(str(path), "", document)
     root.only(("defaults", "params", "op_type", "supergroups", "supergroup_pass_list", "model_input", "model_output"))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import onnx
 
+from pow2quant import foreign
 from pow2quant.adapters.files import (
     GRIDS,
     at_least_opset,
@@ -28,6 +29,7 @@ from pow2quant.adapters.files import (
 )
 from pow2quant.artifact import Artifact
 from pow2quant.errors import ConfigError, EncodingError, FileFormatError
+from pow2quant.foreign import parsed
 from pow2quant.pow2_constraints import Encoding, IntGrid
 from pow2quant.saving import write
 
@@ -83,13 +85,9 @@ def loads(text: str, *, source: str = "<encodings>", axes: Mapping[str, int] | N
     source: the file's name, for messages. axes: the channel axis by tensor (see `channel_axes`), for versions that
     state none; 0 for tensors not in it. Raises FileFormatError naming the file, the tensor and the key.
     """
-
-    def not_a_number(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no number of JSON")
-
     try:
-        document = json.loads(text, parse_constant=not_a_number)
-    except (ValueError, RecursionError) as error:
+        document = parsed(text, nan=False)
+    except ValueError as error:
         raise FileFormatError(f"{source}: not JSON: {error}") from error
     return _read(document, source, axes or {})
 
@@ -100,10 +98,7 @@ def load(path: Path, axes: Mapping[str, int] | None = None) -> Table:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"{path}: cannot be read as an encodings file: {error}") from error
+    return foreign.text(path, foreign.MOST_JSON)
 
 
 def apply(model: onnx.ModelProto, table: Table) -> Artifact:
@@ -165,7 +160,7 @@ def convert(source: Path, version: str, target: Path) -> Path:
     """
     text = _text(source)
     table = loads(text, source=str(source))
-    listed = _parameter_names(json.loads(text))
+    listed = _parameter_names(parsed(text))
     names = listed if listed is not None else {name for name, e in table.items() if _looks_like_parameter(name, e)}
     write(target, dumps(table, names, version).encode())
     return target
@@ -332,7 +327,7 @@ class _Entry:
         value = self[key]
         for number in value if isinstance(value, list) else [value]:
             if type(number) not in (int, float) or not abs(number) <= FLOAT32_MAX:
-                self.refuse(key, f"must be finite numbers, got {number!r}")
+                self.refuse(key, f"must be finite numbers, got {number!r:.80}")
         if value == []:
             self.refuse(key, "is empty")
         return np.asarray(value, np.float64)
@@ -342,6 +337,16 @@ class _Entry:
         if (numbers != np.rint(numbers)).any() or (np.abs(numbers) > 1 << 32).any():
             self.refuse(key, f"must be whole numbers of at most 32 bits, got {self[key]!r}")
         return numbers.astype(np.int64)
+
+    def number(self, key: str) -> float:
+        value = self.numbers(key)
+        if value.ndim:
+            self.refuse(key, f"must be one number, got {self[key]!r:.80}")
+        return float(value)
+
+    def integer(self, key: str) -> int:
+        self.number(key)
+        return int(self.integers(key))
 
 
 if TYPE_CHECKING:
@@ -357,9 +362,9 @@ def _from_0_6_1(entry: _Entry, exact: Exact | None, axis: int) -> Encoding | Non
         return None
     for channel in channels:
         _refuse_keys(channel, ("zero_point_shift", "rows_per_block"))
-    bits = tuple(int(channel.integers("bitwidth")) for channel in channels)
-    scale = np.array([channel.numbers("scale") for channel in channels])
-    offset = np.array([channel.integers("offset") for channel in channels])
+    bits = tuple(channel.integer("bitwidth") for channel in channels)
+    scale = np.array([channel.number("scale") for channel in channels])
+    offset = np.array([channel.integer("offset") for channel in channels])
     symmetric = {channel.flag("is_symmetric") for channel in channels} == {True}
     return _encoding(
         scale if len(channels) > 1 else scale[0],
@@ -381,14 +386,14 @@ def _from_1_0_0(entry: _Entry, exact: Exact | None, axis: int) -> Encoding | Non
     scale, offset = np.atleast_1d(entry.numbers("scale")), np.atleast_1d(entry.integers("offset"))
     if scale.shape != offset.shape or (kind == "PER_TENSOR" and scale.size != 1):
         entry.refuse("scale", f"has {scale.size} values for {offset.size} offsets and enc_type {kind}")
-    bits = int(entry.integers("bw"))
+    bits = entry.integer("bw")
     return _encoding(scale if kind == "PER_CHANNEL" else scale[0], offset, bits, entry.flag("is_sym"), exact, axis)
 
 
 def _from_2_0_0(entry: _Entry, exact: Exact | None, _: int) -> Encoding | None:
     _refuse_keys(entry, ("block_size", "per_block_int_scale"))
     unsigned, is_integer, bits = entry.one("output_dtype", str).partition("int")
-    if not is_integer or unsigned not in ("", "u") or not bits.isdecimal():
+    if not is_integer or unsigned not in ("", "u") or not bits.isdecimal() or len(bits) > 3:
         entry.refuse("output_dtype", f"must be an integer type such as uint8, got {entry['output_dtype']!r}")
     grid, axis = exact or (IntGrid(int(bits), not unsigned), None)
     scale = entry.numbers("y_scale")
@@ -407,7 +412,7 @@ def _from_2_0_0(entry: _Entry, exact: Exact | None, _: int) -> Encoding | None:
 def _is_float(entry: _Entry, width: str) -> bool:
     """Whether the entry says that its tensor stays float16 or float32."""
     kind = entry.one("dtype", str).lower()
-    if kind == "float" and int(entry.integers(width)) not in (16, 32):
+    if kind == "float" and entry.integer(width) not in (16, 32):
         entry.refuse(width, f"must be 16 or 32 for dtype float, got {entry[width]!r}")
     if kind not in ("int", "float"):
         entry.refuse("dtype", f"must be int or float, got {entry['dtype']!r}")

@@ -27,7 +27,7 @@ import onnx.inliner
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from pow2quant.adapters import clips, double, exact, guards
+from pow2quant.adapters import bounds, clips, double, exact, guards
 from pow2quant.adapters.batch import free_batch
 from pow2quant.adapters.files import (
     GRIDS,
@@ -42,6 +42,7 @@ from pow2quant.adapters.files import (
 from pow2quant.adapters.integer_ends import float_ends
 from pow2quant.artifact import Artifact
 from pow2quant.errors import EncodingError, FileFormatError, OutputError, UnsupportedModelError
+from pow2quant.foreign import check_is_file, parsed
 from pow2quant.operators import OPERATIONS, Kind, Values, operations
 from pow2quant.pow2_constraints import Encoding, IntGrid
 from pow2quant.saving import write
@@ -81,9 +82,13 @@ def load(path: Path) -> ModelProto:
 
     Raises FileFormatError, naming the file, when it is missing, corrupt, or not ONNX.
     """
+    check_is_file(path)
     try:
         model = onnx.load(path, format="protobuf")
+        bounds.check(model)
         onnx.checker.check_model(str(path))
+    except MemoryError:
+        raise
     except Exception as error:  # protobuf's, the checker's and the operating system's errors have no common base
         reason = str(error).strip().partition("\n")[0]
         raise FileFormatError(f"{path}: not a valid ONNX file: {reason or type(error).__name__}") from error
@@ -659,7 +664,7 @@ def _refuse_control_flow(graph: onnx.GraphProto) -> None:
 
 def _parse_grids(text: str) -> dict[str, tuple[IntGrid, int | None]]:
     try:
-        return exact_grids(json.loads(text), "metadata")
+        return exact_grids(parsed(text), "metadata")
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"metadata: {GRIDS}: not JSON: {error}") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -47,17 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(stop.exit_code)
     except usage_error as error:
         return _complain(error.format_message(), BAD_INPUT)  # type: ignore[attr-defined]
-    except BrokenPipeError:
-        _give_up_stdout()
-        return UNREAD
-    except KeyboardInterrupt:
-        return _complain("interrupted; nothing was written", INTERRUPTED)
-    except Exception as error:
+    except BaseException as error:  # a user's own code raises whatever it likes
         if "--verbose" in given:
-            traceback.print_exc()
-        if _signals:  # it came while a library was being imported, which made another error of it
-            return _complain("interrupted; nothing was written", INTERRUPTED)
-        return _complain(*_explained(error))
+            with suppress(OSError):
+                traceback.print_exc()
+        return _complain(*_explained(error, given))
 
 
 _signals: list[int] = []
@@ -71,6 +66,7 @@ def interrupted() -> bool:
 
 def run() -> None:
     """The console script. Being told to end clears up as Ctrl-C does."""
+    _open_what_is_closed()
 
     def interrupt(number: int, frame: object) -> None:
         _signals.append(number)
@@ -80,6 +76,17 @@ def run() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
     sys.exit(main())
+
+
+def _open_what_is_closed() -> None:
+    """Closed standard streams lead nowhere: otherwise, the next file that is opened would get their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
 
 
 def _with_hyphens(argument: str) -> str:
@@ -101,17 +108,34 @@ def _as_it_was() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _explained(error: Exception) -> tuple[str, int]:
+def _explained(error: BaseException, given: Sequence[str]) -> tuple[str, int]:
     """One line, and the exit status."""
+    from pow2quant.cli.crash import own_code, report
     from pow2quant.errors import Pow2QuantError
 
+    if _signals or isinstance(error, KeyboardInterrupt):  # while a library is imported, it may become another error
+        return "interrupted; nothing was written", INTERRUPTED
     if isinstance(error, Pow2QuantError):
         return str(error), BAD_INPUT
+    own = own_code(error)
+    if own is not None:
+        return own, BAD_INPUT
+    if isinstance(error, BrokenPipeError):
+        _give_up_stdout()
+        return "", UNREAD
     if isinstance(error, OSError) and error.strerror:
         if error.filename is None:
             _give_up_stdout()
         return f"{error.filename or 'the result cannot be written'}: {error.strerror}", BAD_INPUT
-    return f"a defect in pow2quant ({type(error).__name__}: {error}); --verbose shows where", DEFECT
+    if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        return f"not enough memory: {str(error)[:200] or 'smaller batches or a smaller network need less'}", BAD_INPUT
+    file = report(error, given)
+    sent = f"please send {file}" if file else "--verbose shows where"
+    return f"a defect in pow2quant ({type(error).__name__}: {str(error)[:300]}); {sent}", DEFECT
+
+
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory|bad_alloc", re.IGNORECASE)
+"""How libraries say that there is no memory left, in errors of many kinds."""
 
 
 def _give_up_stdout() -> None:
@@ -121,5 +145,15 @@ def _give_up_stdout() -> None:
 
 
 def _complain(text: str, status: int) -> int:
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    """Prints one line; not where nobody reads it."""
+    line = " ".join(text.split())
+    if line:
+        line = f"error: {line if len(line) <= MOST else line[: MOST - 3] + '...'}\n"
+        with suppress(OSError, ValueError, AttributeError):  # stderr is closed, or there is none
+            sys.stderr.write(line.encode(errors="backslashreplace").decode())
+            sys.stderr.flush()
     return status
+
+
+MOST = 1500
+"""Characters of an error's line."""

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pow2quant.errors import DataError, FileFormatError
+from pow2quant.foreign import check_is_file, parsed
 from pow2quant.saving import write
 
 Logits = NDArray[np.float32]
@@ -159,9 +160,10 @@ def load(path: Path) -> Correction:
     """The inverse of `save`. Raises FileFormatError for a file that is missing, corrupt or foreign."""
     from safetensors import SafetensorError, safe_open
 
+    check_is_file(path)
     try:
         with safe_open(path, framework="numpy") as file:
-            alpha = json.loads((file.metadata() or {})[FORMAT])["alpha"]
+            alpha = parsed((file.metadata() or {})[FORMAT])["alpha"]
             arrays = {name: file.get_tensor(name) for name in ARRAYS}
         made = Correction(**arrays, alpha=float(alpha))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:

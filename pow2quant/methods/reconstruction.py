@@ -230,7 +230,7 @@ def sqnr_db(targets: Sequence[Tensor], mean_squares: Tensor) -> str:
     """How far results are from their targets, for people: `12.3 dB`. mean_squares: of the error, per channel (C,)."""
     signal = sum(float(t.square().sum(dtype=torch.float64)) for t in targets) / sum(t.numel() for t in targets)
     noise = float(mean_squares.mean())
-    return f"{10 * math.log10(signal / noise):.1f} dB" if signal and noise else "exact"
+    return f"{10 * math.log10(signal / noise):.1f} dB" if signal > 0 and noise > 0 else "exact"
 
 
 @torch.no_grad()

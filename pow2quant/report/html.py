@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pow2quant import run_folder
+from pow2quant import foreign, run_folder
 from pow2quant.errors import FileFormatError
 from pow2quant.report import graph, histograms, summary
 from pow2quant.report.statistics import middle, tax_db
@@ -113,7 +112,7 @@ def page_of(folder: Path) -> str:
         read(folder / run_folder.REPORT),
         _beside(folder / run_folder.STATISTICS),
         _beside(folder / METRICS),
-        config.read_text(encoding="utf-8") if config.is_file() else "",
+        foreign.text(config, foreign.MOST_TEXT) if config.is_file() else "",
     )
 
 
@@ -144,7 +143,7 @@ def guarded(source: Path, make: Callable[[], str]) -> str:
 
 def read(path: Path) -> dict[str, Any]:
     """A JSON object."""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = foreign.parsed(foreign.text(path, foreign.MOST_JSON))
     if not isinstance(found, dict):
         raise TypeError(f"expected an object, got {type(found).__name__}")
     return found

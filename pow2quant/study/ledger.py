@@ -10,16 +10,24 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 from uuid import uuid4
 
 from pow2quant.errors import ConfigError, MissingExtraError, OutputError, Pow2QuantError
-from pow2quant.study.locks import AdvisoryLock, FileLock, Lock, Locks, held
+from pow2quant.study.locks import PATIENCE, AdvisoryLock, FileLock, Lock, Locks, held, is_away
 from pow2quant.study.space import Combination, Grid, Label, Range, combinations
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MOMENT = 1.0
+"""Seconds between two tries of a database that is away, and for which another may look at a worker's lock."""
 
 SAMPLERS = ("tpe", "random")
 ATTEMPTS = 3
@@ -59,12 +67,30 @@ class Entry(NamedTuple):
     attempts: int
 
 
+def _patient(act: Callable[P, T]) -> Callable[P, T]:
+    """Does it again where the database is away, for at most `PATIENCE` seconds. What is recorded is not done twice."""
+
+    @wraps(act)
+    def tried(*arguments: P.args, **options: P.kwargs) -> T:
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return act(*arguments, **options)
+            except Exception as error:
+                if not is_away(error) or time.monotonic() > end:
+                    raise
+                time.sleep(MOMENT)
+
+    return tried
+
+
 @dataclass
 class Ledger:
     """The record of one study.
 
     url: of its database, `sqlite:///FILE` or `postgresql://…`; name: of the study in it. fingerprint: what the study
-    is; a study of this name that is another is not continued. worker: a name that no other worker has.
+    is; a study of this name that is another is not continued. worker: a name that no other worker has. taken: its
+    trials, as far as it knows.
     Raises OutputError for a database that cannot be used, ConfigError for a study that is another.
     """
 
@@ -73,6 +99,7 @@ class Ledger:
     plan: Plan
     fingerprint: str
     worker: str = field(default_factory=lambda: uuid4().hex)
+    taken: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         optuna = _optuna()
@@ -100,16 +127,18 @@ class Ledger:
         if known not in (None, self.fingerprint):
             raise ConfigError(f"{self.name}: is another study already; choose another --study or another --output")
 
+    @_patient
     def claim(self) -> Claim | None:
         """The next trial for this worker: one whose worker has died, or a new one; None when there is none left."""
-        if self._alive is None:
+        if self._alive is None or not self._alive.is_held():
             self._alive = self._locks(f"worker {self.worker}")
-            if not self._alive.take():
+            if not self._alive.take(MOMENT):
                 raise OutputError(f"worker {self.worker}: is running already")
         with self._locked():
             trials = self._study.get_trials(deepcopy=False)
             return self._orphan(trials) or (self._drawn(trials) if self.plan.trials else self._next(trials))
 
+    @_patient
     def finish(self, claim: Claim, result: Mapping[str, Any], value: float | None, error: str = "") -> bool:
         """Records what came of a trial; not, and False, where it is no longer this worker's."""
         from optuna.trial import TrialState
@@ -126,15 +155,18 @@ class Ledger:
             self._study.tell(claim.number, None if failed else value, state=state)
         return True
 
+    @_patient
     def give_back(self, claim: Claim) -> None:
         """Leaves a trial to whoever comes next, as if this worker had not begun it."""
         with self._locked():
             trial = self._study.get_trials(deepcopy=False)[claim.number]
+            self.taken.discard(claim.number)
             if not trial.state.is_finished() and trial.user_attrs.get("worker") == self.worker:
                 handle = self._handle(trial)
                 handle.set_user_attr("worker", None)
                 handle.set_user_attr("attempts", trial.user_attrs["attempts"] - 1)
 
+    @_patient
     def entries(self) -> list[Entry]:
         """Every trial that there is, in order."""
         with self._locked():
@@ -169,10 +201,14 @@ class Ledger:
     def _orphan(self, trials: Sequence[Any]) -> Claim | None:
         """A running trial whose worker is dead. One that has killed too many is told to have failed."""
         for trial in trials:
-            if trial.state.is_finished() or not self._is_dead(trial.user_attrs.get("worker")):
+            worker, attempts = trial.user_attrs.get("worker"), trial.user_attrs.get("attempts", 0)
+            if trial.state.is_finished() or (trial.number in self.taken and worker == self.worker):
                 continue
-            attempts = trial.user_attrs.get("attempts", 0)
+            if worker != self.worker and not self._is_dead(worker):
+                continue
             handle = self._handle(trial)
+            if worker == self.worker:  # the connection was lost before this worker knew that it had it
+                return self._taken(handle, trial.user_attrs.get("grid", 0), attempts)
             if attempts < ATTEMPTS:
                 return self._taken(handle, trial.user_attrs.get("grid", 0), attempts + 1)
             handle.set_user_attr("error", f"its worker died {attempts} times")
@@ -196,6 +232,7 @@ class Ledger:
         handle.set_user_attr("grid", grid)
         handle.set_user_attr("attempts", attempts)
         handle.set_user_attr("worker", self.worker)
+        self.taken.add(handle.number)
         return Claim(handle.number, grid, combination)
 
     def _next(self, trials: Sequence[Any]) -> Claim | None:
@@ -217,6 +254,7 @@ class Ledger:
                         user_attrs={"grid": index, "attempts": 1, "worker": self.worker},
                     )
                 )
+                self.taken.add(len(trials))
                 return Claim(len(trials), index, combination)
         return None
 

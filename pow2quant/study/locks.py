@@ -35,6 +35,10 @@ class Lock(Protocol):
         """Gives it back for good: its name is not used again, and its file goes."""
         ...
 
+    def is_held(self) -> bool:
+        """Whether it is still ours: with a lost connection it is not."""
+        ...
+
 
 class Locks(Protocol):
     """The locks of one study, by name."""
@@ -75,6 +79,9 @@ class FileLock:
             self._path.unlink(missing_ok=True)
         self.free()
 
+    def is_held(self) -> bool:
+        return self._connection is not None
+
 
 class AdvisoryLock:
     """A session's advisory lock on a connection of its own: PostgreSQL frees it when the connection ends."""
@@ -108,6 +115,16 @@ class AdvisoryLock:
     def drop(self) -> None:
         self.free()
 
+    def is_held(self) -> bool:
+        if self._connection is None:
+            return False
+        try:
+            self._connection.execute("SELECT 1")
+        except _psycopg().Error:
+            self.free()
+            return False
+        return True
+
 
 @contextmanager
 def held(lock: Lock, patience: float = PATIENCE) -> Iterator[None]:
@@ -118,6 +135,17 @@ def held(lock: Lock, patience: float = PATIENCE) -> Iterator[None]:
         yield
     finally:
         lock.free()
+
+
+def is_away(error: BaseException | None) -> bool:
+    """Whether an error comes from a PostgreSQL that cannot be reached, is shutting down, or is starting."""
+    while error is not None:
+        if type(error).__module__.startswith("psycopg") and isinstance(
+            error, (_psycopg().OperationalError, _psycopg().InterfaceError)
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _psycopg() -> Any:

@@ -200,13 +200,13 @@ def _scalar(text: str) -> Any:
     """A value as YAML reads it, and `1e-4` as a number."""
     try:
         return float(text) if re.fullmatch(r"\s*[-+]?\d+(\.\d*)?[eE][-+]?\d+\s*", text) else yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, RecursionError):
         return text
 
 
 def _label(value: Any) -> Label:
     """The value itself, or what is written of a list or a mapping."""
-    return value if isinstance(value, Label) else json.dumps(value, separators=(",", ":"))
+    return value if isinstance(value, Label) else json.dumps(value, separators=(",", ":"), default=str)
 
 
 def _index(labels: tuple[Label, ...], label: Label) -> int:

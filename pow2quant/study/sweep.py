@@ -23,7 +23,7 @@ from pow2quant.report import comparison, summary
 from pow2quant.saving import write
 from pow2quant.study.figures import figures
 from pow2quant.study.ledger import SAMPLERS, Entry, Ledger, Plan
-from pow2quant.study.space import Axis, Range, axis, combinations, given
+from pow2quant.study.space import MOST, Axis, Range, axis, combinations, given
 from pow2quant.study.trials import RUNS, Row, Trials, described, work, work_in_processes
 
 RESULTS, SUMMARY, STUDY, DATABASE = "results.csv", "study.json", "study.yaml", "study.db"
@@ -134,21 +134,26 @@ def read(path: Path, base: RunConfig) -> Study:
     for key in mapping.keys() - known:
         raise ConfigError(f"{path}: {key}: unknown key; known: {', '.join(sorted(known))}")
     for key, legal in (("sampler", SAMPLERS), ("runs", (*RUNS, None))):
-        if key in mapping and mapping[key] not in legal:
+        if key in mapping and (isinstance(mapping[key], list | dict | set) or mapping[key] not in legal):
             raise ConfigError(f"{path}: {key}: {mapping[key]!r} is not legal; legal: {', '.join(map(str, legal))}")
     trials = mapping.get("trials")
     if trials is not None and (type(trials) is not int or trials < 1):
         raise ConfigError(f"{path}: trials: {trials!r} is not legal; legal: an integer from 1 up")
+    laid, name = mapping.get("base"), mapping.get("name")
+    if not isinstance(laid, Mapping | None):
+        raise ConfigError(f"{path}: base: expected {{KEY: VALUE}}")
+    if not isinstance(name, str | None) or name == "":
+        raise ConfigError(f"{path}: name: expected text")
     grids = mapping["grids"]
     if not isinstance(grids, list) or not all(isinstance(grid, Mapping) and grid for grid in grids):
         raise ConfigError(f"{path}: grids: expected a list of {{KEY: VALUES}}")
     try:
         made = tuple(tuple(axis(str(name), values) for name, values in grid.items()) for grid in grids)
-        base = configuration.with_values(base, mapping.get("base") or {})
+        base = configuration.with_values(base, {str(key): value for key, value in (laid or {}).items()})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     plan = Plan(made, trials, mapping.get("sampler", "tpe"), base.seed)
-    return Study(base, plan, mapping.get("runs"), mapping.get("name"))
+    return Study(base, plan, mapping.get("runs"), name)
 
 
 def chosen(
@@ -183,6 +188,8 @@ def check(study: Study) -> None:
     """Raises ConfigError where a study cannot begin: no legal combination, or a sampler with several grids."""
     plan = study.plan
     if plan.trials is not None:
+        if plan.trials > MOST:
+            raise ConfigError(f"trials: {plan.trials:,} are more than {MOST:,}")
         if len(plan.grids) != 1:
             raise ConfigError("a sampler draws from one grid; give one, or leave trials out")
         return

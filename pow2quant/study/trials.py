@@ -50,8 +50,20 @@ class Trials:
         return applied(self.base, settings(self.plan.grids[grid], combination))
 
     def run(self, claim: Claim, progress: Progress = SILENT) -> tuple[Row, float | None, str]:
-        """The trial's columns, its top-1 (None: failed), and why it failed."""
-        started = time.monotonic()
+        """The trial's columns, its top-1 (None: failed), and why it failed.
+
+        What is no error of the configuration, such as a full disk for a moment, is tried once more.
+        """
+        row, value, error, again = self._tried(claim, progress)
+        if again:
+            progress.note(f"trial {claim.number + 1} failed ({error}) and is tried once more")
+            row, value, error, again = self._tried(claim, progress)
+            error += " (tried twice)" if again else ""
+        return row, value, error
+
+    def _tried(self, claim: Claim, progress: Progress) -> tuple[Row, float | None, str, bool]:
+        """The same, and whether trying again may help."""
+        started, again = time.monotonic(), False
         row: Row = {}
         try:
             config = self.config(claim.grid, claim.combination)
@@ -62,11 +74,13 @@ class Trials:
             if value is None:
                 error = "the network's output is no (N, classes): there is no accuracy"
         except Pow2QuantError as raised:
-            value, error = None, str(raised)
-        except Exception as raised:  # a network, a plug-in or a library may raise anything; the others go on
-            value, error = None, f"{type(raised).__name__}: {raised}"
+            value, error, again = None, str(raised), isinstance(raised, OutputError)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as raised:  # a network, a plug-in or a library may raise anything; the others go on
+            value, error, again = None, f"{type(raised).__name__}: {raised}", True
         row["duration_seconds"] = round(time.monotonic() - started, 2)
-        return row, value, " ".join(error.split())
+        return row, value, " ".join(error.split()), again
 
     def _quantized(self, config: RunConfig, claim: Claim, progress: Progress) -> dict[str, Any]:
         from pow2quant import runs, three_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pow2quant.errors import FileFormatError
+from pow2quant.foreign import check_is_file, parsed
 from pow2quant.saving import write
 
 STRUCTURE = "pow2quant.structure"
@@ -41,21 +43,22 @@ def dump(path: Path, state: Any) -> None:
 
 def load(path: Path) -> Any:
     """The inverse of `dump`. Raises FileFormatError when the file is missing, damaged or foreign."""
+    check_is_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            structure = json.loads((file.metadata() or {})[STRUCTURE])
+            structure = parsed((file.metadata() or {})[STRUCTURE])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        return _rich(structure, tensors)
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path}: not a checkpoint of pow2quant: {error}") from error
 
-    def rich(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        ((kind, inner),) = value.items()
-        if kind == "tensor":
-            return tensors[f"{inner:06d}"]
-        if kind == "dict":
-            return {key: rich(item) for key, item in inner}
-        return (list if kind == "list" else tuple)(rich(item) for item in inner)
 
-    return rich(structure)
+def _rich(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[f"{inner:06d}"]
+    if kind == "dict":
+        return {key: _rich(item, tensors) for key, item in inner}
+    return {"list": list, "tuple": tuple}[kind](_rich(item, tensors) for item in inner)

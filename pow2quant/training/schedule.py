@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from pow2quant.artifact import Site
 from pow2quant.config import Choice, TrainingConfig, from_file, is_in_file, users_code
-from pow2quant.errors import ConfigError
+from pow2quant.errors import ConfigError, Pow2QuantError
 
 LENGTHS = ("T_max", "total_steps", "total_iters")
 """Parameters by which torch's schedulers are told how long they last."""
@@ -43,6 +44,8 @@ def criterion_of(config: TrainingConfig, default: str) -> Criterion:
         for key, value in choice.parameters.items()
     }
     made: Criterion = _made("criterion", choice._replace(parameters=values), nn, ())
+    if not callable(made):
+        raise ConfigError(f"training.criterion: {choice.name} made a {type(made).__name__}, which is no loss")
     return made
 
 
@@ -60,12 +63,18 @@ def loss_of(criterion: Criterion, results: Any, targets: Any) -> Tensor:
         of_one = isinstance(targets, Tensor) and targets.shape != results.shape and targets.numel() == results.numel()
         if of_one and isinstance(criterion, ELEMENTWISE):
             targets = targets.reshape(results.shape).to(results.dtype)
+    what = type(criterion).__name__ if isinstance(criterion, nn.Module) else getattr(criterion, "__name__", "it")
     try:
-        return criterion(results, targets)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        what = type(criterion).__name__ if isinstance(criterion, nn.Module) else getattr(criterion, "__name__", "it")
+        loss = criterion(results, targets)
+    except (Pow2QuantError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConfigError(f"training.criterion: {what} does not fit the data: {reason}") from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        got = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ConfigError(f"training.criterion: {what} gave {got}; the loss of a batch is one float in a tensor")
+    return loss.reshape(())
 
 
 ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCEWithLogitsLoss, nn.BCELoss)
@@ -95,6 +104,7 @@ class Schedule:
         """steps: of the whole training."""
         self.scheduler: LRScheduler | None = None
         self.every_step = False
+        self.choice = config.scheduler
         if config.scheduler is None:
             return
         choice = config.scheduler
@@ -105,19 +115,30 @@ class Schedule:
             choice = choice._replace(parameters={**choice.parameters, length: steps})
         if "max_lr" in known:
             choice = choice._replace(parameters={"max_lr": config.learning_rate, **choice.parameters})
-        self.scheduler = _made("scheduler", choice, torch.optim.lr_scheduler, (optimizer,))
+        made = _made("scheduler", choice, torch.optim.lr_scheduler, (optimizer,))
+        if not all(callable(getattr(made, name, None)) for name in ("step", "state_dict", "load_state_dict")):
+            raise ConfigError(f"training.scheduler: {choice.name} made a {type(made).__name__}, which is no scheduler")
+        self.scheduler = made
 
     def after_step(self) -> None:
         """To be called behind every optimizer step."""
         if self.scheduler is not None and self.every_step:
-            self.scheduler.step()
+            with self._told():
+                self.scheduler.step()
 
     def after_epoch(self, loss: float) -> None:
         """To be called behind every epoch, with its mean loss."""
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(loss)
-        elif self.scheduler is not None and not self.every_step:
-            self.scheduler.step()
+        if self.scheduler is None or self.every_step:
+            return
+        with self._told():
+            if isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step(loss)
+            else:
+                self.scheduler.step()
+
+    def _told(self) -> AbstractContextManager[None]:
+        assert self.choice is not None
+        return told("scheduler", self.choice)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs: no functions, which the configuration gives again."""
@@ -177,10 +198,20 @@ def _made(role: str, choice: Choice, home: Any, arguments: tuple[Any, ...]) -> A
     thing = _thing(role, choice, home)
     if role == "criterion" and not isinstance(thing, type) and not choice.parameters:
         return thing
-    try:
-        if is_in_file(choice.name):
-            with users_code(choice.name, ConfigError):
-                return thing(*arguments, **choice.parameters)
+    with told(role, choice):
         return thing(*arguments, **choice.parameters)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"training.{role}: {choice.name}: {error}") from error
+
+
+@contextmanager
+def told(role: str, choice: Choice) -> Iterator[None]:
+    """Around what a configuration chose for training: what it raises becomes a ConfigError that names the key."""
+    try:
+        with users_code(choice.name, ConfigError) if is_in_file(choice.name) else nullcontext():
+            yield
+    except Pow2QuantError as error:
+        raise ConfigError(f"training.{role}: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"training.{role}: {choice.name}: {type(error).__name__}: {reason}") from error

@@ -28,7 +28,7 @@ from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
 from pow2quant.config import TrainingConfig
 from pow2quant.datasets import Data
-from pow2quant.errors import ConfigError, TrainingError
+from pow2quant.errors import ConfigError, FileFormatError, Pow2QuantError, TrainingError
 from pow2quant.tasks.base import Task
 from pow2quant.tasks.judging import judged, leading
 from pow2quant.training import checkpoint, curves, schedule
@@ -267,7 +267,8 @@ class Trainer:
         if self.config.gradient_clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.tensors, self.config.gradient_clip)
-        self.scaler.step(self.optimizer)
+        with schedule.told("optimizer", self.config.optimizer):
+            self.scaler.step(self.optimizer)
         if self.exponent_optimizer is not None and any(p.grad is not None for p in self.exponents.parameters()):
             self.scaler.step(self.exponent_optimizer)
         self.scaler.update()
@@ -403,8 +404,21 @@ class Trainer:
         }
         checkpoint.dump(self.path, state)
 
+    def _restore(self, state: Any) -> None:
+        """Raises ConfigError for a training of another configuration, FileFormatError for what is no training's."""
+        try:
+            self._take(state)
+        except Pow2QuantError:
+            raise
+        except Exception as error:  # a foreign state fails in every way there is
+            reason = " ".join(str(error).split())[:200]
+            raise FileFormatError(
+                f"{self.path}: not a checkpoint of this training ({type(error).__name__}: {reason}); "
+                "start anew with --overwrite"
+            ) from error
+
     @torch.no_grad()
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _take(self, state: dict[str, Any]) -> None:
         if state["identity"] != self.identity:
             raise ConfigError(f"{self.path}: {_difference(state['identity'], self.identity)}")
         for tensor, value in zip(self.tensors, state["parameters"], strict=True):

@@ -1,0 +1,238 @@
+"""Bad input of every kind ends in one clear error: files from strangers, a user's own code, labels, names, streams."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from pow2quant import cli, config, datasets, foreign, models, prepare
+from pow2quant.cli import commands, main
+from pow2quant.config import DataConfig
+from pow2quant.errors import ConfigError, DataError, FileFormatError, WeightsError
+from pow2quant.training import checkpoint, schedule
+from tests.attacks import files, good
+
+
+@pytest.mark.parametrize("bomb", [pytest.param(text, id=name) for name, text in files.bombs()])
+def test_a_configuration_that_would_grow_is_refused(bomb: str, tmp_path: Path) -> None:
+    (tmp_path / "bomb.yaml").write_text(bomb)
+    with pytest.raises(ConfigError):
+        config.load(tmp_path / "bomb.yaml")
+
+
+def test_aliases_that_repeat_little_are_legal(tmp_path: Path) -> None:
+    text = "quantization: {overrides: {a: &same {weight: {bitwidth: 4}}, b: *same}}"
+    (tmp_path / "aliases.yaml").write_text(text)
+    assert set(config.load(tmp_path / "aliases.yaml").quantization.overrides) == {"a", "b"}
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_is_not_opened(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "it")
+    for read in (config.load, lambda p: models.load_weights(nn.Linear(1, 1), p), checkpoint.load):
+        with pytest.raises((ConfigError, WeightsError, FileFormatError), match=r"is a folder|a pipe or a device"):
+            read(tmp_path / "it")
+
+
+def test_json_has_a_depth() -> None:
+    for text in ("[" * 100000, '{"a":' * 200 + "1" + "}" * 200, "[" * 101 + "]" * 101):
+        with pytest.raises(ValueError, match="deep"):
+            foreign.parsed(text)
+    assert foreign.parsed("[" * 99 + "]" * 99)
+
+
+def picture(path: Path, number: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (number, 9, 9)).save(path)
+
+
+def folder_of_images(path: Path) -> DataConfig:
+    for part in ("train", "test"):
+        for label in ("a", "b"):
+            for number in range(3):
+                picture(path / part / label / f"{number}.png", number)
+    return DataConfig("imagefolder", str(path), resize=8, crop=8)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda place: os.mkfifo(place / "0.png"),
+        lambda place: (place / "0.png").symlink_to("/dev/zero"),
+        lambda place: (place / "0.png").symlink_to("/proc/self/maps"),
+        lambda place: (place / "0.png").symlink_to("0.png"),
+    ],
+)
+def test_what_is_no_image_is_named(make: Callable[[Path], None], tmp_path: Path) -> None:
+    chosen = folder_of_images(tmp_path)
+    (tmp_path / "test" / "a" / "0.png").unlink()
+    make(tmp_path / "test" / "a")
+    with pytest.raises(DataError, match=r"0\.png"):
+        list(datasets.load(chosen).test)
+
+
+def test_links_in_folders_of_images_lead_nowhere(tmp_path: Path) -> None:
+    """A class may be a link; a loop, the root and /proc inside a class are not followed."""
+    chosen = folder_of_images(tmp_path / "images")
+    (tmp_path / "images" / "train" / "b").rename(tmp_path / "elsewhere")
+    (tmp_path / "images" / "train" / "b").symlink_to(tmp_path / "elsewhere")
+    inside = tmp_path / "images" / "train" / "a" / "deep"
+    picture(inside / "9.png")
+    for name, target in (("loop", "."), ("parent", "../.."), ("root", "/"), ("proc", "/proc")):
+        (inside / name).symlink_to(target)
+    assert sum(len(images) for images, _ in datasets.load(chosen).calibration) == 3 + 1 + 3
+    (tmp_path / "images" / "train" / "c").symlink_to("..")
+    (tmp_path / "images" / "test" / "c").symlink_to("..")
+    with pytest.raises(DataError, match="link to where it lies"):
+        datasets.load(chosen)
+
+
+def linear() -> dict[Any, Any]:
+    return dict(nn.Linear(2, 2).state_dict())
+
+
+def circular() -> Any:
+    state = linear()
+    state["state_dict"] = state
+    return state
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (circular, "contains itself"),
+        (lambda: dict(enumerate(linear().values())), "names in a state dict are text"),
+        (lambda: {(k, 1): v for k, v in linear().items()}, "names in a state dict are text"),
+        (lambda: {k.encode(): v for k, v in linear().items()}, "names in a state dict are text"),
+        (lambda: linear() | {"weight": torch.ones(2, 2).to_sparse()}, "weight is sparse"),
+        (lambda: linear() | {"weight": torch.ones(2, 2, device="meta")}, "weight has no values"),
+        (lambda: linear() | {"weight": torch.ones(2, 2, dtype=torch.complex64)}, "complex"),
+    ],
+)
+def test_weights_of_strange_kinds_are_refused(state: Callable[[], Any], words: str, tmp_path: Path) -> None:
+    torch.save(state(), tmp_path / "weights.pt")
+    with pytest.raises(WeightsError, match=words):
+        models.load_weights(nn.Linear(2, 2), tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("made", ["nn.LazyLinear(2)", "nn.Linear(2, 2, device='meta')"])
+def test_a_network_without_values_is_refused(made: str, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(f"from torch import nn\ndef net():\n    return {made}\n")
+    with pytest.raises(WeightsError, match="has no"):
+        models.build(f"{tmp_path / 'net.py'}:net")
+
+
+NAMES = ("in", "class", "lambda", 'a"b', "a'b", "a\nb", "\\", "*/", "{x}", "1", "名", "$(x)")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_may_have_any_name(name: str) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            inner = nn.Sequential(nn.Conv2d(2, 2, 1))
+            self.b = nn.ModuleDict({name: nn.Conv2d(1, 2, 3), f"{name}2": inner, "z": nn.ReLU()})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b["z"](self.b[f"{name}2"](self.b[name](x)))
+
+    network, x = Odd().eval(), torch.rand(2, 1, 5, 5)
+    assert torch.equal(prepare(network, x)(x), network(x))
+
+
+@pytest.mark.parametrize(
+    "statement", ["raise SystemExit(3)", "raise GeneratorExit", "raise type('E', (BaseException,), {})"]
+)
+@pytest.mark.parametrize(
+    "place", ["def net():\n    ", "def data():\n    ", "class Net(nn.Module):\n  def forward(self, x):\n    "]
+)
+def test_whatever_own_code_raises_is_one_line(
+    statement: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = good.CODE + f"\n\n{place}{statement}\n" + ("\n\nnet = Net\n" if "Net(" in place else "")
+    assert main(good.put(tmp_path, code)) == 2
+    assert "mine.py, line" in capsys.readouterr().err
+    assert not list(tmp_path.glob("pow2quant-crash*"))
+
+
+def loss(training: config.TrainingConfig) -> torch.Tensor:
+    made = schedule.criterion_of(training, "CrossEntropyLoss")
+    return schedule.loss_of(made, torch.zeros(2, 3), torch.zeros(2).long())
+
+
+@pytest.mark.parametrize("role", ["criterion", "optimizer", "scheduler"])
+@pytest.mark.parametrize("result", ["None", "3", "lambda *a: 'x'", "object()"])
+def test_what_training_is_given_must_be_what_it_is_called(role: str, result: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(f"def thing(*a, **k):\n    return {result}\n")
+    values = {f"training.{role}": {"type": f"{tmp_path / 'mine.py'}:thing", "x": 1}}
+    training = config.with_values(config.RunConfig(), values).training
+    weight = nn.Parameter(torch.zeros(2, 2))
+    calls = {
+        "optimizer": lambda: schedule.optimizer_of(training, [weight]),
+        "scheduler": lambda: schedule.Schedule(training, torch.optim.SGD([weight], 0.1), 10),
+        "criterion": lambda: loss(training),
+    }
+    with pytest.raises(ConfigError, match=f"training.{role}"):
+        calls[role]()
+
+
+@pytest.mark.parametrize("name", ["TripletMarginLoss", "BCELoss", "CTCLoss", "CosineEmbeddingLoss", "Identity"])
+def test_a_criterion_that_compares_something_else_is_named(name: str) -> None:
+    training = config.with_values(config.RunConfig(), {"training.criterion": name}).training
+    with pytest.raises(ConfigError, match=r"training\.criterion"):
+        loss(training)
+
+
+@pytest.mark.parametrize("structure", files._STRUCTURES)
+def test_a_foreign_checkpoint_is_refused_or_plain(structure: str, tmp_path: Path) -> None:
+    from safetensors.torch import save
+
+    (tmp_path / "c").write_bytes(save({}, metadata={checkpoint.STRUCTURE: structure}))
+    with suppress(FileFormatError):
+        checkpoint.load(tmp_path / "c")
+
+
+def test_a_defect_leaves_a_file_with_nothing_private(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "configured", eval("lambda *_: {}['private-text']"))  # not in a file of a user's own
+    assert main(["list", "--seed", "7", "--output", "private-folder"]) == 70
+    (file,) = tmp_path.glob("pow2quant-crash-*.txt")
+    assert file.name in capsys.readouterr().err
+    text = file.read_text()
+    assert "KeyError" in text
+    assert "pow2quant/cli/commands.py" in text
+    assert "command: list --seed --output" in text
+    assert "private" not in text
+    assert str(tmp_path) not in text
+
+
+def test_no_memory_is_no_defect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "configured", eval("lambda *_: torch.empty(1 << 60)", {"torch": torch}))
+    assert main(["list"]) == 2
+    assert "not enough memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_defect(closed: str, tmp_path: Path) -> None:
+    command = f"'{sys.executable}' -m pow2quant list --output out {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "out" / "list.json").read_text().startswith("{")
+
+
+def test_a_line_of_an_error_has_an_end(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ptq", "--backend", "\ud800" + "x" * 100000]) == 2
+    assert 100 < len(capsys.readouterr().err) <= cli.MOST + 20
