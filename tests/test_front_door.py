@@ -328,3 +328,19 @@ def test_a_dictionary_of_outputs_and_a_network_under_data_parallel() -> None:
     assert result.agrees
     assert result.report["validation"][0]["elements"] == 16 * 5
     assert result.report["task"] == "classification"
+
+
+def test_what_people_try_first_works_or_says_what_to_do(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    with pytest.raises(ConfigError, match=r"for a network in Python: quantize\(model, data\)"):
+        pow2quant.ptq(net, X)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="example: needed"):
+        pow2quant.simulate(net)
+    sim, other = pow2quant.simulate(net, X[:1]), pow2quant.simulate(net, X[:1])
+    assert sim.calibrate(DataLoader(TensorDataset(X, Y), 4)) == other.calibrate(X.split(4))
+    artifact = sim.export(X[:1])
+    (written,) = pow2quant.export(artifact, "qdq", str(tmp_path / "out"))
+    assert written == tmp_path / "out" / "model.onnx"
+    with pytest.raises(ConfigError, match="output: needed"):
+        pow2quant.export(artifact, "c")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from pow2quant.backends.placement import Layer, Placement
 from pow2quant.config import TensorSpec
 from pow2quant.errors import ConfigError, DataError, EncodingError, WeightsError
 from pow2quant.pow2_constraints import Encoding, Format, IntGrid, Observed, ceil_exponent, choose, power_of_two
+from pow2quant.reading import Signature, read
 
 SAMPLE = 1 << 14
 """Values of every tensor and batch that a chooser sees, besides the extremes of all."""
@@ -98,8 +100,8 @@ def observe(
 
     device = next((p.device for p in sim.model.parameters()), torch.device("cpu"))
     with sim.intercept(record), torch.no_grad():
-        for batch in batches:
-            sim.model(*(x.to(device) for x in inputs(batch)))
+        for index, batch in enumerate(batches):
+            sim.model(*(x.to(device) for x in _arguments(sim, batch, index)))
     silent = [n for n in names if not lows[n]]
     if silent:
         raise DataError(f"{silent[0]}: nothing was observed; the calibration data are empty, or were not run through")
@@ -111,6 +113,15 @@ def observe(
         )
         for n in names
     }
+
+
+def _arguments(sim: Simulation, batch: Any, index: int) -> tuple[Tensor, ...]:
+    """The network's inputs in a batch; labels beside them, as a DataLoader gives them, are left out."""
+    names = [node.name for node in sim.network.graph.nodes if node.op == "placeholder"]
+    found = inputs(batch)
+    if len(found) == len(names):
+        return found
+    return inputs(read(batch, Signature(tuple(names), len(names)), f"calibration data, batch {index}")[0])
 
 
 def bias_encoding(

@@ -12,15 +12,23 @@ from pow2quant.errors import ConfigError, FileFormatError, OutputError
 from pow2quant.plugins import resolve
 
 
-def export(source: Path, form: str, output: Path | None = None, *, overwrite: bool = False) -> list[Path]:
+def export(
+    source: str | Path | Artifact, form: str, output: str | Path | None = None, *, overwrite: bool = False
+) -> list[Path]:
     """Writes a finished run in a further format, into `output` or `<run>/export/<form>`. Returns what was written.
 
     Raises OutputError when that folder holds something and `overwrite` is not set.
 
     source: a run's folder; a QDQ file; or an encodings file, which becomes `<output>/<its name>` in another version. Of
-    a file, `output` defaults to `<its folder>/<form>`.
+    a file, `output` defaults to `<its folder>/<form>`. Or what a simulation's `export` returned, which needs `output`.
     """
     exporter: Callable[[Artifact, Path], Path] = resolve("exporters", form)
+    output = None if output is None else Path(output)
+    if isinstance(source, Artifact):
+        if output is None:
+            raise ConfigError("output: needed, as an artifact has no folder of its own")
+        return [exporter(source, _free(output, overwrite))]
+    source = Path(source)
     if source.is_file() and source.suffix == ".onnx":
         artifact = onnx_qdq.from_qdq(onnx_qdq.load(source))
         return [exporter(artifact, _free(output or source.parent / form, overwrite))]

@@ -36,11 +36,15 @@ T = TypeVar("T")
 Named = list[tuple[str, Any]]
 
 
-def simulate(network: nn.Module, example: Batch, plan: QuantPlan | None = None, backend: str = "custom") -> Simulation:
+def simulate(
+    network: nn.Module, example: Batch | None = None, plan: QuantPlan | None = None, backend: str = "custom"
+) -> Simulation:
     """A quantized simulation of a network: prepared, batch norm folded, wrapped by the backend; not yet calibrated.
 
     network: any traceable module (left unchanged), or what `prepare` returned. example: inputs of one call, (N, …).
     """
+    if example is None:
+        raise ConfigError("example: needed, inputs of one call such as torch.rand(1, 3, 224, 224)")
     prepared = network if isinstance(network, fx.GraphModule) and is_prepared(network) else prepare(network, example)
     be_exact()  # after torch.export, which sets cuDNN's precision
     folded = fold_batch_norm(copy.deepcopy(prepared))

@@ -19,6 +19,7 @@ from pow2quant.backends.base import SILENT, Progress, Simulation
 from pow2quant.backends.base import inputs as arguments
 from pow2quant.backends.samples import sample
 from pow2quant.config import RunConfig
+from pow2quant.errors import ConfigError
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import resolve
 from pow2quant.report import document, statistics
@@ -49,6 +50,8 @@ def ptq(
     given: objects in place of what the configuration names.
     Raises Pow2QuantError for everything that a user can fix; then `output` is as it was before.
     """
+    if not isinstance(config, RunConfig):
+        raise ConfigError("ptq takes a RunConfig and a folder; for a network in Python: quantize(model, data)")
     started = time.monotonic()
     with run_folder.staged(output, overwrite) as folder:
         job, sim, steps = quantized(config, progress, given)
