@@ -195,6 +195,15 @@ FILES: dict[str, onnx.ModelProto] = {
         {"three": np.float32(3), "k": np.float32(0.044715), "root": np.float32((2 / np.pi) ** 0.5),
          "one": np.float32(1), "half": np.float32(0.5)},
     ),
+    "a window over the edge, a result that nothing reads": model_of(
+        [
+            N("Dropout", ["x"], ["d", "mask"], "dropout"),
+            N("AveragePool", ["d"], ["y"], "mean", kernel_shape=[7, 7], pads=[0, 0, 1, 1]),
+        ],
+        ["n", 4, 6, 6],
+        {},
+        9,
+    ),
     "several outputs, split, pad, pools": model_of(
         [
             N("Pad", ["x", "pads"], ["p"], "pad"),

@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pow2quant.errors import UnsupportedModelError, WeightsError
+from pow2quant.errors import Pow2QuantError, UnsupportedModelError, WeightsError
 from pow2quant.frontends.onnx.checking import check, examples
 from pow2quant.frontends.onnx.evaluate import EVALUATED, evaluate
 from pow2quant.frontends.onnx.file import DOMAINS, OnnxFile, load
@@ -41,8 +41,14 @@ def read_network(source: str | Path | ModelProto) -> fx.GraphModule:
     _fold_constants(file)
     recognize(file)
     network = Writer(file).write()
-    _note_shapes(file, network)
-    check(file, network)
+    try:
+        _note_shapes(file, network)
+        check(file, network)
+    except Pow2QuantError:
+        raise
+    except Exception as error:  # whatever a malformed graph makes torch raise between its nodes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(f"{file.name}: cannot be computed: {reason}") from error
     return network
 
 
@@ -61,6 +67,10 @@ def _fold_constants(file: OnnxFile) -> None:
         file.constants.update(zip(node.output, results, strict=False))
     file.nodes = kept
     file.forget()
+
+
+SEVERAL = ("Split", "TopK")
+"""Operations of which more than the first result is given."""
 
 
 class Writer:
@@ -90,6 +100,9 @@ class Writer:
         file = self.file
         known = [None if not t else file.constants.get(t) for t in node.input]
         data = [self.values.get(t) for t in node.input]
+        missing = [t for t in node.input if t and t not in self.values and t not in file.constants]
+        if missing:
+            raise file.error(node, f"reads {missing[0]!r}, a second result that is not supported")
         if node.domain not in (*DOMAINS, OWN) or node.op_type not in {*ROWS, *LAYERS, *EVALUATED}:
             domain = f"{node.domain}." if node.domain else ""
             supported = ", ".join(sorted({*ROWS, *LAYERS}))
@@ -110,13 +123,12 @@ class Writer:
         self._result(node, self.graph.call_module(self.place(node.name or _first(node), step), tuple(args)))
 
     def _result(self, node: NodeProto, made: fx.Node) -> None:
-        if len(node.output) == 1 or node.op_type in LAYERS:
+        if len(node.output) == 1 or node.op_type not in SEVERAL:
             self.values[node.output[0]] = made
             return
-        several = len([o for o in node.output if o]) > 1
         for i, name in enumerate(node.output):
             if name:
-                self.values[name] = self.graph.call_function(_item, (made, i)) if several else made
+                self.values[name] = self.graph.call_function(_item, (made, i))
 
     def _layer(self, node: NodeProto) -> nn.Module | None:
         """A module of PyTorch with the node's weights; None where there is none, or the weights are computed."""

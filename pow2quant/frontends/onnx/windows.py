@@ -52,6 +52,12 @@ def _pool(s: Step, x: Tensor) -> Any:
     padded, ceil = bool(s.attribute("count_include_pad", 0)), bool(s.attribute("ceil_mode", 0))
     if before != behind and padded and not is_max:
         x, before, behind = pad(x, before, behind), [0] * n, [0] * n
+    if before != behind and all(
+        a == 0 and d == 1 and size <= k <= size + b and size + b - k < stride
+        for size, k, stride, d, a, b in zip(sizes, kernel, strides, dilations, before, behind, strict=True)
+    ):  # one window, that holds the whole map
+        dims = list(range(2, x.ndim))
+        return torch.amax(x, dims, True) if is_max else torch.mean(x, dims, True)
     if before != behind:
         _check_ceil(s, sizes, kernel, strides, dilations, before, behind)
         ceil = True
