@@ -50,6 +50,7 @@ FLOORS = {
     "pow2quant.operators": 2,
     "pow2quant.functions": 2,
     "pow2quant.graphs": 2,
+    "pow2quant.bounds": 2,
     "pow2quant.rewrites": 2,
     "pow2quant.reading": 2,
     "pow2quant.pow2_constraints": 1,

@@ -27,7 +27,8 @@ import onnx.inliner
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from pow2quant.adapters import bounds, clips, double, exact, guards
+from pow2quant import bounds
+from pow2quant.adapters import clips, double, exact, guards
 from pow2quant.adapters.batch import free_batch
 from pow2quant.adapters.files import (
     GRIDS,

@@ -460,11 +460,18 @@ def onnx_files(good: Path) -> Iterator[Case]:
     for name, make in onnx_models.every():
         yield Case("onnx", name, partial(_onnx, make))
         yield Case("onnx", f"{name}, with encodings", partial(_onnx_with_encodings, good, make))
+        yield Case("onnx", f"{name}, as a network", partial(_onnx_as_network, make))
 
 
 def _onnx(make: Callable[[Path], None], folder: Path) -> list[str]:
     make(folder / "bad.onnx")
     return ["validate", "bad.onnx", "--quiet"]
+
+
+def _onnx_as_network(make: Callable[[Path], None], folder: Path) -> list[str]:
+    arguments = put(folder)
+    make(folder / "bad.onnx")
+    return [*arguments, "--model", "bad.onnx"]
 
 
 def _onnx_with_encodings(good: Path, make: Callable[[Path], None], folder: Path) -> list[str]:

@@ -15,7 +15,9 @@ import onnx
 import onnx.inliner
 from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, external_data_helper, helper, numpy_helper
 
+from pow2quant import bounds
 from pow2quant.errors import FileFormatError, UnsupportedModelError
+from pow2quant.foreign import check_is_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -104,6 +106,10 @@ def load(source: str | Path | ModelProto) -> OnnxFile:
     if opset < OLDEST:
         raise FileFormatError(f"{name}: is written in opset {opset}; the oldest that is read is {OLDEST}")
     _check_functions(model, name)
+    try:
+        bounds.check(model)
+    except FileFormatError as error:
+        raise FileFormatError(f"{name}: {error}") from None
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     graph = model.graph
@@ -122,8 +128,7 @@ def load(source: str | Path | ModelProto) -> OnnxFile:
 
 def _read(path: Path) -> tuple[str, ModelProto]:
     name = str(path)
-    if not path.is_file():
-        raise FileFormatError(f"{name}: no such file")
+    check_is_file(path)
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
     except Exception as error:  # protobuf's errors share no base
