@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Literal
 
@@ -276,6 +277,32 @@ def link_imports(root: Path) -> list[str]:
 def test_the_house_stands():
     assert "pow2quant.artifact" in modules(ROOT)
     assert breaches(ROOT) == []
+
+
+def circle(root: Path) -> list[str]:
+    """The modules of an import circle, those for type checkers and inside functions included; none: an empty list."""
+    known = modules(root)
+    graph: dict[str, set[str]] = {name: set() for name in known}
+    for step in imports(root):
+        if step.target in known and step.target != step.source:
+            graph[step.source].add(step.target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_module_imports_itself_through_others():
+    assert circle(ROOT) == []
+
+
+def test_a_circle_is_reported(tmp_path):
+    (tmp_path / PACKAGE).mkdir()
+    for name, other in (("a", "b"), ("b", "a")):
+        text = f"def f():\n    from {PACKAGE} import {other}\n"
+        (tmp_path / PACKAGE / f"{name}.py").write_text(text, encoding="utf-8")
+    assert set(circle(tmp_path)) == {f"{PACKAGE}.a", f"{PACKAGE}.b"}
 
 
 def test_nobody_imports_a_link():

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING
+
+from pow2quant.cli import signals
 
 if TYPE_CHECKING:
     import typer
@@ -55,26 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(*_explained(error, given))
 
 
-_signals: list[int] = []
-"""The signals that asked this process to end."""
-
-
-def interrupted() -> bool:
-    """Whether this process was asked to end, though a library may have made another error of it."""
-    return bool(_signals)
-
-
 def run() -> None:
     """The console script. Being told to end clears up as Ctrl-C does."""
     _open_what_is_closed()
-
-    def interrupt(number: int, frame: object) -> None:
-        _signals.append(number)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
+    signals.install()
     sys.exit(main())
 
 
@@ -113,7 +98,9 @@ def _explained(error: BaseException, given: Sequence[str]) -> tuple[str, int]:
     from pow2quant.cli.crash import own_code, report
     from pow2quant.errors import Pow2QuantError
 
-    if _signals or isinstance(error, KeyboardInterrupt):  # while a library is imported, it may become another error
+    if signals.interrupted() or isinstance(
+        error, KeyboardInterrupt
+    ):  # while a library is imported, it may become another error
         return "interrupted; nothing was written", INTERRUPTED
     if isinstance(error, Pow2QuantError):
         return str(error), BAD_INPUT

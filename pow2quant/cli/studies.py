@@ -129,7 +129,7 @@ def sweep(
         },
     )
     console = console_of(verbose, quiet, as_json)
-    from pow2quant.cli import interrupted
+    from pow2quant.cli.signals import interrupted
     from pow2quant.study import sweep as studies
 
     chosen = studies.chosen(file, base, grid or (), trials, sampler, runs, study)
@@ -232,7 +232,7 @@ def compare(
     }
     base = configured(config, values)
     console = console_of(verbose, quiet, as_json)
-    from pow2quant.cli import interrupted
+    from pow2quant.cli.signals import interrupted
     from pow2quant.study import compare as comparison
 
     names = model or ([base.model.name] if weights else [])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from pow2quant.pow2_constraints.arithmetic import requantize
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    from pow2quant.integer.c_layer import Layer
     from pow2quant.pow2_constraints import Encoding
 
     Ints = NDArray[np.int64]
@@ -144,8 +143,11 @@ class Step(Protocol):
         """Multiply-accumulates of one sample, or what else is done to every code."""
         ...
 
-    def emit_c(self, layer: Layer) -> str:
-        """The body of the step's function in C; empty where the output shares the input's memory."""
+    def emit_c(self, layer: Any) -> str:
+        """The body of the step's function in C; empty where the output shares the input's memory.
+
+        layer: a `c_layer.Layer`, which writes what steps have in common.
+        """
         ...
 
 

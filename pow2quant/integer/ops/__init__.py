@@ -27,7 +27,7 @@ from pow2quant.integer.ops import (
 if TYPE_CHECKING:
     import onnx
 
-    from pow2quant.integer.lower import Lowering
+    from pow2quant.integer.lowering import Lowering
 
 Lower = Callable[["Lowering", "onnx.NodeProto", str, float, float], None]
 """(graph, node, name of the encoded result, real ends of fused ReLUs and clips) -> None; adds steps to the graph.

@@ -17,7 +17,7 @@ from pow2quant.pow2_constraints.arithmetic import divide_round, saturate
 
 if TYPE_CHECKING:
     from pow2quant.integer.c_layer import Layer
-    from pow2quant.integer.lower import Lowering
+    from pow2quant.integer.lowering import Lowering
     from pow2quant.integer.program import Codes, Ints, Program, Requantization
 
 

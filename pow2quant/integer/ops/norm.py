@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import onnx
 
     from pow2quant.integer.c_layer import Layer
-    from pow2quant.integer.lower import Lowering
+    from pow2quant.integer.lowering import Lowering
     from pow2quant.integer.program import Codes, Program, Requantization
 
 

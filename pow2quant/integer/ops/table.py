@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pow2quant.integer.c_layer import Layer
-    from pow2quant.integer.lower import Lowering
+    from pow2quant.integer.lowering import Lowering
     from pow2quant.integer.program import Codes, Ints, Program
 
 LARGEST = 16
@@ -74,7 +74,7 @@ class Table:
 
 def lower_function(graph: Lowering, node: onnx.NodeProto, core: onnx.NodeProto, low: float, high: float) -> None:
     """The table of the function that ends at `node`; `core` is the node behind its ReLUs and clips."""
-    (source,) = graph.sources(core)
+    (source,) = sources(graph, core)
     x, target = graph.read(source, rows=True), graph.declare(node.output[0])
     if x.encoding.grid.width > LARGEST:
         raise UnsupportedModelError(f"{title(core)}: a table over {x.encoding.grid.width} bits; at most {LARGEST}")
@@ -88,6 +88,24 @@ def lower_function(graph: Lowering, node: onnx.NodeProto, core: onnx.NodeProto, 
     if table.ndim > 1:
         graph.read(source)  # one table per channel: only where the channels stand behind the batch
     graph.steps.append(Table(node.name or target.name, (x.name,), target.name, table))
+
+
+def sources(graph: Lowering, node: onnx.NodeProto) -> set[str]:
+    """The encoded tensors that a function reads, through nodes whose results are not rounded.
+
+    Empty where something between is no function, element by element.
+    """
+    found: set[str] = set()
+    for name in filter(None, node.input):
+        if name in graph.tensors and graph.tensors[name].constant is None:
+            found.add(name)
+        elif name not in graph.floats:
+            inner = graph.producers.get(name)
+            behind = sources(graph, inner) if inner is not None and inner.op_type in SHAPED_LIKE_INPUT else set()
+            if not behind:
+                return set()
+            found |= behind
+    return found
 
 
 def _is_double(graph: Lowering, node: onnx.NodeProto) -> bool:

@@ -1,0 +1,229 @@
+"""A program under construction: what is known of an artifact's graph, and what has integers so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from pow2quant.errors import EncodingError, NotPowerOfTwoError, UnsupportedModelError
+from pow2quant.functions import accepts, region
+from pow2quant.graphs import GraphIndex
+from pow2quant.integer.nodes import attribute, title
+from pow2quant.integer.program import Requantization, Step, Tensor
+from pow2quant.pow2_constraints import Encoding
+from pow2quant.pow2_constraints.arithmetic import saturate
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from pow2quant.artifact import Artifact
+    from pow2quant.integer.program import Ints
+
+
+@dataclass
+class Lowering:
+    """A program under construction, and what is known of the graph it comes from.
+
+    shapes: of every ONNX tensor, with a batch of one. doubled: the same with a batch of two. rows: the tensors whose
+    first dimension is not the batch but several rows of each sample, as (N, T, C) is seen by a Gemm. producers: the
+    node that computes a tensor, by the tensor's name.
+    """
+
+    encodings: dict[str, Encoding]
+    floats: dict[str, NDArray[Any]]
+    shapes: dict[str, tuple[int, ...]]
+    producers: dict[str, onnx.NodeProto]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    doubled: Callable[[], dict[str, tuple[int, ...]]]
+    index: GraphIndex
+    rows: set[str] = field(default_factory=set)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Lowering:
+        """Reads an artifact's graph; its inputs become tensors."""
+        model = _with_batch(artifact.model, 1)
+        floats = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        for node in model.graph.node:
+            if node.op_type == "Constant":
+                floats[node.output[0]] = numpy_helper.to_array(attribute(node, "value", None))
+        shapes = {name: value.shape for name, value in floats.items()} | _shapes(model)
+        inputs = tuple(v.name for v in model.graph.input if v.name not in floats)
+        graph = cls(
+            encodings=dict(artifact.encodings),
+            floats=floats,
+            shapes=shapes,
+            producers={name: node for node in model.graph.node for name in node.output},
+            inputs=inputs,
+            outputs=tuple(v.name for v in model.graph.output),
+            doubled=cache(lambda: _shapes(_with_batch(artifact.model, 2))),
+            index=GraphIndex(model.graph),
+        )
+        for name in inputs:
+            graph.declare(name)
+        return graph
+
+    # Tensors
+
+    def declare(self, name: str, shape: tuple[int, ...] | None = None, encoding: Encoding | None = None) -> Tensor:
+        """Adds a tensor that is computed, or given as input. shape: of one sample, by default the ONNX tensor's.
+
+        Raises UnsupportedModelError where it has no integers or where the batch is not its first dimension.
+        """
+        encoding = encoding or self.encodings.get(name)
+        if encoding is None:
+            raise UnsupportedModelError(f"{name}: stays float and has no integers; give it an encoding")
+        if encoding.axis is not None and encoding.scale.size > 1:
+            raise UnsupportedModelError(f"{name}: has one scale per channel; integers need one for the tensor")
+        if encoding.axis is not None:
+            scale, zero = encoding.scale.reshape(()), encoding.zero_point.reshape(())
+            encoding = Encoding(scale, zero, encoding.grid)
+        require_power_of_two(name, encoding)
+        if shape is None:
+            full = self.shape(name)
+            if full and full[0] != 1 and self.doubled().get(name) == (2 * full[0], *full[1:]):
+                self.rows.add(name)
+            elif not full or full[0] != 1:
+                raise UnsupportedModelError(f"{name}: its first dimension is not the batch (shape {full})")
+            shape = full if name in self.rows else full[1:]
+        self.tensors[name] = Tensor(name, shape, encoding)
+        return self.tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """An ONNX tensor's shape with a batch of one. Raises UnsupportedModelError where it is not known."""
+        if name not in self.shapes or not all(self.shapes[name]):
+            raise UnsupportedModelError(f"{name}: its shape depends on more than the batch size")
+        return self.shapes[name]
+
+    def read(self, name: str, rows: bool = False) -> Tensor:
+        """An activation that a step reads; rows: of rows as well. Raises UnsupportedModelError where it stays float."""
+        if name not in self.tensors:
+            raise UnsupportedModelError(f"{name}: stays float and has no integers; give it an encoding")
+        if name in self.rows and not rows:
+            raise UnsupportedModelError(f"{name}: its first dimension is the batch times something else")
+        return self.tensors[name]
+
+    def operand(self, name: str, rows: bool = False) -> Tensor:
+        """An activation, or an encoded constant whose first dimension, where it has as many as a batch, is dropped."""
+        if name not in self.floats:
+            return self.read(name, rows)
+        if name not in self.tensors:
+            encoding = self.encodings.get(name)
+            if encoding is None:
+                raise UnsupportedModelError(f"{name}: a constant without encoding has no integers")
+            tensor = self.declare(name, self.floats[name].shape, encoding)
+            self.tensors[name] = replace(tensor, constant=codes(name, self.floats[name], tensor.encoding))
+        return self.tensors[name]
+
+    def parameter(self, name: str) -> tuple[Ints, Encoding]:
+        """A weight's or bias's integers, their zero point taken off, and its encoding.
+
+        Raises UnsupportedModelError for one without encoding, or that is computed; EncodingError for one off its grid.
+        """
+        if name not in self.floats:
+            raise UnsupportedModelError(f"{name}: is computed; only constant weights can be lowered")
+        if name not in self.encodings:
+            raise UnsupportedModelError(f"{name}: stays float and has no integers; give it an encoding")
+        values, encoding = self.floats[name], self.encodings[name]
+        require_power_of_two(name, encoding)
+        zero = encoding.along(encoding.zero_point, values.ndim)
+        return codes(name, values, encoding) - zero, encoding
+
+    def bias(self, node: onnx.NodeProto, exponent: Ints, channels: int) -> Ints:
+        """A node's third input (C,) in units of 2^exponent; zeros where it has none.
+
+        Raises UnsupportedModelError for a float bias and for one in other units, for which hardware has no shift, and
+        for one that differs from row to row (Gemm): what a sample gives then depends on its place in the batch.
+        """
+        name = node.input[2] if len(node.input) > 2 else ""
+        if not name:
+            return np.zeros(channels, np.int64)
+        values, encoding = self.parameter(name)
+        units = np.broadcast_to(exponent, channels)
+        table = np.broadcast_to(values, (len(values) if values.ndim > 1 else 1, channels))
+        exponents = np.broadcast_to(encoding.along(encoding.exponent, values.ndim), table.shape)
+        if (table != table[0]).any() or (exponents != exponents[0]).any():
+            raise UnsupportedModelError(f"{name}: a bias that differs from row to row (shape {values.shape})")
+        if (exponents[0] != units).any():
+            channel = int(np.flatnonzero(exponents[0] != units)[0])
+            found = int(exponents[0][channel])
+            raise UnsupportedModelError(
+                f"{name}: channel {channel} counts in units of 2^{found}, not of s_in * s_w = 2^{units[channel]}"
+            )
+        return np.array(table[0])
+
+    def defined_input(self, node: onnx.NodeProto) -> Tensor:
+        """What a function with an integer definition reads. Raises UnsupportedModelError where it has no integers."""
+        _, source = region(self.index, self.encodings, node)
+        if not source or not accepts(self.encodings[source]):
+            raise UnsupportedModelError(f"{title(node)}: its definition is of one input with a single scale of 2^k")
+        return self.read(source, rows=True)
+
+    def requantization(
+        self, exponent: Ints, target: Tensor, low: float = -math.inf, high: float = math.inf
+    ) -> Requantization:
+        """From an accumulator in units of 2^exponent, () or (C,), to a tensor's codes, real values clipped first.
+
+        Rounding is monotonic: clipping before it is clipping to the rounded ends after it.
+        """
+        ends = []
+        for real, code in ((low, target.low), (high, target.high)):
+            if math.isfinite(real):
+                scaled = math.ldexp(real, -target.exponent)
+                code = int(saturate(round(scaled) + target.zero, target.low, target.high))
+            ends.append(code)
+        shift = np.asarray(target.exponent - exponent, np.int64)
+        if shift.ndim and (shift == shift[0]).all():
+            shift = shift[0]
+        return Requantization(shift, target.zero, ends[0], ends[1])
+
+
+def codes(name: str, values: NDArray[Any], encoding: Encoding) -> Ints:
+    """The codes of a parameter. Raises EncodingError, naming it, where a value does not lie on the grid."""
+    found = encoding.quantize(values)
+    if not np.array_equal(encoding.dequantize(found), values):
+        raise EncodingError(f"{name}: {int((encoding.dequantize(found) != values).sum())} values are off its grid")
+    return found
+
+
+def require_power_of_two(name: str, encoding: Encoding) -> None:
+    """Raises NotPowerOfTwoError, naming the tensor."""
+    if not encoding.is_power_of_two:
+        free = np.atleast_1d(encoding.scale)[np.atleast_1d(np.frexp(encoding.scale)[0]) != 0.5][0]
+        raise NotPowerOfTwoError(f"{name}: scale {float(free):.9g} is not a power of two, so it is no shift")
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+    return {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
+
+
+def _with_batch(model: onnx.ModelProto, size: int) -> onnx.ModelProto:
+    """A copy with every shape known. The batch of the inputs, their first dimension, becomes `size`.
+
+    Raises UnsupportedModelError where the batch size is fixed.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    parameters = {tensor.name for tensor in copy.graph.initializer}
+    for value in copy.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name not in parameters and dims:
+            if (fixed := dims[0].dim_value) > 1:
+                raise UnsupportedModelError(
+                    f"{value.name}: only batches of {fixed}, in which a result depends on a sample's place or the size"
+                )
+            dims[0].dim_value = size
+    for value in copy.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    del copy.graph.value_info[:]
+    return onnx.shape_inference.infer_shapes(copy, data_prop=True)
