@@ -153,6 +153,9 @@ FILES: dict[str, onnx.ModelProto] = {
         [1, 5, 6],
         {"split": INTS([1, 5, 2, 3]), "merged": INTS([2, 5, 3]), "flat": INTS([1, -1])},
     ),
+    "flattened with a batch of one": model_of(
+        [N("Relu", ["x"], ["r"], "relu"), N("Flatten", ["r"], ["y"], "flat", axis=0)], [1, 5, 6], {}, 9
+    ),
     "layer norm by parts": model_of(
         [
             N("ReduceMean", ["x"], ["m"], "mean", axes=[-1]),

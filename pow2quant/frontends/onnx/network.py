@@ -241,7 +241,7 @@ class _Noting(fx.Interpreter):
                 raise UnsupportedModelError(
                     f"{n.target}: makes a tensor of shape {tuple(x.shape)}, more than {LARGEST:,} elements"
                 )
-        if isinstance(step, Step) and step.node.op_type == "Reshape" and isinstance(result, Tensor):
+        if isinstance(step, Step) and step.node.op_type in ("Reshape", "Flatten") and isinstance(result, Tensor):
             assert isinstance(n.args[0], fx.Node)
             step.fixed = (tuple(self.env[n.args[0]].shape), tuple(result.shape))
         return result

@@ -38,6 +38,8 @@ def _with_batch(fixed: tuple[tuple[int, ...], tuple[int, ...]], shape: list[int]
 
 def _flatten(s: Step, x: Tensor) -> Tensor:
     axis = s.attribute("axis", 1)
+    if s.fixed is not None and s.fixed[0] != tuple(x.shape):
+        return x.reshape(_with_batch(s.fixed, list(x.shape)))
     axis += x.ndim if axis < 0 else 0
     return x.flatten(1) if axis == 1 else x.reshape(math.prod(x.shape[:axis]), -1)
 

@@ -29,7 +29,7 @@ class Step(nn.Module):
     """A node of the file.
 
     known: operands whose values the file holds, by position; the rest is given to `forward` in order.
-    fixed: for a reshape in a file with a fixed batch size: (operand's shape, result's shape) at that size.
+    fixed: for a Reshape or Flatten in a file with a fixed batch size: (operand's shape, result's shape) at that size.
     """
 
     one_operation = True
