@@ -43,6 +43,13 @@ class Sample:
     images: str | None = None
 
 
+def labels_at_hand(batches: Checked) -> Labels | None:
+    """The class index of each sample, where the data say so without being read; in the order of their items."""
+    loader = _loader(batches)
+    found = None if loader is None else _at_hand(loader.dataset)
+    return None if found is None else _whole(found, len(loader.dataset))
+
+
 def spread(count: int, total: int, labels: Labels | None = None) -> NDArray[np.intp]:
     """`count` of `total` indices, ascending: evenly spaced among the indices, in the order of `labels` (N,) if given.
 

@@ -207,6 +207,21 @@ def test_a_function_that_cannot_follow_says_so(tmp_path: Path) -> None:
         datasets.load(DataConfig(f"{file}:load", crop=4))
 
 
+@pytest.mark.parametrize("command", ["ptq", "qat", "search", "sweep", "compare"])
+def test_labels_that_the_network_cannot_name_are_an_error(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b", "c"):
+        fill(tmp_path / "images" / name, (8, 8))
+    (tmp_path / "net.py").write_text(NETWORK)
+    flags = ["--model", f"{tmp_path}/net.py:network", "--data", "imagefolder", "--data-path", f"{tmp_path}/images"]
+    extra = {"search": ["--constraint", "accuracy_drop=1%"], "sweep": ["--grid", "seed=0"], "compare": ["--seeds", "0"]}
+    command_line = [command, *flags, "--resize", "8", *extra.get(command, []), "--output", str(tmp_path / "out")]
+    assert main(command_line) == (1 if command in ("sweep", "compare") else 2)
+    said = "".join(capsys.readouterr())
+    assert "label 2 is no class of the network, which has 2 outputs; legal: 0 to 1" in said
+
+
 NETWORK = """
 from torch import nn
 def network(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
@@ -230,7 +245,6 @@ def test_every_command_that_takes_data_takes_the_flags(
         "compare": ["--widths", "8:8", "--seeds", "0"],
     }
     assert main([command, *sized, *output, *extra.get(command, [])]) == 0
-    if command in ("ptq", "qat", "search"):
-        assert "images: 12x10 -> 9 -> 8 (shorter side 9, central 8x8)" in capsys.readouterr().err
+    assert "images: 12x10 -> 9 -> 8 (shorter side 9, central 8x8)" in capsys.readouterr().err
     assert main([command, *flags, "--mean", "0.5;0.5", *output]) == 2
     assert "--mean" in capsys.readouterr().err

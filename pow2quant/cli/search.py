@@ -143,7 +143,7 @@ def _listed(text: str | None) -> list[str] | None:
 
 
 def _show(console: Console, found: Found) -> None:
-    from pow2quant.report.summary import WORDS, number
+    from pow2quant.report.summary import WORDS, ends, number
     from pow2quant.study.front import front, shown
 
     document = found.result.report["search"]
@@ -156,6 +156,7 @@ def _show(console: Console, found: Found) -> None:
             "plan",
             *(name.replace("_", " ") for name in costs),
             WORDS.get(document["metric"], document["metric"]),
+            "95 % interval",
             "on the front",
         ],
         [
@@ -163,9 +164,10 @@ def _show(console: Console, found: Found) -> None:
                 "chosen" if p == found.chosen else p.kind,
                 *shown(p).values(),
                 number(p.value, unit),
+                ends(about["interval"], unit),
                 "yes" if p in undominated else "",
             ]
-            for p in points
+            for p, about in zip(points, document["points"], strict=True)
         ],
     )
     console.say()

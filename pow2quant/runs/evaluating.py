@@ -29,7 +29,7 @@ def evaluation_of(job: Job, scores: Scores, change: Change | None, **executors: 
         "interval": None if change is None or change.interval is None else list(change.interval),
         "intervals": {key: None if values is None else interval_of(values, share) for key, values in known.items()},
         "sample": sample.images or scores.digest.hexdigest(),
-        "preprocessing": list(job.data.notes),
+        "preprocessing": [*job.data.notes, *(f"warning: {text}" for text in job.data.warnings)],
     }
 
 

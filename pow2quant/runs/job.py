@@ -25,7 +25,7 @@ from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.prepare import is_prepared, prepare
 from pow2quant.plugins import resolve
 from pow2quant.reading import Batches, Checked, Signature
-from pow2quant.sampling import Sample, sample
+from pow2quant.sampling import Sample, labels_at_hand, sample
 from pow2quant.tasks.base import Metric, Task
 from pow2quant.tasks.choosing import task_of
 from pow2quant.tasks.judging import judged, leading
@@ -121,6 +121,8 @@ class Job:
         called, shapes, targets = first_call(model, data)
         task = task_of(config.task, given.metric or config.metric, targets, shapes[1])
         data = data.with_parts(lambda part: replace(part, check=task.check, shapes=shapes[0]))
+        if task.name == "classification":
+            _check_labels(data, max(2, shapes[1][0][-1]))
         calibration = Images(data.calibration, batches or config.ptq.calibration_batches)
         network = float_network(model, called, config, calibration, progress, given)
         flat = inputs(called)
@@ -180,6 +182,20 @@ class Job:
         if limit not in self.samples:
             self.samples[limit] = sample(cast(Checked, self.data.test), limit)
         return self.samples[limit]
+
+
+def _check_labels(data: datasets.Data, outputs: int) -> None:
+    """Raises DataError for a label that the network cannot name, where the data have their labels at hand."""
+    for part in (data.calibration, data.train, data.test):
+        checked = cast(Checked, part)
+        labels = labels_at_hand(checked)
+        if labels is None or not ((labels < 0) | (labels >= outputs)).any():
+            continue
+        wrong = labels[(labels < 0) | (labels >= outputs)][0]
+        raise DataError(
+            f"{checked.name}: label {wrong} is no class of the network, which has {outputs} outputs; "
+            f"legal: 0 to {outputs - 1}"
+        )
 
 
 def methods_of(config: RunConfig, given: Given = NOTHING) -> tuple[Named, Named]:

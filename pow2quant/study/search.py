@@ -21,6 +21,8 @@ from pow2quant.artifact import Artifact
 from pow2quant.backends.base import SILENT, Progress, Simulation, inputs
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
+from pow2quant.logits.paired import wilson
+from pow2quant.report import summary
 from pow2quant.runs import Job, Result, finish, write_report
 from pow2quant.saving import write
 from pow2quant.study import costs, latency, limits
@@ -66,7 +68,7 @@ def search(config: RunConfig, output: Path, *, overwrite: bool = False, progress
         job = work.job_of(chosen.plan)
         sim = work.quantized(job, progress)
         report, agreements = finish(job, sim, folder, ["search", *job.steps, "export"])
-        document = work.document(chosen)
+        document = _with_intervals(work.document(chosen), report["evaluation"])
         work.write(folder, chosen, document)
         report["ptq_accuracy"] = report["final_accuracy"]
         report["search"] = document
@@ -75,6 +77,15 @@ def search(config: RunConfig, output: Path, *, overwrite: bool = False, progress
     return Found(
         Result(output, report, tuple(agreements), sim), chosen, tuple(work.points.values()), document["layers"]
     )
+
+
+def _with_intervals(document: dict[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """search.json with what was measured on how many images, and 95 % intervals of what is a share of them."""
+    document["evaluated"] = summary.evaluated(evaluation)
+    for point in document["points"]:
+        ends = wilson(point["accuracy"] / 100, evaluation["images"]) if document["metric"] == "top1" else None
+        point["interval"] = None if ends is None else [round(100 * end, 4) for end in ends]
+    return document
 
 
 @dataclass

@@ -33,7 +33,18 @@ MOST_RUNS = 50
 
 ENDING = (
     *("original_top1", "original_top5", "quantized_top1", "quantized_top5", "sqnr_db"),
-    *("change", "change_low", "change_high", "images", "of_images", "classes", "sample", "agrees", "run"),
+    *(
+        "change",
+        "change_low",
+        "change_high",
+        "images",
+        "of_images",
+        "classes",
+        "sample",
+        "preprocessing",
+        "agrees",
+        "run",
+    ),
 )
 """Columns that come behind those that say what was tried."""
 
@@ -249,7 +260,11 @@ def tried(
     if done:
         progress.note(f"{done} of {total} trials are finished already")
     running = work(ledger, trials, stopped=stopped) if jobs == 1 else work_in_processes(make, trials, jobs)
+    told: set[Any] = {None}
     for entry in progress.track(running, "trials", total - done):
+        if (line := entry.result.get("preprocessing")) not in told:
+            told.add(line)
+            progress.note(str(line))
         progress.note(_line(entry, total))
         yield [row_of(e) for e in ledger.entries()]
     yield [row_of(e) for e in ledger.entries()]

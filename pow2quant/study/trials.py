@@ -140,6 +140,7 @@ def measured(report: Mapping[str, Any]) -> Row:
         "of_images": evaluation["of"],
         "classes": evaluation["classes"],
         "sample": evaluation["sample"],
+        "preprocessing": "; ".join(evaluation["preprocessing"]) or None,
         "change": None if first is None or final is None else round(final - first, 4),
         "change_low": low,
         "change_high": high,
