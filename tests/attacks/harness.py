@@ -72,7 +72,7 @@ def run(case: Case) -> Outcome:
         status = _waited(process, started)
         seconds = time.monotonic() - started
         out, err = ((place / name).read_text(errors="replace") if (place / name).exists() else "" for name in OUTPUTS)
-        kind, line = _kind(status, out, err, folder)
+        kind, line = _kind(status, out, err, folder, case.name.endswith("closed stderr"))
         return Outcome(case.category, case.name, kind, line, seconds)
     finally:
         _removed(place)
@@ -129,7 +129,7 @@ def _kill_group(process: int) -> None:
         os.killpg(process, signal.SIGKILL)
 
 
-def _kind(status: int, out: str, err: str, folder: Path) -> tuple[str, str]:
+def _kind(status: int, out: str, err: str, folder: Path, silent: bool) -> tuple[str, str]:
     lines = err.strip().splitlines()
     line = (lines or [""])[-1][:600]
     if status == -signal.SIGXCPU:
@@ -154,6 +154,8 @@ def _kind(status: int, out: str, err: str, folder: Path) -> tuple[str, str]:
         return "refused", line
     refusals = [text for text in lines if text.startswith("error: ")]
     clear = status == 2 and len(refusals) == 1 and 10 < len(refusals[0]) < 2000
+    if status == 2 and not err and silent:
+        return "refused", "(its stderr was closed)"
     return ("refused", line) if clear else (f"status {status}", line)
 
 
