@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -18,17 +20,27 @@ from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.placement import Placement, connect, place
 from pow2quant.config import QuantPlan
 from pow2quant.errors import EncodingError
-from pow2quant.frontends.modules import CONVOLUTIONS
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.modules import CONVOLUTIONS, TRANSPOSED
+from pow2quant.pow2_constraints import Encoding
 
 
 class QuantizedLayer(nn.Module):
-    """A weighted module that computes with fake-quantized weight and bias; its own stay float parameters."""
+    """A weighted module that computes with fake-quantized weight and bias; its own stay float parameters.
+
+    source: the quantizer of its input, where its result goes to a quantizer too: then sums that float32 may not hold
+    are computed in float64, and the result is float64.
+    """
+
+    source: FakeQuantize | None = None
 
     def __init__(self, layer: nn.Module, weight: FakeQuantize | None, bias: FakeQuantize | None) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_quantizer, self.bias_quantizer = weight, bias
         object.__setattr__(self, "layer", layer)  # its configuration; the parameters are registered once, above
+        self.training = layer.training
+        self._known: tuple[tuple[Any, ...], bool] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         layer: Any = self.layer
@@ -36,6 +48,9 @@ class QuantizedLayer(nn.Module):
         bias: Any
         weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
         bias = self.bias if self.bias_quantizer is None else self.bias_quantizer(self.bias)
+        if self._is_wide(weight, bias):
+            x, weight = x.double(), weight.double()
+            bias = None if bias is None else bias.double()
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, bias)
         if isinstance(layer, CONVOLUTIONS):
@@ -47,8 +62,43 @@ class QuantizedLayer(nn.Module):
         )
         return transposed
 
+    def _is_wide(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether float32 may not hold the sums, so that float64 has to. Training does without."""
+        source, own = self.source, self.weight_quantizer
+        if self.training or source is None or source.encoding is None or own is None or own.encoding is None:
+            return False
+        if torch.is_grad_enabled() and own.tap is not None:
+            return False
+        seen = weight, bias, source.encoding, own.encoding
+        if self._known is None or any(a is not b for a, b in zip(self._known[0], seen, strict=True)):
+            largest = _largest_sum(self.layer, weight, bias, source.encoding, own.encoding)
+            self._known = seen, largest > FLOAT32_EXACT
+        return self._known[1]
+
     def extra_repr(self) -> str:
         return repr(self.layer)
+
+
+SUMS = (m.Add, m.Sub, m.Mul, m.MatMul, m.Mean, m.Sum, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+"""Operations that are computed in float64 where an operand has more than 8 bits, and all have quantizers."""
+
+FLOAT32_EXACT = 2**24
+"""float32 holds every integer up to here."""
+
+
+def _largest_sum(layer: Any, weight: Tensor, bias: Tensor | None, source: Encoding, own: Encoding) -> float:
+    """No sum of a layer is beyond it, in units of s_in * s_w."""
+    zero = source.zero_point
+    farthest = float(np.maximum(source.grid.qmax - zero, zero - source.grid.qmin).max())
+    with torch.no_grad():
+        scale = torch.from_numpy(np.array(own.along(own.scale, weight.ndim), np.float64)).to(weight.device)
+        steps = weight.double().abs() / scale
+        sums = steps.sum().reshape(1) if isinstance(layer, TRANSPOSED) else steps.flatten(1).sum(1)
+        sums = sums * farthest
+        if bias is not None:
+            unit = scale.min() * float(np.min(source.scale))
+            sums = sums + (bias.double().abs() / unit).max()
+        return float(sums.max())
 
 
 class CustomSimulation:
@@ -64,7 +114,9 @@ class CustomSimulation:
         self._quantizers: dict[str, FakeQuantize] = {}
         model = copy.deepcopy(network)
         self._wrap_layers(model)
+        self._widen(model)
         self._insert_quantizers(model)
+        self._tell_layers(model)
         connect(model, network, self.placement, self._quantizers)
         self.model: nn.Module = model
 
@@ -72,6 +124,28 @@ class CustomSimulation:
         for layer in self.placement.layers:
             weight, bias = (self._quantizer(s, caches=True) if s else None for s in (layer.weight, layer.bias))
             model.set_submodule(layer.module, QuantizedLayer(model.get_submodule(layer.module), weight, bias))
+
+    def _widen(self, model: fx.GraphModule) -> None:
+        """Lets layers and sums use float64 where float32 may not hold what a quantizer then rounds."""
+        specs, carried = self.placement.specs, self.placement.carried
+        rounded = {*self.placement.quantized, *self.placement.fused}
+        for node in [n for n in model.graph.nodes if n.op == "call_module" and n.name in rounded]:
+            module = model.get_submodule(str(node.target))
+            sites = [carried[a.name] for a in node.args if isinstance(a, fx.Node)]
+            if isinstance(module, SUMS) and all(sites) and any(specs[s.name].bits > 8 for s in sites if s):
+                with model.graph.inserting_before(node):
+                    node.args = tuple(
+                        model.graph.call_method("double", (a,)) if isinstance(a, fx.Node) else a for a in node.args
+                    )
+
+    def _tell_layers(self, model: fx.GraphModule) -> None:
+        """Tells the layers whose results are rounded what quantizes their inputs."""
+        rounded = {*self.placement.quantized, *self.placement.fused}
+        targets = {str(n.target) for n in self.network.graph.nodes if n.name in rounded}
+        for layer in self.placement.layers:
+            if layer.input is not None and layer.module in targets:
+                source = self._quantizers[layer.input.name]
+                object.__setattr__(model.get_submodule(layer.module), "source", source)
 
     def _insert_quantizers(self, model: fx.GraphModule) -> None:
         graph = model.graph

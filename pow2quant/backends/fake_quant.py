@@ -94,6 +94,8 @@ class FakeQuantize(nn.Module):
         self._encoding, self._constants, self._kept = encoding, None, None
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype is torch.float64:
+            return self._exact(x)
         if self._encoding is None:
             return x if self.tap is None else self.tap(self.site, x, x)
         constants = self._constants
@@ -108,6 +110,14 @@ class FakeQuantize(nn.Module):
         else:
             quantized = constants.finish(constants.codes(x))
         return quantized if self.tap is None else self.tap(self.site, x, quantized)
+
+    def _exact(self, x: Tensor) -> Tensor:
+        """The float32 value on the grid next to a float64 result, which float32 may not hold."""
+        quantized = single = x.float()
+        if self._encoding is not None:
+            constants = _Constants(self._encoding, x.ndim, x.device)
+            quantized = _StraightThrough.apply(x, constants).float()
+        return quantized if self.tap is None else self.tap(self.site, single, quantized)
 
     def _cached(self, x: Tensor, constants: _Constants) -> Tensor:
         # Comparing values costs a third of quantizing them; PyTorch's count of writes misses those through `.data`.

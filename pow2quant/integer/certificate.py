@@ -30,14 +30,14 @@ not), hence an odd zero point behind these operations is not proved.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pow2quant.errors import NotPowerOfTwoError
 from pow2quant.functions import inside_definitions
-from pow2quant.integer.lattice import Lattice, NotProvedError
+from pow2quant.integer.lattice import FLOAT64_EXACT, Lattice, NotProvedError
 from pow2quant.integer.proof import INT32_MAX, WEIGHTED, Tensors, _bias, _ends, _rows, judge
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class LayerBound:
     proved: every executor's result is the same. int32_safe: no partial sum leaves int32.
     shift: k_out - (k_in + k_w), the right shift to the output's codes: an int, or a tuple with one per channel where
         they differ; None without an output encoding. reason: why it is not proved, or "".
+    proved_integers: the `custom` simulation, the integer engine and C give the same result: where float32 does not hold
+        the sums, the simulation computes them in float64, and C with the accumulator that `bits` asks for.
     """
 
     node: str
@@ -72,6 +74,7 @@ class LayerBound:
     shift: int | tuple[int, ...] | None
     reason: str
     raw_per_channel: tuple[int, ...] = ()
+    proved_integers: bool = False
 
     def channels(self) -> dict[str, list[int] | list[bool] | None]:
         """What holds for every output channel, in JSON's types; None where it is unknown.
@@ -105,6 +108,11 @@ class Certificate:
         return all(layer.proved for layer in self.layers)
 
     @property
+    def proved_integers(self) -> bool:
+        """Whether the simulation, the integer engine and C must agree to the last bit."""
+        return all(layer.proved_integers for layer in self.layers)
+
+    @property
     def unproved(self) -> tuple[str, ...]:
         """The names of the nodes that are not proved."""
         return tuple(layer.node for layer in self.layers if not layer.proved)
@@ -117,6 +125,8 @@ class Certificate:
         parts = [f"{sum(b.proved for b in layers)} of {len(layers)} layers proved exact in float32"]
         if others:
             parts[0] += f", {sum(b.proved for b in others)} of {len(others)} other operations"
+        if wider := sum(b.proved_integers and not b.proved for b in self.layers):
+            parts.append(f"{wider} more between the simulation in float64, the integer engine and C")
         if known := [layer for layer in layers if layer.accumulator_max is not None]:
             largest = max(known, key=lambda b: b.accumulator_max or 0)
             parts.append(f"largest accumulator {largest.bits} bits ({largest.node})")
@@ -132,19 +142,41 @@ class Certificate:
 
         per_channel: with `channels` in every entry, see `LayerBound.channels` (certificate.json).
         """
-        keys = ("node", "op", "tensor", "accumulator_max", "bits", "proved", "int32_safe", "shift", "reason")
+        keys = (
+            "node",
+            "op",
+            "tensor",
+            "accumulator_max",
+            "bits",
+            "proved",
+            "proved_integers",
+            "int32_safe",
+            "shift",
+            "reason",
+        )
         layers = [{key: getattr(layer, key) for key in keys} for layer in self.layers]
         if per_channel:
             layers = [entry | {"channels": layer.channels()} for entry, layer in zip(layers, self.layers, strict=True)]
-        return {"proved": self.proved, "sentence": self.sentence, "layers": layers}
+        return {
+            "proved": self.proved,
+            "proved_integers": self.proved_integers,
+            "sentence": self.sentence,
+            "layers": layers,
+        }
 
 
 def certify(artifact: Artifact) -> Certificate:
     """Bounds every accumulator of a network and says which nodes are proved."""
     tensors = Tensors(artifact)
     inner = inside_definitions(tensors.index, tensors.encodings)
-    bounds = (_follow(tensors, node) for node in artifact.model.graph.node if node.output[0] not in inner)
-    return Certificate(tuple(bound for bound in bounds if bound is not None))
+    nodes = [node for node in artifact.model.graph.node if node.output[0] not in inner]
+    bounds = [_follow(tensors, node) for node in nodes]
+    wider: list[LayerBound | None] = bounds
+    if not all(bound is None or bound.proved for bound in bounds):
+        wide = Tensors(artifact, FLOAT64_EXACT)
+        wider = [_follow(wide, node) for node in nodes]
+    pairs = zip(bounds, wider, strict=True)
+    return Certificate(tuple(replace(b, proved_integers=w is None or w.proved) for b, w in pairs if b is not None))
 
 
 def _follow(tensors: Tensors, node: onnx.NodeProto) -> LayerBound | None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 FLOAT32_EXACT = 2**24
 """float32 holds every integer up to here."""
 
+FLOAT64_EXACT = 2**53
+"""float64 holds every integer up to here."""
+
 
 class NotProvedError(Exception):
     """Something cannot be proved: carries the reason, and the accumulator as far as it is known."""
@@ -108,11 +111,18 @@ class Lattice:
         a, b = _aligned(self, other)
         return Lattice(a.exponent, np.minimum(a.low, b.low), np.maximum(a.high, b.high))
 
-    def require_exact(self, what: str = "the accumulator", accumulator: Lattice | None = None) -> None:
-        """Raises NotProvedError, with `accumulator` or this lattice, unless float32 holds every n * 2^exponent."""
+    def require_exact(
+        self, what: str = "the accumulator", accumulator: Lattice | None = None, limit: int = FLOAT32_EXACT
+    ) -> None:
+        """Raises NotProvedError, with `accumulator` or this lattice, unless float32 holds every n * 2^exponent.
+
+        limit: the largest n, 2^53 for float64.
+        """
         known = self if accumulator is None else accumulator
         largest, finest, coarsest = self.magnitude.max(), self.exponent.min(), self.exponent.max()
-        if largest > FLOAT32_EXACT:
+        if largest > limit and limit > FLOAT32_EXACT:
+            raise NotProvedError(f"{what} may reach {largest:,.0f}; float64 is exact to 2^53", known)
+        if largest > limit:
             raise NotProvedError(f"{what} may reach {largest:,.0f}; float32 is exact to 2^24 = 16,777,216", known)
         if finest < EXPONENTS.start or coarsest + 24 >= EXPONENTS.stop:
             raise NotProvedError(f"{what} counts in units of 2^{finest} to 2^{coarsest}: float32 cannot", known)

@@ -40,9 +40,13 @@ ZERO = Lattice.of_constants(np.zeros(()))
 
 
 class Tensors:
-    """A graph's tensors, and what is known of where their values lie."""
+    """A graph's tensors, and what is known of where their values lie.
 
-    def __init__(self, artifact: Artifact) -> None:
+    limit: of accumulators, 2^24 for what every executor gives, 2^53 for the simulation, the engine and C.
+    """
+
+    def __init__(self, artifact: Artifact, limit: int = FLOAT32_EXACT) -> None:
+        self.limit = limit
         self.encodings = artifact.encodings
         self.index = GraphIndex(onnx.shape_inference.infer_shapes(artifact.model).graph)
         self.constants, self.readers, self.shapes = self.index.constants, self.index.readers, self.index.shapes
@@ -109,7 +113,8 @@ def judge(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     rule = _defined if definition(node) is not None else RULES.get(node.op_type, _unknown)
     accumulator, result = rule(tensors, node)
     if accumulator is not None:
-        accumulator.require_exact()
+        accumulator.require_exact(limit=tensors.limit)
+        _require_simulated(tensors, node, accumulator)
     if node.op_type in ROUNDS_AFTER_ZERO_POINT:
         _require_even_zero_point(tensors, node, accumulator)
         _require_rounded_in_place(tensors, node, accumulator)
@@ -117,6 +122,39 @@ def judge(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     if reason := changed_value(tensors.index, tensors.encodings, node):
         raise NotProvedError(reason, accumulator)
     return accumulator, result
+
+
+WIDE_LAYERS = ("Conv", "ConvTranspose", "Gemm")
+"""Layers that the simulation computes in float64 where float32 does not hold their sums."""
+
+WIDE_ON_MANY_BITS = ("Add", "AveragePool", "GlobalAveragePool", "MatMul", "Mul", "ReduceMean", "ReduceSum", "Sub")
+"""Operations that it computes in float64 where all operands are quantized, and one of them to more than 8 bits."""
+
+TWO_OPERANDS = ("Add", "MatMul", "Mul", "Sub")
+
+
+def _require_simulated(tensors: Tensors, node: onnx.NodeProto, accumulator: Lattice) -> None:
+    """Raises NotProvedError where sums need more than float32 and the simulation has no more."""
+    if tensors.limit == FLOAT32_EXACT:
+        return
+    operands = [tensors.encodings.get(name) for name in node.input[: 2 if node.op_type in TWO_OPERANDS else 1]]
+    wide = node.op_type in WIDE_LAYERS or (
+        node.op_type in WIDE_ON_MANY_BITS
+        and None not in operands
+        and any(encoding.grid.width > 8 for encoding in operands if encoding is not None)
+    )
+    if not wide or not _is_rounded_next(tensors, node.output[0]):
+        accumulator.require_exact()
+
+
+def _is_rounded_next(tensors: Tensors, name: str) -> bool:
+    """Whether nothing but a ReLU, a clip or a Reshape stands between a result and its only rounding."""
+    while name not in tensors.encodings:
+        readers = tensors.readers.get(name, [])
+        if len(readers) != 1 or readers[0].op_type not in ("Relu", "Clip", "Reshape") or name in tensors.outputs:
+            return False
+        name = readers[0].output[0]
+    return True
 
 
 def _require_bounded_requantization(
@@ -133,7 +171,7 @@ def _require_bounded_requantization(
         raise NotProvedError(reason, accumulator)
     # in float64: 2^24 * 2^127 and a zero point fit
     largest = float(np.ldexp(rounded.magnitude.max(), int(ratio[1]))) + float(np.abs(target.zero_point).max())
-    if largest > INT32_MAX:
+    if largest > (INT32_MAX if tensors.limit == FLOAT32_EXACT else tensors.limit):
         reason = f"{node.output[0]} is rounded to values up to {largest:.3g} before it saturates; int32 holds 2^31 - 1"
         raise NotProvedError(reason, accumulator)
 
@@ -275,7 +313,7 @@ def _sum(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     for name in node.input:
         encoding = None if name in tensors.constants else tensors.encodings.get(name)
         raw = raw + _zero_point(encoding).times(2)  # q = (q - z) + z, and - z
-    raw.require_exact("the sum, with operands and zero points in one unit,", total)
+    raw.require_exact("the sum, with operands and zero points in one unit,", total, tensors.limit)
     return total, total
 
 
@@ -283,7 +321,7 @@ def _product(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     """a * b, also with the output's zero point added before the rounding."""
     product = tensors.lattice(node.input[0]) * tensors.lattice(node.input[1])
     shifted = product + _zero_point(tensors.target(node.output[0]))
-    shifted.require_exact("the product, with the zero point in its unit,", product)
+    shifted.require_exact("the product, with the zero point in its unit,", product, tensors.limit)
     return product, product
 
 
@@ -305,30 +343,41 @@ def _average(tensors: Tensors, node: onnx.NodeProto) -> Judged:
         raise NotProvedError("executors disagree by what a window beyond the padding is divided")
     counts = _counts(tensors, node)
     total = x.times(max(counts))
-    total.require_exact("the sum")
+    total.require_exact("the sum", limit=tensors.limit)
     target = tensors.target(node.output[0])
     if all(n & (n - 1) == 0 for n in counts):
         quotient = Lattice(total.exponent - (max(counts).bit_length() - 1), total.low, total.high)
-        (quotient + _zero_point(target)).require_exact("the average, with the zero point in its unit,", total)
+        (quotient + _zero_point(target)).require_exact(
+            "the average, with the zero point in its unit,", total, tensors.limit
+        )
         return total, quotient
     if target is None:
         raise NotProvedError(f"a quotient by {max(counts)} stays float", total)
     for n in counts:
-        _require_sharp_quotient(n, x.times(n), target, total)
+        _require_sharp_quotient(n, x.times(n), target, total, _averages_wide(tensors, node))
     return total, None
 
 
-def _require_sharp_quotient(n: int, total: Lattice, target: Encoding, accumulator: Lattice) -> None:
-    """Raises NotProvedError unless S / n rounds alike by division and by reciprocal: see `certificate.py`."""
+def _averages_wide(tensors: Tensors, node: onnx.NodeProto) -> bool:
+    """Whether an average that is not proved in float32 is computed in float64."""
+    return tensors.limit > FLOAT32_EXACT and tensors.encodings[node.input[0]].grid.width > 8
+
+
+def _require_sharp_quotient(n: int, total: Lattice, target: Encoding, accumulator: Lattice, wide: bool) -> None:
+    """Raises NotProvedError unless S / n rounds alike by division and by reciprocal: see `certificate.py`.
+
+    wide: both in float64.
+    """
     drop = int(target.exponent.max()) - int(total.exponent)
     z, grid = target.zero_point, target.grid
     codes = int(np.maximum(grid.qmax - z, z - grid.qmin).max()) + 1
     reach = math.ldexp(float(total.magnitude.max()), -drop) / n
-    if n * 2.0 ** max(0, drop) * (min(codes, reach) + int(np.abs(z).max())) > 2**21:
+    if n * 2.0 ** max(0, drop) * (min(codes, reach) + int(np.abs(z).max())) > (2**50 if wide else 2**21):
         raise NotProvedError(f"quotients by {n} on {grid.width} bits are too fine for float32", accumulator)
     sums = np.ldexp((np.arange(-codes, codes + 1) + 0.5) * n, drop)  # S * 2^-drop / n = m + 1/2
     ties = sums[(sums == np.rint(sums)) & (total.low <= sums) & (sums <= total.high)]
-    quotients = ties / n, ties.astype(np.float32) * (np.float32(1) / np.float32(n))
+    real = np.float64 if wide else np.float32
+    quotients = ties / n, ties.astype(real) * (real(1) / real(n))
     exact, product = (np.rint(np.ldexp(quotient, -drop)) for quotient in quotients)
     if missed := int((exact != product).sum()):
         raise NotProvedError(

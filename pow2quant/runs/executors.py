@@ -87,4 +87,4 @@ def simulation_executor(sim: Simulation, backend: str, device: torch.device) -> 
             run(batch)
         return seen
 
-    return Executor(f"{backend} {SIMULATION}", run, tensors)
+    return Executor(f"{backend} {SIMULATION}", run, tensors, integers=backend == "custom")

@@ -52,6 +52,7 @@ class Executor:
     unfused: the same file without graph optimizations, where it has some. optimizers: then, for graph inputs and what
         `unfused` gives for them, the names of the optimizers without which `run` gives the same; none where no list of
         names does.
+    integers: it computes on integers, or as exactly, also where float32 does not hold the sums.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Executor:
     network: Callable[[], Artifact] | None = None
     unfused: Executor | None = None
     optimizers: Callable[[Arrays, Arrays], Sequence[str]] | None = None
+    integers: bool = False
 
 
 def compare(
@@ -165,7 +167,9 @@ class _Tally:
         notes: list[str] = []
         rewritten = self._rewritten() if self.differing else None
         divergence = self._divergence(artifact, notes, rewritten) if self.differing else None
-        proved = (proof if isinstance(proof, bool) else proof.proved) and self._is_certified(artifact, notes)
+        integers = self.reference.integers and self.other.integers
+        proved = proof if isinstance(proof, bool) else proof.proved or (integers and proof.proved_integers)
+        proved = proved and self._is_certified(artifact, notes)
         if self.differing and proved and rewritten:
             notes += [rewritten] if divergence is None or divergence.cause != rewritten else []
         elif self.differing and proved:

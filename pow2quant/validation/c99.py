@@ -72,7 +72,7 @@ def executor(program: Program, name: str = NAME, flags: Sequence[str] = FLAGS) -
     def tensors(batch: Arrays) -> dict[str, NDArray[np.float32]]:
         return dequantize(program, library.trace(quantize(program, batch)))
 
-    return Executor(name, run, tensors)
+    return Executor(name, run, tensors, integers=True)
 
 
 def unavailable() -> str | None:

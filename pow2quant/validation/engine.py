@@ -40,4 +40,4 @@ def executor(program: Program, name: str = NAME) -> Executor:
     def tensors(batch: Arrays) -> dict[str, NDArray[np.float32]]:
         return engine.dequantize(program, engine.trace(program, engine.quantize(program, batch)))
 
-    return Executor(name, run, tensors, work=program.work)
+    return Executor(name, run, tensors, work=program.work, integers=True)

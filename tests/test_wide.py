@@ -1,0 +1,81 @@
+"""Sums beyond 2^24: the simulation in float64, the engine and C agree, and that is proved."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pow2quant import QuantPlan, prepare, simulate
+from pow2quant.integer.certificate import certify
+from pow2quant.integer.lower import lower
+from pow2quant.runs.executors import simulation_executor
+from pow2quant.validation import c99, engine
+from pow2quant.validation.agreement import compare
+
+
+class Block(nn.Module):
+    """Convolutions, a residual sum, an average by 9 and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.branch = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.depthwise, self.up = nn.Conv2d(16, 16, 3, groups=16), nn.ConvTranspose2d(16, 4, 3)
+        self.pool, self.head = nn.AvgPool2d(3), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.branch(x))
+        x = self.up(torch.relu(self.depthwise(x)))
+        return self.head(self.pool(x * x).flatten(1))
+
+
+def simulated(weight_bits, activation_bits, backend="custom"):
+    torch.manual_seed(0)
+    batches = [torch.randn(32, 3, 6, 6) * 4 for _ in range(2)]
+    network = prepare(Block(), batches[0])
+    plan = QuantPlan.default(weight_bits, activation_bits)
+    sim = simulate(network, batches[0], replace(plan, input=replace(plan.input, bits=activation_bits)), backend=backend)
+    sim.calibrate(batches)
+    return sim, sim.export(batches[0])
+
+
+@pytest.mark.parametrize("bits", [(8, 16), (16, 8), (16, 16), (12, 12)], ids=str)
+def test_simulation_engine_and_c_agree_beyond_float32(bits):
+    sim, artifact = simulated(*bits)
+    certificate = certify(artifact)
+    assert not certificate.proved
+    assert certificate.proved_integers, [b.reason for b in certificate.layers if not b.proved_integers]
+    assert "more between the simulation in float64, the integer engine and C" in certificate.sentence
+    reference = simulation_executor(sim, "custom", torch.device("cpu"))
+    program = lower(artifact)
+    others = [engine.executor(program), c99.executor(program)]
+    x = [torch.randn(256, 3, 6, 6).numpy() * 4]
+    for found in compare(reference, others, [x], artifact, proof=certificate):
+        assert (found.differing, found.claim) == (0, "proved")
+    tensors = [executor.tensors([x[0][:8]]) for executor in (reference, *others)]
+    for name in tensors[0]:
+        assert all(np.array_equal(tensors[0][name], other[name]) for other in tensors[1:] if name in other)
+
+
+def test_on_8_bits_nothing_is_wide_and_the_aimet_backend_claims_no_more():
+    sim, artifact = simulated(8, 8)
+    certificate = certify(artifact)
+    assert certificate.proved
+    assert certificate.proved_integers
+    layers = [module for module in sim.model.modules() if hasattr(module, "weight_quantizer")]
+    sim.model(torch.randn(2, 3, 6, 6))
+    assert not any(layer._known[1] for layer in layers)
+    assert not simulation_executor(sim, "aimet", torch.device("cpu")).integers
+
+
+def test_float_runs_and_training_stay_in_float32():
+    sim, _ = simulated(16, 16)
+    x = torch.randn(4, 3, 6, 6) * 4
+    with sim.intercept(lambda site, value, quantized: value):
+        assert sim.model(x).dtype is torch.float32
+    result = sim.model.train()(x)
+    assert result.dtype is torch.float32
+    result.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in sim.model.parameters())
