@@ -141,7 +141,8 @@ def test_int32_can_overflow():
     assert not certificate.layers[0].int32_safe
     assert certificate.sentence == (
         "0 of 1 layers proved exact in float32; "
-        "1 more between the simulation in float64, the integer engine and C; largest accumulator 38 bits (fc); int32 may overflow in fc"
+        "1 more between the simulation in float64, the integer engine and C; "
+        "largest accumulator 38 bits (fc); int32 may overflow in fc"
     )
 
 
