@@ -42,8 +42,8 @@ class Builder:
     model: the user's network (a copy). programs: it, captured for two batch sizes. rows: by operation, see `Handler`.
     made: for every captured node that computes on data the prepared nodes written for it. results: which of them has
     its value. new: what later readers of it read: another one, where something wrote into it.
-    constants: values that do not depend on data, by node of either capture. outputs: which of the tensors that the
-    user's network returns the prepared one returns: each once.
+    constants: values that do not depend on data, by node of either capture. weighted: those that follow from weights.
+    outputs: which of the tensors that the user's network returns the prepared one returns: each once.
     """
 
     def __init__(
@@ -58,7 +58,9 @@ class Builder:
         self.results: dict[fx.Node, fx.Node] = {}
         self.constants: dict[fx.Node, Any] = {}
         self.keys: dict[fx.Node, str] = {}
+        self.weighted: set[fx.Node] = set()
         self.twins: dict[fx.Node, fx.Node] = {}
+        self.state = frozenset(model.state_dict())
         self.users_modules = dict(model.named_modules(remove_duplicate=False))
         self.taken = set(self.users_modules)
         self.outputs: list[int] = []
@@ -124,9 +126,13 @@ class Builder:
             value = value.clone() if isinstance(value, Tensor) else value
         self.constants[node] = self.constants[twin] = value
         self.keys[node] = key
+        if key in self.state:
+            self.weighted.add(node)
 
     def _evaluate(self, node: fx.Node, twin: fx.Node) -> None:
         """An operation on constants: run now, once where both captures have the same operands."""
+        if any(a in self.weighted for a in node.all_input_nodes):
+            self.weighted.add(node)
         pairs = zip(node.all_input_nodes, twin.all_input_nodes, strict=True)
         same = not self._differ(node, twin) and all(self.constants[a] is self.constants[b] for a, b in pairs)
         try:
@@ -313,6 +319,10 @@ class Builder:
         if isinstance(held, nn.Parameter):
             return held
         return nn.Parameter(self.tensor(node, value).detach().float())
+
+    def is_written(self, value: Any) -> bool:
+        """Whether a constant stands in the user's code: other weights do not change it."""
+        return not isinstance(value, fx.Node) or (value in self.constants and value not in self.weighted)
 
     def number(self, value: Any) -> float | None:
         """A constant with a single value, or None."""

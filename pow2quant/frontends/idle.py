@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 
 def _scale(module: m.Scale, shape: Shape) -> bool:
-    return float(module.factor) == 1 and float(module.offset) == 0
+    return module.written and float(module.factor) == 1 and float(module.offset) == 0
 
 
 def _slice(module: m.Slice, shape: Shape) -> bool:

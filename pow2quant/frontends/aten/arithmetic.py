@@ -21,17 +21,22 @@ def _binary(make: Callable[[], nn.Module], scalar: Callable[[float, bool], nn.Mo
     scalar: (number, whether it is the first operand) -> the function of the other operand.
     """
 
+    def with_number(b: Builder, node: fx.Node, module: nn.Module, number: Any, x: Any) -> fx.Node:
+        if isinstance(module, m.Scale):
+            module.written = b.is_written(number)
+        return b.call(node, module, b.operand(node, x))
+
     def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         left, right = a.self, a.other
         factor = b.number(getattr(a, "alpha", 1))
         numbers = [b.number(v) for v in (left, right)]
         if numbers[1] is not None and factor is not None and b.is_data(left):
-            return b.call(node, scalar(numbers[1] * factor, False), b.operand(node, left))
+            return with_number(b, node, scalar(numbers[1] * factor, False), right, left)
         if factor != 1:
             scaled = b.call(node, m.Scale(float(factor or 0)), b.operand(node, right))
             return b.call(node, make(), b.operand(node, left), scaled)
         if numbers[0] is not None and b.is_data(right):
-            return b.call(node, scalar(numbers[0], True), b.operand(node, right))
+            return with_number(b, node, scalar(numbers[0], True), left, right)
         for value, other in ((right, left), (left, right)):
             affine = _per_channel(b, node, make(), value, other, swapped=value is left)
             if affine is not None:

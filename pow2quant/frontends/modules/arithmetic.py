@@ -40,10 +40,14 @@ class MatMul(nn.Module):
 
 
 class Scale(nn.Module):
-    """factor * x + offset with two numbers: a one-input function."""
+    """factor * x + offset with two numbers: a one-input function.
+
+    written: the numbers stand in the network's code, so that other weights do not change them.
+    """
 
     def __init__(self, factor: float = 1.0, offset: float = 0.0) -> None:
         super().__init__()
+        self.written = True
         self.register_buffer("factor", torch.tensor(float(factor)))
         self.register_buffer("offset", torch.tensor(float(offset)))
 
