@@ -46,6 +46,20 @@ class Artifact:
     encodings: Table
 
 
+PIXELS = ("pow2quant.input", "pixels")
+"""A file's metadata where its input is an image's bytes: code and value of the input are the pixel."""
+
+
+def note_pixels(model: onnx.ModelProto) -> None:
+    """Notes in a file's metadata that its input is an image's bytes."""
+    model.metadata_props.add(key=PIXELS[0], value=PIXELS[1])
+
+
+def takes_pixels(model: onnx.ModelProto) -> bool:
+    """Whether a file's input is an image's bytes."""
+    return any((entry.key, entry.value) == PIXELS for entry in model.metadata_props)
+
+
 @dataclass(frozen=True)
 class Divergence:
     """The first tensor, in the order of computation, at which two executors differ."""

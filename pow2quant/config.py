@@ -40,6 +40,7 @@ EXPONENTS = ("tqt", "lsq", "fixed")
 BATCH_NORMS = ("live", "folded")
 TERNARY = ("twn", "ttq", "learned")
 KEEPS = ("last", "best")
+INPUTS = ("float", "pixels")
 PRECISIONS = ("float32", "bfloat16", "float16")
 OBJECTIVES = ("size", "bops", "latency", "accuracy")
 FUNCTIONS = ("exact", "plain")
@@ -165,6 +166,7 @@ _STD = Legal(
     lambda: "a list of finite numbers above 0, one per channel",
     lambda v: len(v) > 0 and all(math.isfinite(s) and s > 0 for s in v),
 )
+_INPUT = one_of(lambda: INPUTS)
 _RANGE = one_of(lambda: CHOOSERS)
 _TASK = one_of(lambda: names("tasks"))
 _FUNCTIONS = one_of(lambda: FUNCTIONS)
@@ -262,7 +264,8 @@ class DataConfig:
     """Which data. dataset: a known name or `file.py:function`; None: the data set's own default.
 
     resize: length of the shorter side in pixels; crop: side of the central square; mean, std: per channel, of values
-    in [0, 1]. workers: processes that read image files.
+    in [0, 1]. workers: processes that read image files. input: what the quantized network takes: `float`, the
+    normalized image; `pixels`, bytes (the normalization goes into its first layer).
     """
 
     dataset: Annotated[str, _TEXT] = "digits"
@@ -273,6 +276,7 @@ class DataConfig:
     crop: Annotated[int | None, _COUNT] = None
     mean: Annotated[tuple[float, ...] | None, _MEAN] = None
     std: Annotated[tuple[float, ...] | None, _STD] = None
+    input: Annotated[str, _INPUT] = "float"
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """What a data set's name implies where the configuration says nothing."""
 
 
+WHITE = {"digits": 16}
+"""The pixel that becomes 1.0, where that is not 255."""
+
+
+def white_of(config: DataConfig) -> int:
+    """The pixel that becomes 1.0 before normalization."""
+    return WHITE.get(config.dataset, 255)
+
+
 def load(config: DataConfig, train_batch_size: int | None = None, given: Any = None) -> Data:
     """The data that a configuration asks for; `train` in batches of `train_batch_size` where that is given.
 
@@ -155,7 +164,7 @@ def digits(config: DataConfig) -> tuple[Images, Images]:
     parts = train_test_split(np.arange(len(bunch.target)), test_size=0.25, stratify=bunch.target, random_state=0)
     pixels, labels = torch.from_numpy(bunch.images.astype(np.uint8))[:, None], torch.from_numpy(bunch.target).long()
     names = tuple(map(str, range(10)))
-    train, test = (Images(pixels[part], labels[part], names, config, white=16) for part in parts)
+    train, test = (Images(pixels[part], labels[part], names, config, white=WHITE["digits"]) for part in parts)
     return train, test
 
 

@@ -151,6 +151,10 @@ def test_the_advice_fits_the_run(run: RunConfig, more: list[str], words: str) ->
     assert words in advice(run, [*(name for name, _ in run.ptq.methods or ()), *more])
 
 
+def test_pixels_come_first_where_they_would_win() -> None:
+    assert advice(configured(8, 8, None), ["bias_correction"], pixels=True).startswith("--input pixels, or --method")
+
+
 def test_what_was_done_is_not_advised() -> None:
     assert "adaround" not in advice(configured(4, 8, None), ["align", "output_mse", "adaround"])
 

@@ -66,6 +66,10 @@ MetricName = Annotated[
         "path/to/file.py:function of (outputs, targets).",
     ),
 ]
+Input = Annotated[
+    str | None,
+    Option("--input", help="float: the network takes normalized images; pixels: bytes, its first layer normalizes."),
+]
 WeightBits = Annotated[int | None, Option(help="Width of weights, 2 to 16.")]
 ActivationBits = Annotated[
     int | None,
@@ -114,9 +118,12 @@ def quantization(
     }
 
 
-def pixels(resize: int | None, crop: int | None, mean: str | None, std: str | None) -> dict[str, Any]:
+def pixels(
+    resize: int | None, crop: int | None, mean: str | None, std: str | None, taken: str | None = None
+) -> dict[str, Any]:
     """The keys of the configuration that say what is done to images."""
     return {
+        "data.input": taken,
         "data.resize": resize,
         "data.crop": crop,
         "data.mean": None if mean is None else _numbers("--mean", mean),

@@ -19,6 +19,7 @@ from pow2quant.cli.options import (
     Device,
     EncodingsVersion,
     EvalBatches,
+    Input,
     Mean,
     Methods,
     MetricName,
@@ -88,6 +89,7 @@ def search(
     crop: Crop = None,
     mean: Mean = None,
     std: Std = None,
+    taken: Input = None,
     activation_bits: ActivationBits = None,
     per_tensor: PerTensor = False,
     max_calibration_batches: CalibrationBatches = None,
@@ -110,7 +112,7 @@ def search(
     """
     values = {
         **quantization(backend, model, weights, num_classes, data, data_path, None, activation_bits, per_tensor),
-        **pixels(resize, crop, mean, std),
+        **pixels(resize, crop, mean, std, taken),
         "ptq.calibration_batches": max_calibration_batches,
         "ptq.max_eval_batches": max_eval_batches,
         "ptq.methods": [] if method == ["none"] else method or None,

@@ -20,6 +20,7 @@ from pow2quant.cli.options import (
     DataSet,
     Device,
     EvalBatches,
+    Input,
     Mean,
     Methods,
     MetricName,
@@ -93,6 +94,7 @@ def sweep(
     crop: Crop = None,
     mean: Mean = None,
     std: Std = None,
+    taken: Input = None,
     weight_bits: WeightBits = None,
     activation_bits: ActivationBits = None,
     per_tensor: PerTensor = False,
@@ -118,7 +120,7 @@ def sweep(
             **quantization(
                 backend, model, weights, num_classes, data, data_path, weight_bits, activation_bits, per_tensor
             ),
-            **pixels(resize, crop, mean, std),
+            **pixels(resize, crop, mean, std, taken),
             "ptq.calibration_batches": max_calibration_batches,
             "ptq.max_eval_batches": max_eval_batches,
             "ptq.methods": [] if method == ["none"] else method or None,
@@ -203,6 +205,7 @@ def compare(
     crop: Crop = None,
     mean: Mean = None,
     std: Std = None,
+    taken: Input = None,
     per_tensor: PerTensor = False,
     max_calibration_batches: CalibrationBatches = None,
     max_eval_batches: EvalBatches = None,
@@ -222,7 +225,7 @@ def compare(
         raise typer.BadParameter("give one for each --model, in the same order", param_hint="'--weights'")
     values = {
         **quantization(backend, None, None, num_classes, data, data_path, None, None, per_tensor),
-        **pixels(resize, crop, mean, std),
+        **pixels(resize, crop, mean, std, taken),
         "ptq.calibration_batches": max_calibration_batches,
         "ptq.max_eval_batches": max_eval_batches,
         "task": task,

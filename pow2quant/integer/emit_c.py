@@ -91,6 +91,7 @@ class Place:
     role: str
     name: str
     tensor: Tensor
+    pixels: bool = False
 
     @property
     def values(self) -> dict[str, Any]:
@@ -108,7 +109,10 @@ class Place:
             "low": t.low,
             "high": t.high,
             "real": real,
-            "meaning": f"a code q of {t.low} .. {t.high} stands for {real}",
+            "pixels": self.pixels,
+            "meaning": "the image's bytes as the camera gives them, not normalized"
+            if self.pixels
+            else f"a code q of {t.low} .. {t.high} stands for {real}",
         }
 
 
@@ -123,7 +127,9 @@ class Source:
         self.constants: dict[str, str] = {}
         taken: set[str] = set()
         tensors = program.tensors
-        self.inputs = [Place("input", _identifier("input", name, taken), tensors[name]) for name in program.inputs]
+        self.inputs = [
+            Place("input", _identifier("input", name, taken), tensors[name], program.pixels) for name in program.inputs
+        ]
         self.outputs = [Place("output", _identifier("output", name, taken), tensors[name]) for name in program.outputs]
         digits = len(str(max(0, len(program.steps) - 1)))
         self.layers = []

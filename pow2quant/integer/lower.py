@@ -53,7 +53,7 @@ def _program(graph: Lowering) -> Program:
         graph.read(name)
     read = {*graph.inputs, *graph.outputs, *(name for step in graph.steps for name in (*step.inputs, step.output))}
     tensors = {name: tensor for name, tensor in graph.tensors.items() if name in read}
-    program = Program(tensors, graph.inputs, graph.outputs, tuple(graph.steps))
+    program = Program(tensors, graph.inputs, graph.outputs, tuple(graph.steps), graph.pixels)
     for step in graph.steps:
         _require_64_bits(program, step)
     return program

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from pow2quant.artifact import takes_pixels
 from pow2quant.errors import EncodingError, NotPowerOfTwoError, UnsupportedModelError
 from pow2quant.functions import accepts, region
 from pow2quant.graphs import GraphIndex
@@ -33,7 +34,7 @@ class Lowering:
 
     shapes: of every ONNX tensor, with a batch of one. doubled: the same with a batch of two. rows: the tensors whose
     first dimension is not the batch but several rows of each sample, as (N, T, C) is seen by a Gemm. producers: the
-    node that computes a tensor, by the tensor's name.
+    node that computes a tensor, by the tensor's name. pixels: see `Program`.
     """
 
     encodings: dict[str, Encoding]
@@ -44,6 +45,7 @@ class Lowering:
     outputs: tuple[str, ...]
     doubled: Callable[[], dict[str, tuple[int, ...]]]
     index: GraphIndex
+    pixels: bool = False
     rows: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
@@ -67,6 +69,7 @@ class Lowering:
             outputs=tuple(v.name for v in model.graph.output),
             doubled=cache(lambda: _shapes(_with_batch(artifact.model, 2))),
             index=GraphIndex(model.graph),
+            pixels=takes_pixels(artifact.model),
         )
         for name in inputs:
             graph.declare(name)

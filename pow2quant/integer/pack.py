@@ -50,6 +50,7 @@ def export_integers(artifact: Artifact, folder: Path, *, samples: int = SAMPLES,
             "inputs": list(program.inputs),
             "outputs": list(program.outputs),
             "samples": samples,
+            "pixels": program.pixels,
             "tensors": {name: pack.tensor(tensor, golden.get(name)) for name, tensor in program.tensors.items()},
             "steps": [pack.step(program, step) for step in program.steps],
         }

@@ -37,7 +37,7 @@ TEXT = """\
 Written by pow2quant. `program.json` lists the tensors and the steps in the order of computation; nothing but the files
 here is needed to compute the network. A test of pow2quant does so from these files alone.
 
-{steps} steps; inputs: {inputs}; outputs: {outputs}. {certificate}.
+{steps} steps; inputs: {inputs}; outputs: {outputs}. {certificate}.{pixels}
 
 ## Files
 
@@ -115,6 +115,9 @@ def readme(document: dict[str, Any], certificate: str) -> str:
         steps=len(steps),
         inputs=", ".join(f"`{name}`" for name in document["inputs"]),
         outputs=", ".join(f"`{name}`" for name in document["outputs"]),
+        pixels=" The input's codes are the image's bytes as the camera gives them, not normalized."
+        if document["pixels"]
+        else "",
         certificate=certificate[:1].upper() + certificate[1:],
         samples=document["samples"],
         kinds="\n\n".join(f"**{kind}**: {KINDS[kind]}" for kind in kinds),

@@ -156,13 +156,15 @@ class Program:
     """A network in integers.
 
     tensors: every tensor by name, the constants among them. inputs, outputs: names, in the network's order.
-    steps: in an order in which every tensor is computed before it is read.
+    steps: in an order in which every tensor is computed before it is read. pixels: whether the input's codes are an
+    image's bytes as a camera gives them.
     """
 
     tensors: Mapping[str, Tensor]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     steps: tuple[Step, ...]
+    pixels: bool = False
 
     @property
     def work(self) -> int:

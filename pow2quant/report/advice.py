@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from itertools import islice
+from itertools import chain, islice
 
 from pow2quant.config import RunConfig, default_methods
 
@@ -17,9 +17,13 @@ LEARNABLE = 4
 """Bits from which on choosing how weights are rounded is worth a try before training."""
 
 
-def advice(config: RunConfig, steps: Collection[str]) -> str:
-    """The first suggestions, `A, or B`. steps: what the run did, as in report.json's `pipeline_steps`."""
-    return ", or ".join(islice(_suggestions(config, set(steps)), MOST))
+def advice(config: RunConfig, steps: Collection[str], pixels: bool = False) -> str:
+    """The first suggestions, `A, or B`.
+
+    steps: what the run did, as in report.json's `pipeline_steps`. pixels: whether `--input pixels` would work and win.
+    """
+    first = ["--input pixels"] if pixels else []
+    return ", or ".join(islice(chain(first, _suggestions(config, set(steps))), MOST))
 
 
 def _suggestions(config: RunConfig, used: set[str]) -> Iterator[str]:

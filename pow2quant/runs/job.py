@@ -18,6 +18,7 @@ from pow2quant import config as configuration
 from pow2quant import datasets, models
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
 from pow2quant.backends.fold import fold_batch_norm
+from pow2quant.backends.pixels import fold_normalization
 from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.errors import ConfigError, DataError, ModelError
 from pow2quant.frontends.batches import call_arguments, inputs
@@ -25,6 +26,7 @@ from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.prepare import is_prepared, prepare
 from pow2quant.plugins import resolve
 from pow2quant.reading import Batches, Checked, Signature
+from pow2quant.runs.pixels import Normalizing, Pixels, take_bytes
 from pow2quant.sampling import Sample, labels_at_hand, sample
 from pow2quant.tasks.base import Metric, Task
 from pow2quant.tasks.choosing import task_of
@@ -123,11 +125,15 @@ class Job:
         data = data.with_parts(lambda part: replace(part, check=task.check, shapes=shapes[0]))
         if task.name == "classification":
             _check_labels(data, max(2, shapes[1][0][-1]))
+        pixels = Pixels.of(config) if config.data.input == "pixels" else None
+        data = data if pixels is None else pixels.data(data)
         calibration = Images(data.calibration, batches or config.ptq.calibration_batches)
         network = float_network(model, called, config, calibration, progress, given)
         flat = inputs(called)
         example = flat[0] if len(flat) == 1 else flat
         own = model if isinstance(called, Tensor) else Flat(model, called)
+        if pixels is not None:
+            own = Normalizing(own, pixels)
         return cls(config, data, own, network, example, task, progress, device or torch.device("cpu"), given)
 
     def simulate(self) -> Simulation:
@@ -141,6 +147,8 @@ class Job:
         """The simulation, calibrated and behind its methods."""
         sim = self.simulate()
         sim.calibrate(self.progress.track(self.calibration(), "calibrating", len(self.calibration())))
+        if self.config.data.input == "pixels":
+            take_bytes(sim, self.network)
         for _, method in methods_of(self.config, self.given)[1]:
             call(method.apply, sim, self.calibration(), progress=self.progress)
         return sim
@@ -235,6 +243,9 @@ def float_network(
 ) -> fx.GraphModule:
     """The network that is simulated: prepared, batch norm folded, rewritten."""
     network = fold_batch_norm(prepare(model, example))
+    if config.data.input == "pixels":
+        how = Pixels.of(config)
+        network = fold_normalization(network, how.mean, how.std, how.white)
     plan = configuration.plan_of(config)
     for _, rewrite in methods_of(config, given)[0]:
         network = call(rewrite.rewrite, network, batches, progress=progress, plan=plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pow2quant.artifact import Agreement
+from pow2quant.backends.pixels import fold_normalization
+from pow2quant.errors import Pow2QuantError
 from pow2quant.logits.paired import NORMAL_95, interval, paired
 from pow2quant.models import TORCHVISION
 from pow2quant.report.advice import advice
 from pow2quant.report.verdict import Change, verdict
 from pow2quant.runs.job import Job
+from pow2quant.runs.pixels import Pixels
 from pow2quant.runs.scores import FLOAT, Scores
 from pow2quant.tasks.base import ONE_ANSWER, OneAnswer
 
@@ -23,7 +27,28 @@ def judge(
     job: Job, agreements: Sequence[Agreement], change: Change | None, sizes: Mapping[str, int], steps: Collection[str]
 ) -> dict[str, Any]:
     """`verdict` of report.json. sizes: of the files `float` and `quantized`, in bytes. steps: what the run did."""
-    return verdict(agreements, change, advice(job.config, steps), [*job.data.warnings, *_unloaded(job), *_grown(sizes)])
+    advised = advice(job.config, steps, _would_win_on_pixels(job))
+    return verdict(agreements, change, advised, [*job.data.warnings, *_unloaded(job), *_grown(sizes)])
+
+
+def _would_win_on_pixels(job: Job) -> bool:
+    """Whether `--input pixels` spares a rounding of the input that matters, and the network and its data can take it.
+
+    It matters from 8 bits on; images that are normalized with 0.5 and 0.5 lie on the grid of half pixels anyway.
+    """
+    config, weight = job.config, job.config.quantization.weight
+    values = {*(config.data.mean or ()), *(config.data.std or ())}
+    output = config.quantization.output
+    narrow = any(spec is not None and spec.bits < 8 for spec in (weight, output))
+    if config.data.input == "pixels" or narrow or not values or values <= {0.0, 0.5, 1.0}:
+        return False
+    try:
+        how = Pixels.of(config)
+        how.pixels(next(iter(job.data.test))[0], "")
+        fold_normalization(copy.deepcopy(job.network), how.mean, how.std, how.white)
+    except Pow2QuantError:
+        return False
+    return True
 
 
 def change_of(scores: Scores, executor: str) -> Change | None:

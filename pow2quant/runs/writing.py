@@ -14,7 +14,7 @@ import torch
 from pow2quant import config as configuration
 from pow2quant import run_folder
 from pow2quant.adapters import onnx_qdq
-from pow2quant.artifact import Agreement, Artifact, Table
+from pow2quant.artifact import Agreement, Artifact, Table, note_pixels
 from pow2quant.backends.base import SILENT, Progress, Simulation
 from pow2quant.backends.base import inputs as arguments
 from pow2quant.backends.samples import sample
@@ -29,6 +29,7 @@ from pow2quant.runs.evaluating import evaluation_of
 from pow2quant.runs.executors import SIMULATION, compared, executors, runner, simulation_executor
 from pow2quant.runs.job import NOTHING, Given, Job, methods_of
 from pow2quant.runs.judging import change_of, judge
+from pow2quant.runs.pixels import take_bytes
 from pow2quant.runs.result import Result
 from pow2quant.runs.scores import FLOAT, Scores
 from pow2quant.validation import latency, ort
@@ -108,9 +109,13 @@ def score(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
 
 def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[dict[str, Any], list[Agreement]]:
     """Checks the constraint, writes the files, reads them back and runs every executor on the test data."""
+    if job.config.data.input == "pixels":
+        take_bytes(sim, job.network)
     table = sim.encodings()
     _check_constraint(job.config, sim, table)
     artifact = sim.export(job.example)
+    if job.config.data.input == "pixels":
+        note_pixels(artifact.model)
     parameters = {name: p.detach().cpu().numpy() for name, p in job.parameters(sim).items()}
     run_folder.save_state(folder / run_folder.STATE, parameters, table)
     _write_models(artifact, folder, job.config.encodings_version)
@@ -193,6 +198,7 @@ def _report(
         "backend": job.config.backend,
         "model": job.config.model.name,
         "dataset": job.config.data.dataset,
+        "input": job.config.data.input,
         "pipeline_steps": steps,
         "config": {
             role: spec and {"bitwidth": spec.bits, "symmetric": spec.symmetric, "power_of_2": spec.power_of_2}
