@@ -306,7 +306,7 @@ def test_sensitivities_grow_as_widths_shrink_and_are_zero_for_floats(backend: st
         sim.calibrate([x])
         sim.parameter("conv.bias").data.add_(1)  # as a method might; the float network elsewhere must not notice
         sim.calibrate((), roles={"bias"})
-    measurement = Measurement(groups, simulations, [(x, labels)], nn.CrossEntropyLoss(), 0)
+    measurement = Measurement(groups, simulations, [((x,), labels)], nn.CrossEntropyLoss(), 0)
     for metric in configuration.SENSITIVITIES:
         table = measurement.table(metric)
         assert set(table) == {g.name for g in groups}

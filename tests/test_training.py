@@ -542,5 +542,5 @@ def test_a_checkpoint_replaces_the_old_one_whole_and_damage_is_said(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     path.write_bytes(path.read_bytes()[:-5])
     for wrong in (path, tmp_path / "none", Path(__file__)):
-        with pytest.raises(FileFormatError, match="not a checkpoint"):
+        with pytest.raises(FileFormatError, match=r"not a checkpoint|cannot be read: no such file"):
             checkpoint.load(wrong)

@@ -34,6 +34,8 @@ def plan(path: Path, base: QuantPlan, types: Mapping[str, str], outputs: Collect
     """
     try:
         document = foreign.parsed(foreign.text(path, foreign.MOST_TEXT, ConfigError))
+    except ConfigError as error:
+        raise ConfigError(f"config_file: {error}") from None
     except ValueError as error:
         raise ConfigError(f"config_file: {path}: cannot be read as JSON: {error}") from error
     root = _Section(str(path), "", document)

@@ -22,7 +22,11 @@ KINDS = {
     "matmul": "accumulator = (a - zero_a) @ (b - zero_b), over the last two dimensions; result = "
     "requantize(accumulator).",
     "maximum": "the largest code of every window; what lies beyond the map does not count.",
+    "normstep": "the definition of docs/numerics.md in integers: per row the sums of (x - zero) and of its square, one "
+    "integer root, one division, and `definition`'s gain and offset; then requantize.",
     "product": "result = requantize((a - zero_a) * (b - zero_b)); a constant of fewer dimensions repeats, as in ONNX.",
+    "softmaxstep": "along `definition.axis`: d = largest code - x; e = table[min(d, length - 1)]; p = e * floor(2^R / "
+    "sum of e) >> (R - 24), R = `definition.reciprocal_bits`; result = requantize(p).",
     "sum": "result = requantize((a - zero_a) * 2^shifts[0] + (b - zero_b) * 2^shifts[1]), or minus where `subtracts`; "
     "a constant of fewer dimensions repeats, as in ONNX.",
     "table": "result = table[x - low], low that of the input's tensor; one table, or one row per channel (the first "
