@@ -313,6 +313,7 @@ def slice_written(x: Tensor) -> Tensor:
         lambda x: F.scaled_dot_product_attention(x, x.tanh(), x, scale=0.3),
         lambda x: x @ torch.ones(4, 5) + 1,
         lambda x: x if x.shape[1] == 6 else -x,
+        lambda x: x * torch.arange(4).type_as(x) + torch.ones(1, 6, 1, 1).expand_as(x),
         written_later,
         slice_written,
     ],

@@ -32,6 +32,9 @@ SIZED = frozenset({"view", "reshape", "_unsafe_view", "expand", "unflatten", "re
 BY_SHAPE = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill", "zero"})
 """Operations of which the first operand's shape counts, not its values."""
 
+LIKE_OTHER = frozenset({"type_as", "expand_as", "view_as", "reshape_as"})
+"""Operations of which the second operand's shape and type count, not its values."""
+
 COMPOSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Transformer, nn.TransformerEncoderLayer)
 """Modules of PyTorch's own that are more than one operation."""
 
@@ -84,9 +87,9 @@ class Builder:
                 self.constants[twin] = getattr(second.graph_module, str(twin.target))
             elif all(a in self.constants for a in node.all_input_nodes):
                 self._evaluate(node, twin)
-            elif node.op == "call_function" and operation(node) in BY_SHAPE:
+            elif node.op == "call_function" and (at := self._read_by_shape(node)) is not None:
                 for one in (node, twin):
-                    self.constants[one] = self._by_shape(one)
+                    self.constants[one] = self._by_shape(one, at)
             else:
                 self._current = self.made[node] = []
                 self._convert(node)
@@ -148,9 +151,15 @@ class Builder:
         kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
         return node.target(*args, **kwargs)
 
-    def _by_shape(self, node: fx.Node) -> Any:
-        """What an operation makes that reads its first operand's shape only."""
-        data = node.args[0]
+    def _read_by_shape(self, node: fx.Node) -> int | None:
+        """Which operand is the only one that is computed from data, and counts by its shape and type alone."""
+        if operation(node) in BY_SHAPE:
+            return 0
+        return 1 if operation(node) in LIKE_OTHER and node.args[0] in self.constants else None
+
+    def _by_shape(self, node: fx.Node, at: int) -> Any:
+        """What an operation makes that reads the shape and type of operand `at` only."""
+        data = node.args[at]
         assert isinstance(data, fx.Node)
         held, self.constants[data] = (
             self.constants.get(data),
