@@ -39,26 +39,30 @@ class Lockstep:
     longer than something reads it.
     """
 
-    def __init__(self, builder: Builder, network: fx.GraphModule) -> None:
+    def __init__(self, builder: Builder, network: fx.GraphModule, which: int = 0) -> None:
+        """which: of the two captures."""
         self.builder, self.network = builder, network
+        self.captured = builder.programs[which].graph
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self.prepared: dict[fx.Node, Any] = {}
         self.users: dict[fx.Node, Any] = {}
+        self.returned: list[Any] = []
         self._kept = set(network.graph.nodes)
 
     def run(self, batch: tuple[Tensor, ...]) -> None:
-        """Compares on one batch of the first capture's size. Raises UnsupportedModelError, naming the operation."""
+        """Compares on one batch of the capture's size. Raises UnsupportedModelError, naming the operation."""
         given = iter(batch)
-        graph = self.builder.programs[0].graph
-        last, last_prepared = self._last_uses(graph)
-        for node in graph.nodes:
+        last, last_prepared = self._last_uses()
+        for node, twin in zip(self.builder.programs[0].graph.nodes, self.captured.nodes, strict=True):
             if node.op == "placeholder" and node in self.builder.results:
                 value = next(given).clone()
                 self._set(self.builder.results[node], value)
-                self.users[node] = value
+                self.users[twin] = value
             elif node in self.builder.made:
-                self._step(node)
-            for gone in last.get(node, ()):
+                self._step(node, twin)
+            elif node.op == "output":
+                self.returned = [self.users[n] for n in twin.all_input_nodes if n in self.users]
+            for gone in last.get(twin, ()):
                 self.users.pop(gone, None)
             for gone in last_prepared.get(node, ()):
                 self.prepared.pop(gone, None)
@@ -68,7 +72,7 @@ class Lockstep:
         if isinstance(value, Tensor):
             self.shapes[prepared.name] = (value.shape, value.dtype)
 
-    def _step(self, node: fx.Node) -> None:
+    def _step(self, node: fx.Node, twin: fx.Node) -> None:
         if operation(node).startswith("_assert"):
             return
         made = [n for n in self.builder.made[node] if n in self._kept]
@@ -77,10 +81,10 @@ class Lockstep:
             args = fx.node.map_arg(step.args, lambda n: self.prepared[n])
             self._set(step, module(*args))
         try:
-            expected = self._captured(node)
+            expected = self._captured(twin)
         except Exception as error:
             raise ModelError(f"{scope(node)}: {node.name}{source_line(node)} fails: {first_line(error)}") from error
-        self.users[node] = expected
+        self.users[twin] = expected
         result = self.builder.results.get(node)
         if result is None or result not in made:
             return
@@ -102,13 +106,13 @@ class Lockstep:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         return node.target(*args, **kwargs)
 
-    def _last_uses(self, graph: fx.Graph) -> tuple[dict[fx.Node, list[fx.Node]], dict[fx.Node, list[fx.Node]]]:
+    def _last_uses(self) -> tuple[dict[fx.Node, list[fx.Node]], dict[fx.Node, list[fx.Node]]]:
         """For every captured node what nothing reads behind it: captured values, and prepared ones."""
         last: dict[fx.Node, fx.Node] = {}
         last_prepared: dict[fx.Node, fx.Node] = {}
-        for node in graph.nodes:
-            for read in node.all_input_nodes:
-                last[read] = node
+        for node, twin in zip(self.builder.programs[0].graph.nodes, self.captured.nodes, strict=True):
+            for read in twin.all_input_nodes:
+                last[read] = twin
             for step in self.builder.made.get(node, ()):
                 for read in step.all_input_nodes:
                     last_prepared[read] = node
