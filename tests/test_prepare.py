@@ -530,3 +530,19 @@ def test_an_exported_program_and_an_autocast_block_are_networks() -> None:
 def test_what_is_no_network_or_no_example_is_named(model: Any, example: Tensor, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         prepare(model, example)
+
+
+def test_a_layer_whose_weight_is_a_buffer_holds_nothing_else() -> None:
+    class Blurred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kernel", torch.ones(3, 1, 3, 3) / 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(F.pad(x, (1, 1, 1, 1)).relu(), self.kernel, groups=3)
+
+    model, x = nn.Sequential(Blurred(), nn.ReLU()).eval(), torch.randn(2, 3, 6, 6)
+    network = prepare(model, x)
+    same(network, model, x)
+    called = {str(n.target) for n in network.graph.nodes if n.op == "call_module"}
+    assert not any(a != b and a.startswith(f"{b}.") for a in called for b in called)

@@ -103,10 +103,10 @@ class Builder:
         """The modules that become layers of their own name: nothing can be put inside them."""
         found = set()
         for node in graph.nodes:
-            if node.op == "placeholder" and specs[node.name].kind is InputKind.PARAMETER:
+            if node.op == "placeholder" and specs[node.name].kind is not InputKind.USER_INPUT:
                 self.keys[node] = str(specs[node.name].target)
             owner = self.users_modules.get(scope(node)) if node.op == "call_function" else None
-            if owner is not None and list(owner.parameters(recurse=False)):
+            if owner is not None and [*owner.parameters(recurse=False), *owner.buffers(recurse=False)]:
                 weight = getattr(arguments(node), "weight", None)
                 found |= {self.owner(node, weight) or ""} if isinstance(weight, fx.Node) else set()
         return found - {""}
