@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from pow2quant.errors import ModelError, UnsupportedModelError
 from pow2quant.frontends.builder import Builder, operation, scope
@@ -46,7 +47,7 @@ class Lockstep:
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
         self.prepared: dict[fx.Node, Any] = {}
         self.users: dict[fx.Node, Any] = {}
-        self.returned: list[Any] = []
+        self.returned: list[Tensor] = []
         self._kept = set(network.graph.nodes)
 
     def run(self, batch: tuple[Tensor, ...]) -> None:
@@ -61,7 +62,8 @@ class Lockstep:
             elif node in self.builder.made:
                 self._step(node, twin)
             elif node.op == "output":
-                self.returned = [self.users[n] for n in twin.all_input_nodes if n in self.users]
+                leaves = pytree.tree_leaves(twin.args[0])
+                self.returned = [self.users[n] for n in leaves if isinstance(n, fx.Node)]
             for gone in last.get(twin, ()):
                 self.users.pop(gone, None)
             for gone in last_prepared.get(node, ()):
