@@ -29,6 +29,7 @@ TABLES: dict[str, dict[str, str]] = {
         "adaround": "pow2quant.methods.adaround:AdaRound",
         "qdrop": "pow2quant.methods.qdrop:QDrop",
         "ternary": "pow2quant.methods.ternary:Ternary",
+        "auto": "pow2quant.methods.auto:Auto",
     },
     "exporters": {
         "aimet-0.6.1": "pow2quant.adapters.aimet_encodings:export_0_6_1",

@@ -1,11 +1,12 @@
 """What is done to a network to keep its accuracy: one file per method, each the paper's equations and a thin `apply`.
 
-Two kinds share the registration (rows "methods" in `plugins.py`), told apart by what they can do. Both are frozen
+Three kinds share the registration (rows "methods" in `plugins.py`), told apart by what they can do. All are frozen
 dataclasses whose fields are their YAML, and whose docstring's first line names the paper.
 
 - a method has `apply(sim, batches)`, and changes encodings and parameters of the calibrated simulation;
 - a rewrite has `rewrite(network, batches)` (`backends.base.Rewrite`), and changes the prepared float network before a
-  backend wraps it; so rewrites stand before methods.
+  backend wraps it; so rewrites stand before methods;
+- a choice has `choose(facts, attempt, note)` (`auto.Auto`), stands alone, and tries chains of the other two.
 
 `batches` can be iterated as often as a method likes. Either takes a further argument if it calls it `progress`: a
 `backends.base.Progress`, for the reconstruction error of every layer; a rewrite also one that it calls `plan`: the

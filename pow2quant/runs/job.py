@@ -24,6 +24,7 @@ from pow2quant.errors import ConfigError, DataError, ModelError
 from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.prepare import is_prepared, prepare
+from pow2quant.methods.auto import Trial
 from pow2quant.plugins import resolve
 from pow2quant.reading import Batches, Checked, Signature
 from pow2quant.runs.pixels import Normalizing, Pixels, take_bytes
@@ -76,6 +77,7 @@ class Job:
     """What a configuration stands for: a float network, its preparation, and data.
 
     model: as the user wrote it, called with a flat sequence of tensors. example: inputs of one call, of one sample.
+    seen: calibration batches in place of those of `data`. trials: by which the methods were chosen, if they were.
     """
 
     config: RunConfig
@@ -88,6 +90,8 @@ class Job:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     given: Given = NOTHING
     samples: dict[int | None, Sample] = field(default_factory=dict)
+    seen: Sequence[Batch] | None = None
+    trials: tuple[Trial, ...] = ()
 
     @classmethod
     def start(cls, config: RunConfig, progress: Progress, given: Given = NOTHING) -> Job:
@@ -128,7 +132,7 @@ class Job:
         pixels = Pixels.of(config) if config.data.input == "pixels" else None
         data = data if pixels is None else pixels.data(data)
         calibration = Images(data.calibration, batches or config.ptq.calibration_batches)
-        network = float_network(model, called, config, calibration, progress, given)
+        network = rewritten(prepared_network(model, called, config), config, calibration, progress, given)
         flat = inputs(called)
         example = flat[0] if len(flat) == 1 else flat
         own = model if isinstance(called, Tensor) else Flat(model, called)
@@ -176,9 +180,9 @@ class Job:
         )
         return {name: tensor for name, tensor in found if name in own}
 
-    def calibration(self) -> Images:
+    def calibration(self) -> Sequence[Batch] | Images:
         """The calibration images, batch by batch."""
-        return Images(self.data.calibration, self.config.ptq.calibration_batches)
+        return Images(self.data.calibration, self.config.ptq.calibration_batches) if self.seen is None else self.seen
 
     def test(self, limit: int | None) -> Iterator[tuple[Batch, Any]]:
         """Test inputs and targets, batch by batch; of so many batches, a stratified sample."""
@@ -233,19 +237,23 @@ def call(step: Callable[..., T], subject: Any, batches: Iterable[Batch], **offer
     return step(subject, batches, **{key: value for key, value in offered.items() if key in taken})
 
 
-def float_network(
-    model: nn.Module,
-    example: Any,
+def prepared_network(model: nn.Module, example: Any, config: RunConfig) -> fx.GraphModule:
+    """The network, prepared, batch norm folded; the normalization too where it takes pixels."""
+    network = fold_batch_norm(prepare(model, example))
+    if config.data.input == "pixels":
+        how = Pixels.of(config)
+        network = fold_normalization(network, how.mean, how.std, how.white)
+    return network
+
+
+def rewritten(
+    network: fx.GraphModule,
     config: RunConfig,
     batches: Iterable[Batch],
     progress: Progress = SILENT,
     given: Given = NOTHING,
 ) -> fx.GraphModule:
-    """The network that is simulated: prepared, batch norm folded, rewritten."""
-    network = fold_batch_norm(prepare(model, example))
-    if config.data.input == "pixels":
-        how = Pixels.of(config)
-        network = fold_normalization(network, how.mean, how.std, how.white)
+    """The network that is simulated: a prepared one behind its rewrites, in place."""
     plan = configuration.plan_of(config)
     for _, rewrite in methods_of(config, given)[0]:
         network = call(rewrite.rewrite, network, batches, progress=progress, plan=plan)

@@ -25,6 +25,7 @@ from pow2quant.plugins import resolve
 from pow2quant.report import document, statistics
 from pow2quant.report.html import page_of
 from pow2quant.report.network import describe
+from pow2quant.runs.choosing import chooser_of, decided
 from pow2quant.runs.evaluating import evaluation_of
 from pow2quant.runs.executors import SIMULATION, compared, executors, runner, simulation_executor
 from pow2quant.runs.job import NOTHING, Given, Job, methods_of
@@ -67,10 +68,10 @@ def quantized(config: RunConfig, progress: Progress, given: Given = NOTHING) -> 
     """The first part of every run: what a configuration stands for, its calibrated simulation, and the steps taken."""
     if config.ptq.methods is None and given.methods is None:
         config = replace(config, ptq=replace(config.ptq, methods=configuration.default_methods(config)))
-    elif config.ptq.methods:
+    elif config.ptq.methods and chooser_of(config) is None:
         _note_what_is_replaced(config, progress)
     methods_of(config, given)
-    job = Job.start(config, progress, given)
+    job = decided(Job.start(config, progress, given))
     return job, job.quantized(), job.steps
 
 
@@ -200,6 +201,7 @@ def _report(
         "dataset": job.config.data.dataset,
         "input": job.config.data.input,
         "pipeline_steps": steps,
+        "auto": [trial.to_json() for trial in job.trials] or None,
         "config": {
             role: spec and {"bitwidth": spec.bits, "symmetric": spec.symmetric, "power_of_2": spec.power_of_2}
             for role, spec in ((r, getattr(quantization, r)) for r in configuration.ROLES)

@@ -24,6 +24,7 @@ from pow2quant.errors import ConfigError
 from pow2quant.logits.paired import wilson
 from pow2quant.report import summary
 from pow2quant.runs import Job, Result, finish, write_report
+from pow2quant.runs.choosing import decided
 from pow2quant.saving import write
 from pow2quant.study import costs, latency, limits
 from pow2quant.study.candidates import CANDIDATES, Group, Plan, configured, groups_of, sorted_names, uniform
@@ -115,7 +116,7 @@ class Search:
         """Costs first, since they may tell that nothing can be found; then the sensitivities."""
         request = Request(config.search)
         config = _with_methods(config)
-        job = Job.start(config, progress)
+        job = decided(Job.start(config, progress))
         state = torch.get_rng_state()
         plan = configuration.plan_of(config)
         placement = job.simulate().placement

@@ -1,0 +1,174 @@
+"""`auto`: which chain is chosen, within which budget, on which images; that the run is then that of the chain."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+import pow2quant
+from pow2quant import config as configuration
+from pow2quant.cli import main
+from pow2quant.config import Choice
+from pow2quant.errors import DataError
+from pow2quant.methods.auto import ALIGN, BIAS, NOISE, Auto, Chain, Facts, Trial, best, blocks, cheap, learned
+from pow2quant.models import DIGITS_WEIGHTS, digits_cnn, load_weights
+from pow2quant.runs.choosing import split
+
+NARROW = Facts(4, 4, depthwise=False, default=(ALIGN, NOISE))
+
+
+def trial(noise: list[float], chain: Chain = (), seconds: float = 1.0) -> Trial:
+    return Trial(chain, np.array(noise), seconds)
+
+
+def tries(noise: Callable[[Chain], list[float]], seconds: float = 1.0) -> Callable[[Chain], Trial]:
+    return lambda chain: trial(noise(chain), chain, seconds)
+
+
+# Which of two is the choice
+
+
+def test_a_clear_win_replaces_and_a_win_within_its_error_does_not() -> None:
+    first = trial([1.0, 1.2, 0.8, 1.0])
+    clear, lucky = trial([0.5, 0.6, 0.4, 0.5]), trial([0.1, 2.2, 0.3, 1.3])
+    assert lucky.sqnr_db > first.sqnr_db
+    assert best([first, clear]) is clear
+    assert best([first, lucky]) is first
+    assert best([first, trial([1.0, 1.2, 0.8, 1.0])]) is first
+
+
+@given(st.lists(st.tuples(st.floats(1e-3, 10), st.floats(1e-3, 10)), min_size=2, max_size=8))
+def test_the_standard_error_is_the_jackknife_over_images(pairs: list[tuple[float, float]]) -> None:
+    a, b = (np.array(x) for x in zip(*pairs, strict=True))
+    gain, error = Trial((), a, 0).gain_over(Trial((), b, 0))
+    left = [10 * np.log10(np.delete(b, i).sum() / np.delete(a, i).sum()) for i in range(len(a))]
+    assert gain == pytest.approx(10 * np.log10(b.sum() / a.sum()), abs=1e-9)
+    assert error == pytest.approx(np.sqrt((len(a) - 1) * np.var(left)), abs=1e-6)
+
+
+def test_outputs_without_an_error_are_compared_too() -> None:
+    perfect, other = trial([0.0, 0.0]), trial([0.1, 0.1])
+    assert best([perfect, other]) is perfect
+    assert best([other, perfect]) is perfect
+    assert best([perfect, trial([0.0, 0.0])]) is perfect
+
+
+# What is tried
+
+
+def test_costlier_chains_stand_on_the_best_cheap_one() -> None:
+    better = (ALIGN, BIAS)
+    trials = Auto().choose(NARROW, tries(lambda c: [0.1, 0.1] if c == better else [1.0, 1.0]), lambda line: None)
+    chains = [t.chain for t in trials]
+    assert chains[0] == NARROW.default
+    assert set(map(str, cheap(NARROW, ()))) <= set(map(str, chains))
+    assert (*better, Choice("adaround", {"iterations": 400})) in chains
+    assert len(set(map(str, chains))) == len(chains)
+    assert best(trials).chain == better
+
+
+def test_rounding_is_not_learned_above_eight_bits_and_blocks_are_not_at_eight() -> None:
+    assert learned(Facts(16, 16, False, ()), ()) == []
+    assert blocks(Facts(4, 8, False, ()), ()) == []
+    assert not any(c.name == "adaround" for chain in learned(Facts(8, 8, False, ()), (BIAS,)) for c in chain)
+    assert any(c.name == "equalize" for chain in cheap(Facts(8, 8, True, ()), ()) for c in chain)
+
+
+def test_no_trial_begins_that_would_end_behind_the_budget() -> None:
+    lines: list[str] = []
+    trials = Auto(minutes=0.5).choose(NARROW, tries(lambda c: [1.0, 1.0], seconds=1000), lines.append)
+    assert [t.chain for t in trials] == [NARROW.default]
+    assert sum("left out, it would take about" in line for line in lines) > 3
+
+
+# The images that judge
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(0.05, 0.95))
+def test_every_image_either_calibrates_or_judges(sizes: list[int], share: float) -> None:
+    images = iter(torch.arange(sum(sizes)).split(sizes))
+    batches = [(x, x + 100) for x in images]
+    total = sum(sizes)
+    if not 1 <= int(total * share) < total:
+        return
+    seen, back = split(batches, share)
+    parts = [torch.cat([b[0] for b in part]) for part in (seen, back)]
+    assert sorted(torch.cat(parts).tolist()) == list(range(total))
+    assert len(parts[1]) == int(total * share)
+    assert all(torch.equal(b[0] + 100, b[1]) for b in (*seen, *back))
+
+
+def test_one_image_cannot_do_both() -> None:
+    with pytest.raises(DataError, match="1 calibration images are too few"):
+        split([torch.zeros(1, 3)], 0.25)
+
+
+# Runs
+
+
+class Watched:
+    """Batches that write down when they are read."""
+
+    def __init__(self, name: str, batches: list[tuple[Tensor, Tensor]], log: list[str]) -> None:
+        self.name, self.batches, self.log = name, batches, log
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.log.append(self.name)
+        return iter(self.batches)
+
+
+class Log:
+    """A progress that writes lines into a list."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+    def track(self, items: object, title: str, total: int | None = None) -> object:
+        return items
+
+
+def test_a_run_keeps_the_chosen_chain_and_can_be_repeated(tmp_path: Path) -> None:
+    network = digits_cnn()
+    load_weights(network, DIGITS_WEIGHTS)
+    images = torch.from_numpy(load_digits().images[:96, None]).float() / 16
+    labels = network(images).argmax(1).detach()
+    log: list[str] = []
+    batches = [(images[i : i + 32], labels[i : i + 32]) for i in (0, 32, 64)]
+    data = (Watched("calibration", batches[:2], log), Watched("test", batches[2:], log))
+    folder = tmp_path / "auto"
+    result = pow2quant.quantize(network, data, methods="auto", output=folder, progress=Log(log))
+    chosen = next(i for i, line in enumerate(log) if line.startswith("auto: chosen: "))
+    first = next(i for i, line in enumerate(log) if line.startswith("auto: "))
+    assert "test" not in log[first:chosen]
+    trials = result.report["auto"]
+    assert trials[0]["methods"] == ["bias_correction"]
+    assert len(trials) >= 5
+    assert all(t["images"] == 16 for t in trials)
+    named = configuration.load(folder / "config.yaml").ptq.methods
+    assert named
+    assert "auto" not in [c.name for c in named]
+    methods = [{c.name: dict(c.parameters)} for c in named]
+    again = pow2quant.quantize(
+        network, (batches[:2], batches[2:]), methods=methods, output=tmp_path / "again", progress=False
+    )
+    assert again.agrees
+    assert again.report["auto"] is None
+    for name in ("model.onnx", "model.encodings"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_it_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["ptq", "--method", "auto", "--method", "gpfq", "--output", str(tmp_path / "run")])
+    assert status == 2
+    assert "auto chooses the methods itself; name it alone" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
