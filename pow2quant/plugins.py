@@ -26,6 +26,7 @@ TABLES: dict[str, dict[str, str]] = {
         "aciq": "pow2quant.methods.aciq:Aciq",
         "lapq": "pow2quant.methods.lapq:Lapq",
         "gpfq": "pow2quant.methods.gpfq:Gpfq",
+        "gptq": "pow2quant.methods.gptq:Gptq",
         "adaround": "pow2quant.methods.adaround:AdaRound",
         "qdrop": "pow2quant.methods.qdrop:QDrop",
         "ternary": "pow2quant.methods.ternary:Ternary",
