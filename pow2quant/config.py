@@ -25,10 +25,13 @@ from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, get_args, get_
 
 import yaml
 
-from pow2quant import foreign
+from pow2quant import foreign, yaml_text
 from pow2quant.errors import ConfigError, Pow2QuantError
 from pow2quant.plugins import names
 from pow2quant.pow2_constraints import CHOOSERS
+from pow2quant.targets import DEFAULT, Target, presets
+from pow2quant.targets import load as load_target
+from pow2quant.yaml_text import one_line
 
 T = TypeVar("T")
 
@@ -170,6 +173,7 @@ _INPUT = one_of(lambda: INPUTS)
 _RANGE = one_of(lambda: CHOOSERS)
 _TASK = one_of(lambda: names("tasks"))
 _FUNCTIONS = one_of(lambda: FUNCTIONS)
+_TARGET = Legal(lambda: f"one of {', '.join(presets())}, or a YAML file", lambda v: bool(v))
 _BACKEND = one_of(lambda: names("backends"))
 _VERSION = one_of(lambda: ENCODINGS_VERSIONS)
 _DEVICE = Legal(lambda: "cpu, cuda or cuda:N", lambda v: re.fullmatch(r"cpu|cuda(:\d+)?", v) is not None)
@@ -214,7 +218,7 @@ class QuantPlan:
 
     overrides: (pattern, {role: spec}) or (pattern, None); patterns are shell wildcards for module names, None keeps
     everything of these modules float. functions: `exact` computes Softmax and the norms as stated integers, `plain`
-    leaves them to the standard's nodes, which executors compute in their own ways.
+    leaves them to the standard's nodes, which executors compute in their own ways. target: whose arithmetic is meant.
     """
 
     weight: TensorSpec | None
@@ -223,6 +227,7 @@ class QuantPlan:
     bias: TensorSpec | None
     overrides: tuple[tuple[str, Mapping[str, TensorSpec | None] | None], ...] = ()
     functions: str = "exact"
+    target: Target = DEFAULT
 
     @classmethod
     def default(cls, weight_bits: int = 8, activation_bits: int = 8, per_tensor: bool = False) -> QuantPlan:
@@ -390,7 +395,7 @@ class RunConfig:
     """A whole run. `RunConfig()` is the embedded default: digits, 8-bit weights and activations, 32-bit biases.
 
     task: what the network is for; None: what its data look like. metric: by which it is judged first: one of the task's
-    own, `torchmetrics:NAME`, or `file.py:function`.
+    own, `torchmetrics:NAME`, or `file.py:function`. target: whose arithmetic is meant, by name or a YAML file.
     """
 
     model: ModelConfig = ModelConfig()
@@ -402,6 +407,7 @@ class RunConfig:
     report: ReportConfig = ReportConfig()
     task: Annotated[str | None, _TASK] = None
     metric: Annotated[str | None, _TEXT] = None
+    target: Annotated[str, _TARGET] = "onnxruntime"
     backend: Annotated[str, _BACKEND] = "custom"
     seed: Annotated[int, _SEED] = 0
     device: Annotated[str, _DEVICE] = "cpu"
@@ -421,13 +427,13 @@ def read(path: str | os.PathLike[str]) -> Any:
 
     Raises ConfigError: one line with the file and what is wrong in it.
     """
-    return _parse(foreign.text(path, foreign.MOST_TEXT, ConfigError), str(path))
+    return yaml_text.parse(foreign.text(path, foreign.MOST_TEXT, ConfigError), str(path))
 
 
 def from_mapping(mapping: Mapping[str, Any], source: str = "configuration") -> RunConfig:
     """Checks what was read from `source`; missing keys take their defaults. Raises ConfigError as `load` does."""
     try:
-        return _laid_over(RunConfig(), mapping)
+        return _laid_over(_for_target(RunConfig(), mapping), mapping)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 
@@ -435,8 +441,10 @@ def from_mapping(mapping: Mapping[str, Any], source: str = "configuration") -> R
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     """Lays values over a configuration, in order: `with_values(config, {"quantization.weight.bitwidth": 4})`.
 
+    A `target` goes first: what it needs of a plan is then where the configuration has the default.
     Raises ConfigError, naming the key, where a file with these values would.
     """
+    config = _for_target(config, values)
     for path, value in values.items():
         for key in reversed(path.split(".")):
             value = {key: value}
@@ -446,7 +454,7 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The YAML from which `load` makes an equal configuration, with every key."""
-    return str(yaml.dump(_plain(config), Dumper=_Dumper, sort_keys=False, width=120))
+    return str(yaml.dump(_plain(config), Dumper=yaml_text.Dumper, sort_keys=False, width=120))
 
 
 def plan_of(config: RunConfig) -> QuantPlan:
@@ -458,7 +466,29 @@ def plan_of(config: RunConfig) -> QuantPlan:
         (pattern, None if changes is None else _override(roles, changes, f"quantization.overrides.{pattern}"))
         for pattern, changes in config.quantization.overrides.items()
     )
-    return QuantPlan(**roles, overrides=overrides, functions=config.quantization.functions)
+    functions, target = config.quantization.functions, load_target(config.target)
+    return QuantPlan(**roles, overrides=overrides, functions=functions, target=target)
+
+
+def _for_target(config: RunConfig, values: Any) -> RunConfig:
+    """The configuration with the target that `values` name, and what that needs where there is the default.
+
+    What is not the default was chosen by the user, and is refused later where the target does not take it.
+    """
+    name = values.get("target") if isinstance(values, Mapping) else None
+    if not isinstance(name, str) or name == config.target:
+        return config
+    limits, plain = load_target(name).limits, QuantizationConfig()
+    changes: dict[str, Any] = {}
+    for role in ("weight", "input", "output"):
+        spec, default = getattr(config.quantization, role), getattr(plain, role)
+        if spec == default:
+            symmetric = default.symmetric or limits.symmetric
+            per_channel = default.per_channel and not limits.per_tensor
+            changes[role] = replace(default, symmetric=symmetric, per_channel=per_channel)
+    if limits.bias_bits is not None and config.quantization.bias == plain.bias:
+        changes["bias"] = TensorSpec(limits.bias_bits, symmetric=True)
+    return replace(config, target=name, quantization=replace(config.quantization, **changes))
 
 
 def default_methods(config: RunConfig) -> tuple[Choice, ...]:
@@ -523,7 +553,7 @@ def users_code(name: str, error: type[Pow2QuantError]) -> Iterator[None]:
         frames = [f.lineno for f in traceback.extract_tb(raised.__traceback__) if f.filename == str(path)]
         line = raised.lineno if isinstance(raised, SyntaxError) else frames[-1] if frames else None
         place = f"{path}, line {line}" if line else str(path)
-        raise error(f"{place}: {type(raised).__name__}: {_line(str(raised))}") from raised
+        raise error(f"{place}: {type(raised).__name__}: {one_line(str(raised))}") from raised
     finally:
         sys.path[:] = before
 
@@ -660,102 +690,14 @@ def _written(hint: Any, value: Any) -> Any:
 
 def _illegal(path: str, value: Any, words: str) -> ConfigError:
     try:
-        text = json.dumps(value) if isinstance(value, bool | int | float | str | None) else _line(repr(value))
+        text = json.dumps(value) if isinstance(value, bool | int | float | str | None) else one_line(repr(value))
     except ValueError:
         text = "an integer of thousands of digits"
-    return ConfigError(f"{_line(path)}: {text if len(text) <= 60 else text[:57] + '...'} is not legal; legal: {words}")
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
+    return ConfigError(
+        f"{one_line(path)}: {text if len(text) <= 60 else text[:57] + '...'} is not legal; legal: {words}"
+    )
 
 
 def _unknown(path: str, key: str, known: Iterable[str]) -> ConfigError:
     nearest = [f", did you mean {match}?" for match in get_close_matches(key, known, n=1, cutoff=0.5)]
-    return ConfigError(f"{_line(path)}: unknown key{''.join(nearest)}; known: {', '.join(known)}")
-
-
-MOST_DEPTH, MOST_VALUES = 30, 100_000
-"""Of a YAML file: values inside each other, and values altogether, those that aliases repeat counted again."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1, in which 1e-4 is a number too. Raises ConfigError for a file that is too deep or has too much in it."""
-
-    depth = count = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        self.depth, self.count = self.depth + 1, self.count + 1
-        if self.depth > MOST_DEPTH:
-            raise ConfigError(f"values are more than {MOST_DEPTH} deep")
-        if self.count > MOST_VALUES:
-            raise ConfigError(f"there are more than {MOST_VALUES:,} values")
-        node: yaml.Node | None = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-class _Dumper(yaml.SafeDumper):
-    """Its counterpart: the text "1e-4" is quoted."""
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
-
-
-def _parse(text: str, source: str) -> Any:
-    """YAML -> plain values; an empty file is an empty mapping."""
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return {}
-        _reject_what_grows(node, {})
-        _reject_duplicates(node, "")
-        return loader.construct_document(node)
-    except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{source}: not YAML: {place}{error.problem}") from None
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{source}: not YAML: {reason}") from None
-
-
-def _reject_what_grows(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """How many values a node has with everything that its aliases repeat. Raises ConfigError for too many, or a circle.
-
-    known: the sizes of nodes by identity; None while one is being counted.
-    """
-    if id(node) in known:
-        size = known[id(node)]
-        if size is None:
-            raise ConfigError(f"a value contains itself (line {node.start_mark.line + 1})")
-        return size
-    known[id(node)] = None
-    items: list[Any] = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
-    parts = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
-    size = 1 + sum(_reject_what_grows(part, known) for part in parts)
-    if size > MOST_VALUES:
-        raise ConfigError(f"with its aliases it has more than {MOST_VALUES:,} values")
-    known[id(node)] = size
-    return size
-
-
-def _reject_duplicates(node: yaml.Node | None, path: str) -> None:
-    """Raises ConfigError for a key that a mapping has twice (YAML would silently keep the last)."""
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _reject_duplicates(item, path)
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            where = f"{path}.{key.value}".lstrip(".")
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise ConfigError(f"{_line(where)}: given twice (line {key.start_mark.line + 1})")
-            seen.add(str(key.value))
-            _reject_duplicates(value, where)
+    return ConfigError(f"{one_line(path)}: unknown key{''.join(nearest)}; known: {', '.join(known)}")

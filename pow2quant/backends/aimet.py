@@ -71,6 +71,11 @@ class AimetSimulation:
     def __init__(self, network: fx.GraphModule, example: Batch, plan: QuantPlan) -> None:
         self.placement: Placement = place(network, plan)
         self.sites: Sequence[Site] = self.placement.sites
+        if self.placement.roundings:
+            name, rule = next(iter(self.placement.roundings.items()))
+            raise ConfigError(
+                f"{name}: target {plan.target.name} rounds {rule}; the aimet backend rounds half_even only"
+            )
         for site in self.sites:
             bits = self.placement.specs[site.name].bits
             if bits > WIDEST and site.role != "bias":

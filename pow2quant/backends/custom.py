@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,11 +18,13 @@ from pow2quant.backends.base import ALL, Batch, Tap, tapping
 from pow2quant.backends.calibration import calibrate
 from pow2quant.backends.export import to_artifact
 from pow2quant.backends.fake_quant import FakeQuantize
-from pow2quant.backends.placement import Placement, connect, place
+from pow2quant.backends.placement import Placement, behind_clips, connect, place
+from pow2quant.backends.target_rounding import TargetRounding
 from pow2quant.config import QuantPlan
-from pow2quant.errors import EncodingError
+from pow2quant.errors import ConfigError, EncodingError
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.modules import CONVOLUTIONS, TRANSPOSED
+from pow2quant.frontends.writing import many
 from pow2quant.pow2_constraints import Encoding
 
 
@@ -101,6 +104,29 @@ def _largest_sum(layer: Any, weight: Tensor, bias: Tensor | None, source: Encodi
         return float(sums.max())
 
 
+def _unit(operands: Sequence[FakeQuantize], finest: bool) -> Callable[[], Any]:
+    """The exponents in which an accumulator counts: those of the operands added up, or the finest of them."""
+
+    def exponents() -> Any:
+        found = [np.asarray(q.encoding.exponent) for q in operands if q.encoding is not None]
+        return np.min(found, 0) if finest else sum(found, np.zeros((), np.int64))
+
+    return exponents
+
+
+def _count_averaged(module: nn.Module, rounding: TargetRounding) -> None:
+    """Notes at every call of how many values an average is. Raises ConfigError where that depends on the place."""
+    if any(many(getattr(module, "padding", 0), 1)) and not getattr(module, "count_include_pad", True):
+        raise ConfigError(f"{module}: the divisor depends on the place, which rounding {rounding.rule} cannot do")
+    kernel = getattr(module, "kernel_size", None)
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        spatial = args[0].ndim - 2
+        rounding.count = args[0].numel() // output.numel() if kernel is None else math.prod(many(kernel, spatial))
+
+    module.register_forward_hook(note)
+
+
 class CustomSimulation:
     """Pure PyTorch: fake quantization written into the graph (see `backends.base.Simulation` for every member).
 
@@ -117,6 +143,7 @@ class CustomSimulation:
         self._widen(model)
         self._insert_quantizers(model)
         self._tell_layers(model)
+        self._tell_roundings(model)
         connect(model, network, self.placement, self._quantizers)
         self.model: nn.Module = model
 
@@ -170,8 +197,28 @@ class CustomSimulation:
                 module.inplace = True  # type: ignore[assignment]
 
     def _quantizer(self, site: Site, **options: bool) -> FakeQuantize:
-        self._quantizers[site.name] = FakeQuantize(site, **options)
+        rule = self.placement.roundings.get(site.name)
+        rounding = None if rule is None else TargetRounding(rule)
+        self._quantizers[site.name] = FakeQuantize(site, **options, rounding=rounding)
         return self._quantizers[site.name]
+
+    def _tell_roundings(self, model: fx.GraphModule) -> None:
+        """Tells the quantizers whose rule looks at accumulators in which units these count."""
+        layers = {layer.module: layer for layer in self.placement.layers}
+        for node in self.network.graph.nodes:
+            site = self.placement.quantized.get(node.name)
+            rounding = None if site is None else self._quantizers[site.name].rounding
+            if rounding is None or rounding.rule != "gemmlowp":
+                continue
+            core = behind_clips(self.network, node, self.placement.carried)
+            module, layer = model.get_submodule(str(core.target)), layers.get(str(core.target))
+            sources = [self.placement.carried[a.name] for a in core.args if isinstance(a, fx.Node)]
+            units = [*sources, *([layer.weight] if layer is not None else [])]
+            finest = isinstance(module, (m.Add, m.Sub, m.Concat, m.Maximum, m.Minimum))
+            rounding.unit = _unit([self._quantizers[unit.name] for unit in units if unit is not None], finest)
+            rounding.axis = -1 if layer is not None and isinstance(module.layer, nn.Linear) else 1
+            if isinstance(module, (m.Mean, nn.AvgPool1d, nn.AvgPool2d)):
+                _count_averaged(module, rounding)
 
     def parameter(self, name: str) -> Tensor:
         """The float weight or bias of a module, by `<module>.weight` or `<module>.bias`."""

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from torch import Tensor, fx, nn
 
+from pow2quant import targets
 from pow2quant.artifact import Artifact, Table
 from pow2quant.backends.placement import Placement, tensor_name, value_type
 from pow2quant.errors import EncodingError, UnsupportedModelError
@@ -23,11 +24,14 @@ IR_VERSION = 10
 
 
 def to_artifact(
-    network: fx.GraphModule, placement: Placement, table: Table, parameter: Callable[[str], Tensor]
+    network: fx.GraphModule,
+    placement: Placement,
+    table: Table,
+    parameter: Callable[[str], Tensor],
 ) -> Artifact:
     """Writes a prepared network as ONNX; site names become ONNX names here, and only here (they are equal).
 
-    parameter: the float tensor of a weight or bias, by `<module>.weight` or `<module>.bias`.
+    parameter: the float tensor of a weight or bias, by `<module>.weight` or `<module>.bias`. The target is noted.
     Raises EncodingError when a site has no encoding, or a bias is off the lattice s_in * s_w.
     """
     _check_complete(placement, table)
@@ -61,6 +65,7 @@ def to_artifact(
     except Exception as error:  # the checker's errors share no base
         reason = " ".join(str(error).split())[:200]
         raise UnsupportedModelError(f"the network cannot be written as ONNX: {reason}") from error
+    targets.note(model, placement.target)
     return Artifact(model, encodings)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pow2quant.artifact import Site
 from pow2quant.backends.base import Tap
+from pow2quant.backends.target_rounding import TargetRounding
 from pow2quant.pow2_constraints import Encoding
 
 Bound = float | Tensor
@@ -38,17 +39,19 @@ class _StraightThrough(torch.autograd.Function):
 class _Constants:
     """An encoding's numbers as tensors on one device, shaped for broadcasting.
 
-    scale, inverse: () or (C, 1, …); low, high: the grid's ends less the zero point.
+    scale, inverse: () or (C, 1, …); low, high: the grid's ends less the zero point. rounding: None for half to even.
     """
 
-    def __init__(self, encoding: Encoding, ndim: int, device: torch.device) -> None:
+    def __init__(
+        self, encoding: Encoding, ndim: int, device: torch.device, rounding: TargetRounding | None = None
+    ) -> None:
         def tensor(values: np.ndarray[Any, Any]) -> Tensor:
             return torch.from_numpy(np.array(encoding.along(values, ndim), np.float32)).to(device)
 
         def bound(values: np.ndarray[Any, Any]) -> Bound:
             return float(values) if values.ndim == 0 else tensor(values)
 
-        self.device, self.ndim = device, ndim
+        self.device, self.ndim, self.encoding, self.rounding = device, ndim, encoding, rounding
         self.scale = tensor(encoding.scale)
         self.inverse = tensor(1 / encoding.scale) if encoding.is_power_of_two else None
         self.low = bound(encoding.grid.qmin - encoding.zero_point)
@@ -56,14 +59,17 @@ class _Constants:
 
     def codes(self, x: Tensor) -> Tensor:
         """Rounded x / scale, a new tensor (times 2^-k where the scale is 2^k: the same bits, faster)."""
-        return (x * self.inverse if self.inverse is not None else x / self.scale).round_()
+        quotient = x * self.inverse if self.inverse is not None else x / self.scale
+        return quotient.round_() if self.rounding is None else self.rounding(quotient, self.encoding)
 
     def finish(self, codes: Tensor) -> Tensor:
         """Saturates and rescales in place."""
         return codes.clamp_(self.low, self.high).mul_(self.scale)  # type: ignore[arg-type]
 
     def overwrite(self, x: Tensor) -> Tensor:
-        """The same, written over x."""
+        """The same, written over x where it can be."""
+        if self.rounding is not None:
+            return self.finish(self.codes(x))
         (x.mul_(self.inverse) if self.inverse is not None else x.div_(self.scale)).round_()
         return self.finish(x)
 
@@ -73,12 +79,15 @@ class FakeQuantize(nn.Module):
 
     site: what it quantizes. overwrites: the incoming tensor is a fresh result that nobody else reads, so that inference
     may quantize it in place. caches: it is a parameter, whose quantized value is kept for inference on the CPU while
-    the parameter holds the same values, however it is written, and the encoding stays.
+    the parameter holds the same values, however it is written, and the encoding stays. rounding: that of the target
+    where it is not half to even; training with learned scales rounds half to even all the same.
     """
 
-    def __init__(self, site: Site, *, overwrites: bool = False, caches: bool = False) -> None:
+    def __init__(
+        self, site: Site, *, overwrites: bool = False, caches: bool = False, rounding: TargetRounding | None = None
+    ) -> None:
         super().__init__()
-        self.site, self.overwrites, self.caches = site, overwrites, caches
+        self.site, self.overwrites, self.caches, self.rounding = site, overwrites, caches, rounding
         self._kept: tuple[Tensor, Tensor] | None = None
         self.tap: Tap | None = None
         self._encoding: Encoding | None = None
@@ -100,7 +109,7 @@ class FakeQuantize(nn.Module):
             return x if self.tap is None else self.tap(self.site, x, x)
         constants = self._constants
         if constants is None or constants.device != x.device or constants.ndim != x.ndim:
-            constants = self._constants = _Constants(self._encoding, x.ndim, x.device)
+            constants = self._constants = _Constants(self._encoding, x.ndim, x.device, self.rounding)
         if torch.is_grad_enabled() and x.requires_grad:
             quantized: Tensor = _StraightThrough.apply(x, constants)
         elif self.caches and self.tap is None and x.device.type == "cpu" and not _infers(x):
@@ -115,7 +124,7 @@ class FakeQuantize(nn.Module):
         """The float32 value on the grid next to a float64 result, which float32 may not hold."""
         quantized = single = x.float()
         if self._encoding is not None:
-            constants = _Constants(self._encoding, x.ndim, x.device)
+            constants = _Constants(self._encoding, x.ndim, x.device, self.rounding)
             quantized = _StraightThrough.apply(x, constants).float()
         return quantized if self.tap is None else self.tap(self.site, single, quantized)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -18,9 +18,16 @@ from pow2quant.frontends import modules as m
 from pow2quant.frontends.idle import DROPPED
 from pow2quant.frontends.operators import operator, weight_axis
 from pow2quant.operators import Kind
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
+from pow2quant.targets import Target
+from pow2quant.targets.rules import require_operation, require_tensor
 
 FUSES_WITH_CLIP = (m.Add, m.Sub, m.Mul, m.Scale)
 """Beside the weighted operations: those that share one quantizer with a ReLU behind them."""
+
+
+TWO_OPERANDS = ("Add", "Mul", "Sub", "Where")
+"""Operations, by their ONNX type, that are functions where they read a single tensor."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,9 @@ class Placement:
     site's quantizer stands. carried: for every node the site whose encoding its value has, None for float. leaders: for
     a site that shares another's encoding (the inputs of a Concat), that other site's name. fused: the nodes whose only
     reader, a ReLU or the like, holds the quantizer of both. exact: for a node (by name) that has an integer definition,
-    the sites of its input and of its result.
+    the sites of its input and of its result. roundings: by site name the rule by which the operation in front rounds,
+    where it is not half to even. tied: groups of site names that have one exponent, each with its own zero point.
+    target: whose arithmetic it is.
     """
 
     sites: tuple[Site, ...]
@@ -57,6 +66,9 @@ class Placement:
     layers: tuple[Layer, ...]
     fused: frozenset[str]
     exact: dict[str, tuple[Site, Site]]
+    roundings: dict[str, str]
+    tied: tuple[tuple[str, ...], ...]
+    target: Target
 
     def leader(self, name: str) -> str:
         """The site whose encoding the site `name` has: itself, unless it is tied to another."""
@@ -94,6 +106,7 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
         spec = plan.spec(made)
         if spec is None:
             return None
+        require_tensor(plan.target, name, role, spec)
         sites.append(made)
         specs[name] = spec
         return made
@@ -103,6 +116,8 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
             continue
         module = network.get_submodule(node.target) if node.op == "call_module" else None
         kind = _kind(module)
+        if (row := operator(module) if module is not None else None) is not None:
+            require_operation(plan.target, str(node.target), row.onnx)
         if kind is Kind.INDEX or not value_type(node).is_floating_point:
             carried[node.name] = None
             continue
@@ -123,7 +138,21 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
             if source is not None and plan.functions == "exact":
                 exact[node.name] = source, own
     ties = _ties(network, quantized, specs)
-    return Placement(tuple(sites), specs, quantized, carried, ties, tuple(layers), frozenset(fused), exact)
+    roundings = _roundings(network, quantized, carried, plan.target)
+    tied = _tied(network, carried, ties, fused) if plan.target.tied_sums else ()
+    return Placement(
+        tuple(sites),
+        specs,
+        quantized,
+        carried,
+        ties,
+        tuple(layers),
+        frozenset(fused),
+        exact,
+        roundings,
+        tied,
+        plan.target,
+    )
 
 
 def connect(model: nn.Module, network: fx.GraphModule, placement: Placement, quantizers: Mapping[str, Any]) -> None:
@@ -174,6 +203,57 @@ def _fused_into_reader(network: fx.GraphModule, node: fx.Node, kind: Kind) -> bo
     fusable = kind is Kind.WEIGHTED or isinstance(network.get_submodule(str(node.target)), FUSES_WITH_CLIP)
     reader = next(iter(node.users))
     return fusable and reader.op == "call_module" and _kind(network.get_submodule(str(reader.target))) is Kind.CLIP
+
+
+def _roundings(
+    network: fx.GraphModule, quantized: dict[str, Site], carried: dict[str, Site | None], target: Target
+) -> dict[str, str]:
+    """How a target rounds what stands at each site: as the operation does whose result it is.
+
+    What reads one tensor and is neither a layer nor an average is a function, and those are stored tables.
+    """
+    found = {}
+    for node in network.graph.nodes:
+        site = quantized.get(node.name)
+        if site is None or node.op != "call_module":
+            continue
+        core = behind_clips(network, node, carried)
+        row = operator(network.get_submodule(str(core.target))) if core.op == "call_module" else None
+        function = row is not None and row.onnx in TWO_OPERANDS and sum(isinstance(a, fx.Node) for a in core.args) < 2
+        if row is not None and not function and (rule := target.rounding.of(row.onnx)) != HALF_EVEN:
+            found[site.name] = rule
+    return found
+
+
+def behind_clips(network: fx.GraphModule, node: fx.Node, carried: Mapping[str, Site | None]) -> fx.Node:
+    """The node whose result is rounded at a site: that behind ReLUs and clips between which nothing is rounded."""
+    while node.op == "call_module" and _kind(network.get_submodule(str(node.target))) is Kind.CLIP:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if carried[source.name] is not None:
+            break
+        node = source
+    return node
+
+
+def _tied(
+    network: fx.GraphModule, carried: dict[str, Site | None], leaders: dict[str, str], fused: Collection[str]
+) -> tuple[tuple[str, ...], ...]:
+    """The sites of every sum's inputs and result, those of sums that share one joined; sorted, without duplicates."""
+    groups: list[set[str]] = []
+    for node in network.graph.nodes:
+        if node.op != "call_module" or not isinstance(network.get_submodule(str(node.target)), (m.Add, m.Sub)):
+            continue
+        result = next(iter(node.users)) if node.name in fused else node
+        sites = [carried[n.name] for n in (*node.args, result) if isinstance(n, fx.Node)]
+        group = {site.name for site in sites if site is not None}
+        for name in [name for name in group if name in leaders]:
+            group.add(leaders[name])
+        for other in [g for g in groups if g & group]:
+            groups.remove(other)
+            group |= other
+        groups.append(group)
+    return tuple(sorted(tuple(sorted(group)) for group in groups))
 
 
 def _ties(network: fx.GraphModule, quantized: dict[str, Site], specs: dict[str, TensorSpec]) -> dict[str, str]:

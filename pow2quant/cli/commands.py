@@ -40,6 +40,7 @@ from pow2quant.cli.options import (
     Resize,
     Seed,
     Std,
+    Target,
     Task,
     Verbose,
     WeightBits,
@@ -103,6 +104,7 @@ def ptq(
     max_calibration_batches: CalibrationBatches = None,
     max_eval_batches: EvalBatches = None,
     method: Methods = None,
+    target: Target = None,
     encodings_version: EncodingsVersion = None,
     config: ConfigFile = None,
     output: Output = None,
@@ -124,6 +126,7 @@ def ptq(
         "ptq.calibration_batches": max_calibration_batches,
         "ptq.max_eval_batches": max_eval_batches,
         "ptq.methods": [] if method == ["none"] else method or None,
+        "target": target,
         "encodings_version": encodings_version,
         "task": task,
         "metric": metric,
@@ -177,6 +180,7 @@ def qat(
     max_calibration_batches: CalibrationBatches = None,
     max_eval_batches: EvalBatches = None,
     method: Methods = None,
+    target: Target = None,
     encodings_version: EncodingsVersion = None,
     config: ConfigFile = None,
     output: Output = None,
@@ -207,6 +211,7 @@ def qat(
         "ptq.calibration_batches": max_calibration_batches,
         "ptq.max_eval_batches": max_eval_batches,
         "ptq.methods": [] if method == ["none"] else method or None,
+        "target": target,
         "encodings_version": encodings_version,
         "task": task,
         "metric": metric,
@@ -235,6 +240,10 @@ def validate(
     source: Annotated[Path, typer.Argument(help="A run's folder, or an ONNX file.", metavar="DIR_OR_ONNX")],
     encodings: Annotated[Path | None, Option(help="AIMET encodings of a float ONNX file.")] = None,
     max_eval_batches: Annotated[int | None, Option(min=1, help="Compare on at most so many batches.")] = None,
+    executor: Annotated[
+        list[str] | None,
+        Option(help="Compare with this executor, in place of those of the target; repeatable; see `pow2quant list`."),
+    ] = None,
     config: Annotated[Path | None, Option(help="YAML in place of the run's config.yaml, say for other data.")] = None,
     output: Annotated[Path | None, Option(help="Folder in which to write validation.json.")] = None,
     seed: Seed = None,
@@ -263,6 +272,7 @@ def validate(
         max_batches=max_eval_batches,
         seed=seed or 0,
         progress=console,
+        chosen=executor or (),
     )
     show_agreements(console, found.agreements)
     judged = verdict(found.agreements)
@@ -337,6 +347,33 @@ def report(
     return 0
 
 
+@app.command(name="targets", epilog="Example: pow2quant targets litert     or: pow2quant targets mine.yaml")
+def targets_(
+    name: Annotated[str | None, typer.Argument(help="A target's name, or a YAML file.", metavar="[NAME]")] = None,
+    output: Annotated[Path | None, Option(help="Folder in which to write targets.json.")] = None,
+    config: IdleConfig = None,
+    seed: IdleSeed = None,
+    device: IdleDevice = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> int:
+    """The runtimes and chips that --target knows; with a name, in words what is special about one."""
+    console = console_of(verbose, quiet, as_json)
+    configured(config, {"seed": seed, "device": device})
+    from pow2quant import targets
+    from pow2quant.targets.words import document, sentences
+
+    chosen = targets.presets() if name is None else (name,)
+    loaded = [targets.load(each) for each in chosen]
+    if name is None:
+        console.table(["target", "what it is"], [(target.name, target.summary) for target in loaded])
+    found = {target.name: document(target) for target in loaded}
+    console.result(found, [] if name is None else sentences(loaded[0]))
+    keep(found, output, "targets.json")
+    return 0
+
+
 @app.command(name="list", epilog="Example: pow2quant list")
 def list_(
     operators: Annotated[
@@ -356,9 +393,10 @@ def list_(
     configured(config, {"seed": seed, "device": device})
     if operators:
         return _list_operators(console, output)
-    from pow2quant import plugins
+    from pow2quant import plugins, targets
 
     found = {kind: {name: _about(kind, name) for name in plugins.names(kind)} for kind in plugins.TABLES}
+    found["targets"] = {name: targets.load(name).summary for name in targets.presets()}
     rows = [
         (kind if i == 0 or not console.draws else "", name, text)
         for kind, entries in found.items()

@@ -70,6 +70,10 @@ Input = Annotated[
     str | None,
     Option("--input", help="float: the network takes normalized images; pixels: bytes, its first layer normalizes."),
 ]
+Target = Annotated[
+    str | None,
+    Option(help="Runtime or chip whose arithmetic is meant: a name of `pow2quant targets`, or a YAML file."),
+]
 WeightBits = Annotated[int | None, Option(help="Width of weights, 2 to 16.")]
 ActivationBits = Annotated[
     int | None,

@@ -13,6 +13,7 @@ import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.program import storage
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -116,8 +117,9 @@ class Layer:
         return f"({code} {'-' if zero > 0 else '+'} {abs(zero)})" if zero else code
 
     def kernel(self, name: str, **types: str) -> str:
-        """A kernel's name, written out for these types."""
-        return self.source.kernel(name, **types)
+        """A kernel's name, written out for these types and the step's rounding."""
+        rule = getattr(self.step, "requantization", None)
+        return self.source.kernel(name, **({} if rule is None else rounding(rule)), **types)
 
     def array(self, what: str, values: NDArray[Any], least: str = "int8", zeros: int = 0) -> Array:
         """A constant array in the narrowest signed type, but none narrower than `least`; `zeros` follow the values."""
@@ -251,7 +253,7 @@ class Layer:
         """
         self._note_overwritten(loops)
         a = self.accumulator(bound, rule)
-        requantize = self.kernel("requantize", a=a, y=ctype(self.output))
+        requantize = self.source.kernel("requantize", a=a, y=ctype(self.output), **rounding(rule))
         numbers = f"{int(_shifts(rule))}, {rule.zero}, {rule.low}, {rule.high}"
         *outer, (count, *strides) = loops.nest
         long = count > BLOCK
@@ -316,6 +318,11 @@ class Loops:
             head = f"for (int32_t i{d} = 0; i{d} < {self.nest[d][0]}; i{d}++) {{"
             body = [head, *indented(body), "}"]
         return body
+
+
+def rounding(rule: Requantization) -> dict[str, str]:
+    """What a kernel's template takes as `rounding`; half to even is not named."""
+    return {} if rule.rounding == HALF_EVEN else {"rounding": rule.rounding}
 
 
 def folded(weight: Ints, bias: Ints, x: Tensor) -> tuple[Ints, int]:

@@ -185,7 +185,7 @@ def _follow(tensors: Tensors, node: onnx.NodeProto) -> LayerBound | None:
     result: Lattice | None
     try:
         accumulator, result = judge(tensors, node)
-        reason = ""
+        reason = "" if accumulator is None else tensors.rounds_otherwise(node)
     except NotProvedError as error:
         accumulator, result, reason = error.accumulator, None, str(error)
     tensors.float_results.update(dict.fromkeys(node.output, result))

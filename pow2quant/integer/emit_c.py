@@ -17,6 +17,7 @@ from pow2quant.integer.lower import lower
 from pow2quant.integer.memory import NARROW, WIDE, Needs, Spot, place
 from pow2quant.integer.pack import sample_codes
 from pow2quant.integer.run import run
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN, ROUNDINGS
 from pow2quant.saving import staged
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ FILES = (*CODE, "test_vectors.h", "main.c", "Makefile", "README.md")
 VECTORS = 16
 LARGEST_VECTORS = 2**20
 """There are so many test vectors, or fewer where their inputs would have more codes than that."""
+
+WORDS = {"": "with round half to even"} | {rule: f"by the rule {rule} ({text})" for rule, text in ROUNDINGS.items()}
+"""What the kernels' comments say of each rounding; half to even has no name there."""
 
 ARENAS = {NARROW: "arena", WIDE: "wide"}
 """What the static arrays are called."""
@@ -146,7 +150,8 @@ class Source:
         full = "_".join([name, *filter(None, short)])
         if full not in self.kernels:
             template = _environment().get_template(f"{name}.c.j2")
-            text = template.render(types, name=full, kernel=self.kernel, bits=_bits, block=BLOCK)
+            given = {"rounding": "", "words": WORDS} | types
+            text = template.render(given, name=full, kernel=self.kernel, bits=_bits, block=BLOCK)
             self.kernels[full] = text
         return full
 
@@ -181,6 +186,7 @@ class Source:
             "names": ", ".join(p.name for p in places),
             "calls": ", ".join(calls),
             "used": self.used,
+            "round": "round_half_even" if all(_rounding(step) == HALF_EVEN for step in self.program.steps) else "round",
             "rule_type": "int32_t" if all(-(2**31) <= e < 2**31 for e in ends) else "int64_t",
             "kernels": list(self.kernels.values()),
             "arrays": self.arrays,
@@ -290,6 +296,11 @@ class Source:
 def _ends(step: Step) -> list[int]:
     rule = getattr(step, "requantization", None)
     return [] if rule is None else [rule.zero, rule.low, rule.high]
+
+
+def _rounding(step: Step) -> str:
+    rule = getattr(step, "requantization", None)
+    return HALF_EVEN if rule is None else str(rule.rounding)
 
 
 def _bits(kind: str) -> int:

@@ -23,6 +23,7 @@ from pow2quant.integer.ops.copy import Copy
 from pow2quant.integer.ops.table import SHAPED_LIKE_INPUT, lower_function, sources
 from pow2quant.integer.program import Program, Step
 from pow2quant.operators import MOVES, values
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 
 if TYPE_CHECKING:
     from pow2quant.artifact import Artifact
@@ -70,11 +71,13 @@ def _add(graph: Lowering, node: onnx.NodeProto) -> None:
     if not any(name in graph.encodings for name in node.output):
         return
     defined = definition(node)
+    graph.rounding = HALF_EVEN
     if defined is not None:
         LOWER_DEFINED[type(defined)](graph, node, defined)
         return
     core, low, high = _peeled(graph, node)
     output = node.output[0]
+    graph.rounding = graph.target.rounding.of((node if core is None else core).op_type)
     if core is None:
         source = graph.read(_behind_clips(graph, node), rows=True)
         target = graph.declare(output)

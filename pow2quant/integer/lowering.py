@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from pow2quant import targets
 from pow2quant.artifact import takes_pixels
 from pow2quant.errors import EncodingError, NotPowerOfTwoError, UnsupportedModelError
 from pow2quant.functions import accepts, region
@@ -19,7 +20,8 @@ from pow2quant.graphs import GraphIndex
 from pow2quant.integer.nodes import attribute, title
 from pow2quant.integer.program import Requantization, Step, Tensor
 from pow2quant.pow2_constraints import Encoding
-from pow2quant.pow2_constraints.arithmetic import saturate
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN, saturate
+from pow2quant.targets import DEFAULT, Target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +36,8 @@ class Lowering:
 
     shapes: of every ONNX tensor, with a batch of one. doubled: the same with a batch of two. rows: the tensors whose
     first dimension is not the batch but several rows of each sample, as (N, T, C) is seen by a Gemm. producers: the
-    node that computes a tensor, by the tensor's name. pixels: see `Program`.
+    node that computes a tensor, by the tensor's name. pixels: see `Program`. target: whose arithmetic it is.
+    rounding: how the operation rounds that is being lowered.
     """
 
     encodings: dict[str, Encoding]
@@ -46,6 +49,8 @@ class Lowering:
     doubled: Callable[[], dict[str, tuple[int, ...]]]
     index: GraphIndex
     pixels: bool = False
+    target: Target = DEFAULT
+    rounding: str = HALF_EVEN
     rows: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
@@ -70,6 +75,7 @@ class Lowering:
             doubled=cache(lambda: _shapes(_with_batch(artifact.model, 2))),
             index=GraphIndex(model.graph),
             pixels=takes_pixels(artifact.model),
+            target=targets.of(artifact.model),
         )
         for name in inputs:
             graph.declare(name)
@@ -187,7 +193,7 @@ class Lowering:
         shift = np.asarray(target.exponent - exponent, np.int64)
         if shift.ndim and (shift == shift[0]).all():
             shift = shift[0]
-        return Requantization(shift, target.zero, ends[0], ends[1])
+        return Requantization(shift, target.zero, ends[0], ends[1], self.rounding)
 
 
 def codes(name: str, values: NDArray[Any], encoding: Encoding) -> Ints:

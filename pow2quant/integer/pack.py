@@ -23,6 +23,7 @@ from pow2quant.integer.pack_readme import readme
 from pow2quant.integer.program import Requantization
 from pow2quant.integer.run import trace
 from pow2quant.integer.ternary import Ternary
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 from pow2quant.saving import staged
 
 if TYPE_CHECKING:
@@ -219,7 +220,10 @@ def _ascii(text: str) -> str:
 def _plain_types(value: Any) -> Any:
     """A field in JSON's types."""
     if is_dataclass(value):
-        return {field.name: _plain_types(getattr(value, field.name)) for field in fields(value)}
+        entry = {field.name: _plain_types(getattr(value, field.name)) for field in fields(value)}
+        if entry.get("rounding") == HALF_EVEN:  # what is not said is half to even
+            del entry["rounding"]
+        return entry
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, tuple | list):

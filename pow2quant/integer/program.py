@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pow2quant.pow2_constraints.arithmetic import requantize
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN, requantize
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -90,16 +90,17 @@ def storage(low: int, high: int) -> np.dtype[np.integer]:
 
 @dataclass(frozen=True, eq=False)
 class Requantization:
-    """How a step's accumulator becomes codes: round_half_even(accumulator / 2^shift) + zero, clipped to [low, high].
+    """How a step's accumulator becomes codes: round(accumulator / 2^shift) + zero, clipped to [low, high].
 
     shift: () or one per output channel (C,), k_out - k_accumulator; negative multiplies. low, high: the output's grid,
-    narrowed by the ReLU or clip that is fused.
+    narrowed by the ReLU or clip that is fused. rounding: a rule of `arithmetic.ROUNDINGS`.
     """
 
     shift: Ints
     zero: int
     low: int
     high: int
+    rounding: str = HALF_EVEN
 
     def __call__(self, accumulator: ArrayLike, channel_axis: int | None = None) -> Ints:
         """Codes (int64) of an accumulator of any shape; `channel_axis`: along which `shift` counts, from the end."""
@@ -108,7 +109,7 @@ class Requantization:
             assert channel_axis is not None
             assert channel_axis < 0
             shift = shift.reshape(-1, *[1] * (-1 - channel_axis))
-        return requantize(accumulator, shift, self.zero, self.low, self.high)
+        return requantize(accumulator, shift, self.zero, self.low, self.high, self.rounding)
 
     @property
     def is_identity(self) -> bool:

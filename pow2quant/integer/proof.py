@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
+from pow2quant import targets
 from pow2quant.functions import FINE, Definition, Norm, Softmax, accepts, definition, region
 from pow2quant.graphs import GraphIndex
 from pow2quant.integer.lattice import FLOAT32_EXACT, Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute
 from pow2quant.operators import MOVES, OPERATIONS, Values, operations
-from pow2quant.pow2_constraints.arithmetic import EXPONENTS
+from pow2quant.pow2_constraints.arithmetic import EXPONENTS, HALF_EVEN
 from pow2quant.rewrites import changed_value, may_be_rounded_in_front
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Tensors:
     """A graph's tensors, and what is known of where their values lie.
 
     limit: of accumulators, 2^24 for what every executor gives, 2^53 for the simulation, the engine and C.
+    runtime: whose arithmetic the file is for.
     """
 
     def __init__(self, artifact: Artifact, limit: int = FLOAT32_EXACT) -> None:
@@ -52,6 +54,14 @@ class Tensors:
         self.constants, self.readers, self.shapes = self.index.constants, self.index.readers, self.index.shapes
         self.outputs = self.index.outputs
         self.float_results: dict[str, Lattice | None] = {}
+        self.runtime = targets.of(artifact.model)
+
+    def rounds_otherwise(self, node: onnx.NodeProto) -> str:
+        """Why executors of ONNX files round a node's result in another way than its target; "" where they do not."""
+        rule = self.runtime.rounding.of(node.op_type)
+        if rule == HALF_EVEN or self.limit != FLOAT32_EXACT:
+            return ""
+        return f"target {self.runtime.name} rounds it {rule}, ONNX {HALF_EVEN}"
 
     def lattice(self, name: str) -> Lattice:
         """Where a tensor's values lie. Raises NotProvedError for a tensor that stays float on no known lattice."""

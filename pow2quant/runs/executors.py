@@ -14,9 +14,10 @@ from pow2quant.artifact import Agreement, Artifact, Site
 from pow2quant.backends.base import Simulation, inputs
 from pow2quant.errors import MissingExtraError, NotPowerOfTwoError, UnsupportedModelError, naming
 from pow2quant.integer.certificate import Certificate
-from pow2quant.plugins import names, resolve
+from pow2quant.plugins import TABLES, names, resolve
 from pow2quant.runs.job import Job
 from pow2quant.runs.scores import Scores
+from pow2quant.targets import DEFAULT, Target
 from pow2quant.validation.agreement import Executor, compare
 
 Arrays = Sequence[NDArray[np.float32]]
@@ -25,15 +26,29 @@ Arrays = Sequence[NDArray[np.float32]]
 SIMULATION = "simulation"
 
 
-def executors(file: Path, pair: tuple[Path, Path] | None, left_out: dict[str, str]) -> list[Executor]:
-    """Every validator's executors of a QDQ file and of a pair; into `left_out` go the reasons of those that cannot."""
+def executors(
+    file: Path,
+    pair: tuple[Path, Path] | None,
+    left_out: dict[str, str],
+    target: Target = DEFAULT,
+    chosen: Sequence[str] = (),
+) -> list[Executor]:
+    """A target's executors of a QDQ file and of a pair; into `left_out` go the reasons of those that cannot run.
+
+    chosen: validators by name in place of the target's; then one that cannot run is an error.
+    """
     found: list[Executor] = []
-    for name in names("validators"):
+    of_packages = [name for name in names("validators") if name not in TABLES["validators"]]
+    for name in chosen or (*target.executors, *of_packages):
         with naming(file):
             try:
                 found += resolve("validators", name)(file, pair)
             except (MissingExtraError, NotPowerOfTwoError, UnsupportedModelError) as error:
+                if chosen:
+                    raise
                 left_out[name] = str(error)
+    if not found:
+        raise UnsupportedModelError(f"nothing can run {file}: {next(iter(left_out.values()), 'no executor is named')}")
     return found
 
 

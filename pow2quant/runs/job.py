@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from pow2quant import config as configuration
-from pow2quant import datasets, models
+from pow2quant import datasets, models, targets
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.pixels import fold_normalization
@@ -351,6 +351,7 @@ def _absolute(config: RunConfig) -> RunConfig:
         training=replace(t, **parts),
         data=replace(config.data, dataset=own(config.data.dataset), path=absolute(config.data.path)),
         search=replace(config.search, latency_table=absolute(config.search.latency_table)),
+        target=str(absolute(config.target)) if targets.is_file(config.target) else config.target,
     )
 
 

@@ -25,7 +25,7 @@ from pow2quant.runs.job import Given
 from pow2quant.runs.result import Result
 from pow2quant.runs.writing import ptq
 
-BITS, BACKEND, TARGETS = "w8a8", "custom", ("onnxruntime",)
+BITS, BACKEND = "w8a8", "custom"
 
 
 def quantize(
@@ -61,7 +61,8 @@ def quantize(
         task: classification, multi-label, segmentation, regression, image-to-image, detection, or none. Default: what
             the data look like.
         backend: custom (pure PyTorch) or aimet.
-        target: whose arithmetic is meant; onnxruntime's is the only one so far.
+        target: the runtime or chip whose arithmetic is meant, by name (`pow2quant targets`) or a YAML file; default:
+            onnxruntime.
         config: everything else: a `RunConfig`, its values as nested dictionaries, or a YAML file. What it says of bits
             and backend holds unless these are given too.
         output: the run's folder; default: a temporary one, which goes with the result. `result.save(folder)` keeps it.
@@ -70,11 +71,11 @@ def quantize(
 
     Raises Pow2QuantError, one line, for everything that can be fixed.
     """
-    if target not in (None, *TARGETS):
-        raise ConfigError(f"target: {target!r} is unknown; known: {', '.join(TARGETS)}")
     chosen, own = _methods_of(methods)
     base = _base(config)
-    values = _model_values(model, data) | _bits_of(bits, config) | {"task": task, "ptq.methods": chosen}
+    values = (
+        _model_values(model, data) | _bits_of(bits, config) | {"task": task, "ptq.methods": chosen, "target": target}
+    )
     values["backend"] = backend if backend != BACKEND or config is None else None
     values["metric"] = metric if isinstance(metric, str) else None
     base = configuration.with_values(base, {key: value for key, value in values.items() if value is not None})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx import ModelProto
 
 from pow2quant import config as configuration
-from pow2quant import datasets, run_folder
+from pow2quant import datasets, run_folder, targets
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.artifact import Agreement
 from pow2quant.backends.base import SILENT, Progress
@@ -59,25 +60,32 @@ def validate(
     max_batches: int | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
+    chosen: Sequence[str] = (),
 ) -> Validation:
     """Runs every executor of a run's folder on its test data, or those of an ONNX file on random inputs.
 
     source: a run's folder, or a QDQ ONNX file (or a float one, with `encodings`). config: in place of the run's own,
-    where its data or its device are elsewhere now.
+    where its data or its device are elsewhere now. chosen: validators by name, in place of those of the run's target; a
+    file is then compared with the integer engine.
     """
     if source.is_dir():
         config = config or configuration.load(source / run_folder.CONFIG)
-        return _validate_run(source, config, encodings, max_batches, progress)
+        return _validate_run(source, config, encodings, max_batches, progress, chosen)
     if config is not None:
         raise ConfigError(f"{source}: a configuration (or a device) is for the folder of a run, not for a file")
     if not source.is_file():
         raise FileFormatError(f"{source}: no such file or folder")
     with naming(source):
-        return _validate_source(source, encodings, max_batches, seed, progress)
+        return _validate_source(source, encodings, max_batches, seed, progress, chosen)
 
 
 def _validate_source(
-    source: Path, encodings: Path | None, max_batches: int | None, seed: int, progress: Progress
+    source: Path,
+    encodings: Path | None,
+    max_batches: int | None,
+    seed: int,
+    progress: Progress,
+    chosen: Sequence[str] = (),
 ) -> Validation:
     """An ONNX file, or a float one with its encodings."""
     model = onnx_qdq.load(source)
@@ -96,22 +104,30 @@ def _validate_source(
         if encodings is not None:
             file = folder / run_folder.QDQ
             onnx_qdq.save(model, file)
-        return _validate_file(file, model, max_batches, seed, progress)
+        return _validate_file(file, model, max_batches, seed, progress, chosen)
 
 
-def _validate_file(file: Path, model: ModelProto, max_batches: int | None, seed: int, progress: Progress) -> Validation:
+def _validate_file(
+    file: Path, model: ModelProto, max_batches: int | None, seed: int, progress: Progress, chosen: Sequence[str] = ()
+) -> Validation:
     artifact = onnx_qdq.from_qdq(model)
     certificate = certify(artifact)
     samples = max_batches * ort.BATCH if max_batches else RANDOM_SAMPLES
     batches = list(ort.random_batches(model, samples, seed))
     left_out: dict[str, str] = {}
-    reference, *others = executors(file, None, left_out)
+    named = ("engine", *(name for name in chosen if name != "engine")) if chosen else ()
+    reference, *others = executors(file, None, left_out, targets.of(model), named)
     found = compare(reference, others, progress.track(batches, "comparing", len(batches)), artifact, proof=certificate)
     return Validation(tuple(found), ort.inspect(model), certificate, left_out)
 
 
 def _validate_run(
-    folder: Path, config: RunConfig, encodings: Path | None, limit: int | None, progress: Progress
+    folder: Path,
+    config: RunConfig,
+    encodings: Path | None,
+    limit: int | None,
+    progress: Progress,
+    chosen: Sequence[str] = (),
 ) -> Validation:
     """Rebuilds the simulation from a configuration and model.safetensors and compares it with the files beside them."""
     parameters, table = run_folder.load_state(folder / run_folder.STATE)
@@ -125,12 +141,12 @@ def _validate_run(
     certificate = certify(artifact)
     pair = (folder / run_folder.FLOAT, encodings or folder / run_folder.ENCODINGS)
     left_out: dict[str, str] = {}
-    others = executors(folder / run_folder.QDQ, pair, left_out)
+    others = executors(folder / run_folder.QDQ, pair, left_out, targets.load(plain.target), chosen)
     for backend in names("backends"):
-        if backend != config.backend:
+        if backend != config.backend and not chosen:
             try:
                 other = simulate(job.network, job.example, configuration.plan_of(plain), backend)
-            except MissingExtraError as error:
+            except (MissingExtraError, ConfigError) as error:
                 left_out[f"{backend} {SIMULATION}"] = str(error)
                 continue
             other.model.to(job.device)

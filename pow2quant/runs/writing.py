@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pow2quant import config as configuration
-from pow2quant import run_folder
+from pow2quant import run_folder, targets
 from pow2quant.adapters import onnx_qdq
 from pow2quant.artifact import Agreement, Artifact, Table, note_pixels
 from pow2quant.backends.base import SILENT, Progress, Simulation
@@ -130,7 +130,7 @@ def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[d
     scores, left_out = Scores(job.task, judged, limit, job.sample(limit).total), dict[str, str]()
     others = [
         replace(e, most=max(1, PATIENCE // e.work)) if e.work else e
-        for e in executors(folder / run_folder.QDQ, pair, left_out)
+        for e in executors(folder / run_folder.QDQ, pair, left_out, targets.load(job.config.target))
     ]
     agreements = compared(job, sim, artifact, certificate, others, limit, scores)
     report = _report(job, artifact, certificate, scores, agreements, folder, steps)
@@ -197,6 +197,7 @@ def _report(
         "verdict": judge(job, agreements, change, sizes, steps),
         "quantization_type": "power_of_2" if document.is_power_of_two(artifact.encodings.values()) else "free_scale",
         "backend": job.config.backend,
+        "target": targets.load(job.config.target).name,
         "model": job.config.model.name,
         "dataset": job.config.data.dataset,
         "input": job.config.data.input,

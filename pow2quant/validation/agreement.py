@@ -53,6 +53,7 @@ class Executor:
         `unfused` gives for them, the names of the optimizers without which `run` gives the same; none where no list of
         names does.
     integers: it computes on integers, or as exactly, also where float32 does not hold the sums.
+    measured: its arithmetic is known by measurement alone, so that agreement with it is observed, never proved.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Executor:
     unfused: Executor | None = None
     optimizers: Callable[[Arrays, Arrays], Sequence[str]] | None = None
     integers: bool = False
+    measured: bool = False
 
 
 def compare(
@@ -169,6 +171,7 @@ class _Tally:
         divergence = self._divergence(artifact, notes, rewritten) if self.differing else None
         integers = self.reference.integers and self.other.integers
         proved = proof if isinstance(proof, bool) else proof.proved or (integers and proof.proved_integers)
+        proved = proved and not (self.reference.measured or self.other.measured)
         proved = proved and self._is_certified(artifact, notes)
         if self.differing and proved and rewritten:
             notes += [rewritten] if divergence is None or divergence.cause != rewritten else []

@@ -13,7 +13,7 @@ from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_layer import ctype
 from pow2quant.integer.nodes import Window, attribute, title
 from pow2quant.integer.ops.copy import Copy, Part
-from pow2quant.pow2_constraints.arithmetic import divide_round, saturate
+from pow2quant.pow2_constraints.arithmetic import mean_round, saturate
 
 if TYPE_CHECKING:
     from pow2quant.integer.c_layer import Layer
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Average:
-    """y = round_half_even(sum over a window of (x - zero) / (count * 2^shift)) + zero, clipped.
+    """y = round(sum over a window of (x - zero) / (count * 2^shift)) + zero, clipped.
 
     counts: by how many values each result is divided, () or (result height, result width). The shift is that of the
     requantization; a negative one multiplies the sum.
@@ -42,9 +42,8 @@ class Average:
         tensor, result = program.tensors[self.inputs[0]], program.tensors[self.output]
         maps = x.reshape(len(x), -1, *self.window.size).astype(np.int64) - tensor.zero
         sums = self.window.patches(maps, 0).sum((-2, -1))
-        numerator = np.left_shift(sums, self.up)
-        quotient = divide_round(numerator, np.left_shift(self.counts, self.down))
         rule = self.requantization
+        quotient = mean_round(sums, self.counts, int(rule.shift), rule.rounding)
         codes = saturate(quotient + rule.zero, rule.low, rule.high)
         return codes.astype(result.dtype).reshape(len(x), *result.shape)
 
@@ -60,13 +59,28 @@ class Average:
 
     def emit_c(self, layer: Layer) -> str:
         """See `Step.emit_c`."""
-        x, rule = layer.input(0), self.requantization
+        rule = self.requantization
+        if rule.rounding == "gemmlowp":
+            return self._emit_multiplied(layer)
         divided = replace(rule, shift=np.array(0))  # the counts' part
         a = layer.accumulator(self.bound(layer.program), divided)
         counts = np.left_shift(self.counts, self.down).reshape(-1).astype(a.removesuffix("_t"))
+        return self._emit(layer, a, counts, 1 << self.up)
+
+    def _emit_multiplied(self, layer: Layer) -> str:
+        """The body that multiplies with 31 bits of 1 / count, see `arithmetic.mean_round`."""
+        layer.sums = "int64_t"
+        log = int(self.counts.max()).bit_length() - 1
+        factors = (2**30 << np.frexp(self.counts.astype(np.float64))[1].astype(np.int64) - 1) // self.counts
+        if len(np.unique(self.counts)) > 1:
+            raise UnsupportedModelError(f"{self.node}: a divisor that depends on the place, with rounding gemmlowp")
+        return self._emit(layer, "int64_t", factors.reshape(-1), int(self.requantization.shift) - 1 + log)
+
+    def _emit(self, layer: Layer, a: str, counts: Ints, up: int) -> str:
+        x, rule = layer.input(0), self.requantization
         average = layer.kernel("average", x=ctype(x), a=a, y=ctype(layer.output))
         places = f"{layer.typed_array('counts', counts).name}, {int(self.counts.ndim > 0)}"
-        numbers = f"{x.zero}, {places}, {1 << self.up}, {rule.zero}, {rule.low}, {rule.high}"
+        numbers = f"{x.zero}, {places}, {up}, {rule.zero}, {rule.low}, {rule.high}"
         window = layer.window(self.window, x.size // math.prod(self.window.size))
         return f"{window}\n{average}(x, y, &window, {numbers});"
 

@@ -1,0 +1,223 @@
+"""Targets: descriptions are read strictly, plans that one refuses are named, and its rounding holds everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from pow2quant import plugins, simulate, targets
+from pow2quant.adapters import onnx_qdq
+from pow2quant.config import RunConfig, dump, from_mapping, plan_of, with_values
+from pow2quant.errors import ConfigError, FileFormatError
+from pow2quant.integer.certificate import certify
+from pow2quant.integer.emit_c import code
+from pow2quant.integer.lower import lower
+from pow2quant.integer.run import dequantize, quantize, trace
+from pow2quant.pow2_constraints.arithmetic import ROUNDINGS
+from pow2quant.targets.reading import KEY, parse
+from pow2quant.targets.words import sentences
+from pow2quant.validation.c99 import Library, unavailable
+
+KINDS = tuple(field.name for field in fields(targets.Roundings))
+
+
+class Everything(nn.Module):
+    """Every kind of operation that rounds: layers, a sum, averages, a product, and a Concat of two scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.depthwise, self.pool, self.last = nn.Conv2d(8, 8, 1, groups=8), nn.AvgPool2d(2), nn.Linear(8, 10)
+        nn.init.uniform_(self.second.weight, -1, 1)  # so that the Concat's scale is coarser than that of `first`
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a = torch.relu(self.first(x))
+        y = torch.relu(a + self.second(a))
+        y = y * torch.sigmoid(self.depthwise(y))
+        y = self.pool(torch.cat([y, a], 1)[:, 4:12])
+        return self.last(y.mean((2, 3)))
+
+
+def run(rounding: targets.Roundings, batch: torch.Tensor):
+    """The simulation's tensors, and the program of its QDQ file, for a target that rounds so."""
+    torch.manual_seed(0)
+    plan = replace(plan_of(RunConfig()), target=replace(targets.DEFAULT, name="mine", rounding=rounding))
+    sim = simulate(Everything().eval(), batch[:1], plan)
+    sim.calibrate([batch])
+    seen = {}
+
+    def record(site, x, quantized):
+        if site.role in ("input", "output"):
+            seen[site.name] = quantized.numpy().copy()
+        return quantized
+
+    with torch.no_grad(), sim.intercept(record):
+        sim.model(batch)
+    artifact = sim.export(batch[:1])
+    return seen, artifact, lower(onnx_qdq.from_qdq(onnx_qdq.to_qdq(artifact)))
+
+
+@pytest.fixture(scope="module")
+def batch() -> torch.Tensor:
+    return torch.randn(8, 3, 14, 14, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("rule", ROUNDINGS)
+def test_every_rounding_is_the_same_in_simulation_engine_and_c(rule, batch):
+    seen, _, program = run(targets.Roundings(*[rule] * len(KINDS)), batch)
+    codes = quantize(program, [batch.numpy()])
+    engine = dequantize(program, trace(program, codes))
+    assert {name: int((engine[name] != seen[name]).sum()) for name in seen} == dict.fromkeys(seen, 0)
+    if not unavailable():
+        compiled = dequantize(program, Library(program, ("-std=c99", "-O1")).trace(codes))
+        assert {name: int((compiled[name] != x).sum()) for name, x in engine.items()} == dict.fromkeys(engine, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_rule_that_is_wrong_is_seen_where_its_operation_stands(kind, batch):
+    right, _, _ = run(targets.Roundings(), batch)
+    wrong, _, _ = run(targets.Roundings(**{kind: "truncate"}), batch)
+    changed = [name for name in right if (right[name] != wrong[name]).any()]
+    first = {
+        "products": "relu.output",
+        "sums": "relu_1.output",
+        "averages": "pool.output",
+        "multiplications": "mul.output",
+        "moves": "concat.output",
+    }
+    assert changed[0] == first[kind]
+
+
+def test_a_file_says_which_target_it_is_for_and_the_default_says_nothing(batch):
+    sim = simulate(Everything().eval(), batch[:1])
+    sim.calibrate([batch])
+    assert KEY not in {entry.key for entry in sim.export(batch[:1]).model.metadata_props}
+    _, artifact, _ = run(targets.Roundings(sums="half_up"), batch)
+    read = onnx_qdq.from_qdq(onnx.ModelProto.FromString(onnx_qdq.to_qdq(artifact).SerializeToString()))
+    assert targets.of(read.model) == replace(targets.DEFAULT, name="mine", rounding=targets.Roundings(sums="half_up"))
+    damaged = onnx.ModelProto()
+    damaged.metadata_props.add(key=KEY, value='{"rounding": {"sums": "sideways"}}')
+    with pytest.raises(FileFormatError, match=r"rounding\.sums"):
+        targets.of(damaged)
+
+
+def test_the_certificate_is_of_the_target(batch):
+    _, artifact, _ = run(targets.Roundings(sums="half_up"), batch)
+    found = {layer.node: layer for layer in certify(artifact).layers}
+    assert found["first"].proved
+    assert not found["add"].proved
+    assert found["add"].proved_integers
+    assert "mine rounds it half_up" in found["add"].reason
+
+
+def test_default_rounding_writes_the_names_it_always_had(batch):
+    _, _, program = run(targets.Roundings(), batch)
+    assert "half_up" not in code(program)["kernels.h"]
+    _, _, other = run(targets.Roundings(sums="half_up"), batch)
+    assert "shift_round_s32_half_up" in code(other)["kernels.h"]
+
+
+@pytest.mark.parametrize("name", targets.presets())
+def test_every_preset_says_what_it_is(name):
+    target = targets.load(name)
+    assert target.name == name
+    assert target.summary
+    assert target.source
+    assert any(line.startswith("Executors:") for line in sentences(target))
+    for kind, named in (("validators", target.executors), ("exporters", target.formats)):
+        assert all(plugins.resolve(kind, each) for each in named)
+
+
+def test_the_default_preset_has_the_default_arithmetic():
+    assert replace(targets.load("onnxruntime"), summary="", source="") == targets.DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("rounding: {sums: half_odd}", "rounding.sums"),
+        ("roundings: 3", "roundings"),
+        ("limits: {weight_bits: [8.5]}", "limits.weight_bits"),
+        ("limits: {product_shift: [3, 1]}", "limits.product_shift"),
+        ("base: nowhere", "nowhere"),
+        ("- 3", "expected keys"),
+        ("a: &a [x]\nb: [*a", "mine.yaml"),
+    ],
+)
+def test_a_description_that_is_wrong_is_named(text, named):
+    with pytest.raises(ConfigError, match=r"mine\.yaml") as caught:
+        parse(text, "mine.yaml")
+    assert named in str(caught.value)
+
+
+def test_a_file_starts_from_a_preset(tmp_path):
+    file = tmp_path / "chip.yaml"
+    file.write_text("base: generic-shift\nrounding: {sums: floor}\n")
+    target = targets.load(str(file))
+    assert (target.name, target.rounding.sums, target.rounding.products) == ("chip", "floor", "half_up")
+    assert target.limits == targets.load("generic-shift").limits
+
+
+def test_an_unknown_target_is_an_error_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"'gpu' is unknown; known: .*onnxruntime"):
+        with_values(RunConfig(), {"target": "gpu"})
+
+
+def test_what_a_target_needs_stands_where_the_plan_has_the_default():
+    config = with_values(RunConfig(), {"quantization.weight.bitwidth": 8, "target": "esp32-s3"})
+    q = config.quantization
+    assert (q.weight.per_channel, q.output.symmetric, q.input.symmetric, q.bias.bits) == (False, True, True, 20)
+    assert from_mapping({"target": "esp32-s3"}) == config
+    assert from_mapping(yaml.safe_load(dump(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("target", "values", "tensor", "rule"),
+    [
+        ("esp32-s3", {"quantization.weight.per_channel": True}, "first.weight", "per_tensor"),
+        ("esp32-s3", {"quantization.output.symmetric": False}, "relu.output", "symmetric"),
+        ("esp32-s3", {"quantization.bias.bitwidth": 32}, "first.bias", "bias_bits"),
+        ("litert", {"quantization.weight.bitwidth": 4}, "first.weight", "weight_bits"),
+        ("litert", {"quantization.output.bitwidth": 16}, "relu.output", "output_bits"),
+        ("generic-shift", {"quantization.output.power_of_2": False}, "relu.output", "powers of two"),
+    ],
+)
+def test_a_plan_that_a_target_does_not_take_names_tensor_and_rule(target, values, tensor, rule, batch):
+    plan = plan_of(with_values(with_values(RunConfig(), {"target": target}), values))
+    with pytest.raises(ConfigError) as caught:
+        simulate(Everything().eval(), batch[:1], plan)
+    assert str(caught.value).startswith(f"{tensor}: ")
+    assert rule in str(caught.value)
+    assert f"target {target}" in str(caught.value)
+
+
+def test_an_operation_that_a_target_does_not_have_is_named(batch):
+    few = replace(targets.DEFAULT, name="few", limits=targets.Limits(operations=("Conv", "Relu", "Add")))
+    with pytest.raises(ConfigError, match=r"sigmoid: Sigmoid; target few .*limits.operations: Conv, Relu, Add"):
+        simulate(Everything().eval(), batch[:1], replace(plan_of(RunConfig()), target=few))
+
+
+def test_aimet_rounds_half_even_only(batch):
+    pytest.importorskip("aimet_torch")
+    plan = plan_of(with_values(RunConfig(), {"target": "generic-shift"}))
+    with pytest.raises(ConfigError, match="the aimet backend rounds half_even only"):
+        simulate(Everything().eval(), batch[:1], plan, "aimet")
+
+
+def test_float64_sums_are_rounded_by_the_target(batch):
+    wide = with_values(RunConfig(), {"quantization.output.bitwidth": 16, "quantization.input.bitwidth": 16})
+    plan = replace(plan_of(wide), target=replace(targets.DEFAULT, rounding=targets.Roundings(*["half_away"] * 5)))
+    sim = simulate(Everything().eval(), batch[:1], plan)
+    sim.calibrate([batch])
+    program = lower(sim.export(batch[:1]))
+    codes = quantize(program, [batch.numpy()])
+    engine = dequantize(program, trace(program, codes))
+    with torch.no_grad():
+        out = sim.model(batch).numpy()
+    assert np.array_equal(engine[program.outputs[0]], out)
