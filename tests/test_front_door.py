@@ -259,7 +259,7 @@ def test_data_that_cannot_be_used_are_one_line(data: Any, expected: str, mine: t
     [
         ({"bits": "8"}, ConfigError, "bits: '8' is not legal; legal: wNaM"),
         ({"bits": "w99a8"}, ConfigError, "quantization.weight.bitwidth: 99 is not legal"),
-        ({"target": "mars"}, ConfigError, "target: 'mars' is unknown; known: onnxruntime"),
+        ({"target": "mars"}, ConfigError, "target: 'mars' is unknown; known: "),
         ({"methods": ["adarund"]}, ConfigError, "ptq.methods"),
         ({"methods": [7]}, ConfigError, "methods: 7 is no method; give a name (aciq, adaround"),
         ({"model": nn.Linear}, ConfigError, "model: expected an nn.Module, a name or a path, got the class Linear"),
