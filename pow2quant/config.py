@@ -57,6 +57,9 @@ class Choice(NamedTuple):
     parameters: Mapping[str, Any] = {}
 
 
+NONE = Choice("none")
+"""In front of methods: they stand alone, without the default ones that some of them build on."""
+
 NARROW_METHODS = (Choice("align", {"rounds": 1}), Choice("output_mse"))
 """What `ptq` does below 8 bits, and where a tensor has one scale, unless it is told otherwise."""
 
@@ -109,14 +112,19 @@ def _write_choice(choice: Choice) -> Any:
 
 
 def _read_methods(value: Any) -> tuple[Choice, ...]:
-    """A list of `adaround` and `{adaround: {iterations: 100}}`."""
+    """A list of `adaround` and `{adaround: {iterations: 100}}`; `[none]` is an empty one."""
     if not isinstance(value, list):
         raise TypeError
     methods = []
     for item in value:
         ((name, values),) = [(item, {})] if isinstance(item, str) else item.items()
         methods.append(Choice(name, dict(values or {})))
-    return tuple(methods)
+    return () if methods == [NONE] else tuple(methods)
+
+
+def without_none(methods: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    """The methods that are applied."""
+    return methods[1:] if methods[:1] == (NONE,) else methods
 
 
 def _write_methods(methods: tuple[Choice, ...]) -> Any:
@@ -140,8 +148,8 @@ _CHOICE = Legal(
     lambda: "a name, or {type: NAME, parameter: value, ...}", lambda v: bool(v.name), _read_choice, _write_choice
 )
 _METHODS = Legal(
-    lambda: f"a list of NAME or {{NAME: {{parameter: value}}}}; names: {', '.join(sorted(names('methods')))}",
-    lambda v: all(name in names("methods") for name, _ in v),
+    lambda: f"a list of NAME or {{NAME: {{parameter: value}}}}; names: none, {', '.join(sorted(names('methods')))}",
+    lambda v: all(name in names("methods") for name, _ in without_none(v)),
     _read_methods,
     _write_methods,
 )
@@ -306,12 +314,18 @@ class QuantizationConfig:
 class PtqConfig:
     """Post-training quantization: at most so many batches (None: all), and the methods in order.
 
-    methods: rewrites of the float network first. None: `default_methods`; an empty list: none.
+    methods: rewrites of the float network first. None: `default_methods`; an empty list: none. Methods that build on
+    exponents which others chose stand behind the default ones, unless `none` is the first of the list.
     """
 
     calibration_batches: Annotated[int | None, _COUNT] = 50
     max_eval_batches: Annotated[int | None, _COUNT] = None
     methods: Annotated[tuple[Choice, ...] | None, _METHODS] = None
+
+    @property
+    def applied(self) -> tuple[Choice, ...]:
+        """The methods that are named, without `none`."""
+        return without_none(self.methods or ())
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,16 @@ from typing import Any, Protocol
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, fx
 
-from pow2quant import config, datasets, models, plugins, runs
+from pow2quant import config, datasets, models, plugins, quantize, runs
 from pow2quant.backends import conformance
 from pow2quant.backends.base import Progress, Simulation
 from pow2quant.cli import main
-from pow2quant.config import DataConfig, QuantPlan, RunConfig
+from pow2quant.config import Choice, DataConfig, QuantPlan, RunConfig
 from pow2quant.errors import ConfigError
+from pow2quant.runs.chains import fixed, with_chain
 
 PLANS = {
     "w4a8": conformance.PLAN,
@@ -207,13 +209,69 @@ class _Notes:
         self.notes.append(text)
 
 
-def test_methods_that_replace_the_default_say_so(weights: str, tmp_path: Path) -> None:
-    heard = _Notes()
-    runs.ptq(configured(weights, ["bias_correction"]), tmp_path / "a", progress=heard)
-    assert [n for n in heard.notes if "replace the default (align, output_mse)" in n]
-    heard.notes.clear()
-    runs.ptq(configured(weights, ["bias_correction"], 8), tmp_path / "b", progress=heard)
-    assert not [n for n in heard.notes if "replace the default" in n]
+@pytest.mark.parametrize(
+    ("methods", "bits", "names", "words"),
+    [
+        (None, 4, "align output_mse", ""),
+        (["gpfq"], 4, "align output_mse gpfq", "gpfq: behind the default methods, align, output_mse; `none` in front"),
+        (
+            ["adaround", "bias_correction"],
+            4,
+            "align output_mse adaround bias_correction",
+            "adaround, bias_corr",
+        ),
+        (["qdrop"], 8, "bias_correction qdrop", "qdrop: behind the default methods, bias_correction;"),
+        (["bn_reestimation"], 4, "align output_mse bn_reestimation", "bn_reestimation: behind"),
+        (["bias_correction"], 4, "align output_mse bias_correction", "bias_correction: behind"),
+        (["bias_correction"], 8, "bias_correction", ""),
+        (["gpfq", "bias_correction"], 8, "gpfq bias_correction", ""),
+        (["none", "gpfq"], 4, "gpfq", ""),
+        (["none"], 4, "", ""),
+        ([], 4, "", ""),
+        (
+            ["output_mse", "qdrop"],
+            4,
+            "output_mse qdrop",
+            "the methods given replace the default (align, output_mse)",
+        ),
+        (["lapq"], 8, "lapq", "the methods given replace the default (bias_correction); to keep it, name it in front"),
+        (["auto"], 4, "auto", ""),
+        (["gpfq"], 16, "gpfq", ""),
+    ],
+    ids=str,
+)
+def test_methods_that_build_on_exponents_stand_behind_the_default(methods, bits, names, words):  # type: ignore[no-untyped-def]
+    given, heard = configured("x.safetensors", methods, bits), _Notes()
+    found = with_chain(given, config.default_methods(given), heard)
+    assert [choice.name for choice in found.ptq.applied] == names.split()
+    assert len(heard.notes) == bool(words)
+    assert all(note.startswith(words) for note in heard.notes)
+    read = config.from_mapping(yaml.safe_load(config.dump(found)))
+    assert with_chain(read, config.default_methods(read)) == found, "a run is repeated from its config.yaml"
+
+
+def test_chosen_methods_are_repeated_as_they_are() -> None:
+    for methods in (("bias_correction",), ("gpfq", "bias_correction"), ("align", "gpfq"), ()):
+        chain = tuple(Choice(name) for name in methods)
+        made = fixed(config.with_values(RunConfig(), {"quantization.weight.bitwidth": 4}), chain)
+        assert made.ptq.applied == chain
+        assert with_chain(made, config.default_methods(made)) == made
+
+
+def test_both_doors_put_the_default_in_front(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rounding = ["--method", "bn_reestimation", "--weight-bits", "4", "--weights", weights, "--max-eval-batches", "2"]
+    short = ["--max-calibration-batches", "2", "--output"]
+    assert main(["ptq", *rounding, *short, str(tmp_path / "run")]) == 0
+    assert "bn_reestimation: behind the default methods, align, output_mse" in capsys.readouterr().err
+    assert main(["ptq", "--method", "none", *rounding, *short, str(tmp_path / "alone")]) == 0
+    steps = [json.loads((tmp_path / f / "report.json").read_text())["pipeline_steps"] for f in ("run", "alone")]
+    assert steps[0] == ["align", "calibrate", "output_mse", "bn_reestimation", "export"]
+    assert steps[1] == ["calibrate", "bn_reestimation", "export"]
+    assert main(["validate", str(tmp_path / "alone"), "--max-eval-batches", "1"]) == 0
+    more = {"model": {"weights": weights}, "ptq": {"calibration_batches": 2, "max_eval_batches": 2}}
+    for methods, expected in zip(("bn_reestimation", ["none", "bn_reestimation"]), steps, strict=True):
+        result = quantize(bits="w4a8", methods=methods, config=more, progress=False)
+        assert result.report["pipeline_steps"] == expected
 
 
 def test_rewrites_come_before_the_backend_and_validate_repeats_them(

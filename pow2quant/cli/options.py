@@ -86,7 +86,7 @@ EvalBatches = Annotated[
 ]
 Methods = Annotated[
     list[str] | None,
-    Option(help="A method's name (see `pow2quant list`), or none; repeatable, applied in order."),
+    Option(help="A method's name (see `pow2quant list`); repeatable, applied in order. none: no default methods."),
 ]
 EncodingsVersion = Annotated[str | None, Option(help="AIMET encodings: 0.6.1, 1.0.0 or 2.0.0.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing run.")]

@@ -115,7 +115,7 @@ def search(
         **pixels(resize, crop, mean, std, taken),
         "ptq.calibration_batches": max_calibration_batches,
         "ptq.max_eval_batches": max_eval_batches,
-        "ptq.methods": [] if method == ["none"] else method or None,
+        "ptq.methods": method or None,
         "search.objective": objective,
         "search.constraints": constraint or None,
         "search.candidates": _listed(candidates),

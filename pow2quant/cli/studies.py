@@ -123,7 +123,7 @@ def sweep(
             **pixels(resize, crop, mean, std, taken),
             "ptq.calibration_batches": max_calibration_batches,
             "ptq.max_eval_batches": max_eval_batches,
-            "ptq.methods": [] if method == ["none"] else method or None,
+            "ptq.methods": method or None,
             "task": task,
             "metric": metric,
             "seed": seed,

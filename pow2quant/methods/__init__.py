@@ -8,6 +8,9 @@ dataclasses whose fields are their YAML, and whose docstring's first line names 
   backend wraps it; so rewrites stand before methods;
 - a choice has `choose(facts, attempt, note)` (`auto.Auto`), stands alone, and tries chains of the other two.
 
+A method that keeps the exponents it finds, and rounds or corrects by them, says `builds_on_exponents = True`: named
+first, it stands behind the default methods (`runs/chains.py`).
+
 `batches` can be iterated as often as a method likes. Either takes a further argument if it calls it `progress`: a
 `backends.base.Progress`, for the reconstruction error of every layer; a rewrite also one that it calls `plan`: the
 `config.QuantPlan` of the simulation to come.

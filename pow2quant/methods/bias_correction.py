@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -107,6 +107,8 @@ class BiasCorrection:
     batch norm and activation function is that of a clipped normal distribution. It knows the weights' rounding only,
     and convolutions and linear layers directly behind such a pair; the others stay as they are.
     """
+
+    builds_on_exponents: ClassVar[bool] = True
 
     behind_activation: bool = True
     statistics: Annotated[str, STATISTIC] = "data"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class BnReestimation:
     every channel keeps the round whose deviation is nearest, the first being that without a gain. Weights that lie on
     their grid already, and layers without a bias, stay as they are; 0 rounds: means only.
     """
+
+    builds_on_exponents: ClassVar[bool] = True
 
     rounds: Annotated[int, integer(0)] = 3
 

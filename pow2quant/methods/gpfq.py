@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -119,6 +119,8 @@ class Gpfq:
     retain_rate: share of a convolution's patches that are looked at, drawn anew for every layer. Fully connected
     layers and convolutions with groups; transposed ones, and layers whose weights lie on their grid, stay as they are.
     """
+
+    builds_on_exponents: ClassVar[bool] = True
 
     conv_scalar: Annotated[float | None, SCALAR] = None
     linear_scalar: Annotated[float | None, SCALAR] = None

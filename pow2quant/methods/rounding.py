@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -89,6 +89,8 @@ class LearnedRounding:
     warmup: share of the steps without it. lr: Adam's, of V. batch_size: images in a step. input_prob: share of the
     values entering a part that are the quantized network's; the others are the float network's.
     """
+
+    builds_on_exponents: ClassVar[bool] = True
 
     iterations: Annotated[int, integer(1)] = 1000
     weight: Annotated[float, FROM_ZERO] = 0.01

@@ -20,15 +20,16 @@ from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError, DataError
 from pow2quant.methods.auto import Auto, Chain, Facts, Trial, best, named
 from pow2quant.plugins import resolve
+from pow2quant.runs.chains import fixed
 from pow2quant.runs.job import Job, rewritten
 
 
 def chooser_of(config: RunConfig) -> Auto | None:
     """The method that chooses the others, if the configuration names one. Raises ConfigError unless it stands alone."""
-    for choice in config.ptq.methods or ():
+    for choice in config.ptq.applied:
         cls = resolve("methods", choice.name)
         if hasattr(cls, "choose"):
-            if len(config.ptq.methods or ()) > 1:
+            if len(config.ptq.applied) > 1:
                 raise ConfigError(f"ptq.methods: {choice.name} chooses the methods itself; name it alone")
             found: Auto = configuration.parameters(cls, choice.parameters, f"ptq.methods.{choice.name}")
             return found
@@ -60,7 +61,7 @@ def decided(job: Job) -> Job:
 
 def with_methods(job: Job, chain: Chain, batches: Sequence[Batch] | None = None) -> Job:
     """The job with these methods, on these calibration batches; None: on its own. Its network had no rewrite yet."""
-    config = replace(job.config, ptq=replace(job.config.ptq, methods=chain))
+    config = fixed(job.config, chain)
     seen = job.calibration() if batches is None else batches
     network = rewritten(copy.deepcopy(job.network), config, seen, job.progress)
     return replace(job, config=config, network=network, seen=batches)

@@ -219,7 +219,7 @@ def methods_of(config: RunConfig, given: Given = NOTHING) -> tuple[Named, Named]
     methods: Named = []
     named = [
         (name, configuration.parameters(resolve("methods", name), values, f"ptq.methods.{name}"))
-        for name, values in (config.ptq.methods or () if given.methods is None else ())
+        for name, values in (config.ptq.applied if given.methods is None else ())
     ]
     for name, made in named or [(type(each).__name__, each) for each in given.methods or ()]:
         if not hasattr(made, "rewrite"):

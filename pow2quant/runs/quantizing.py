@@ -16,7 +16,7 @@ from torch import nn
 
 from pow2quant import config as configuration
 from pow2quant.backends.base import SILENT, Progress
-from pow2quant.config import Choice, RunConfig
+from pow2quant.config import NONE, Choice, RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.models import PYTHON
 from pow2quant.plugins import names, resolve
@@ -55,7 +55,8 @@ def quantize(
             only needed for a metric.
         bits: of weights and activations, from `w2a2` to `w16a16`; the network's input keeps at least 8.
         methods: names, objects such as `AdaRound(iterations=100)`, or `{"adaround": {"iterations": 100}}`, applied in
-            order; `"none"` for plain rounding. Default: what is good for the bits.
+            order; `"none"` for plain rounding. Default: what is good for the bits. It stands in front of methods that
+            build on exponents which others chose (`adaround`, `gpfq`), unless the first name is `"none"`.
         metric: what to judge by first: one of the task's own by name, `torchmetrics:NAME`, `file.py:function`, a
             function of all outputs and all targets, or an object with `update` and `compute`.
         task: classification, multi-label, segmentation, regression, image-to-image, detection, or none. Default: what
@@ -156,7 +157,7 @@ def _methods_of(methods: Any) -> tuple[list[Any] | None, list[Any] | None]:
     if methods is None:
         return None, None
     if isinstance(methods, (str, Mapping)) or not isinstance(methods, Sequence):
-        methods = [] if methods == "none" else [methods]
+        methods = [methods]
     choices = [_choice_of(method) for method in methods]
     if all(choices):
         return [{c.name: dict(c.parameters)} for c in choices if c], None
@@ -165,6 +166,7 @@ def _methods_of(methods: Any) -> tuple[list[Any] | None, list[Any] | None]:
         if choice is None
         else configuration.parameters(resolve("methods", choice.name), choice.parameters, f"methods.{choice.name}")
         for each, choice in zip(methods, choices, strict=True)
+        if choice != NONE
     ]
     return None, made
 

@@ -25,7 +25,8 @@ from pow2quant.plugins import resolve
 from pow2quant.report import document, statistics
 from pow2quant.report.html import page_of
 from pow2quant.report.network import describe
-from pow2quant.runs.choosing import chooser_of, decided
+from pow2quant.runs.chains import with_chain
+from pow2quant.runs.choosing import decided
 from pow2quant.runs.evaluating import evaluation_of
 from pow2quant.runs.executors import SIMULATION, compared, executors, runner, simulation_executor
 from pow2quant.runs.job import NOTHING, Given, Job, methods_of
@@ -66,21 +67,11 @@ def ptq(
 
 def quantized(config: RunConfig, progress: Progress, given: Given = NOTHING) -> tuple[Job, Simulation, list[str]]:
     """The first part of every run: what a configuration stands for, its calibrated simulation, and the steps taken."""
-    if config.ptq.methods is None and given.methods is None:
-        config = replace(config, ptq=replace(config.ptq, methods=configuration.default_methods(config)))
-    elif config.ptq.methods and chooser_of(config) is None:
-        _note_what_is_replaced(config, progress)
+    if given.methods is None:
+        config = with_chain(config, configuration.default_methods(config), progress)
     methods_of(config, given)
     job = decided(Job.start(config, progress, given))
     return job, job.quantized(), job.steps
-
-
-def _note_what_is_replaced(config: RunConfig, progress: Progress) -> None:
-    """One line where the methods that are given leave out some of the default: the result may be worse."""
-    given = {choice.name for choice in config.ptq.methods or ()}
-    default = [choice.name for choice in configuration.default_methods(config)]
-    if not given.issuperset(default):
-        progress.note(f"the methods given replace the default ({', '.join(default)}); to keep it, name it in front")
 
 
 def score(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:

@@ -89,8 +89,8 @@ def study(
 
     A method has the parameters that the base gives it. Raises ConfigError for what is not legal.
     """
-    parameters = {method.name: dict(method.parameters) for method in base.ptq.methods or ()}
-    chains = {c: {"ptq.methods": [{n: parameters.get(n, {})} for n in c.split("+") if c != "none"]} for c in methods}
+    parameters = {method.name: dict(method.parameters) for method in base.ptq.applied}
+    chains = {c: {"ptq.methods": [{n: parameters.get(n, {})} for n in c.split("+")]} for c in methods}
     models = networks or [(base.model.name, base.model.weights)]
     short = [re.split(r"[:/\\]", model)[-1] for model, _ in models]
     if len(set(short)) < len(short):

@@ -24,6 +24,7 @@ from pow2quant.errors import ConfigError
 from pow2quant.logits.paired import wilson
 from pow2quant.report import summary
 from pow2quant.runs import Job, Result, finish, write_report
+from pow2quant.runs.chains import fixed, with_chain
 from pow2quant.runs.choosing import decided
 from pow2quant.saving import write
 from pow2quant.study import costs, latency, limits
@@ -115,7 +116,9 @@ class Search:
     def start(cls, config: RunConfig, progress: Progress) -> Search:
         """Costs first, since they may tell that nothing can be found; then the sensitivities."""
         request = Request(config.search)
-        config = _with_methods(config)
+        narrow = any(CANDIDATES[name].bits < 8 for name in config.search.candidates)
+        config = with_chain(config, METHODS if narrow else (), progress)
+        config = fixed(config, config.ptq.methods or ())
         job = decided(Job.start(config, progress))
         state = torch.get_rng_state()
         plan = configuration.plan_of(config)
@@ -384,7 +387,8 @@ class Search:
 
 
 METHODS = (configuration.Choice("output_mse"), configuration.Choice("bias_correction"))
-"""The default methods of a search. No rewrite is among them: one would have to know the widths that are searched."""
+"""The default methods of a search, where a candidate has less than 8 bits. No rewrite is among them: one would have to
+know the widths that are searched."""
 
 
 def _metric(job: Job, name: str | None) -> Metric:
@@ -395,15 +399,6 @@ def _metric(job: Job, name: str | None) -> Metric:
     if name not in known:
         raise ConfigError(f"constraint: {name} is no metric of {job.task.name}; legal: {', '.join(known)}")
     return known[name]
-
-
-def _with_methods(config: RunConfig) -> RunConfig:
-    """The configuration with its methods written out; the default ones where a candidate has less than 8 bits."""
-    if config.ptq.methods is not None:
-        return config
-    narrow = any(CANDIDATES[name].bits < 8 for name in config.search.candidates)
-    methods = METHODS if narrow else ()
-    return replace(config, ptq=replace(config.ptq, methods=methods))
 
 
 def _storage(name: str) -> str:

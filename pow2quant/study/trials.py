@@ -22,6 +22,7 @@ from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import Choice, RunConfig
 from pow2quant.errors import OutputError, Pow2QuantError
 from pow2quant.plugins import resolve
+from pow2quant.runs.chains import with_chain
 from pow2quant.study.ledger import Claim, Entry, Ledger, Plan
 from pow2quant.study.space import Combination, applied, settings
 
@@ -99,8 +100,7 @@ class Trials:
 def described(config: RunConfig) -> Row:
     """What a configuration says of a trial: network, data, bits, methods and each of their parameters, seed."""
     weight, output = config.quantization.weight, config.quantization.output
-    methods = config.ptq.methods
-    methods = configuration.default_methods(config) if methods is None else methods
+    methods = with_chain(config, configuration.default_methods(config)).ptq.applied
     row: Row = {
         "network": Path(config.model.name.rpartition("/")[2]).name.rpartition(":")[2],
         "dataset": config.data.dataset,

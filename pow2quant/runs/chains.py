@@ -1,0 +1,46 @@
+"""Which methods a run applies: those that are named, and in front of them the default ones where they build on such."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pow2quant.backends.base import SILENT, Progress
+from pow2quant.config import NONE, Choice, RunConfig, default_methods
+from pow2quant.plugins import resolve
+
+
+def with_chain(config: RunConfig, default: tuple[Choice, ...], progress: Progress = SILENT) -> RunConfig:
+    """The configuration with its methods written out; one line says where they differ from the default ones.
+
+    Without methods it takes `default`. Where the first one that is named builds on exponents that others chose,
+    `default` stands in front. The result stays as it is when it is completed again.
+    """
+    named = config.ptq.methods
+    if named is None:
+        return _with(config, default)
+    missing = {choice.name for choice in default} - {choice.name for choice in named}
+    if not named or named[0] == NONE or not missing:
+        return config
+    first, own, usual = resolve("methods", named[0].name), shown(named), shown(default)
+    if getattr(first, "builds_on_exponents", False):
+        progress.note(f"{own}: behind the default methods, {usual}; `none` in front leaves these out")
+        return _with(config, (*default, *named))
+    if not hasattr(first, "choose"):
+        progress.note(f"the methods given replace the default ({usual}); to keep it, name it in front")
+    return config
+
+
+def fixed(config: RunConfig, methods: tuple[Choice, ...]) -> RunConfig:
+    """The configuration with exactly these methods, also when a run is repeated from it."""
+    found = _with(config, methods)
+    repeated = with_chain(found, default_methods(found))
+    return found if repeated == found else _with(config, (NONE, *methods))
+
+
+def shown(methods: tuple[Choice, ...]) -> str:
+    """The methods in order, for people."""
+    return ", ".join(choice.name for choice in methods)
+
+
+def _with(config: RunConfig, methods: tuple[Choice, ...]) -> RunConfig:
+    return replace(config, ptq=replace(config.ptq, methods=methods))
