@@ -39,11 +39,14 @@ TABLES: dict[str, dict[str, str]] = {
         "c": "pow2quant.integer.emit_c:export_c",
         "integers": "pow2quant.integer.pack:export_integers",
         "qdq": "pow2quant.adapters.onnx_qdq:export_qdq",
+        "tflite": "pow2quant.integer.tflite.file:export_tflite",
     },
     "validators": {
         "onnxruntime": "pow2quant.validation.ort:executors",
         "engine": "pow2quant.validation.engine:executors",
         "c": "pow2quant.validation.c99:executors",
+        "litert": "pow2quant.validation.litert:executors",
+        "tflite-micro": "pow2quant.validation.tflite_micro:executors",
     },
     "tasks": {
         "classification": "pow2quant.tasks.classification:Classification",

@@ -9,7 +9,6 @@ import onnx
 import pytest
 import torch
 import yaml
-from torch import nn
 
 from pow2quant import plugins, simulate, targets
 from pow2quant.adapters import onnx_qdq
@@ -23,25 +22,9 @@ from pow2quant.pow2_constraints.arithmetic import ROUNDINGS
 from pow2quant.targets.reading import KEY, parse
 from pow2quant.targets.words import sentences
 from pow2quant.validation.c99 import Library, unavailable
+from tests.target_networks import Everything
 
 KINDS = tuple(field.name for field in fields(targets.Roundings))
-
-
-class Everything(nn.Module):
-    """Every kind of operation that rounds: layers, a sum, averages, a product, and a Concat of two scales."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.depthwise, self.pool, self.last = nn.Conv2d(8, 8, 1, groups=8), nn.AvgPool2d(2), nn.Linear(8, 10)
-        nn.init.uniform_(self.second.weight, -1, 1)  # so that the Concat's scale is coarser than that of `first`
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a = torch.relu(self.first(x))
-        y = torch.relu(a + self.second(a))
-        y = y * torch.sigmoid(self.depthwise(y))
-        y = self.pool(torch.cat([y, a], 1)[:, 4:12])
-        return self.last(y.mean((2, 3)))
 
 
 def run(rounding: targets.Roundings, batch: torch.Tensor):

@@ -425,7 +425,12 @@ ALSO = (
 )
 
 
-EXTRAS = {("backends", "aimet"): ("aimet_torch", "aimet")}
+EXTRAS = {
+    ("backends", "aimet"): ("aimet_torch", "aimet"),
+    ("exporters", "tflite"): ("ai_edge_litert", "litert"),
+    ("validators", "litert"): ("ai_edge_litert", "litert"),
+    ("validators", "tflite-micro"): ("tflite_micro", "tflite-micro"),
+}
 """What is imported only when it is used: the package, and the extra that installs it."""
 
 

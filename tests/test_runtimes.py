@@ -1,0 +1,95 @@
+"""Runtimes beside onnxruntime give the bits of their target's simulation; a rule that is wrong is noticed."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from pow2quant import plugins, simulate, targets
+from pow2quant.adapters import onnx_qdq
+from pow2quant.config import RunConfig, plan_of
+from pow2quant.errors import MissingExtraError, UnsupportedModelError
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
+from pow2quant.runs.executors import simulation_executor
+from pow2quant.validation.agreement import compare
+from tests.target_networks import NETWORKS
+
+RUNTIMES = ("litert", "tflite-micro")
+WRONG = [
+    (name, field.name)
+    for name in RUNTIMES
+    for field in fields(targets.Roundings)
+    if getattr(targets.load(name).rounding, field.name) != HALF_EVEN
+]
+
+
+@cache
+def missing(name: str) -> str:
+    """Why a runtime cannot be run here; "" where it can."""
+    try:
+        plugins.resolve("validators", name)(Path("nothing.onnx"))
+    except MissingExtraError as error:
+        return str(error)
+    except Exception:
+        return ""
+    return ""
+
+
+def agreements(runtime: str, target: targets.Target, network: str, folder: Path):
+    """What the runtime gives of the network's QDQ file, against the simulation of the target."""
+    if reason := missing(runtime):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    x = torch.randn(16, *NETWORKS[network].shape)
+    sim = simulate(NETWORKS[network]().eval(), x[:1], replace(plan_of(RunConfig()), target=target))
+    sim.calibrate([x])
+    artifact = sim.export(x[:1])
+    onnx_qdq.export_qdq(artifact, folder)
+    found = plugins.resolve("validators", runtime)(folder / "model.onnx")
+    simulation = simulation_executor(sim, "custom", torch.device("cpu"))
+    return compare(simulation, found, [[x.numpy()]], artifact, proof=True)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_runtime_gives_the_bits_of_its_targets_simulation(runtime, network, tmp_path):
+    for agreement in agreements(runtime, targets.load(runtime), network, tmp_path):
+        assert agreement.differing == 0, agreement.first_diverging
+        assert agreement.claim == "observed on 16 inputs"
+
+
+@pytest.mark.parametrize(("runtime", "kind"), WRONG)
+def test_a_rule_that_is_wrong_is_noticed_where_it_stands(runtime, kind, tmp_path):
+    right = targets.load(runtime)
+    wrong = replace(right, rounding=replace(right.rounding, **{kind: HALF_EVEN}))
+    (agreement,) = agreements(runtime, wrong, "Everything", tmp_path)
+    assert agreement.differing
+    node = {
+        "products": "relu",
+        "sums": "relu_1",
+        "averages": "pool",
+        "multiplications": "mul",
+        "moves": "concat",
+    }
+    assert agreement.first_diverging.node == node[kind]
+
+
+@pytest.mark.parametrize("runtime", ["litert"])
+def test_what_a_file_format_does_not_have_is_named(runtime, tmp_path):
+    if reason := missing(runtime):
+        pytest.skip(reason)
+    x = torch.randn(4, 3, 8, 8)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.AvgPool2d(3, 2, 1))
+    sim = simulate(network.eval(), x[:1])
+    sim.calibrate([x])
+    with pytest.raises(UnsupportedModelError, match="1: an average"):
+        plugins.resolve("exporters", "tflite")(sim.export(x[:1]), tmp_path / "tflite")
+    narrow = plan_of(replace(RunConfig(), quantization=replace(RunConfig().quantization, output=None)))
+    sim = simulate(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1)).eval(), x[:1], narrow)
+    sim.calibrate([x])
+    with pytest.raises(UnsupportedModelError, match=r"0\.output: the network's output stays float"):
+        plugins.resolve("exporters", "tflite")(sim.export(x[:1]), tmp_path / "tflite")
