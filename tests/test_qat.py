@@ -58,7 +58,9 @@ def test_every_executor_agrees_after_training_and_the_accuracy_has_grown(weights
     assert [a.differing for a in result.agreements] == [0] * len(result.agreements)
     report = json.loads((result.folder / "report.json").read_text())
     assert report.keys() >= KEYS
-    assert report["ptq_accuracy"] + 1 < report["final_accuracy"] <= report["qat_best_accuracy"] + 1
+    assert report["ptq_accuracy"] + 1 < report["final_accuracy"], "from 84 to 98 per cent"
+    epochs = json.loads((result.folder / "training_metrics.json").read_text())["epochs"]
+    assert report["qat_best_accuracy"] == max(e["accuracy"] for e in epochs)
     if mode == "full":  # what is trained is what is exported, biases too
         assert report["final_accuracy"] == report["training"]["last_accuracy"]
     assert report["total_improvement"] == pytest.approx(report["final_accuracy"] - report["initial_accuracy"])
@@ -218,13 +220,20 @@ def _is_newer(path: Path, moment: float) -> bool:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(weights, tmp_path):
-    flags = ["--weights", weights, "--weight-bits", "3", "--activation-bits", "4", "--mode", "full", "--epochs", "2"]
-    flags += ["--learning-rate", "0.001", "--method", "none", "--max-calibration-batches", "4", "--quiet", "--json"]
-    reports = []
+    """Plain SGD and folded batch norm, so that the losses are equal but for the order of sums.
+
+    AdamW takes the signs of the smallest gradients too, and live batch norm has statistics of its own in every process.
+    """
+    settings = {"mode": "full", "epochs": 2, "learning_rate": 0.01, "scheduler": None, "batch_norm": "folded"}
+    file, reports, losses = tmp_path / "config.yaml", [], []
+    plain = configured(weights, ptq__max_eval_batches=1, training__optimizer="SGD")
+    plain = config.with_values(plain, {f"training.{key}": value for key, value in settings.items()})
+    file.write_text(config.dump(plain))
     for processes in (1, 2):
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "pow2quant"]
+        folder = tmp_path / str(processes)
         done = subprocess.run(
-            [sys.executable, *start, "qat", *flags, "--output", str(tmp_path / str(processes))],
+            [sys.executable, *start, "qat", "--config", str(file), "--quiet", "--json", "--output", str(folder)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             encoding="utf-8",
@@ -232,7 +241,7 @@ def test_two_processes_train_as_one_does(weights, tmp_path):
         )
         assert done.returncode == 0, done.stderr[-2000:]
         reports.append(json.loads(done.stdout))
+        losses.append([e["loss"] for e in json.loads((folder / "training_metrics.json").read_text())["epochs"][1:]])
     assert [r["training"]["processes"] for r in reports] == [1, 2]
-    assert abs(reports[0]["final_accuracy"] - reports[1]["final_accuracy"]) <= 1.5
-    assert abs(reports[0]["training"]["exponents_moved"] - reports[1]["training"]["exponents_moved"]) <= 5
+    assert losses[1] == pytest.approx(losses[0], rel=0.01), "twice the learning rate makes 5 to 9 per cent"
     assert all(a["differing"] == 0 for r in reports for a in r["validation"])
