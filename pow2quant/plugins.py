@@ -47,6 +47,9 @@ TABLES: dict[str, dict[str, str]] = {
         "c": "pow2quant.validation.c99:executors",
         "litert": "pow2quant.validation.litert:executors",
         "tflite-micro": "pow2quant.validation.tflite_micro:executors",
+        "onnxruntime-web": "pow2quant.validation.onnxruntime_web:executors",
+        "tract": "pow2quant.validation.tract:executors",
+        "openvino": "pow2quant.validation.openvino:executors",
     },
     "tasks": {
         "classification": "pow2quant.tasks.classification:Classification",

@@ -429,7 +429,9 @@ EXTRAS = {
     ("backends", "aimet"): ("aimet_torch", "aimet"),
     ("exporters", "tflite"): ("ai_edge_litert", "litert"),
     ("validators", "litert"): ("ai_edge_litert", "litert"),
+    ("validators", "openvino"): ("openvino", "openvino"),
     ("validators", "tflite-micro"): ("tflite_micro", "tflite-micro"),
+    ("validators", "tract"): ("tract", "tract"),
 }
 """What is imported only when it is used: the package, and the extra that installs it."""
 

@@ -239,7 +239,7 @@ class _Runtime:
         model = onnx.ModelProto()
         model.CopyFrom(_load(self._model))
         table = self._network.encodings
-        names = _codes(model.graph, table)
+        names = codes_of(model.graph, table)
         given = {value.name for value in model.graph.output}
         model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in given)
         return self._open(model.SerializeToString()), names, table
@@ -318,7 +318,7 @@ def _in_batches(
     return [x[: len(x) * count // (len(parts) * size)] for x in joined]
 
 
-def _codes(graph: onnx.GraphProto, table: Table) -> dict[str, str]:
+def codes_of(graph: onnx.GraphProto, table: Table) -> dict[str, str]:
     """The float model's tensor names by the names of the codes that a DQ reads, in the order of computation.
 
     The table names a tensor by what a DQ writes, by what its Q reads, or by what a Clip between or before them reads.
