@@ -17,7 +17,7 @@ from pow2quant.pow2_constraints.snap import (
     HIGHEST,
     LOWEST,
     PERCENTILE,
-    _least_on_even,
+    least_on_even,
 )
 from tests import strategies as our
 
@@ -222,7 +222,7 @@ def test_the_search_over_even_zero_points_finds_the_minimum(first, count, centre
         return sum((np.maximum(np.abs(z - c) - flat, 0) ** 2 for c in centres), np.zeros(len(z)))
 
     first, last = 2 * (first // 2), 2 * (first // 2 + count)
-    zero_point, value = _least_on_even(convex, first, last)
+    zero_point, value = least_on_even(convex, first, last)
     every = np.arange(first, last + 1, 2)
     assert zero_point in every
     assert value == convex(np.array([zero_point]))[0] == convex(every).min()

@@ -9,16 +9,21 @@ import onnx
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pow2quant import plugins, simulate, targets
 from pow2quant.adapters import onnx_qdq
+from pow2quant.backends import fitting
 from pow2quant.config import RunConfig, dump, from_mapping, plan_of, with_values
 from pow2quant.errors import ConfigError, FileFormatError
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.emit_c import code
 from pow2quant.integer.lower import lower
 from pow2quant.integer.run import dequantize, quantize, trace
+from pow2quant.pow2_constraints import Format, Observed, power_of_two
 from pow2quant.pow2_constraints.arithmetic import ROUNDINGS
+from pow2quant.pow2_constraints.joint import choose_jointly
 from pow2quant.targets.reading import KEY, parse
 from pow2quant.targets.words import sentences
 from pow2quant.validation.c99 import Library, unavailable
@@ -204,3 +209,96 @@ def test_float64_sums_are_rounded_by_the_target(batch):
     with torch.no_grad():
         out = sim.model(batch).numpy()
     assert np.array_equal(engine[program.outputs[0]], out)
+
+
+def calibrated(target: targets.Target, batch: torch.Tensor, **values):
+    torch.manual_seed(0)
+    plan = replace(plan_of(with_values(RunConfig(), values)), target=target)
+    sim = simulate(Everything().eval(), batch[:1], plan)
+    sim.calibrate([batch])
+    return sim
+
+
+def test_a_tied_sum_has_one_exponent_and_its_own_zero_points(batch):
+    sim = calibrated(replace(targets.DEFAULT, name="tied", tied_sums=True), batch)
+    assert sim.placement.tied == (("relu.output", "relu_1.output", "second.output"),)
+    table = sim.encodings()
+    found = [table[name] for name in sim.placement.tied[0]]
+    assert len({int(e.exponent) for e in found}) == 1
+    assert [int(e.zero_point) for e in found][:2] == [0, 0]
+    assert found[2].zero_point > 0
+    step = next(s for s in lower(sim.export(batch[:1])).steps if s.node == "add" or type(s).__name__ == "Sum")
+    assert (step.shifts, int(step.requantization.shift)) == ((0, 0), 0)
+
+
+@settings(max_examples=10)
+@given(scales=st.lists(st.integers(-6, 6), min_size=2, max_size=3), seed=st.integers(0, 99))
+def test_the_joint_exponent_is_the_one_of_least_noise(scales, seed):
+    rng = np.random.default_rng(seed)
+    data = [rng.standard_normal(200).astype(np.float32) * np.float32(2.0**s) for s in scales]
+    data[0] = np.abs(data[0])
+    observed, form = [Observed.of(x) for x in data], Format(8, symmetric=False)
+    chosen = choose_jointly("mse", observed, [form] * len(data))
+
+    def noise(k: int) -> float:
+        even = [[form.encoding(power_of_two([k]), z) for z in range(0, 256, 2)] for _ in data]
+        zero = [[form.encoding(power_of_two([k]), 0)], *even[1:]]  # non-negative data have zero point 0
+        errors = [
+            min(float(np.square(x.astype(np.float64) - e.fake_quantize(x)).mean()) for e in candidates)
+            for x, candidates in zip(data, zero, strict=True)
+        ]
+        return sum(errors)
+
+    k = int(chosen[0].exponent)
+    assert {int(e.exponent) for e in chosen} == {k}
+    mine = sum(
+        float(np.square(x.astype(np.float64) - e.fake_quantize(x)).mean()) for x, e in zip(data, chosen, strict=True)
+    )
+    assert mine <= min(noise(j) for j in (k - 1, k, k + 1)) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("ends", [(0, 6), (9, 20), (7, 7)])
+def test_shifts_are_within_what_the_target_can_do(ends, batch):
+    limits = targets.Limits(product_shift=ends)
+    sim = calibrated(replace(targets.DEFAULT, name="narrow", limits=limits), batch)
+    program = lower(sim.export(batch[:1]))
+    shifts = [s.requantization.shift for s in program.steps if type(s).__name__ in ("Convolution", "Dense")]
+    assert len(shifts) == 4
+    assert all((ends[0] <= shift).all() and (shift <= ends[1]).all() for shift in shifts)
+
+
+def test_sums_shift_within_what_the_target_can_do(batch):
+    limits = targets.Limits(sum_shift=(0, 0))
+    sim = calibrated(replace(targets.DEFAULT, name="level", limits=limits), batch)
+    (result, operands), *_ = sim.placement.sums
+    assert len({int(sim.encodings()[name].exponent) for name in (result, *operands)}) == 1
+
+
+@pytest.mark.parametrize("bits", [20, 16, 14])
+def test_sums_fit_the_accumulator(bits, batch):
+    target = replace(targets.DEFAULT, name="small", limits=targets.Limits(accumulator_bits=bits))
+    found = {
+        layer.node: layer.bits for layer in certify(calibrated(target, batch).export(batch[:1])).layers if layer.bits
+    }
+    assert {name: found[name] for name in ("first", "second", "depthwise", "last")}
+    assert max(found[name] for name in ("first", "second", "depthwise", "last")) <= bits
+
+
+def test_an_accumulator_that_no_weight_fits_is_refused_by_the_layers_name(batch):
+    target = replace(targets.DEFAULT, name="tiny", limits=targets.Limits(accumulator_bits=2))
+    with pytest.raises(ConfigError, match=r"first: its sums do not fit 2 bits, as target tiny asks"):
+        calibrated(target, batch)
+
+
+def test_encodings_that_a_method_changed_are_checked(batch):
+    sim = calibrated(replace(targets.DEFAULT, name="tied", tied_sums=True), batch)
+    table = sim.encodings()
+    fitting.require(sim.placement, table)
+    table["second.output"] = replace(table["second.output"], scale=table["second.output"].scale * 2)
+    with pytest.raises(ConfigError, match=r"target tied ties them"):
+        fitting.require(sim.placement, table)
+    sim = calibrated(replace(targets.DEFAULT, name="few", limits=targets.Limits(product_shift=(0, 9))), batch)
+    table = sim.encodings()
+    table["first.weight"] = replace(table["first.weight"], scale=table["first.weight"].scale / 1024)
+    with pytest.raises(ConfigError, match=r"first: its shift is outside"):
+        fitting.require(sim.placement, table)

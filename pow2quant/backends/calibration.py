@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import ALL, Batch, Simulation, inputs
+from pow2quant.backends.fitting import fit_accumulators, fit_shifts, tie
 from pow2quant.backends.placement import Layer, Placement
 from pow2quant.config import TensorSpec
 from pow2quant.errors import ConfigError, DataError, EncodingError, WeightsError
@@ -52,18 +53,24 @@ def _chosen(sim: Simulation, batches: Iterable[Batch], roles: Collection[str]) -
     placement = sim.placement
     table = {k: v for k, v in sim.encodings().items() if _role(placement, k) not in roles}
     sim.load(table)
+    observed: dict[str, Observed] = {}
     wanted = [s for s in placement.sites if s.role in ("input", "output") and s.role in roles]
     if wanted:
         leaders = dict.fromkeys(placement.leader(s.name) for s in wanted)
-        extremes_only = {name for name in leaders if placement.specs[name].range == "minmax"}
+        joint = {placement.leader(name) for group in placement.tied for name in group}
+        extremes_only = {name for name in leaders if placement.specs[name].range == "minmax" and name not in joint}
         observed = observe(sim, batches, leaders, extremes_only)
         chosen = {name: _activation_encoding(name, seen, placement) for name, seen in observed.items()}
+        chosen = tie(placement, observed, chosen)
         table |= {s.name: chosen[placement.leader(s.name)] for s in wanted}
     if "weight" in roles:
         table |= {y.weight.name: _weight_encoding(sim, y) for y in placement.layers if y.weight is not None}
     for layer in placement.layers:
         if "weight" in roles and layer.weight is not None:
             table[layer.weight.name] = with_room_for_bias(sim, layer, table)
+    if "weight" in roles:
+        table = fit_shifts(placement, observed, fit_accumulators(sim, table))
+    for layer in placement.layers:
         if "bias" in roles and layer.bias is not None:
             table[layer.bias.name] = bias_encoding(layer, table, sim.parameter(layer.bias.name), placement.specs)
     return table

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -55,7 +55,8 @@ class Placement:
     reader, a ReLU or the like, holds the quantizer of both. exact: for a node (by name) that has an integer definition,
     the sites of its input and of its result. roundings: by site name the rule by which the operation in front rounds,
     where it is not half to even. tied: groups of site names that have one exponent, each with its own zero point.
-    target: whose arithmetic it is.
+    results: by a layer's module the site at which its result is rounded. sums: of each the site of its result, and
+    those of its operands. target: whose arithmetic it is.
     """
 
     sites: tuple[Site, ...]
@@ -68,6 +69,8 @@ class Placement:
     exact: dict[str, tuple[Site, Site]]
     roundings: dict[str, str]
     tied: tuple[tuple[str, ...], ...]
+    results: dict[str, Site]
+    sums: tuple[tuple[str, tuple[str, ...]], ...]
     target: Target
 
     def leader(self, name: str) -> str:
@@ -139,7 +142,8 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
                 exact[node.name] = source, own
     ties = _ties(network, quantized, specs)
     roundings = _roundings(network, quantized, carried, plan.target)
-    tied = _tied(network, carried, ties, fused) if plan.target.tied_sums else ()
+    results, sums = _rounded(network, quantized, carried)
+    tied = _tied(sums, ties) if plan.target.tied_sums else ()
     return Placement(
         tuple(sites),
         specs,
@@ -151,6 +155,8 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
         exact,
         roundings,
         tied,
+        results,
+        sums,
         plan.target,
     )
 
@@ -236,19 +242,35 @@ def behind_clips(network: fx.GraphModule, node: fx.Node, carried: Mapping[str, S
     return node
 
 
-def _tied(
-    network: fx.GraphModule, carried: dict[str, Site | None], leaders: dict[str, str], fused: Collection[str]
-) -> tuple[tuple[str, ...], ...]:
-    """The sites of every sum's inputs and result, those of sums that share one joined; sorted, without duplicates."""
-    groups: list[set[str]] = []
+Sums = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def _rounded(
+    network: fx.GraphModule, quantized: dict[str, Site], carried: dict[str, Site | None]
+) -> tuple[dict[str, Site], Sums]:
+    """Where the results of layers and of sums are rounded; of sums with the sites of their operands."""
+    results: dict[str, Site] = {}
+    sums: list[tuple[str, tuple[str, ...]]] = []
     for node in network.graph.nodes:
-        if node.op != "call_module" or not isinstance(network.get_submodule(str(node.target)), (m.Add, m.Sub)):
+        site = quantized.get(node.name)
+        if site is None or node.op != "call_module":
             continue
-        result = next(iter(node.users)) if node.name in fused else node
-        sites = [carried[n.name] for n in (*node.args, result) if isinstance(n, fx.Node)]
-        group = {site.name for site in sites if site is not None}
-        for name in [name for name in group if name in leaders]:
-            group.add(leaders[name])
+        core = behind_clips(network, node, carried)
+        module = network.get_submodule(str(core.target)) if core.op == "call_module" else None
+        if _kind(module) is Kind.WEIGHTED:
+            results[str(core.target)] = site
+        if isinstance(module, (m.Add, m.Sub)):
+            operands = (carried[n.name] for n in core.args if isinstance(n, fx.Node))
+            sums.append((site.name, tuple(operand.name for operand in operands if operand is not None)))
+    return results, tuple(sums)
+
+
+def _tied(sums: Sums, leaders: dict[str, str]) -> tuple[tuple[str, ...], ...]:
+    """The sites of every sum's operands and result, those of sums that share one joined; sorted."""
+    groups: list[set[str]] = []
+    for result, operands in sums:
+        group = {result, *operands}
+        group |= {leaders[name] for name in group if name in leaders}
         for other in [g for g in groups if g & group]:
             groups.remove(other)
             group |= other

@@ -117,7 +117,7 @@ def minmax(observed: Observed, form: Format) -> Encoding:
     if not form.power_of_2:
         return _free(low, high, form)
     k, _ = _exponents(low, high, form)
-    return form.encoding(power_of_two(k), _zero_points(low, high, k, form.grid))
+    return form.encoding(power_of_two(k), zero_points(low, high, k, form.grid))
 
 
 def percentile(observed: Observed, form: Format) -> Encoding:
@@ -180,19 +180,19 @@ def _fits(low: Floats, high: Floats, k: Ints, grid: IntGrid) -> NDArray[np.bool_
     """Whether no code of [low, high] saturates, with zero point 0 or, on an unsigned grid, an even one."""
     if grid.signed:
         return (np.rint(np.ldexp(low, -k)) >= grid.qmin) & (np.rint(np.ldexp(high, -k)) <= grid.qmax)
-    least, most = _even_zero_points(low, high, k, grid)
+    least, most = even_zero_points(low, high, k, grid)
     return least <= most
 
 
-def _even_zero_points(low: Floats, high: Floats, k: Ints, grid: IntGrid) -> tuple[Floats, Floats]:
+def even_zero_points(low: Floats, high: Floats, k: Ints, grid: IntGrid) -> tuple[Floats, Floats]:
     """The least even zero point at which `low` does not saturate, the greatest at which `high` does not."""
     least, most = -np.rint(np.ldexp(low, -k)), grid.qmax - np.rint(np.ldexp(high, -k))
     return 2 * np.ceil(least / 2), 2 * np.floor(most / 2)
 
 
-def _zero_points(low: Floats, high: Floats, k: Ints, grid: IntGrid) -> Ints:
+def zero_points(low: Floats, high: Floats, k: Ints, grid: IntGrid) -> Ints:
     """0 for a signed grid and non-negative data; otherwise the middle even one (where nothing fits, on the grid)."""
-    least, most = _even_zero_points(low, high, k, grid)
+    least, most = even_zero_points(low, high, k, grid)
     middle = np.clip(2 * np.floor((least + most) / 4), 0, grid.qmax - 1)
     return np.where(grid.signed | (low >= 0), 0, middle).astype(np.int64)
 
@@ -255,31 +255,29 @@ def _least_error_with_zero_point(
     low, high: (1,), the extremes of all data; exponents: the candidates, from that of `minmax` downwards.
     """
     x = np.sort(sample).astype(np.float64)
-    sums, squares = _running(x), _running(x * x)
+    sums, squares = running(x), running(x * x)
     qmax = int(grid.qmax)
     best = (np.inf, exponents[0], 0)
     for k in exponents:
         over = x[-1] - x[0] - qmax * 2.0**k  # the two extreme values saturate by as much, together
         if over > 0 and over**2 / 2 >= best[0]:
             break
-        error = _error_by_zero_point(x, sums, squares, 2.0**k, qmax)
-        least, most = _even_zero_points(low, high, np.array([k]), grid)
-        useful = (
-            _zero_points(low, high, np.array([k]), grid) if least <= most else np.clip([*most, *least], 0, qmax - 1)
-        )
-        zero_point, value = _least_on_even(error, int(useful[0]), int(useful[-1]))
+        error = error_by_zero_point(x, sums, squares, 2.0**k, qmax)
+        least, most = even_zero_points(low, high, np.array([k]), grid)
+        useful = zero_points(low, high, np.array([k]), grid) if least <= most else np.clip([*most, *least], 0, qmax - 1)
+        zero_point, value = least_on_even(error, int(useful[0]), int(useful[-1]))
         if value < best[0]:
             best = (value, k, zero_point)
     return best[1], best[2]
 
 
-def _error_by_zero_point(x: Floats, sums: Floats, squares: Floats, scale: float, qmax: int) -> Callable[[Ints], Floats]:
+def error_by_zero_point(x: Floats, sums: Floats, squares: Floats, scale: float, qmax: int) -> Callable[[Ints], Floats]:
     """The squared error of sorted data (n,) as a function of the zero points, without another pass over the data.
 
     sums, squares: the running sums of x and x^2. Each value's error is convex in the zero point, so their sum is.
     """
     codes = np.rint(x / scale)
-    rounding = _running(np.square(x - codes * scale))
+    rounding = running(np.square(x - codes * scale))
 
     def error(zero_point: Ints) -> Floats:
         first, last = -zero_point, qmax - zero_point
@@ -292,7 +290,7 @@ def _error_by_zero_point(x: Floats, sums: Floats, squares: Floats, scale: float,
     return error
 
 
-def _least_on_even(function: Callable[[Ints], Floats], first: int, last: int) -> tuple[int, float]:
+def least_on_even(function: Callable[[Ints], Floats], first: int, last: int) -> tuple[int, float]:
     """The even argument in [first, last], both even, and the value where a convex function is least."""
     while True:
         step = max(2, (last - first) // 256 // 2 * 2)
@@ -304,7 +302,8 @@ def _least_on_even(function: Callable[[Ints], Floats], first: int, last: int) ->
         first, last = max(first, int(arguments[at]) - step), min(last, int(arguments[at]) + step)
 
 
-def _running(values: Floats) -> Floats:
+def running(values: Floats) -> Floats:
+    """The running sums of (n,), and a zero in front: (n + 1,)."""
     return np.concatenate([[0.0], np.cumsum(values)])
 
 

@@ -15,6 +15,7 @@ from pow2quant import config as configuration
 from pow2quant import run_folder, targets
 from pow2quant.adapters import onnx_qdq
 from pow2quant.artifact import Agreement, Artifact, Table, note_pixels
+from pow2quant.backends import fitting
 from pow2quant.backends.base import SILENT, Progress, Simulation
 from pow2quant.backends.base import inputs as arguments
 from pow2quant.backends.samples import sample
@@ -105,6 +106,7 @@ def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[d
         take_bytes(sim, job.network)
     table = sim.encodings()
     _check_constraint(job.config, sim, table)
+    fitting.require(sim.placement, table)
     artifact = sim.export(job.example)
     if job.config.data.input == "pixels":
         note_pixels(artifact.model)
@@ -113,6 +115,7 @@ def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[d
     _write_models(artifact, folder, job.config.encodings_version)
     (folder / run_folder.CONFIG).write_text(configuration.dump(job.config), encoding="utf-8")
     certificate = certify(artifact)
+    _check_accumulators(job, certificate)
     proofs = json.dumps(certificate.to_json(per_channel=True), indent=1) + "\n"
     (folder / run_folder.CERTIFICATE).write_text(proofs, encoding="utf-8")
     pair = (folder / run_folder.FLOAT, folder / run_folder.ENCODINGS)
@@ -160,6 +163,19 @@ def _check_constraint(config: RunConfig, sim: Simulation, table: Table) -> None:
         spec = plan.spec(site)
         if spec is not None and spec.power_of_2 and site.role != "bias":
             table[site.name].exponent  # noqa: B018 (raises NotPowerOfTwoError)
+
+
+def _check_accumulators(job: Job, certificate: Certificate) -> None:
+    """Raises ConfigError, naming the layer, where sums do not fit the target's accumulator."""
+    target = targets.load(job.config.target)
+    bits = target.limits.accumulator_bits
+    for layer in certificate.layers if bits is not None else ():
+        assert bits is not None
+        if layer.bits is not None and layer.bits > bits:
+            raise ConfigError(
+                f"{layer.node}: its sums need {layer.bits} bits; target {target.name} has accumulators of {bits} "
+                "(limits.accumulator_bits)"
+            )
 
 
 def _write_models(artifact: Artifact, folder: Path, version: str) -> None:
