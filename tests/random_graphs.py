@@ -13,6 +13,9 @@ from tests.quantized_graphs import Graph
 
 Shape = tuple[int, ...]
 
+LARGEST = 2000
+"""Values of one sample of what is enlarged."""
+
 
 class Grower:
     """Adds random nodes to a graph. widths: of activations; weights take 2 to 8 bits."""
@@ -48,6 +51,7 @@ class Grower:
         """Adds one node."""
         name, shape, k = self.tensors[-1 if self.rng.random() < 0.8 else int(self.rng.integers(len(self.tensors)))]
         kinds = ["conv", "conv", "relu", "sum", "sum", "product", "seam", "maximum", "average", "concat", "move", "pad"]
+        kinds += ["constant", "extreme", "reduce", "resize", "gather"]
         getattr(self, f"_{self.rng.choice(kinds)}")(f"n{number}", name, shape, k)
 
     def _conv(self, name: str, x: str, shape: Shape, k: int) -> None:
@@ -136,6 +140,43 @@ class Grower:
         x = self.g.node("Pad", f"{name}p", [x, pads], self.g.encodings.get(x) if self.rng.integers(2) else None)
         result = self.g.node("MaxPool", name, [x], self.maybe(k), kernel_shape=[2, 2], strides=[2, 2])
         self.add(result, (shape[0], *(n // 2 + 1 for n in shape[1:])), k)
+
+    def _constant(self, name: str, x: str, shape: Shape, k: int) -> None:
+        """An operand that is a constant: one value, one per channel, or a whole sample; sometimes float."""
+        fitting = [(), (shape[0], 1, 1), shape]
+        codes = self.rng.integers(-100, 100, fitting[self.rng.integers(3)])
+        grid = Encoding(np.float32(2.0**k), np.int64(0), IntGrid(8, True)) if self.rng.random() < 0.85 else None
+        operand = self.g.constant(f"{name}.c", codes if grid else np.float32(codes * 2.0**k), grid)
+        op = str(self.rng.choice(["Add", "Sub", "Mul", "Max", "Min"]))
+        k += {"Add": 1, "Sub": 1, "Mul": k + 7}.get(op, 0)
+        pair = [x, operand] if self.rng.random() < 0.7 else [operand, x]
+        self.add(self.g.node(op, name, pair, self.maybe(k)), shape, k)
+
+    def _extreme(self, name: str, x: str, shape: Shape, k: int) -> None:
+        pair = [x, self._other(shape)]
+        self.add(self.g.node(str(self.rng.choice(["Max", "Min"])), name, pair, self.maybe(k)), shape, k)
+
+    def _reduce(self, name: str, x: str, shape: Shape, k: int) -> None:
+        op = str(self.rng.choice(["ReduceMax", "ReduceMin", "ReduceSum", "ReduceMean"]))
+        axes = self.g.constant(f"{name}.axes", np.array([2, 3]))
+        own = op in ("ReduceMax", "ReduceMin") and self.rng.random() < 0.6
+        grid = self.g.encodings.get(x) if own else self.maybe(k + 4 * (op == "ReduceSum"))
+        self.add(self.g.node(op, name, [x, axes], grid), (shape[0], 1, 1), k)
+
+    def _resize(self, name: str, x: str, shape: Shape, k: int) -> None:
+        scales = self.g.constant(f"{name}.scales", np.array([1, 1, 2, 2], np.float32))
+        how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        if 4 * np.prod(shape) <= LARGEST:
+            grid = self.g.encodings.get(x) if self.rng.random() < 0.7 else self.maybe(k)
+            result = self.g.node("Resize", name, [x, "", scales], grid, **how)
+            self.add(result, (shape[0], 2 * shape[1], 2 * shape[2]), k)
+
+    def _gather(self, name: str, x: str, shape: Shape, k: int) -> None:
+        axis = int(self.rng.integers(1, 4))
+        picked = self.rng.integers(0, shape[axis - 1], int(self.rng.integers(1, 5)))
+        grid = self.g.encodings.get(x) if self.rng.random() < 0.7 else self.maybe(k)
+        result = self.g.node("Gather", name, [x, self.g.constant(f"{name}.i", picked)], grid, axis=axis)
+        self.add(result, tuple(len(picked) if i == axis - 1 else n for i, n in enumerate(shape)), k)
 
 
 def artifact(rng: np.random.Generator, widths: Sequence[int] = range(2, 17), largest: int = 7) -> Artifact:
