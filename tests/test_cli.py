@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -296,16 +297,14 @@ def command(*arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]
 
 
 def test_help_is_quick(tmp_path: Path) -> None:
-    before = os.times()
+    """Counted in modules, not in seconds, which depend on the machine."""
     out, _ = command("--help", cwd=tmp_path).communicate()
-    after = os.times()
-    spent = after.children_user + after.children_system - before.children_user - before.children_system
-    assert spent < 0.5
     for name in COMMANDS:
         assert name in out
     _, err = command("--help", cwd=tmp_path, python=["-X", "importtime"]).communicate()
     loaded = {line.rpartition("|")[2].strip() for line in err.splitlines()}
     assert "typer" in loaded
+    assert len(loaded) < 500
     assert loaded.isdisjoint({"torch", "numpy", "onnx", "onnxruntime", "pydantic", "yaml", "jinja2"})
 
 
@@ -372,7 +371,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_interrupted_command_leaves_nothing(weights: Path, tmp_path: Path, code: Path, sent: signal.Signals) -> None:
     process = started(weights, tmp_path, code)
     process.send_signal(sent)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     # A shell shows 130 for both: Python itself may pass the signal on when it exits.
     assert process.returncode in (130, -signal.SIGINT)
     assert err.splitlines()[-1] == "error: interrupted; nothing was written"
@@ -382,7 +381,7 @@ def test_an_interrupted_command_leaves_nothing(weights: Path, tmp_path: Path, co
 def test_the_next_run_clears_up_after_a_killed_one(weights: Path, tmp_path: Path, code: Path) -> None:
     process = started(weights, tmp_path, code)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert [p.suffix for p in tmp_path.iterdir()] == [".partial"]
     assert main(["ptq", "--weights", str(weights), "--output", str(tmp_path / "run"), *SHORT]) == 0
     assert list(tmp_path.iterdir()) == [tmp_path / "run"]
@@ -393,7 +392,7 @@ def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
     os.close(read)
     process = command("list", cwd=tmp_path, stdout=write)
     os.close(write)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (141, "")  # as a shell says of programs that SIGPIPE ends
 
 
@@ -401,7 +400,7 @@ def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
 def test_a_result_that_cannot_be_printed(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         process = command("list", cwd=tmp_path, stdout=full)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     assert (process.returncode, err) == (2, "error: the result cannot be written: No space left on device\n")
 
 
@@ -557,15 +556,16 @@ def test_list_says_what_to_install(
 def test_stages_without_a_terminal_are_a_few_lines(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "PATIENCE", 0.02)
-    stage = console.Console().track(range(40), "thinking", 40)
-    for _ in stage:
-        time.sleep(0.01)
-    first, *middle, last = capsys.readouterr().err.splitlines()
-    assert first == "thinking ..."
-    assert re.fullmatch(r"thinking: 0\.\d s", last)
-    assert 2 <= len(middle) <= 6
-    assert all(re.fullmatch(r"thinking: \d+ of 40, 0\.\d s left", line) for line in middle)
+    now = iter(range(1000))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
+    for _ in console.Console().track(range(40), "thinking", 40):
+        pass
+    assert capsys.readouterr().err.splitlines() == [
+        "thinking ...",
+        "thinking: 15 of 40, 25.0 s left",
+        "thinking: 30 of 40, 10.0 s left",
+        "thinking: 42.0 s",
+    ]
 
 
 def test_a_quiet_stage_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
