@@ -112,12 +112,15 @@ def _write_choice(choice: Choice) -> Any:
 
 
 def _read_methods(value: Any) -> tuple[Choice, ...]:
-    """A list of `adaround` and `{adaround: {iterations: 100}}`; `[none]` is an empty one."""
+    """A list of `adaround`, `adaround:iterations=100` and `{adaround: {iterations: 100}}`; `[none]` is an empty one."""
     if not isinstance(value, list):
         raise TypeError
     methods = []
     for item in value:
-        ((name, values),) = [(item, {})] if isinstance(item, str) else item.items()
+        if isinstance(item, str):
+            methods.append(method_named(item))
+            continue
+        ((name, values),) = item.items()
         methods.append(Choice(name, dict(values or {})))
     return () if methods == [NONE] else tuple(methods)
 
@@ -125,6 +128,19 @@ def _read_methods(value: Any) -> tuple[Choice, ...]:
 def without_none(methods: tuple[Choice, ...]) -> tuple[Choice, ...]:
     """The methods that are applied."""
     return methods[1:] if methods[:1] == (NONE,) else methods
+
+
+def method_named(text: str) -> Choice:
+    """`gpfq`, or `gpfq:conv_scalar=1.16,narrow=true`. Raises ValueError for what is written otherwise."""
+    name, colon, written = text.partition(":")
+    written = re.sub(r"(\w)=", r"\1: ", written)
+    try:
+        values = yaml_text.parse(f"{{{written}}}", text) if colon else {}
+    except ConfigError as error:
+        raise ValueError(text) from error
+    if not name or (colon and (not values or any(value is None for value in values.values()))):
+        raise ValueError(text)
+    return Choice(name, values)
 
 
 def _write_methods(methods: tuple[Choice, ...]) -> Any:
@@ -148,7 +164,10 @@ _CHOICE = Legal(
     lambda: "a name, or {type: NAME, parameter: value, ...}", lambda v: bool(v.name), _read_choice, _write_choice
 )
 _METHODS = Legal(
-    lambda: f"a list of NAME or {{NAME: {{parameter: value}}}}; names: none, {', '.join(sorted(names('methods')))}",
+    lambda: (
+        "a list of NAME, NAME:parameter=value or {NAME: {parameter: value}}; "
+        f"names: none, {', '.join(sorted(names('methods')))}"
+    ),
     lambda v: all(name in names("methods") for name, _ in without_none(v)),
     _read_methods,
     _write_methods,

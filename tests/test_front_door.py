@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,47 +19,9 @@ from pow2quant.errors import ConfigError, DataError, ModelError
 from pow2quant.methods.adaround import AdaRound
 from pow2quant.methods.bias_correction import BiasCorrection
 from pow2quant.reading import Signature
+from tests.kinds import SOURCE
 
 QUICK = {"report": {"statistics": False, "latency": False}, "ptq": {"calibration_batches": 4}}
-SOURCE = """
-import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
-
-class TwoInputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(5, 4), nn.Linear(3, 4)
-
-    def forward(self, x, y):
-        return torch.relu(self.a(x)) + self.b(y)
-
-
-def seeded(make):
-    torch.manual_seed(0)
-    return make()
-
-
-def classifier():
-    return seeded(lambda: nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
-    ))
-
-
-def segmenter(): return seeded(lambda: nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)))
-def regressor(): return seeded(lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1)))
-def two(): return seeded(TwoInputs)
-
-
-def images(n=24): return torch.rand(n, 1, 8, 8)
-def loader(*tensors): return DataLoader(TensorDataset(*tensors), 8, shuffle=True)
-def labelled(): return seeded(lambda: loader(images(), torch.randint(0, 3, (24,))))
-def masked(): return seeded(lambda: loader(images(), torch.randint(0, 2, (24, 8, 8))))
-def numbers(): return seeded(lambda: loader(torch.rand(24, 5), torch.rand(24)))
-def pairs(): return seeded(lambda: loader(torch.rand(24, 5), torch.rand(24, 3), torch.randint(0, 4, (24,))))
-def unlabelled(): return seeded(lambda: loader(images()))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -74,38 +35,6 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 
 def quick(model: Any, data: Any, **more: Any) -> pow2quant.Result:
     return pow2quant.quantize(model, data, config=QUICK, progress=False, **more)
-
-
-@pytest.mark.parametrize(
-    ("model", "data", "task", "metric"),
-    [
-        ("classifier", "labelled", "classification", "top1"),
-        ("segmenter", "masked", "segmentation", "miou"),
-        ("regressor", "numbers", "regression", "mae"),
-        ("two", "pairs", "classification", "top1"),
-        ("classifier", "unlabelled", "none", None),
-    ],
-)
-def test_both_doors_give_the_same_bits(
-    model: str, data: str, task: str, metric: str | None, mine: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    file, names = mine
-    here = quick(names[model](), names[data]())
-    (tmp_path / "quick.yaml").write_text(json.dumps(QUICK))
-    arguments = ["ptq", "--model", f"{file}:{model}", "--data", f"{file}:{data}", "--config", tmp_path / "quick.yaml"]
-    assert main([*map(str, arguments), "--output", str(tmp_path / "there"), "--quiet"]) == 0
-    for name in ("model.onnx", "model_float.onnx", "model.encodings", "model.safetensors"):
-        assert (here.folder / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
-    there = json.loads((tmp_path / "there" / "report.json").read_text())
-    for key in ("metrics", "task", "metric", "final_sqnr_db", "verdict"):
-        assert here.report[key] == there[key], key
-    assert (here.report["task"], here.report["metric"]) == (task, metric)
-    assert here.agrees
-    assert here.verdict.agrees
-    batch = next(iter(names[data]()))
-    inputs = batch[: 2 if model == "two" else 1]
-    with torch.no_grad():
-        assert here.model(*inputs).shape == names[model]()(*inputs).shape
 
 
 def test_the_embedded_default_is_the_command_line_s(tmp_path: Path) -> None:

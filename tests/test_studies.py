@@ -413,7 +413,7 @@ def test_the_study_in_the_repository_is_legal() -> None:
 
 
 def test_a_comparison_by_hand() -> None:
-    from pow2quant.study.compare import Comparison, cells, markdown, sentence
+    from pow2quant.study.cells import Comparison, cells, markdown, sentence
 
     def row(method: str, seed: int, top1: float | None) -> dict[str, Any]:
         start = {"network": "net", "widths": "W4A8", "method": method, "seed": seed, "state": "complete"}
@@ -421,7 +421,14 @@ def test_a_comparison_by_hand() -> None:
             return start | {"state": "failed", "error": "broken"}
         on = {"images": 64, "of_images": 450, "classes": 10}
         change = {"change": top1 - 92.0, "change_low": top1 - 95.0, "change_high": top1 - 91.0}
-        figures = {"original_top1": 92.0, "quantized_top1": top1, "sqnr_db": 10.0, "duration_seconds": 2.0}
+        figures = {
+            "original": 92.0,
+            "quantized": top1,
+            "quantized_top1": top1,
+            "sqnr_db": 10.0,
+            "duration_seconds": 2.0,
+        }
+        on |= {"metric": "top1", "unit": "%", "higher_is_better": True}
         return start | figures | change | on
 
     made = cells([row("a", 0, 88.0), row("a", 1, 90.0), row("a", 2, None), row("b", 0, 90.0), row("b", 1, 90.0)])
@@ -431,7 +438,7 @@ def test_a_comparison_by_hand() -> None:
     ]
     found = Comparison(Path("out"), made, ["broken"])
     assert sentence(found.best[0]) == "net: best is b at W4A8: 90.00 ± 0.00 % (float 92.00 %, 2 seeds)"
-    assert "| net | W4A8 | **b** | 92.00 | **90.00 ± 0.00** | -5.00 to -1.00 | 10.0 | 2.0 |" in markdown(found)
+    assert "| net | W4A8 | **b** | 92.00 % | **90.00 ± 0.00 %** | -5.00 to -1.00 | 10.0 | 2.0 |" in markdown(found)
     same = "evaluated: all on the same images: 64 of 450 images, a stratified sample, 10 of 10 classes"
     assert same in markdown(found)
 
@@ -439,9 +446,9 @@ def test_a_comparison_by_hand() -> None:
 def test_trials_on_other_images_are_ranked_by_their_change() -> None:
     from pow2quant.study.sweep import Found
 
-    on = {"state": "complete", "images": 64, "of_images": 450, "classes": 10, "sqnr_db": 9.0}
-    easy = on | {"trial": 0, "quantized_top1": 97.0, "change": -2.0, "sample": "a"}
-    hard = on | {"trial": 1, "quantized_top1": 90.0, "change": -0.5, "sample": "b"}
+    on = {"state": "complete", "images": 64, "of_images": 450, "classes": 10, "sqnr_db": 9.0, "higher_is_better": True}
+    easy = on | {"trial": 0, "quantized": 97.0, "change": -2.0, "sample": "a"}
+    hard = on | {"trial": 1, "quantized": 90.0, "change": -0.5, "sample": "b"}
     found = Found(Path("out"), [easy, hard], ())
     assert [r["trial"] for r in found.finished] == [1, 0]
     assert found.evaluated.startswith("not all on the same images (64 of 450 images, ")

@@ -146,15 +146,19 @@ def sweep(
 
 
 def _show_trials(console: Console, found: Any) -> None:
+    from pow2quant.report.summary import WORDS, change, number
+
     def cells(row: Mapping[str, Any]) -> list[str]:
         labels = [str(row.get(axis, "")) for axis in found.axes]
         sqnr = "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
-        tops = percent(row["original_top1"]), percent(row["quantized_top1"])
-        return [str(row["trial"]), *labels, *tops, _change(row), sqnr]
+        values = (number(row[column], row["unit"]) for column in ("original", "quantized"))
+        changed = change(row["change"], row["change_low"], row["change_high"], row["unit"])
+        return [str(row["trial"]), *labels, *values, changed, sqnr]
 
     short = [axis.rpartition(".")[2] for axis in found.axes]
+    metrics = " / ".join(dict.fromkeys(WORDS.get(row["metric"], row["metric"]) for row in found.finished))
     console.table(
-        ["trial", *short, "float", "top-1", "change (95 %)", "SQNR dB"], [cells(row) for row in found.finished[:SHOWN]]
+        ["trial", *short, "float", metrics, "change (95 %)", "SQNR dB"], [cells(row) for row in found.finished[:SHOWN]]
     )
     lines = [""] if found.finished else []
     reasons: dict[str, list[str]] = {}
@@ -164,17 +168,11 @@ def _show_trials(console: Console, found: Any) -> None:
     if found.finished:
         best = found.finished[0]
         what = ", ".join(f"{a.rpartition('.')[2]} {best[a]}" for a in found.axes if a in best)
-        lines.append(f"best: {what}: {percent(best['quantized_top1'])} (float {percent(best['original_top1'])})")
+        float_value = "" if best["original"] is None else f" (float {number(best['original'], best['unit'])})"
+        lines.append(f"best: {what}: {number(best['quantized'], best['unit'])}{float_value}")
         lines.append(f"evaluated: {found.evaluated}")
     lines.append(f"trials: {len(found.finished)} finished, {len(found.failed)} failed; files: {found.folder}")
     console.result({"folder": str(found.folder), "best": (found.finished or [None])[0], "trials": found.rows}, lines)
-
-
-def _change(row: Mapping[str, Any]) -> str:
-    """`-0.25 (-1.01 to +0.51)`, in points."""
-    if row.get("change_low") is None:
-        return "-" if row.get("change") is None else f"{row['change']:+.2f}"
-    return f"{row['change']:+.2f} ({row['change_low']:+.2f} to {row['change_high']:+.2f})"
 
 
 def percent(value: float | None) -> str:
@@ -236,21 +234,21 @@ def compare(
     base = configured(config, values)
     console = console_of(verbose, quiet, as_json)
     from pow2quant.cli.signals import interrupted
+    from pow2quant.study import cells
     from pow2quant.study import compare as comparison
 
     names = model or ([base.model.name] if weights else [])
     networks = [(name, weights[i] if weights else None) for i, name in enumerate(names)]
     methods = method or comparison.METHODS
-    comparison.checked(methods)
     bits = widths.split(",") if widths else comparison.WIDTHS
     chosen = comparison.study(base, networks, bits, methods, seeds, runs, study)
     folder = output or Path("runs") / chosen.called
     found = comparison.compare(chosen, folder, storage=storage, jobs=jobs, progress=console, stopped=interrupted)
-    console.table(comparison.HEADER, [comparison.cells_of(cell) for cell in found.cells])
-    lines = ["", *(comparison.sentence(cell) for cell in found.best)]
-    lines += [comparison.evaluated(found.cells)] if found.cells else []
+    console.table(cells.header(found.cells), [cells.cells_of(cell) for cell in found.cells])
+    lines = ["", *(cells.sentence(cell) for cell in found.best)]
+    lines += [cells.evaluated(found.cells)] if found.cells else []
     lines += [f"failed: {error}" for error in dict.fromkeys(found.errors)]
-    console.result(comparison.document(found), [*lines, f"files: {folder}"])
+    console.result(cells.document(found), [*lines, f"files: {folder}"])
     return 0 if found.cells else 1
 
 

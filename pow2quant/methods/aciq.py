@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -235,6 +235,8 @@ class Aciq:
     get the mean and the variance of the float ones. The network's inputs keep their encodings, and so do the layers
     whose weights lie on their grid already.
     """
+
+    deterministic: ClassVar[bool] = True
 
     aciq_method: Annotated[str, METHOD] = "auto"
     mix_ratio: Annotated[float, RATIO] = 0.0

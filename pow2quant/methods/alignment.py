@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -96,6 +96,8 @@ class Align:
     exact: a channel that reaches its ReLU6 keeps its factor, so that the float network computes what it did. Otherwise
     it is scaled too, and what is clipped elsewhere than before counts as an error.
     """
+
+    deterministic: ClassVar[bool] = True
 
     steps: Annotated[int, integer(1)] = 16
     rounds: Annotated[int, integer(1)] = 2

@@ -44,6 +44,7 @@ class BnReestimation:
     """
 
     builds_on_exponents: ClassVar[bool] = True
+    deterministic: ClassVar[bool] = True
 
     rounds: Annotated[int, integer(0)] = 3
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -326,6 +326,8 @@ class Equalize:
     mean less three deviations, as batch norm or else the data say, of ReLUs, and of channels that do not reach their
     ReLU6, where only layers without zero padding read.
     """
+
+    deterministic: ClassVar[bool] = True
 
     absorb_biases: bool = False
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -109,6 +109,8 @@ class Lapq:
     the mean and the variance of the float ones, as in `aciq`. The network's inputs keep their encodings; layers whose
     weights lie on their grid already keep that.
     """
+
+    deterministic: ClassVar[bool] = True
 
     loss: Annotated[str, LOSS] = "divergence"
     passes: Annotated[int, integer(0)] = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -57,6 +57,8 @@ class OutputMse:
     candidates lie 2^(1/8) apart. Layers whose weights lie on their grid already keep it. bias: then the layer's bias is
     corrected as `bias_correction` does, before the next layer is looked at; otherwise biases stay as they are.
     """
+
+    deterministic: ClassVar[bool] = True
 
     candidates: Annotated[int, integer(2, 33)] = 5
     centered: bool = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -185,6 +185,8 @@ class Ternary:
     becomes zero. For every channel, or for the tensor, as the plan says. It is where training starts; alone it costs
     most of the accuracy. Layers whose weights lie on their grid already keep it.
     """
+
+    deterministic: ClassVar[bool] = True
 
     rule: Annotated[str, _RULE] = "optimal"
 

@@ -8,10 +8,7 @@ from typing import Any
 
 from pow2quant import run_folder
 from pow2quant.report.html import _widths, agrees, guarded, page, read
-from pow2quant.report.summary import evaluated
-
-TRADED = {"accuracy": "top-1 accuracy, %", "change": "change of top-1 against float, points"}
-"""What is drawn against size."""
+from pow2quant.report.summary import WORDS, change, evaluated, leading, number
 
 MOST_LINES = 5
 """So many runs have a line each in the chart of noise along the network."""
@@ -57,15 +54,18 @@ def render(runs: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> s
     """The page of (report, statistics) by the runs' names."""
     rows = [_row(name, report) for name, (report, _) in runs.items()]
     same = measured_alike([r["sample"] for r in rows])
-    value = "accuracy" if same else "change"
-    best = max((r for r in rows if r[value] is not None), key=lambda r: (r[value], -r["bytes"]), default=None)
+    value = "value" if same else "change"
+    sign = 1 if all(r["higher_is_better"] for r in rows) else -1
+    judged = (r for r in rows if r[value] is not None) if len({r["metric"] for r in rows}) == 1 else iter(())
+    best = max(judged, key=lambda r: (sign * r[value], -r["bytes"]), default=None)
     return page(
         "comparison.html.j2",
         rows=rows,
         best=best,
         same=same,
         agree=[r["agrees"] for r in rows],
-        trade=_trade(rows, value),
+        metric=" / ".join(dict.fromkeys(r["metric"] for r in rows)),
+        trade=_trade(rows, value) if best else None,
         profile=_profile({name: statistics for name, (_, statistics) in runs.items()}),
         verdicts=[
             (name, agrees(report), (report.get("verdict") or {}).get("text")) for name, (report, _) in runs.items()
@@ -81,8 +81,11 @@ def measured_alike(samples: Sequence[str | None]) -> bool:
 
 def _row(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
     sizes, latency = report.get("model_size_bytes") or {}, report.get("latency") or {}
-    first, final = report.get("initial_accuracy"), report.get("final_accuracy")
+    metric, values = leading(report)
+    first, final, unit = values.get("float"), values.get("quantized"), values.get("unit", "")
+    changed = None if first is None or final is None else final - first
     evaluation = report.get("evaluation") or {}
+    low, high = evaluation.get("interval") or (None, None)
     pair = latency.get("float"), latency.get("quantized")
     return {
         "name": name,
@@ -92,14 +95,18 @@ def _row(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
         "widths": _widths(report),
         "scales": "2^k" if report.get("quantization_type") == "power_of_2" else "free",
         "steps": " → ".join(s for s in report.get("pipeline_steps") or [] if s not in ("calibrate", "export")),
+        "metric": WORDS.get(metric, metric),
+        "unit": unit,
+        "higher_is_better": values.get("higher_is_better", True),
         "float": first,
-        "accuracy": final,
-        "change": None if first is None or final is None else final - first,
+        "value": final,
+        "change": changed,
+        "shown": [number(first, unit), number(final, unit), change(changed, None, None, unit)],
         "sqnr": report.get("final_sqnr_db"),
         "bytes": sizes.get("quantized") or 0,
         "speed": pair[0] / pair[1] if pair[0] and pair[1] else None,
         "seconds": report.get("duration_seconds"),
-        "interval": evaluation.get("interval"),
+        "interval": change(None, low, high, unit),
         "evaluated": evaluated(evaluation),
         "sample": evaluation.get("sample"),
         "agrees": agrees(report),
@@ -107,7 +114,7 @@ def _row(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _trade(rows: Sequence[Mapping[str, Any]], value: str) -> Any:
-    """Accuracy or change against size, where there are two runs with both."""
+    """The metric or its change against size, where there are two runs with both."""
     from markupsafe import Markup
 
     from pow2quant.report import figures
@@ -115,7 +122,10 @@ def _trade(rows: Sequence[Mapping[str, Any]], value: str) -> Any:
     points = [(r["name"], r["bytes"] / 1024, r[value]) for r in rows if r["bytes"] and r[value] is not None]
     if len(points) < 2:
         return None
-    return Markup(figures.trade(points, "quantized ONNX file, KiB", TRADED[value]))
+    label = ", ".join(filter(None, [rows[0]["metric"], rows[0]["unit"]]))
+    if value == "change":
+        label = f"change of {label}"
+    return Markup(figures.trade(points, "quantized ONNX file, KiB", label))
 
 
 def _profile(statistics: Mapping[str, Mapping[str, Any]]) -> Any:

@@ -13,7 +13,14 @@ from pow2quant import run_folder
 WORST = 5
 """So many layers are named, those with the least signal to noise."""
 
-WORDS = {"top1": "top-1", "top5": "top-5", "pixel_accuracy": "pixels", "label_accuracy": "labels", "miou": "mIoU"}
+WORDS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "pixel_accuracy": "pixels",
+    "label_accuracy": "labels",
+    "miou": "mIoU",
+    "sqnr": "SQNR",
+}
 """What metrics are called on a screen, where that is not their name."""
 
 EXECUTORS = {
@@ -68,6 +75,28 @@ def number(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
     return f"{value:.2f} {unit}" if unit else f"{value:.4g}"
+
+
+def leading(report: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The leading metric of a report and its values by executor; without metrics the SQNR of the outputs in dB."""
+    for name, values in (report.get("metrics") or {}).items():
+        return name, values
+    accuracy = {"float": report.get("initial_accuracy"), "quantized": report.get("final_accuracy")}
+    if accuracy["quantized"] is not None:  # a report of a version that knew no other task
+        return "top1", {**accuracy, "unit": "%", "higher_is_better": True}
+    return "sqnr", {"float": None, "quantized": report.get("final_sqnr_db"), "unit": "dB", "higher_is_better": True}
+
+
+def change(value: float | None, low: float | None, high: float | None, unit: str) -> str:
+    """`-0.25 (-1.01 to +0.51)`: a change and its 95 % interval, or one of the two; `-` for neither."""
+
+    def signed(number: float) -> str:
+        return f"{number:+.2f}" if unit else f"{number:+.3g}"
+
+    interval = "" if low is None or high is None else f"{signed(low)} to {signed(high)}"
+    if value is None:
+        return interval or "-"
+    return f"{signed(value)} ({interval})" if interval else signed(value)
 
 
 def worst(folder: Path, count: int = WORST) -> list[tuple[str, float]]:

@@ -96,16 +96,8 @@ class Job:
     @classmethod
     def start(cls, config: RunConfig, progress: Progress, given: Given = NOTHING) -> Job:
         """Loads data and network, prepares. The configuration is resolved on the way."""
-        be_exact()
         device = device_of(config.device)
-        torch.manual_seed(config.seed)
-        config = _absolute(replace(config, data=datasets.resolved(config.data)))
-        data = datasets.load(config.data, config.training.batch_size, given.data)
-        for line in (*data.notes, *(f"warning: {text}" for text in data.warnings)):
-            progress.note(line)
-        model = network_of(config, given)
-        if given.model is None and config.model.name == "digits-cnn" and config.model.weights is None:
-            _weights_of_digits(model, config, data, progress)
+        config, data, model = loaded(config, progress, given)
         return cls.of(config, data, model, progress, given, device)
 
     @classmethod
@@ -194,6 +186,20 @@ class Job:
         if limit not in self.samples:
             self.samples[limit] = sample(cast(Checked, self.data.test), limit)
         return self.samples[limit]
+
+
+def loaded(config: RunConfig, progress: Progress, given: Given = NOTHING) -> tuple[RunConfig, datasets.Data, nn.Module]:
+    """The resolved configuration, its data and its float network: all that its seed decides before calibration."""
+    be_exact()
+    torch.manual_seed(config.seed)
+    config = absolute(replace(config, data=datasets.resolved(config.data)))
+    data = datasets.load(config.data, config.training.batch_size, given.data)
+    for line in (*data.notes, *(f"warning: {text}" for text in data.warnings)):
+        progress.note(line)
+    model = network_of(config, given)
+    if given.model is None and config.model.name == "digits-cnn" and config.model.weights is None:
+        _weights_of_digits(model, config, data, progress)
+    return config, data, model
 
 
 def _check_labels(data: datasets.Data, outputs: int) -> None:
@@ -330,28 +336,29 @@ def _weights_of_digits(model: nn.Module, config: RunConfig, data: datasets.Data,
     models.train_digits(model, data, seed=config.seed)
 
 
-def _absolute(config: RunConfig) -> RunConfig:
+def absolute(config: RunConfig) -> RunConfig:
     """The configuration with absolute paths, so that the run can be repeated from any folder."""
 
-    def absolute(name: str | None) -> str | None:
+    def whole(name: str | None) -> str | None:
         return str(Path(name).absolute()) if name else name
 
     def own(name: str) -> str:
-        return str(absolute(name)) if configuration.is_in_file(name) else name
+        return str(whole(name)) if configuration.is_in_file(name) else name
 
     def chosen(choice: configuration.Choice | None) -> Any:
         return choice and choice._replace(name=own(choice.name))
 
-    model = replace(config.model, name=own(config.model.name), weights=absolute(config.model.weights))
+    model = replace(config.model, name=own(config.model.name), weights=whole(config.model.weights))
     t = config.training
     parts = {"criterion": chosen(t.criterion), "optimizer": chosen(t.optimizer), "scheduler": chosen(t.scheduler)}
     return replace(
         config,
+        metric=config.metric and own(config.metric),
         model=model,
         training=replace(t, **parts),
-        data=replace(config.data, dataset=own(config.data.dataset), path=absolute(config.data.path)),
-        search=replace(config.search, latency_table=absolute(config.search.latency_table)),
-        target=str(absolute(config.target)) if targets.is_file(config.target) else config.target,
+        data=replace(config.data, dataset=own(config.data.dataset), path=whole(config.data.path)),
+        search=replace(config.search, latency_table=whole(config.search.latency_table)),
+        target=str(whole(config.target)) if targets.is_file(config.target) else config.target,
     )
 
 

@@ -1,4 +1,4 @@
-"""Figures of a study: accuracy over what was varied, a line for each of the other settings."""
+"""Figures of a study: the leading metric over what was varied, a line for each of the other settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pow2quant.report.summary import WORDS
 from pow2quant.study.space import Axis, Grid
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _drawn(axis: Axis, grid: Grid, rows: Sequence[Row]) -> Figure:
     crowded = len(lines) > MOST_LINES
     for i, (key, own) in enumerate(lines.items()):
         own = _ordered(own, axis)
-        xs, ys = [place[str(r[axis.name])] for r in own], [r["quantized_top1"] for r in own]
+        xs, ys = [place[str(r[axis.name])] for r in own], [r["quantized"] for r in own]
         named = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in zip(others, key, strict=True))
         style = {"color": "#0072b2", "alpha": 0.35} if crowded else {"color": COLOURS[i], "marker": MARKERS[i]}
         axes.plot(xs, ys, label=named or "quantized", markersize=5, linewidth=1.5, **style)
@@ -71,7 +72,7 @@ def _drawn(axis: Axis, grid: Grid, rows: Sequence[Row]) -> Figure:
     if not numeric or len(labels) <= 10:
         axes.set_xticks([place[str(label)] for label in labels], [str(label) for label in labels])
     axes.set_xlabel(axis.name.rpartition(".")[2].replace("_", " ").replace("+", " = "))
-    axes.set_ylabel("top-1, % of test images")
+    axes.set_ylabel(labelled(rows[0]["metric"], rows[0]["unit"]))
     fixed = {a.name: rows[0][a.name] for a in grid if a.name not in (axis.name, *others)}
     about = [str(rows[0]["network"]), str(rows[0]["methods"]) if len({r["methods"] for r in rows}) == 1 else ""]
     about += [f"{name.rpartition('.')[2]} {value}" for name, value in fixed.items()]
@@ -81,10 +82,16 @@ def _drawn(axis: Axis, grid: Grid, rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def labelled(metric: str, unit: str) -> str:
+    """An axis's label: `mIoU, %`; of a share of images, of what."""
+    name = WORDS.get(metric, metric)
+    return f"{name}, % of test images" if metric in ("top1", "top5") else ", ".join(filter(None, [name, unit]))
+
+
 def _originals(axes: Axes, rows: Sequence[Row]) -> None:
-    """A dashed line at the accuracy of each float network."""
-    for i, top1 in enumerate(sorted({r["original_top1"] for r in rows})):
-        axes.axhline(top1, color="#555555", linestyle="--", linewidth=1, label=None if i else "float")
+    """A dashed line at the metric of each float network, where it has one."""
+    for i, value in enumerate(sorted({r["original"] for r in rows if r["original"] is not None})):
+        axes.axhline(value, color="#555555", linestyle="--", linewidth=1, label=None if i else "float")
 
 
 def _ordered(rows: Sequence[Row], axis: Axis) -> list[Row]:

@@ -34,6 +34,7 @@ from pow2quant.study.front import Point, draw, front, table
 from pow2quant.study.limits import Request
 from pow2quant.study.program import Problem, Quantity
 from pow2quant.study.sensitivity import Measurement, Table
+from pow2quant.study.sweep import BEST, best_text
 from pow2quant.tasks.base import Metric
 from pow2quant.tasks.judging import SQNR, leading
 from pow2quant.training.schedule import criterion_of
@@ -222,8 +223,7 @@ class Search:
         """The plan, and what led to it."""
         points, axis = list(self.points.values()), self.request.axis
         texts = {
-            PLAN: f"# pow2quant ptq --config {PLAN}    pow2quant qat --config {PLAN}\n"
-            + configuration.dump(configured(self.job.config, self.groups, chosen.plan)),
+            **{name: best_text(configured(self.job.config, self.groups, chosen.plan), name) for name in (PLAN, BEST)},
             SEARCH: json.dumps(document, indent=2) + "\n",
             "pareto.csv": table(points, axis, chosen),
             "sensitivity.csv": self._sensitivity_table(),

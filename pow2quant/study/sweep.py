@@ -20,31 +20,24 @@ from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.report import comparison, summary
+from pow2quant.runs.job import absolute
 from pow2quant.saving import write
 from pow2quant.study.figures import figures
 from pow2quant.study.ledger import SAMPLERS, Entry, Ledger, Plan
-from pow2quant.study.space import MOST, Axis, Range, axis, combinations, given
-from pow2quant.study.trials import RUNS, Row, Trials, described, work, work_in_processes
+from pow2quant.study.loading import check_loading
+from pow2quant.study.space import MOST, Axis, Range, applied, axis, combinations, given, settings
+from pow2quant.study.trials import RUNS, Row, Trials, described, quality, work, work_in_processes
 
-RESULTS, SUMMARY, STUDY, DATABASE = "results.csv", "study.json", "study.yaml", "study.db"
+RESULTS, SUMMARY, STUDY, DATABASE, BEST = "results.csv", "study.json", "study.yaml", "study.db", "best.yaml"
 
 MOST_RUNS = 50
 """So many runs are compared on one page."""
 
 ENDING = (
+    *("metric", "unit", "higher_is_better", "original", "quantized"),
     *("original_top1", "original_top5", "quantized_top1", "quantized_top5", "sqnr_db"),
-    *(
-        "change",
-        "change_low",
-        "change_high",
-        "images",
-        "of_images",
-        "classes",
-        "sample",
-        "preprocessing",
-        "agrees",
-        "run",
-    ),
+    *("change", "change_low", "change_high", "images", "of_images", "classes", "sample", "preprocessing"),
+    *("agrees", "run"),
 )
 """Columns that come behind those that say what was tried."""
 
@@ -103,12 +96,12 @@ class Found:
 
     @property
     def finished(self) -> list[Row]:
-        """The trials that have an accuracy, best first; of equal ones, those with more SQNR.
+        """The trials that came to a result, best first; of equal ones, those with more SQNR.
 
-        Best by accuracy, or by its change where not all were measured on the same images.
+        Best by the leading metric, or by its change where not all were measured on the same images.
         """
-        value = "quantized_top1" if self.alike else "change"
-        return sorted(self._complete, key=lambda r: (-(r.get(value) or 0.0), -(r["sqnr_db"] or 0.0)))
+        column = "quantized" if self.alike else "change"
+        return sorted(self._complete, key=lambda r: (-(quality(r, column) or 0.0), -(r["sqnr_db"] or 0.0)))
 
     @property
     def _complete(self) -> list[Row]:
@@ -129,7 +122,7 @@ class Found:
 
     @property
     def failed(self) -> list[Row]:
-        """The trials that have none, each with its `error`."""
+        """The trials that came to none, each with its `error`."""
         return [r for r in self.rows if r["state"] == "failed"]
 
 
@@ -196,7 +189,16 @@ def chosen(
 
 
 def check(study: Study) -> None:
-    """Raises ConfigError where a study cannot begin: no legal combination, or a sampler with several grids."""
+    """Raises Pow2QuantError where a study cannot begin.
+
+    No legal combination, a sampler with several grids, a network or data that cannot be loaded.
+    """
+    plan = study.plan
+    _check_plan(study)
+    check_loading(study.base, plan)
+
+
+def _check_plan(study: Study) -> None:
     plan = study.plan
     if plan.trials is not None:
         if plan.trials > MOST:
@@ -272,8 +274,8 @@ def tried(
 
 def _line(entry: Entry, total: int) -> str:
     what = ", ".join(f"{name} {label}" for name, label in entry.combination.items())
-    result = entry.result.get("quantized_top1")
-    return f"trial {entry.number + 1} of {total}: {what}: {entry.error or f'{result:.2f} %'}"
+    found = entry.error or summary.number(entry.result["quantized"], entry.result["unit"])
+    return f"trial {entry.number + 1} of {total}: {what}: {found}"
 
 
 def save(study: Study, rows: list[Row], output: Path) -> Found:
@@ -282,10 +284,24 @@ def save(study: Study, rows: list[Row], output: Path) -> Found:
     best = found.finished[:1]
     told = {"study": study.called, "trials": len(study.plan), "best": best[0] if best else None, "rows": rows}
     write(output / SUMMARY, json.dumps(told, indent=1).encode())
+    if best:
+        write_best(study, best[0], output / BEST)
     for name, picture in figures(study.plan.grids, rows):
         write(output / name, picture)
     report(found.finished, output)
     return found
+
+
+def write_best(study: Study, row: Row, file: Path) -> None:
+    """Writes the configuration of a trial, which `ptq --config` takes from any folder."""
+    grid = study.plan.grids[row["grid"]]
+    config = absolute(applied(study.base, settings(grid, {axis.name: row[axis.name] for axis in grid})))
+    write(file, best_text(config, file.name).encode())
+
+
+def best_text(config: RunConfig, name: str) -> str:
+    """A configuration as a file that says what to do with it."""
+    return f"# pow2quant ptq --config {name}    pow2quant qat --config {name}\n{configuration.dump(config)}"
 
 
 def report(rows: Sequence[Row], output: Path) -> None:

@@ -22,9 +22,11 @@ from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import Choice, RunConfig
 from pow2quant.errors import OutputError, Pow2QuantError
 from pow2quant.plugins import resolve
+from pow2quant.report import summary
 from pow2quant.runs.chains import with_chain
 from pow2quant.study.ledger import Claim, Entry, Ledger, Plan
 from pow2quant.study.space import Combination, applied, settings
+from pow2quant.tasks.judging import EQUAL_DB, SQNR
 
 RUNS = ("ptq", "qat")
 PAUSE = 1.0
@@ -51,7 +53,7 @@ class Trials:
         return applied(self.base, settings(self.plan.grids[grid], combination))
 
     def run(self, claim: Claim, progress: Progress = SILENT) -> tuple[Row, float | None, str]:
-        """The trial's columns, its top-1 (None: failed), and why it failed.
+        """The trial's columns, its leading metric so that more is better (None: failed), and why it failed.
 
         What is no error of the configuration, such as a full disk for a moment, is tried once more.
         """
@@ -71,9 +73,7 @@ class Trials:
             row = described(config)
             found = self._quantized(config, claim, progress)
             row |= measured(found)
-            value, error = found.get("final_accuracy"), ""
-            if value is None:
-                error = "the network's output is no (N, classes): there is no accuracy"
+            value, error = quality(row), ""
         except Pow2QuantError as raised:
             value, error, again = None, str(raised), isinstance(raised, OutputError)
         except KeyboardInterrupt:
@@ -123,17 +123,27 @@ def _parameters(method: Choice) -> dict[str, Any]:
 
 
 def measured(report: Mapping[str, Any]) -> Row:
-    """What a report, or `runs.score`, says of a trial: top-1 and top-5 before and after, in per cent.
+    """What a report, or `runs.score`, says of a trial, by the task's leading metric.
 
-    change: of top-1, in points, with its 95 % interval; images, of_images, classes, sample: on what it was measured.
+    metric, unit, higher_is_better: what it is; original, quantized: of the float network and the quantized one; where
+    there are no targets, the SQNR of the outputs. change: of the metric, with its 95 % interval; images, of_images,
+    classes, sample: on what it was measured. Top-1 and top-5 beside them, in per cent, for classification.
     """
     evaluation = report["evaluation"]
-    first, final = report.get("initial_accuracy"), report.get("final_accuracy")
+    name, values = summary.leading(report)
+    first, final = values["float"], values["quantized"]
+    if name == SQNR.name and final is None:
+        final = EQUAL_DB
     low, high = evaluation["interval"] or (None, None)
     row: Row = {
-        "original_top1": first,
+        "metric": name,
+        "unit": values["unit"],
+        "higher_is_better": values["higher_is_better"],
+        "original": first,
+        "quantized": final,
+        "original_top1": report.get("initial_accuracy"),
         "original_top5": report.get("initial_accuracy_top5"),
-        "quantized_top1": final,
+        "quantized_top1": report.get("final_accuracy"),
         "quantized_top5": report.get("final_accuracy_top5"),
         "sqnr_db": report["final_sqnr_db"],
         "images": evaluation["images"],
@@ -146,6 +156,12 @@ def measured(report: Mapping[str, Any]) -> Row:
         "change_high": high,
     }
     return row | {key: report[key] for key in ("agrees", "run") if key in report}
+
+
+def quality(row: Row, column: str = "quantized") -> float | None:
+    """A column of the leading metric (`quantized`, `change`) so that more is better; None where it has no value."""
+    value: float | None = row[column]
+    return value if value is None or row["higher_is_better"] else -value
 
 
 def work(
