@@ -598,7 +598,7 @@ def test_runs_are_compared_on_one_page(tmp_path: Path):
     target = comparison.compare(folders, tmp_path / "both")
     found = Page(target.read_text(encoding="utf-8"))
     assert "✓ No output element differs in any run" in found.text
-    assert "Best accuracy: _b, 98.25 %" in found.text
+    assert "Best top-1: _b, 98.25 %" in found.text
     same = "Measured on the same images: 1,280 of 10,000 images, a stratified sample, 10 of 10 classes"
     assert same in found.text
     head, first, second = found.tables["Runs"]
@@ -626,9 +626,9 @@ def test_runs_on_other_images_are_compared_by_their_change_alone(tmp_path: Path)
     few = REPORT["evaluation"] | {"images": 320, "sample": "cd", "classes": 9}
     lucky = {"initial_accuracy": 99.5, "final_accuracy": 98.0, "evaluation": few}
     text = Page(comparison.compare(finished(tmp_path, a={}, b=lucky), tmp_path / "both").read_text("utf-8")).text
-    assert "Best accuracy" not in text
+    assert "Best top-1" not in text
     assert "Best change against float: a, -1.25 points" in text
-    assert "not measured on the same images: their accuracies cannot be compared" in text
+    assert "not measured on the same images: their values cannot be compared" in text
     assert "b: 320 of 10,000 images, a stratified sample, 9 of 10 classes" in text
     assert "Change of top-1 against the size" in (tmp_path / "both" / "report.html").read_text("utf-8")
 
