@@ -20,9 +20,8 @@ from pow2quant.validation.agreement import compare
 from tests.target_networks import NETWORKS
 
 RUNTIMES = ("litert", "tflite-micro", "openvino", "tract", "onnxruntime-web")
-PARTS = {
-    ("openvino", "Signal")
-}  # it drops the rounding between a convolution and the sum behind it, as its preset says
+PARTS = {("openvino", "Signal")}
+"""OpenVINO 2026.4's mean over one dimension of maps is wrong, by up to 245 LSB."""
 KINDS = [field.name for field in fields(targets.Roundings)]
 WRONG = [
     *product(("litert", "tflite-micro", "tract"), KINDS),
@@ -65,12 +64,19 @@ def test_a_runtime_gives_the_bits_of_its_targets_simulation(runtime, network, tm
         assert agreement.claim == "observed on 16 inputs"
 
 
+@pytest.mark.parametrize("runtime", ["litert", "tract", "onnxruntime-web"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_one_file_with_tied_sums_is_exact_everywhere(runtime, network, tmp_path):
+    for agreement in agreements(runtime, targets.load("portable"), network, tmp_path):
+        assert agreement.differing == 0, agreement.first_diverging
+
+
 @pytest.mark.parametrize(("runtime", "kind"), WRONG)
 def test_a_rule_that_is_wrong_is_noticed_where_it_stands(runtime, kind, tmp_path):
     right = targets.load(runtime)
     other = "half_up" if getattr(right.rounding, kind) == HALF_EVEN else HALF_EVEN
     wrong = replace(right, rounding=replace(right.rounding, **{kind: other}))
-    (agreement,) = agreements(runtime, wrong, "Everything", tmp_path)
+    (agreement,) = agreements(runtime, wrong, "Shuffle" if runtime == "openvino" else "Everything", tmp_path)
     assert agreement.differing
     node = {
         "products": "relu",

@@ -221,14 +221,33 @@ def calibrated(target: targets.Target, batch: torch.Tensor, **values):
 
 def test_a_tied_sum_has_one_exponent_and_its_own_zero_points(batch):
     sim = calibrated(replace(targets.DEFAULT, name="tied", tied_sums=True), batch)
-    assert sim.placement.tied == (("relu.output", "relu_1.output", "second.output"),)
+    assert sim.placement.tied == (("concat.output", "mul.output", "relu.output", "relu_1.output", "second.output"),)
     table = sim.encodings()
-    found = [table[name] for name in sim.placement.tied[0]]
-    assert len({int(e.exponent) for e in found}) == 1
-    assert [int(e.zero_point) for e in found][:2] == [0, 0]
-    assert found[2].zero_point > 0
-    step = next(s for s in lower(sim.export(batch[:1])).steps if s.node == "add" or type(s).__name__ == "Sum")
+    found = {name: table[name] for name in sim.placement.tied[0]}
+    assert len({int(e.exponent) for e in found.values()}) == 1
+    assert [int(found[name].zero_point) for name in ("relu.output", "relu_1.output")] == [0, 0]
+    assert found["second.output"].zero_point > 0
+    step = next(s for s in lower(sim.export(batch[:1])).steps if type(s).__name__ == "Sum")
     assert (step.shifts, int(step.requantization.shift)) == ((0, 0), 0)
+
+
+def test_an_open_sum_reads_what_a_layer_accumulated(batch):
+    sim = calibrated(replace(targets.DEFAULT, name="open", open_sums=True), batch)
+    assert "second.output" not in {site.name for site in sim.sites}
+    artifact = sim.export(batch[:1])
+    program = lower(onnx_qdq.from_qdq(onnx_qdq.to_qdq(artifact)))
+    accumulated = program.tensors["second.output"]
+    assert accumulated.encoding.grid.width > 16
+    assert accumulated.dtype == np.int32
+    with torch.no_grad():
+        expected = sim.model(batch).numpy()
+    codes = quantize(program, [batch.numpy()])
+    engine = dequantize(program, trace(program, codes))
+    assert np.array_equal(engine[program.outputs[0]], expected)
+    if not unavailable():
+        compiled = dequantize(program, Library(program, ("-std=c99", "-O1")).trace(codes))
+        assert {name: int((compiled[name] != x).sum()) for name, x in engine.items()} == dict.fromkeys(engine, 0)
+    assert all(layer.proved for layer in certify(artifact).layers if layer.node in ("second", "add"))
 
 
 @settings(max_examples=10)
@@ -270,8 +289,9 @@ def test_shifts_are_within_what_the_target_can_do(ends, batch):
 def test_sums_shift_within_what_the_target_can_do(batch):
     limits = targets.Limits(sum_shift=(0, 0))
     sim = calibrated(replace(targets.DEFAULT, name="level", limits=limits), batch)
-    (result, operands), *_ = sim.placement.sums
-    assert len({int(sim.encodings()[name].exponent) for name in (result, *operands)}) == 1
+    assert [result for result, _ in sim.placement.sums] == ["relu_1.output", "concat.output"]
+    for result, operands in sim.placement.sums:
+        assert len({int(sim.encodings()[name].exponent) for name in (result, *operands)}) == 1
 
 
 @pytest.mark.parametrize("bits", [20, 16, 14])

@@ -26,6 +26,9 @@ FUSES_WITH_CLIP = (m.Add, m.Sub, m.Mul, m.Scale)
 """Beside the weighted operations: those that share one quantizer with a ReLU behind them."""
 
 
+ALIGNED = (m.Add, m.Sub, m.Concat, m.Maximum, m.Minimum)
+"""Operations that bring their operands to one scale."""
+
 TWO_OPERANDS = ("Add", "Mul", "Sub", "Where")
 """Operations, by their ONNX type, that are functions where they read a single tensor."""
 
@@ -55,8 +58,8 @@ class Placement:
     reader, a ReLU or the like, holds the quantizer of both. exact: for a node (by name) that has an integer definition,
     the sites of its input and of its result. roundings: by site name the rule by which the operation in front rounds,
     where it is not half to even. tied: groups of site names that have one exponent, each with its own zero point.
-    results: by a layer's module the site at which its result is rounded. sums: of each the site of its result, and
-    those of its operands. target: whose arithmetic it is.
+    results: by a layer's module the site at which its result is rounded. sums: of each, and of what else
+    brings operands to one scale, the site of its result and those of its operands. target: whose arithmetic it is.
     """
 
     sites: tuple[Site, ...]
@@ -131,6 +134,8 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
             layers.append(_layer(node, module, carried[node.args[0].name], site, specs))
         if _fused_into_reader(network, node, kind):
             fused.add(node.name)
+            own = None
+        elif plan.target.open_sums and kind is Kind.WEIGHTED and _is_summand(network, node):
             own = None
         else:
             own = site(tensor_name(node), "input" if module is None else "output")
@@ -211,6 +216,13 @@ def _fused_into_reader(network: fx.GraphModule, node: fx.Node, kind: Kind) -> bo
     return fusable and reader.op == "call_module" and _kind(network.get_submodule(str(reader.target))) is Kind.CLIP
 
 
+def _is_summand(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a sum is the node's only reader."""
+    reader = next(iter(node.users)) if len(node.users) == 1 else None
+    module = network.get_submodule(str(reader.target)) if reader is not None and reader.op == "call_module" else None
+    return isinstance(module, (m.Add, m.Sub))
+
+
 def _roundings(
     network: fx.GraphModule, quantized: dict[str, Site], carried: dict[str, Site | None], target: Target
 ) -> dict[str, str]:
@@ -248,7 +260,7 @@ Sums = tuple[tuple[str, tuple[str, ...]], ...]
 def _rounded(
     network: fx.GraphModule, quantized: dict[str, Site], carried: dict[str, Site | None]
 ) -> tuple[dict[str, Site], Sums]:
-    """Where the results of layers and of sums are rounded; of sums with the sites of their operands."""
+    """Where the results of layers, and of sums and the like, are rounded; of these with the sites of their operands."""
     results: dict[str, Site] = {}
     sums: list[tuple[str, tuple[str, ...]]] = []
     for node in network.graph.nodes:
@@ -259,7 +271,7 @@ def _rounded(
         module = network.get_submodule(str(core.target)) if core.op == "call_module" else None
         if _kind(module) is Kind.WEIGHTED:
             results[str(core.target)] = site
-        if isinstance(module, (m.Add, m.Sub)):
+        if isinstance(module, ALIGNED):
             operands = (carried[n.name] for n in core.args if isinstance(n, fx.Node))
             sums.append((site.name, tuple(operand.name for operand in operands if operand is not None)))
     return results, tuple(sums)

@@ -39,6 +39,7 @@ def lower(artifact: Artifact) -> Program:
     a free scale, EncodingError for a parameter off its grid; each names the tensor or node.
     """
     graph = Lowering.of(artifact)
+    graph.lower = lambda node, output: LOWER[node.op_type](graph, node, output, -math.inf, math.inf)
     inner = inside_definitions(graph.index, graph.encodings)
     for node in artifact.model.graph.node:
         if node.output[0] not in inner:

@@ -36,8 +36,9 @@ class Lowering:
 
     shapes: of every ONNX tensor, with a batch of one. doubled: the same with a batch of two. rows: the tensors whose
     first dimension is not the batch but several rows of each sample, as (N, T, C) is seen by a Gemm. producers: the
-    node that computes a tensor, by the tensor's name. pixels: see `Program`. target: whose arithmetic it is.
-    rounding: how the operation rounds that is being lowered.
+    node that computes a tensor, by the tensor's name. pixels: see `Program`. lower: adds the steps of a node
+    whose encoded result has this name. target: whose arithmetic it is. rounding: how the operation rounds that is being
+    lowered.
     """
 
     encodings: dict[str, Encoding]
@@ -49,6 +50,7 @@ class Lowering:
     doubled: Callable[[], dict[str, tuple[int, ...]]]
     index: GraphIndex
     pixels: bool = False
+    lower: Callable[[onnx.NodeProto, str], None] = field(default=lambda node, output: None)
     target: Target = DEFAULT
     rounding: str = HALF_EVEN
     rows: set[str] = field(default_factory=set)

@@ -72,9 +72,10 @@ class Limits:
 class Target:
     """One runtime or chip. Frozen: `Target()` is onnxruntime's arithmetic, the default.
 
-    summary: one line. rounding, limits: see there. tied_sums: the inputs and the result of a sum have one exponent, so
-    that it never shifts. executors: validators that have this arithmetic, by name. formats: exporters that make its
-    files. source: where the rules come from, and whether an executor was run.
+    summary: one line. rounding, limits: see there. tied_sums: the inputs and the result of a sum, a Concat, a maximum
+    or a minimum have one exponent, so that it never shifts. open_sums: what a layer gives to a sum alone is not rounded
+    before it. executors: validators that have this arithmetic, by name. formats: exporters that make its files. source:
+    where the rules come from, and whether an executor was run.
     """
 
     name: str = "onnxruntime"
@@ -82,6 +83,7 @@ class Target:
     rounding: Roundings = Roundings()
     limits: Limits = Limits()
     tied_sums: bool = False
+    open_sums: bool = False
     executors: tuple[str, ...] = ("onnxruntime", "engine", "c")
     formats: tuple[str, ...] = ("qdq",)
     source: str = ""

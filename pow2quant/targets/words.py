@@ -34,7 +34,9 @@ def sentences(target: Target) -> list[str]:
     lines += [f"  {rule} ({ROUNDINGS[rule]}): {', '.join(kinds)}" for rule, kinds in by_rule.items()]
     lines += ["", "Plans:", *(f"  {line}" for line in _limits(target.limits) or ["every plan"])]
     if target.tied_sums:
-        lines.append("  the inputs and the result of a sum get one exponent, so that it never shifts")
+        lines.append("  the inputs and the result of a sum or a Concat get one exponent, so that it never shifts")
+    if target.open_sums:
+        lines.append("  what a layer gives to a sum alone is not rounded before it")
     lines += ["", f"Executors: {', '.join(target.executors)}", f"Formats: {', '.join(target.formats)}"]
     return [*lines, f"Source: {' '.join(target.source.split())}"] if target.source else lines
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.nodes import title
 from pow2quant.integer.program import broadcast
+from pow2quant.operators import Values, values
+from pow2quant.pow2_constraints import Encoding, IntGrid, power_of_two
 
 if TYPE_CHECKING:
     import onnx
@@ -66,11 +68,35 @@ class Sum:
 
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
     """Add or Sub. Raises UnsupportedModelError where the scales are further apart than 64 bits can hold."""
-    a, b = (graph.operand(name, rows=True) for name in node.input)
+    a, b = (_summand(graph, name) for name in node.input)
     exponent, shifts = aligned(node, a, b)
     requantization = graph.requantization(np.array(exponent), graph.declare(output), low, high)
     names = (a.name, b.name)
     graph.steps.append(Sum(node.name or output, names, output, shifts, node.op_type == "Sub", requantization))
+
+
+def _summand(graph: Lowering, name: str) -> Tensor:
+    """An operand. A layer's result that is not rounded is read as it was accumulated.
+
+    It counts in the unit of its finest channel then. Raises UnsupportedModelError where that needs more than 32 bits.
+    """
+    producer = graph.producers.get(name)
+    if name in graph.tensors or producer is None or values(producer.op_type) is not Values.SUMS_OF_PRODUCTS:
+        return graph.operand(name, rows=True)
+    x, weight = graph.tensors.get(producer.input[0]), graph.encodings.get(producer.input[1])
+    if x is None or weight is None or not weight.is_power_of_two:
+        return graph.operand(name, rows=True)
+    unit, zero = power_of_two(x.exponent + weight.exponent.min()), np.zeros((), np.int64)
+    graph.encodings[name] = Encoding(unit, zero, IntGrid(32, signed=True))
+    graph.lower(producer, name)
+    step: Any = graph.steps[-1]
+    largest = step.bound(graph) << max(0, -int(step.requantization.shift.min()))
+    bits = largest.bit_length() + 1
+    if bits > 32:
+        raise UnsupportedModelError(f"{title(producer)}: its sums need {bits} bits in front of another sum; at most 32")
+    encoding = graph.encodings[name] = Encoding(unit, zero, IntGrid(max(bits, 2), signed=True))
+    graph.tensors[name] = replace(graph.tensors[name], encoding=encoding)
+    return graph.tensors[name]
 
 
 def aligned(node: onnx.NodeProto, a: Tensor, b: Tensor) -> tuple[int, tuple[int, int]]:

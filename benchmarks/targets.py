@@ -1,0 +1,220 @@
+"""Targets: which runtimes give the bits of their simulation, what a target's rules cost, and the page that shows it.
+
+    python benchmarks/targets.py --title "ResNet-20, CIFAR-10" --network models.py:cifar10_resnet20
+        --weights resnet20.safetensors --data cifar10 --data-path DIR [--targets litert tract …] [--test-batches 16]
+    python benchmarks/targets.py    # only writes the page again
+
+Every target is quantized for as `pow2quant ptq --target` does it, and its executors run on the test images. A row
+goes to `--rows` as soon as it is measured; rows that are there are not measured again. Networks, weights and data are
+your own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pow2quant import targets
+from pow2quant.adapters import onnx_qdq
+from pow2quant.backends import fitting
+from pow2quant.backends.base import SILENT
+from pow2quant.config import RunConfig, with_values
+from pow2quant.errors import MissingExtraError, Pow2QuantError
+from pow2quant.integer.certificate import certify
+from pow2quant.plugins import resolve
+from pow2quant.report.document import environment
+from pow2quant.runs.executors import SIMULATION, compared, executors
+from pow2quant.runs.scores import FLOAT, Scores
+from pow2quant.runs.writing import quantized
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+BEGIN, END = "<!-- rows: written by benchmarks/targets.py -->\n", "<!-- end of rows -->"
+OWN = ("integer engine", "generated C")
+COLUMNS = ("target", "accuracy", "SQNR dB", "executor", "images", "differing", "claim", "file")
+DISTRIBUTIONS = ("ai-edge-litert", "tflite-micro", "openvino", "tract", "onnxruntime")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An executor against the simulation of the target: output elements, and how many differ."""
+
+    executor: str
+    images: int
+    elements: int
+    differing: int
+    claim: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network for a target. float_accuracy, accuracy: top-1 in per cent, of the float network and the simulation.
+
+    sqnr_db: of the logits. runs: of the executors that are there; absent: why others are not. bytes: of the file that
+    the runtime reads. seconds: of all. machine: with the versions of the runtimes.
+    """
+
+    network: str
+    target: str
+    images: int
+    float_accuracy: float
+    accuracy: float
+    sqnr_db: float
+    runs: tuple[Run, ...]
+    absent: dict[str, str]
+    bytes: int
+    seconds: int
+    machine: str
+
+
+def measure(title: str, config: RunConfig, limit: int | None, slow: int) -> Row:
+    """Quantizes for the configuration's target and runs its executors; the project's own ones on `slow` images."""
+    started = time.monotonic()
+    target = targets.load(config.target)
+    job, sim, _ = quantized(config, SILENT)
+    fitting.require(sim.placement, sim.encodings())
+    artifact = sim.export(job.example)
+    left_out: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = onnx_qdq.export_qdq(artifact, Path(folder))
+        found = executors(file, None, left_out, target)
+        found = [replace(e, most=slow) if e.name in OWN else e for e in found]
+        scores = Scores(job.task, (FLOAT, f"custom {SIMULATION}"), limit, job.sample(limit).total)
+        agreements = compared(job, sim, artifact, certify(artifact), found, limit, scores)
+        size = _size(artifact, target, Path(folder))
+    simulated = f"custom {SIMULATION}"
+    classes = agreements[0].elements // (
+        scores.samples if agreements[0].executor not in OWN else min(slow, scores.samples)
+    )
+    keyed = scores.keyed(float=FLOAT, simulated=simulated)
+    return Row(
+        network=title,
+        target=target.name,
+        images=scores.samples,
+        float_accuracy=keyed["float_accuracy"] or 0.0,
+        accuracy=keyed["simulated_accuracy"] or 0.0,
+        sqnr_db=scores.noise.value() or 0.0,
+        runs=tuple(Run(a.executor, a.elements // classes, a.elements, a.differing, a.claim) for a in agreements),
+        absent=left_out,
+        bytes=size,
+        seconds=round(time.monotonic() - started),
+        machine=_machine(),
+    )
+
+
+def _size(artifact: Any, target: targets.Target, folder: Path) -> int:
+    """Bytes of the file that the target's first format writes."""
+    try:
+        written = resolve("exporters", target.formats[0])(artifact, folder / "export")
+    except MissingExtraError:
+        return 0
+    files = [written] if written.is_file() else [p for p in written.iterdir() if p.suffix in (".tflite", ".h", ".c")]
+    return sum(path.stat().st_size for path in files)
+
+
+def _machine() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in DISTRIBUTIONS:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return f"{environment(1)['processor']}; {', '.join(found)}"
+
+
+def load(path: Path) -> list[Row]:
+    """The rows of a file; none where there is no file."""
+    entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    return [Row(**{**entry, "runs": tuple(Run(**run) for run in entry["runs"])}) for entry in entries]
+
+
+def save(path: Path, rows: Iterable[Row]) -> None:
+    """Writes rows, an entry each."""
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+
+
+def rendered(rows: Iterable[Row]) -> str:
+    """A table for every network, its targets in the order in which they were measured."""
+    rows = list(rows)
+    found = []
+    for name in dict.fromkeys(row.network for row in rows):
+        own = [row for row in rows if row.network == name]
+        found.append(
+            f"### {name}\n\nFloat: {own[0].float_accuracy:.2f} % of {own[0].images:,} images.\n\n"
+            f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
+            + "\n".join(line for row in own for line in _lines(row))
+        )
+    machines = dict.fromkeys(row.machine for row in rows)
+    return "\n\n".join([*found, f"Measured on: {'; '.join(machines) or 'nothing yet'}."]) + "\n"
+
+
+def _lines(row: Row) -> list[str]:
+    head = [f"`{row.target}`", f"{row.accuracy:.2f} %", f"{row.sqnr_db:.1f}"]
+    lines = []
+    for i, run in enumerate(row.runs):
+        size = f"{row.bytes:,}" if i == 0 and row.bytes else ""
+        cells = [run.executor, f"{run.images:,}", f"{run.differing:,} of {run.elements:,}", run.claim, size]
+        lines.append(f"| {' | '.join([*(head if i == 0 else ['', '', '']), *cells])} |")
+    lines += [f"| | | | {name} | | *absent* | | |" for name in row.absent]
+    return lines
+
+
+def put(page: Path, rows: Iterable[Row]) -> str:
+    """The page with its tables written anew."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    return before + BEGIN + "\n" + rendered(rows) + "\n" + END + rest.partition(END)[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--title", help="the network and its data, for people")
+    parser.add_argument("--network", help="without it, only the page is written")
+    parser.add_argument("--weights")
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--data-path")
+    parser.add_argument("--mean", type=float, nargs=3)
+    parser.add_argument("--std", type=float, nargs=3)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--calibration-batches", type=int, default=8)
+    parser.add_argument("--test-batches", type=int)
+    parser.add_argument("--slow-images", type=int, default=64, help="so many for the integer engine and C")
+    parser.add_argument("--targets", nargs="+", default=list(targets.presets()), metavar="TARGET")
+    parser.add_argument("--rows", type=Path, default=DOCS / "targets.json")
+    parser.add_argument("--page", type=Path, default=DOCS / "targets.md")
+    options = parser.parse_args()
+    values = {
+        "model.name": options.network,
+        "model.weights": options.weights,
+        "data.dataset": options.data,
+        "data.path": options.data_path,
+        "data.mean": options.mean,
+        "data.std": options.std,
+        "data.batch_size": options.batch_size,
+        "ptq.calibration_batches": options.calibration_batches,
+    }
+    for name in options.targets if options.network else ():
+        title = options.title or options.network.rpartition(":")[2]
+        if any((row.network, row.target) == (title, Path(name).stem) for row in load(options.rows)):
+            continue
+        given = {key: value for key, value in values.items() if value is not None}
+        try:
+            config = with_values(RunConfig(), {"target": name, **given})
+            row = measure(title, config, options.test_batches, options.slow_images)
+        except Pow2QuantError as error:
+            print(f"{title}, {name}: {error}", flush=True)
+            continue
+        print(f"{title}, {name}: {row.accuracy:.2f} %, {[(r.executor, r.differing) for r in row.runs]}", flush=True)
+        save(options.rows, [*load(options.rows), row])
+    if options.page.exists():
+        options.page.write_text(put(options.page, load(options.rows)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
