@@ -134,8 +134,8 @@ class Chains:
 
     def simulation(
         self, chain: str, plan: QuantPlan, backend: str = "custom", seed: int = 0
-    ) -> tuple[Simulation, float]:
-        """The simulation, and the process's seconds that it took, those of what was kept included."""
+    ) -> tuple[Simulation, float, bool]:
+        """The simulation, the process's seconds that it took (those of what was kept, too), and whether by chance."""
         torch.manual_seed(seed)
         seeded = torch.get_rng_state()
         choices = methods(chain)
@@ -290,14 +290,14 @@ def _line(same: Sequence[Row], images: int, sparse: bool) -> str:
     return f"| {' | '.join(cells)} | {mean(row.seconds for row in same):.0f} |"
 
 
-def put(page: Path, rows: Iterable[Row]) -> str:
+def put(page: Path, tables: str) -> str:
     """The page with its tables written anew."""
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    return before + BEGIN + "\n" + rendered(rows) + "\n" + END + rest.partition(END)[2]
+    return before + BEGIN + "\n" + tables + "\n" + END + rest.partition(END)[2]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Which network, on which images."""
     parser.add_argument("--title", help="the network and its data, for people")
     parser.add_argument("--network", help="without it, only the page is written")
     parser.add_argument("--weights")
@@ -306,14 +306,29 @@ def main() -> None:
     parser.add_argument("--mean", type=float, nargs=3)
     parser.add_argument("--std", type=float, nargs=3)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--calibration-batches", type=int, default=8)
+    parser.add_argument("--test-batches", type=int)
+
+
+def measured(bench: Bench, experiments: Iterable[Experiment], file: Path) -> None:
+    """Measures what the file has no row of yet, and adds each row as soon as it is there."""
+    for experiment in experiments:
+        rows = {row.experiment for row in load(file)}
+        if rows.isdisjoint({experiment, replace(experiment, seed=None)}):
+            row = bench.measure(experiment)
+            print(f"{experiment.table}, {experiment.chain}, seed {experiment.seed}: {row.accuracy:.2f} %", flush=True)
+            save(file, [*load(file), row])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_network(parser)
     parser.add_argument("--chains", nargs="+", default=["none"], metavar="CHAIN")
     parser.add_argument("--widths", nargs="+", default=["4:4"], metavar="W:A")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--range", default="mse", help="chooser of the exponents of weights and activations")
     parser.add_argument("--per-tensor", action="store_true")
     parser.add_argument("--free-scales", action="store_true")
-    parser.add_argument("--calibration-batches", type=int, default=8)
-    parser.add_argument("--test-batches", type=int)
     parser.add_argument("--backend", default="custom")
     parser.add_argument("--rows", type=Path, default=DOCS / "results.json")
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")
@@ -321,16 +336,9 @@ def main() -> None:
     if options.network:
         options.title = options.title or options.network.rpartition(":")[2]
         bench = Bench(options)
-        for experiment in bench.experiments(options):
-            rows = {row.experiment for row in load(options.rows)}
-            if rows.isdisjoint({experiment, replace(experiment, seed=None)}):
-                row = bench.measure(experiment)
-                print(
-                    f"{experiment.table}, {experiment.chain}, seed {experiment.seed}: {row.accuracy:.2f} %", flush=True
-                )
-                save(options.rows, [*load(options.rows), row])
+        measured(bench, bench.experiments(options), options.rows)
     if options.page.exists():
-        write(options.page, put(options.page, load(options.rows)))
+        write(options.page, put(options.page, rendered(load(options.rows))))
 
 
 if __name__ == "__main__":

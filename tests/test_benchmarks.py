@@ -1,14 +1,16 @@
-"""The benchmark that writes docs/results.md: what it measures, that it continues, and that the page shows its rows."""
+"""The benchmarks that write docs/results.md and docs/accuracy.md: what they measure, and their pages."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
+import defaults  # noqa: E402
 import methods as bench  # noqa: E402
 
 sys.path.remove(str(ROOT / "benchmarks"))
@@ -19,7 +21,34 @@ EMPTY = f"# Results\n\nAbove.\n\n{bench.BEGIN}{bench.END}\n\nBelow.\n"
 
 def test_the_page_shows_the_rows() -> None:
     page = ROOT / "docs" / "results.md"
-    assert page.read_text(encoding="utf-8") == bench.put(page, bench.load(ROOT / "docs" / "results.json"))
+    assert page.read_text(encoding="utf-8") == bench.put(
+        page, bench.rendered(bench.load(ROOT / "docs" / "results.json"))
+    )
+
+
+def test_the_page_on_the_default_shows_its_rows() -> None:
+    page = ROOT / "docs" / "accuracy.md"
+    rows = bench.load(ROOT / "docs" / "accuracy.json")
+    assert page.read_text(encoding="utf-8") == bench.put(page, defaults.rendered(rows))
+
+
+def test_the_default_is_measured_beside_what_it_must_beat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, page = tmp_path / "rows.json", tmp_path / "page.md"
+    page.write_text(EMPTY, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["defaults.py", *QUICK, "--rows", str(rows), "--page", str(page)])
+    defaults.main()
+    found = bench.load(rows)
+    assert {row.experiment.table for row in found} == {f"digits-cnn: {widths}" for widths in defaults.WIDTHS}
+    for name, (weight, _, per_tensor) in defaults.WIDTHS.items():
+        chains = [row.experiment.chain for row in found if row.experiment.table == f"digits-cnn: {name}"]
+        assert chains == list(dict.fromkeys(["none", "bias_correction", defaults.default(weight, per_tensor)]))
+        (line,) = (text for text in page.read_text().splitlines() if text.startswith(f"| digits-cnn | {name} |"))
+        assert line.count(" dB") == 3
+    alone = next(row for row in found if row.experiment.chain == "bias_correction" and row.experiment.weight_bits == 4)
+    other = replace(alone.experiment, chain=defaults.default(4, False))
+    assert defaults.worse([alone, replace(alone, experiment=other)]) == []
+    low = replace(alone, experiment=other, accuracy=alone.accuracy - 2 * alone.interval - 1)
+    assert len(defaults.worse([alone, low])) == 1
 
 
 @pytest.mark.parametrize(
@@ -90,4 +119,4 @@ def test_what_is_measured_and_that_it_continues(tmp_path: Path, monkeypatch: pyt
     assert "## digits-cnn: W8, activations float\n" in shown
     assert f"| `{chain}` | 0, 1 |" in shown
     assert "| `output_mse` | any |" in shown
-    assert shown == bench.put(page, both), "written again, nothing changes"
+    assert shown == bench.put(page, bench.rendered(both)), "written again, nothing changes"
