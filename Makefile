@@ -28,7 +28,7 @@ help: ## Show this help
 demo: $(VENV)/installed ## Quantize a small network on real images and validate it (runs/demo)
 	OMP_NUM_THREADS=1 $(BIN)/pow2quant ptq --output runs/demo --overwrite
 
-test: $(VENV)/installed-dev ## Run the tests (WORKERS=2, PYTEST_ARGS='-k house')
+test: $(VENV)/installed-dev ## Run the tests (WORKERS=2, PYTEST_ARGS='-k layers')
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 check: $(VENV)/installed-dev ## Lint, check the format, the types and known vulnerabilities

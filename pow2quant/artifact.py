@@ -1,4 +1,4 @@
-"""The narrow waist: what a backend hands over, and what an executor says about it. No torch here."""
+"""The interface: what a backend hands over, and what an executor says about it. No torch here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pow2quant.pow2_constraints import Encoding
 
 Table = dict[str, "Encoding"]
-"""Encodings by name: by site name left of the waist, by ONNX tensor name right of it."""
+"""Encodings by name: by site name before the export, by ONNX tensor name after it."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a run is: plain frozen dataclasses, and strict reading from YAML.
 
-A field's annotation says what its values may be: the type, checked by pydantic, and a `Legal`. Below this file nobody
+A field's annotation says what its values may be: the type, checked by pydantic, and a `Legal`. Below it, no module
 knows pydantic or YAML.
 """
 

@@ -1,6 +1,6 @@
 """The integer definitions of functions that are not sums of products, and how an ONNX node says which one it has.
 
-A node of an artifact that bears a definition (`mark`, `definition`) means these integers, whoever computes it: the
+A node of an artifact that bears a definition (`mark`, `definition`) means these integers, in every executor: the
 simulation, the nodes of a QDQ file that `adapters/exact.py` writes in its place, the engine and C. Results are integers
 in units of 2^-`FINE`, at most 2^24, so that float32 holds them; an ordinary requantization follows.
 """

@@ -49,7 +49,7 @@ class Values(Enum):
 
 @dataclass(frozen=True)
 class Operation:
-    """A row: what is true of one ONNX operation, whoever computes it.
+    """A row: what is true of one ONNX operation, in every executor.
 
     keeps_axes: channels of the result are those of its first input. propagated: onnxruntime's
     QDQPropagationTransformer moves a Q or repeats a DQ past it. kernel: onnxruntime has an integer kernel for it.

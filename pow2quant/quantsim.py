@@ -8,7 +8,7 @@
 
 What differs from aimet-torch 2.42, and why: `sim.model` is the prepared copy of the network, batch norm folded, with
 one quantizer per tensor; biases are simulated as int32 on the lattice s_in * s_w, so their encodings always follow from
-the others and are neither loaded nor frozen; without a `quant_scheme`, scales are those of least squared error, which
+the other scales and are not loaded or frozen; without a `quant_scheme`, scales are those of least squared error, which
 at 2^k costs far less accuracy than the extremes. What AIMET would do silently wrong raises an error.
 
 `Adaround`, `QuantAnalyzer` (of this module) are AIMET's with the constraint in force; its cross-layer equalization and

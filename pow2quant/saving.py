@@ -43,7 +43,7 @@ _OUTPUT_ERRORS = {
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file; its folder is made if need be. Whoever reads sees the old file or the new one.
+    """Writes a file; its folder is made if need be. A reader sees the old file or the new one.
 
     Raises OutputError, and leaves no other file, when the folder or the disk does not allow it.
     """
@@ -195,7 +195,7 @@ class _Held:
 
     @property
     def sure(self) -> bool:
-        """Whether the system can say that nobody else holds it."""
+        """Whether the system can say that no other process holds it."""
         return self._descriptor is not None
 
     def __enter__(self) -> _Held:

@@ -40,8 +40,8 @@ def qat(
 
     resume: continues a run that was interrupted, to the bits of one that was not; without a checkpoint it starts.
     Started by `torchrun` it trains in all processes, and returns None in those that do not lead.
-    Raises Pow2QuantError for everything that a user can mend, TrainingError when training diverges; then `output` is as
-    it was before, and the checkpoints are kept.
+    Raises Pow2QuantError for everything that a user can correct, TrainingError when training diverges; then `output` is
+    as it was before, and the checkpoints are kept.
     """
     started = time.monotonic()
     checkpoints = output.resolve().with_name(f"{output.resolve().name}.training")

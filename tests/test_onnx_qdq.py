@@ -487,7 +487,7 @@ def test_requantization_and_shared_tensors_become_identities():
     assert twice.encodings == {"y": encoding(-2), "u": encoding(-2)}
 
 
-def test_quantizers_that_nobody_reads_go():
+def test_quantizers_that_are_not_read_go():
     idle = [quantize("x", "s", "a", "z"), quantize("w", "s2", "b", "i8"), helper.make_node("Neg", ["x"], ["y"])]
     artifact = assert_read_exactly(chain(*idle, opset=22, initializers={"w": np.float32([1, 2])}), X, opset=22)
     assert artifact.encodings == {}

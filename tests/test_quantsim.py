@@ -293,9 +293,9 @@ def test_strict_and_partial(make, calibrated, tmp_path):
     calibrated.save_encodings_to_json(tmp_path, "m")
     document = json.loads((tmp_path / "m.json").read_text())
     entry = document["activation_encodings"]["relu1"]
-    foreign = document | {"activation_encodings": {"relu1": entry, "nobody": entry}}
+    foreign = document | {"activation_encodings": {"relu1": entry, "missing": entry}}
     sim = make()
-    with pytest.raises(EncodingError, match=r"nobody\.output: the simulation has no quantizer"):
+    with pytest.raises(EncodingError, match=r"missing\.output: the simulation has no quantizer"):
         sim.load_encodings(foreign)
     sim.load_encodings(foreign, strict=False)
     assert table(sim).keys() == {"relu1.output", "conv1.weight", "conv2.weight", "fc.weight"}

@@ -610,7 +610,7 @@ class _Reader:
 
 
 def _without_orphans(nodes: list[NodeProto], orphans: set[str], outputs: set[str]) -> list[NodeProto]:
-    """Without nodes whose results nobody reads any more; `orphans`, names that lost a reader, grows by theirs."""
+    """Without nodes whose results are no longer read; `orphans`, names that lost a reader, grows by theirs."""
     while True:
         read = {name for node in nodes for name in node.input} | outputs
         dead = [n for n in nodes if n.op_type in FOLDED and set(n.output) <= orphans - read]

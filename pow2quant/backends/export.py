@@ -1,4 +1,4 @@
-"""From a calibrated simulation to the waist: float ONNX with on-grid weights, and the encodings by ONNX tensor name."""
+"""From a calibrated simulation to an artifact: float ONNX with on-grid weights, and encodings by ONNX tensor name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fake quantization in torch: lean, in place where nobody looks, bit-identical to `Encoding.fake_quantize`."""
+"""Fake quantization in torch: lean, in place where the input is free, bit-identical to `Encoding.fake_quantize`."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class _Constants:
 class FakeQuantize(nn.Module):
     """The quantizer of one site. Without an encoding, or with `encoding = None`, values pass unchanged.
 
-    site: what it quantizes. overwrites: the incoming tensor is a fresh result that nobody else reads, so that inference
+    site: what it quantizes. overwrites: the incoming tensor is a fresh result without other readers, so that inference
     may quantize it in place. caches: it is a parameter, whose quantized value is kept for inference on the CPU while
     the parameter holds the same values, however it is written, and the encoding stays. rounding: that of the target
     where it is not half to even; training with learned scales rounds half to even all the same.

@@ -1,7 +1,7 @@
 """The command line. `main` turns every outcome into an exit status and, where something is wrong, one clear line.
 
 0: success. 1: a check failed (something differs). 2: bad input, or a result that cannot be written. 70: a defect of
-pow2quant. 130: interrupted. 141: nobody reads the output any more.
+pow2quant. 130: interrupted. 141: the output pipe was closed.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _give_up_stdout() -> None:
 
 
 def _complain(text: str, status: int) -> int:
-    """Prints one line; not where nobody reads it."""
+    """Prints one line; not into a closed pipe."""
     line = " ".join(text.split())
     if line:
         line = f"error: {line if len(line) <= MOST else line[: MOST - 3] + '...'}\n"

@@ -1,4 +1,4 @@
-"""What a prepared network may hold, for whoever asks: the tables of modules and of PyTorch's operations as text."""
+"""What a prepared network may hold: the tables of modules and of PyTorch's operations as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the waist to integers: `lower` turns an artifact into a program.
+"""From an artifact to integers: `lower` turns an artifact into a program.
 
 A node's result that has no encoding is not rounded, so it belongs to the next result that has one: convolution, ReLU
 and clip become one step, and so does every function of a single tensor, however many nodes it takes, as a table.
@@ -147,4 +147,4 @@ def _require_64_bits(program: Program, step: Step) -> None:
     # an average shifts its sum before it divides, so that its bound has the shift
     up = 0 if rule is None or isinstance(step, Average) else max(0, -int(np.min(rule.shift)))
     if (largest := step.bound(program) << up) > INT64_HALF:
-        raise UnsupportedModelError(f"{step.node}: its sums may reach {largest}; integers have room up to 2^62")
+        raise UnsupportedModelError(f"{step.node}: its sums may reach {largest}; integers go up to 2^62")

@@ -1,6 +1,6 @@
 """Where tensors lie in static memory: buffers that are needed at different times share bytes.
 
-A view is its input's memory, and the result of an elementwise step takes that of an input that nobody reads any more.
+A view is its input's memory, and the result of an elementwise step takes that of an input that is no longer read.
 Inputs and outputs of the network are the caller's arrays. Codes of 8 and 16 bits share an arena, since C lets both be
 read from an array of 16 bits; codes of 32 bits have their own.
 """
@@ -118,7 +118,7 @@ class Placement:
         return sum(-(-plan.peak // self.types[w].itemsize) * self.types[w].itemsize for w, plan in self.arenas.items())
 
     def spare(self, steps: int) -> list[int]:
-        """For every step the bytes of the narrow arena that nobody needs then."""
+        """For every step the bytes of the narrow arena that no tensor needs then."""
         live = [sum(b.size for b in self.buffers[NARROW] if b.first <= t <= b.last) for t in range(steps)]
         return [self.arenas[NARROW].lower_bound - size for size in live]
 

@@ -48,7 +48,7 @@ class Window:
     ) -> Window:
         """A node's window over a map of `size`, with a result of that size. Raises UnsupportedModelError in 3-D.
 
-        result: by default what the padding leaves room for.
+        result: by default what fits into the padded input.
         """
         rank = len(size)
         if rank not in (1, 2):

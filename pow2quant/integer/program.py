@@ -2,7 +2,7 @@
 
 Both consumers, the engine (`run.py`) and the C writer (`emit_c.py`), read the same program. It is made from an artifact
 by `lower.py`, and so from any QDQ file whose scales are powers of two. Shapes are those of one sample: the batch, the
-first dimension of every tensor of the network, is left to whoever runs the program.
+first dimension of every tensor of the network, is left to the executor.
 """
 
 from __future__ import annotations

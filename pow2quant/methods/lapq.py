@@ -169,7 +169,7 @@ class Lapq:
 
 
 def completed(sim: Simulation, table: Mapping[str, Encoding]) -> Table:
-    """The table with the lattices of all biases, and weights' exponents at which they have room."""
+    """The table with the lattices of all biases, and weights' exponents at which they fit."""
     found: Table = dict(table)
     for layer in sim.placement.layers:
         if layer.weight is not None:

@@ -76,7 +76,7 @@ class OutputMse:
                 correct_bias(sim, step, progress)
 
     def _around(self, sim: Simulation, step: Step) -> Iterator[Encoding]:
-        """The current encoding, then its neighbours, the nearest first, as their biases have room."""
+        """The current encoding, then its neighbours, the nearest first, as their biases fit."""
         layer, table = step.layer, sim.encodings()
         assert layer.weight is not None
         now = table[layer.weight.name]

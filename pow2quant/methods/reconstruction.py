@@ -173,7 +173,7 @@ def quantizing(table: Mapping[str, Encoding]) -> Quantize:
 
 
 def encode_weight(sim: Simulation, layer: Layer, encoding: Encoding) -> None:
-    """Loads another encoding of a layer's weight; its bias gets the lattice that follows, and room on it."""
+    """Loads another encoding of a layer's weight; its bias gets the lattice that follows, wide enough for it."""
     assert layer.weight is not None
     table: Table = sim.encodings() | {layer.weight.name: encoding}
     table[layer.weight.name] = with_room_for_bias(sim, layer, table)
@@ -183,7 +183,7 @@ def encode_weight(sim: Simulation, layer: Layer, encoding: Encoding) -> None:
 def encode_activations(sim: Simulation, encodings: Table) -> None:
     """Loads other encodings of activations, for each and for those that share it, by the name of the one that leads.
 
-    The biases of the layers that they enter get the lattice that follows, and room on it.
+    The biases of the layers that they enter get the lattice that follows, wide enough for them.
     """
     table: Table = sim.encodings()
     changed = {s.name for s in sim.sites if sim.placement.leader(s.name) in encodings}

@@ -3,7 +3,7 @@
 A tensor that only the next operation reads is a straight line down; every other tensor leaves its box to the right into
 a lane of its own and enters its readers from there. So a residual network reads as a column with short loops, a dense
 one as a column beside a bus, and both stay readable at a hundred layers. The column is cut into strips, which flow side
-by side where there is room, and break between pages in print.
+by side where the width allows it, and break between pages in print.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WIDTH, PITCH, HEIGHT = 232, 80, 50
 
 LEFT, TOP = 6, 16
 ENTRY = 64
-"""Between the boxes and the first lane: room for what is written where a line enters."""
+"""Between the boxes and the first lane: space for what is written where a line enters."""
 
 LANE = 13
 

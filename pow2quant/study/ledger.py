@@ -1,8 +1,8 @@
 """Which trials there are, who runs them, and what came of them: an Optuna study that any number of workers share.
 
-Optuna's trials are the only record. Whoever changes it holds the study's lock; every worker holds a lock of its own as
-long as it lives. So a trial whose worker's lock is free is nobody's, and the next worker takes it over: none is lost,
-and none is finished twice.
+Optuna's trials are the only record. A worker that changes it holds the study's lock. Every worker also holds a lock of
+its own as long as it lives. So a trial whose worker's lock is free has no worker, and the next one takes it over: none
+is lost, and none is finished twice.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Ledger:
 
     @_patient
     def give_back(self, claim: Claim) -> None:
-        """Leaves a trial to whoever comes next, as if this worker had not begun it."""
+        """Leaves a trial to the next worker, as if this worker had not begun it."""
         with self._locked():
             trial = self._study.get_trials(deepcopy=False)[claim.number]
             self.taken.discard(claim.number)
@@ -186,7 +186,7 @@ class Ledger:
         ]
 
     def close(self) -> None:
-        """This worker is gone: what it has not finished is nobody's."""
+        """This worker is gone: what it has not finished is free."""
         if self._alive is not None:
             self._alive.drop()
             self._alive = None

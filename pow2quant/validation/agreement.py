@@ -47,7 +47,7 @@ class Executor:
     tensors: graph inputs -> the real (dequantized) values of every quantized activation, graph inputs included, by its
         ONNX name in the float model.
     most: it runs at most so many samples (None: all), and is compared on these.
-    work: multiply-accumulates of one sample where that takes long, for whoever sets `most`; 0 elsewhere.
+    work: multiply-accumulates of one sample where that takes long, for the code that sets `most`; 0 elsewhere.
     network: what its own file holds, where it has one; None: the artifact that is validated.
     unfused: the same file without graph optimizations, where it has some. optimizers: then, for graph inputs and what
         `unfused` gives for them, the names of the optimizers without which `run` gives the same; none where no list of

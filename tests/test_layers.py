@@ -1,6 +1,6 @@
-"""The house guards itself: who may import whom, what the front door may load, where the plug-in rows lead.
+"""The package's layers: who may import whom, what the entry points may load, where the plug-in rows lead.
 
-The floors and sides are drawn in CONTRIBUTING.md. Imports are read with `ast`, so nothing below has to be importable.
+CONTRIBUTING.md draws the layers and the two halves. Imports are read with `ast`, so nothing below has to be importable.
 """
 
 import ast
@@ -21,7 +21,7 @@ from pow2quant import plugins
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "pow2quant"
 
-FLOORS = {
+LAYERS = {
     "pow2quant": 6,
     "pow2quant.__main__": 6,
     "pow2quant.cli": 6,
@@ -63,7 +63,7 @@ FLOORS = {
     "pow2quant.plugins": 1,
     "pow2quant.yaml_text": 1,
 }
-DOORS = {  # the only imports between two rooms of one floor
+ALLOWED = {  # the only imports between two modules of one layer
     ("pow2quant.functions", "pow2quant.graphs"),
     ("pow2quant.rewrites", "pow2quant.graphs"),
     ("pow2quant.rewrites", "pow2quant.operators"),
@@ -90,7 +90,7 @@ DOORS = {  # the only imports between two rooms of one floor
 }
 LEFT = {"pow2quant.frontends", "pow2quant.backends", "pow2quant.methods", "pow2quant.training"}
 RIGHT = {"pow2quant.integer", "pow2quant.adapters", "pow2quant.validation"}
-TORCH_ROOMS = LEFT | {
+TORCH_MODULES = LEFT | {
     "pow2quant.study",
     "pow2quant.three_steps",
     "pow2quant.runs",
@@ -105,9 +105,9 @@ TORCH_ROOMS = LEFT | {
 }
 TORCH = {"torch", "torchvision", "safetensors.torch"}
 AIMET = {"aimet_torch", "aimet_common"}
-AIMET_ROOM = "pow2quant.backends.aimet"
+AIMET_MODULE = "pow2quant.backends.aimet"
 CONCRETE_BACKENDS = {place.partition(":")[0] for place in plugins.TABLES["backends"].values()}
-FRONT_DOOR = {"pow2quant", "pow2quant.__main__", "pow2quant.cli"}
+ENTRY_POINTS = {"pow2quant", "pow2quant.__main__", "pow2quant.cli"}
 LINKS = ("adapters", "backends", "pow2_constraints")
 
 Moment = Literal["import", "call", "typing"]
@@ -126,7 +126,7 @@ class Import:
         return f"{self.source}:{self.line} imports {self.target}"
 
 
-def room(module: str) -> str:
+def top_level(module: str) -> str:
     """The file or package directly inside pow2quant: `pow2quant.backends` for `pow2quant.backends.base`."""
     return ".".join(module.split(".")[:2])
 
@@ -185,32 +185,32 @@ def imports(root: Path) -> Iterator[Import]:
 
 
 def no_relative_imports(step: Import) -> str | None:
-    return "relative imports hide the room" if step.target.startswith(".") else None
+    return "relative imports hide the package" if step.target.startswith(".") else None
 
 
 def arrows_point_down(step: Import) -> str | None:
-    source, target = room(step.source), room(step.target)
-    if source == target or (source, target) in DOORS or not {source, target} <= FLOORS.keys():
+    source, target = top_level(step.source), top_level(step.target)
+    if source == target or (source, target) in ALLOWED or not {source, target} <= LAYERS.keys():
         return None
-    if FLOORS[target] < FLOORS[source]:
+    if LAYERS[target] < LAYERS[source]:
         return None
-    return f"an arrow only points down, not from floor {FLOORS[source]} to floor {FLOORS[target]}"
+    return f"an arrow only points down, not from layer {LAYERS[source]} to layer {LAYERS[target]}"
 
 
-def sides_meet_at_the_waist(step: Import) -> str | None:
+def halves_meet_in_the_artifact(step: Import) -> str | None:
     crosses = {side(step.source), side(step.target)} == {"left", "right"}
-    return "left and right of the waist do not know each other" if crosses else None
+    return "the left and the right half do not import each other" if crosses else None
 
 
 def torch_stays_left(step: Import) -> str | None:
-    if within(step.target, TORCH) and step.moment != "typing" and room(step.source) not in TORCH_ROOMS:
-        return "torch stays left of the waist, in runs, the models and the datasets"
+    if within(step.target, TORCH) and step.moment != "typing" and top_level(step.source) not in TORCH_MODULES:
+        return "torch stays in the left half, in runs, the models and the datasets"
     return None
 
 
-def aimet_has_one_room(step: Import) -> str | None:
-    if within(step.target, AIMET) and step.source != AIMET_ROOM:
-        return f"only {AIMET_ROOM} knows AIMET"
+def aimet_has_one_module(step: Import) -> str | None:
+    if within(step.target, AIMET) and step.source != AIMET_MODULE:
+        return f"only {AIMET_MODULE} knows AIMET"
     return None
 
 
@@ -219,14 +219,18 @@ def aimet_is_lazy(step: Import) -> str | None:
 
 
 def methods_know_no_backend(step: Import) -> str | None:
-    if room(step.source) == "pow2quant.methods" and step.target in CONCRETE_BACKENDS | {"pow2quant.backends"}:
+    if top_level(step.source) == "pow2quant.methods" and step.target in CONCRETE_BACKENDS | {"pow2quant.backends"}:
         return "a method knows pow2quant.backends.base, no concrete backend"
     return None
 
 
-def front_door_is_light(step: Import) -> str | None:
-    if room(step.source) in FRONT_DOOR and step.moment == "import" and within(step.target, TORCH | TORCH_ROOMS):
-        return "the front door opens without torch: import it inside a function"
+def entry_points_are_light(step: Import) -> str | None:
+    if (
+        top_level(step.source) in ENTRY_POINTS
+        and step.moment == "import"
+        and within(step.target, TORCH | TORCH_MODULES)
+    ):
+        return "the entry points load no torch: import it inside a function"
     return None
 
 
@@ -237,20 +241,20 @@ def links_are_no_packages(step: Import) -> str | None:
 RULES: tuple[Callable[[Import], str | None], ...] = (
     no_relative_imports,
     arrows_point_down,
-    sides_meet_at_the_waist,
+    halves_meet_in_the_artifact,
     torch_stays_left,
-    aimet_has_one_room,
+    aimet_has_one_module,
     aimet_is_lazy,
     methods_know_no_backend,
-    front_door_is_light,
+    entry_points_are_light,
     links_are_no_packages,
 )
 
 
 def breaches(root: Path) -> list[str]:
-    """What the package below `root` does against the rules of the house, a line each."""
-    homeless = [f"{module} stands on no floor" for module in modules(root) if room(module) not in FLOORS]
-    return homeless + [f"{step}: {why}" for step in imports(root) for rule in RULES if (why := rule(step))]
+    """What the package below `root` does against the rules, a line each."""
+    unknown = [f"{module} is in no layer" for module in modules(root) if top_level(module) not in LAYERS]
+    return unknown + [f"{step}: {why}" for step in imports(root) for rule in RULES if (why := rule(step))]
 
 
 LINK_IMPORT = re.compile(
@@ -279,7 +283,7 @@ def link_imports(root: Path) -> list[str]:
     return found
 
 
-def test_the_house_stands():
+def test_the_package_keeps_its_rules():
     assert "pow2quant.artifact" in modules(ROOT)
     assert breaches(ROOT) == []
 
@@ -298,7 +302,7 @@ def circle(root: Path) -> list[str]:
     return []
 
 
-def test_no_module_imports_itself_through_others():
+def test_there_is_no_import_circle():
     assert circle(ROOT) == []
 
 
@@ -310,7 +314,7 @@ def test_a_circle_is_reported(tmp_path):
     assert set(circle(tmp_path)) == {f"{PACKAGE}.a", f"{PACKAGE}.b"}
 
 
-def test_nobody_imports_a_link():
+def test_no_code_imports_a_link():
     assert link_imports(ROOT) == []
 
 
@@ -327,7 +331,7 @@ def test_every_plugin_row_resolves(kind, name):
 
 
 @pytest.mark.parametrize("arguments", [["-c", "import pow2quant"], ["-m", "pow2quant", "--help"]], ids=" ".join)
-def test_the_front_door_loads_neither_torch_nor_aimet(arguments):
+def test_the_entry_points_load_neither_torch_nor_aimet(arguments):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *arguments], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
     )
@@ -338,11 +342,11 @@ def test_the_front_door_loads_neither_torch_nor_aimet(arguments):
 
 
 @pytest.fixture
-def house(tmp_path):
-    """A fake tree in which every module of the plan exists and is empty; call it with {path: text} to furnish rooms."""
+def tree(tmp_path):
+    """A fake tree in which every module of the plan exists and is empty; call it with {path: text} to fill some."""
 
-    def furnish(files):
-        empty = {room.replace(".", "/") + "/__init__.py": "" for room in FLOORS}
+    def fill(files):
+        empty = {name.replace(".", "/") + "/__init__.py": "" for name in LAYERS}
         empty |= {f"pow2quant/backends/{name}.py": "" for name in ("base", "prepare", "custom", "aimet")}
         for name, text in (empty | files).items():
             path = tmp_path / name
@@ -350,12 +354,12 @@ def house(tmp_path):
             path.write_text(text, encoding="utf-8")
         return tmp_path
 
-    return furnish
+    return fill
 
 
-def test_a_house_in_order_has_no_breach(house):
+def test_a_tree_in_order_has_no_breach(tree):
     lazily = "def __getattr__(name):\n    "
-    rooms = {
+    files = {
         "__init__.py": lazily + "from pow2quant.quantsim import QuantizationSimModel",
         "__main__/__init__.py": "from pow2quant.cli import main",
         "cli/__init__.py": "from pow2quant import __version__, config\nlambda: __import__('pow2quant.runs')",
@@ -367,31 +371,31 @@ def test_a_house_in_order_has_no_breach(house):
         "artifact/__init__.py": "from pow2quant.pow2_constraints import Encoding",
         "plugins/__init__.py": "from pow2quant.errors import ConfigError",
     }
-    root = house({f"pow2quant/{path}": text for path, text in rooms.items()})
+    root = tree({f"pow2quant/{path}": text for path, text in files.items()})
     assert breaches(root) == []
 
 
 @pytest.mark.parametrize(
     ("path", "text", "expected"),
     [
-        ("config", "import pow2quant.runs", "floor 2 to floor 5"),
-        ("config", "from pow2quant import runs", "floor 2 to floor 5"),
-        ("config", "from pow2quant import something", "floor 2 to floor 6"),
-        ("config", "def f():\n    from pow2quant.runs import run", "floor 2 to floor 5"),
-        ("config", "import importlib\nimportlib.import_module('pow2quant.runs')", "floor 2 to floor 5"),
-        ("config", "if TYPE_CHECKING:\n    from pow2quant.runs import run", "floor 2 to floor 5"),
-        ("config", "from pow2quant import artifact", "floor 2 to floor 2"),
-        ("errors", "import pow2quant.plugins", "floor 1 to floor 1"),
-        ("report", "from pow2quant.validation import ort", "floor 4 to floor 4"),
-        ("adapters", "from pow2quant.integer import program", "floor 3 to floor 3"),
-        ("backends/base", "from pow2quant import adapters", "left and right"),
-        ("methods/adaround", "from pow2quant.integer import run", "left and right"),
-        ("training", "from pow2quant import validation", "left and right"),
-        ("validation", "from pow2quant.backends import base", "left and right"),
-        ("integer", "import torch.nn.functional", "torch stays left"),
-        ("adapters", "def f():\n    from torchvision import models", "torch stays left"),
-        ("report", "from safetensors import torch", "torch stays left"),
-        ("cli", "def f():\n    import torch", "torch stays left"),
+        ("config", "import pow2quant.runs", "layer 2 to layer 5"),
+        ("config", "from pow2quant import runs", "layer 2 to layer 5"),
+        ("config", "from pow2quant import something", "layer 2 to layer 6"),
+        ("config", "def f():\n    from pow2quant.runs import run", "layer 2 to layer 5"),
+        ("config", "import importlib\nimportlib.import_module('pow2quant.runs')", "layer 2 to layer 5"),
+        ("config", "if TYPE_CHECKING:\n    from pow2quant.runs import run", "layer 2 to layer 5"),
+        ("config", "from pow2quant import artifact", "layer 2 to layer 2"),
+        ("errors", "import pow2quant.plugins", "layer 1 to layer 1"),
+        ("report", "from pow2quant.validation import ort", "layer 4 to layer 4"),
+        ("adapters", "from pow2quant.integer import program", "layer 3 to layer 3"),
+        ("backends/base", "from pow2quant import adapters", "left and the right half"),
+        ("methods/adaround", "from pow2quant.integer import run", "left and the right half"),
+        ("training", "from pow2quant import validation", "left and the right half"),
+        ("validation", "from pow2quant.backends import base", "left and the right half"),
+        ("integer", "import torch.nn.functional", "torch stays in the left half"),
+        ("adapters", "def f():\n    from torchvision import models", "torch stays in the left half"),
+        ("report", "from safetensors import torch", "torch stays in the left half"),
+        ("cli", "def f():\n    import torch", "torch stays in the left half"),
         ("backends/custom", "def f():\n    import aimet_torch", "only pow2quant.backends.aimet knows"),
         ("backends/aimet", "from aimet_torch.quantsim import QuantizationSimModel", "inside functions"),
         ("backends/aimet", "if TYPE_CHECKING:\n    pass\nelse:\n    import aimet_torch", "inside functions"),
@@ -399,19 +403,19 @@ def test_a_house_in_order_has_no_breach(house):
         ("methods/adaround", "from pow2quant.backends import custom", "no concrete backend"),
         ("methods/adaround", "def f():\n    import pow2quant.backends.custom", "no concrete backend"),
         ("methods/adaround", "from pow2quant.backends import CustomSimulation", "no concrete backend"),
-        ("cli", "from pow2quant.runs import run", "opens without torch"),
-        ("cli/ptq", "from pow2quant import models", "opens without torch"),
-        ("", "import torch", "opens without torch"),
+        ("cli", "from pow2quant.runs import run", "load no torch"),
+        ("cli/ptq", "from pow2quant import models", "load no torch"),
+        ("", "import torch", "load no torch"),
         ("backends/custom", "from .base import Simulation", "relative imports"),
         ("backends/custom", "from . import base", "relative imports"),
         ("runs", f"from {LINKS[1]}.base import Simulation", "imports as pow2quant"),
-        ("utils", "", "pow2quant.utils stands on no floor"),
+        ("utils", "", "pow2quant.utils is in no layer"),
     ],
 )
-def test_a_breach_is_reported(house, path, text, expected):
+def test_a_breach_is_reported(tree, path, text, expected):
     folder = Path(PACKAGE, path)
-    is_package = folder.as_posix().replace("/", ".") in FLOORS
-    root = house({str(folder / "__init__.py" if is_package else folder.with_suffix(".py")): text})
+    is_package = folder.as_posix().replace("/", ".") in LAYERS
+    root = tree({str(folder / "__init__.py" if is_package else folder.with_suffix(".py")): text})
     assert expected in "\n".join(breaches(root))
     assert f"pow2quant.{path}".rstrip(".").replace("/", ".") in breaches(root)[0]
 
@@ -436,6 +440,6 @@ def test_the_import_of_a_link_is_reported(tmp_path, link, line):
         "from pow2quant import {}",
     ],
 )
-def test_prose_and_the_real_rooms_are_no_import_of_a_link(tmp_path, line):
+def test_prose_and_the_real_packages_are_no_import_of_a_link(tmp_path, line):
     (tmp_path / "guide.md").write_text(line.format("backends") + "\n", encoding="utf-8")
     assert link_imports(tmp_path) == []
