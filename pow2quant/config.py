@@ -60,8 +60,11 @@ class Choice(NamedTuple):
 NONE = Choice("none")
 """In front of methods: they stand alone, without the default ones that some of them build on."""
 
-NARROW_METHODS = (Choice("align", {"rounds": 1}), Choice("output_mse"))
-"""What `ptq` does below 8 bits, and where a tensor has one scale, unless it is told otherwise."""
+EXPONENT_METHODS = (Choice("align", {"rounds": 1}), Choice("output_mse"))
+"""What chooses exponents for weights of one scale per tensor, and in front of methods that round weights themselves."""
+
+NARROW_METHODS = (Choice("align", {"rounds": 1}), Choice("gptq"), Choice("bias_correction"))
+"""What `ptq` does for weights below 8 bits with one scale per channel, unless it is told otherwise."""
 
 EIGHT_BIT_METHODS = (Choice("bias_correction"),)
 """What `ptq` does for weights of 8 bits with one scale per channel, unless it is told otherwise."""
@@ -529,7 +532,9 @@ def default_methods(config: RunConfig) -> tuple[Choice, ...]:
     weight = config.quantization.weight
     if weight is None or weight.bits > 8:
         return ()
-    return EIGHT_BIT_METHODS if weight.bits == 8 and weight.per_channel else NARROW_METHODS
+    if not weight.per_channel:
+        return EXPONENT_METHODS
+    return EIGHT_BIT_METHODS if weight.bits == 8 else NARROW_METHODS
 
 
 def parameters(cls: type[T], values: Mapping[str, Any], where: str) -> T:

@@ -170,7 +170,7 @@ def test_the_default_follows_the_width_of_the_weights(weights: str, tmp_path: Pa
     }
     steps = {label: run.report["pipeline_steps"][:-1] for label, run in results.items()}
     expected = {
-        "default": ["align", "calibrate", "output_mse"],
+        "default": ["align", "calibrate", "gptq", "bias_correction"],
         "none": ["calibrate"],
         "eight": ["calibrate", "bias_correction"],
     }
@@ -178,13 +178,14 @@ def test_the_default_follows_the_width_of_the_weights(weights: str, tmp_path: Pa
     assert results["default"].report["final_sqnr_db"] > results["none"].report["final_sqnr_db"] + 3
     assert all(run.agrees for run in results.values())
     names = [m.name for m in config.load(tmp_path / "default" / "config.yaml").ptq.methods or ()]
-    assert names == ["align", "output_mse"], "the run can be repeated from its configuration"
+    assert names == ["align", "gptq", "bias_correction"], "the run can be repeated from its configuration"
 
 
 @pytest.mark.parametrize(
     ("bits", "per_channel", "names"),
     [
-        (4, True, ["align", "output_mse"]),
+        (4, True, ["align", "gptq", "bias_correction"]),
+        (4, False, ["align", "output_mse"]),
         (8, True, ["bias_correction"]),
         (8, False, ["align", "output_mse"]),
         (16, True, []),
@@ -212,7 +213,7 @@ class _Notes:
 @pytest.mark.parametrize(
     ("methods", "bits", "names", "words"),
     [
-        (None, 4, "align output_mse", ""),
+        (None, 4, "align gptq bias_correction", ""),
         (["gpfq"], 4, "align output_mse gpfq", "gpfq: behind the default methods, align, output_mse; `none` in front"),
         (
             ["adaround", "bias_correction"],
@@ -221,8 +222,9 @@ class _Notes:
             "adaround, bias_corr",
         ),
         (["qdrop"], 8, "bias_correction qdrop", "qdrop: behind the default methods, bias_correction;"),
-        (["bn_reestimation"], 4, "align output_mse bn_reestimation", "bn_reestimation: behind"),
-        (["bias_correction"], 4, "align output_mse bias_correction", "bias_correction: behind"),
+        (["bn_reestimation"], 4, "align gptq bias_correction bn_reestimation", "bn_reestimation: behind"),
+        (["bias_correction"], 4, "align gptq bias_correction", "bias_correction: behind"),
+        (["gptq"], 4, "gptq", "the methods given replace the default (align, gptq, bias_correction)"),
         (["bias_correction"], 8, "bias_correction", ""),
         (["gpfq", "bias_correction"], 8, "gpfq bias_correction", ""),
         (["none", "gpfq"], 4, "gpfq", ""),
@@ -232,7 +234,7 @@ class _Notes:
             ["output_mse", "qdrop"],
             4,
             "output_mse qdrop",
-            "the methods given replace the default (align, output_mse)",
+            "the methods given replace the default (align, gptq, bias_correction)",
         ),
         (["lapq"], 8, "lapq", "the methods given replace the default (bias_correction); to keep it, name it in front"),
         (["auto"], 4, "auto", ""),
@@ -262,10 +264,10 @@ def test_both_doors_put_the_default_in_front(weights: str, tmp_path: Path, capsy
     rounding = ["--method", "bn_reestimation", "--weight-bits", "4", "--weights", weights, "--max-eval-batches", "2"]
     short = ["--max-calibration-batches", "2", "--output"]
     assert main(["ptq", *rounding, *short, str(tmp_path / "run")]) == 0
-    assert "bn_reestimation: behind the default methods, align, output_mse" in capsys.readouterr().err
+    assert "bn_reestimation: behind the default methods, align, gptq, bias_correction" in capsys.readouterr().err
     assert main(["ptq", "--method", "none", *rounding, *short, str(tmp_path / "alone")]) == 0
     steps = [json.loads((tmp_path / f / "report.json").read_text())["pipeline_steps"] for f in ("run", "alone")]
-    assert steps[0] == ["align", "calibrate", "output_mse", "bn_reestimation", "export"]
+    assert steps[0] == ["align", "calibrate", "gptq", "bias_correction", "bn_reestimation", "export"]
     assert steps[1] == ["calibrate", "bn_reestimation", "export"]
     assert main(["validate", str(tmp_path / "alone"), "--max-eval-batches", "1"]) == 0
     more = {"model": {"weights": weights}, "ptq": {"calibration_batches": 2, "max_eval_batches": 2}}

@@ -26,11 +26,13 @@ def correlated(seed: int, groups: int, count: int, width: int) -> tuple[Tensor, 
     return exact, exact + 0.2 * torch.randn(exact.shape, generator=generator, dtype=torch.float64)
 
 
-def problem(seed: int, groups: int = 2, rows: int = 3, width: int = 5) -> tuple[Rows, Tensor, Moments]:
+def problem(
+    seed: int, correction: float = 0.5, groups: int = 2, rows: int = 3, width: int = 5
+) -> tuple[Rows, Tensor, Moments]:
     generator = torch.Generator().manual_seed(seed + 1)
     weight = torch.randn(groups, rows, width, generator=generator, dtype=torch.float64)
     moments = Moments.of([correlated(seed, groups, 40, width), correlated(seed + 2, groups, 20, width)])
-    return Rows.of(weight, moments, DAMPING), weight, moments
+    return Rows.of(weight, moments, DAMPING, correction), weight, moments
 
 
 def grid(scale: float) -> Grid:
@@ -53,13 +55,15 @@ def test_moments_are_those_of_all_samples_together(seed: int) -> None:
         assert torch.allclose(found.cross[g], about[0].T @ about[1] / 60, atol=1e-10)
 
 
-@given(st.integers(0, 10_000))
-def test_the_target_is_the_best_float_row_on_the_quantized_input(seed: int) -> None:
-    """The gradient of E|w x - v x~|^2 + ridge |v - w|^2 is 0 in v."""
-    rows, weight, moments = problem(seed)
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.5, 1.0]))
+def test_the_target_is_the_best_float_row_on_the_quantized_input(seed: int, correction: float) -> None:
+    """The gradient of E|w (c x + (1 - c) x~) - v x~|^2 + ridge |v - w|^2 is 0 in v; without correction v is w."""
+    rows, weight, moments = problem(seed, correction)
     ordered = torch.empty_like(rows.target).scatter(-1, rows.order[:, None].expand_as(rows.target), rows.target)
     ridge = damped(moments) - moments.gram
-    assert torch.allclose(ordered @ (moments.gram + ridge), weight @ (moments.cross + ridge), atol=1e-8)
+    aim = correction * moments.cross + (1 - correction) * moments.gram
+    assert torch.allclose(ordered @ (moments.gram + ridge), weight @ (aim + ridge), atol=1e-8)
+    assert correction > 0 or torch.allclose(ordered, weight, atol=1e-8)
 
 
 @settings(deadline=None)
@@ -85,7 +89,7 @@ def test_uncorrelated_inputs_are_rounded_to_nearest() -> None:
     eye = torch.eye(4, dtype=torch.float64)[None]
     zero = torch.zeros(1, 4, dtype=torch.float64)
     weight = torch.tensor([[[0.3, -0.6, 1.2, 0.74]]], dtype=torch.float64)
-    codes, _ = Rows.of(weight, Moments(eye, eye, zero, zero), DAMPING).rounded(grid(0.5))
+    codes, _ = Rows.of(weight, Moments(eye, eye, zero, zero), DAMPING, 1.0).rounded(grid(0.5))
     assert codes.tolist() == [[[1, -1, 2, 1]]]
 
 
@@ -94,7 +98,7 @@ def test_an_input_that_is_always_zero_and_more_columns_than_a_block() -> None:
     for x in (exact, quantized):
         x[..., 7] = 0
     weight = torch.randn(1, 2, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    codes, error = Rows.of(weight, Moments.of([(exact, quantized)]), DAMPING).rounded(grid(0.5))
+    codes, error = Rows.of(weight, Moments.of([(exact, quantized)]), DAMPING, 1.0).rounded(grid(0.5))
     assert torch.isfinite(codes).all()
     assert torch.isfinite(error).all()
     assert torch.equal(codes[0, :, 7], (weight[0, :, 7] / 0.5).round().clamp(-4, 3))
@@ -107,7 +111,7 @@ def test_inputs_that_hardly_vary_about_a_large_mean() -> None:
     exact[1] = 100
     exact[2] = 0
     weight = torch.randn(4, 1, 9, generator=generator, dtype=torch.float64)
-    rows = Rows.of(weight, Moments.of([(exact, exact)]), DAMPING)
+    rows = Rows.of(weight, Moments.of([(exact, exact)]), DAMPING, 0.5)
     codes, error = rows.rounded(grid(0.5))
     assert torch.isfinite(error).all()
     assert (codes * 0.5 - weight.clamp(-2, 1.5)).abs().max() < 1

@@ -21,7 +21,8 @@ ALIGN = Choice("align", {"rounds": 1})
 EQUALIZE = Choice("equalize")
 BIAS = Choice("bias_correction")
 NOISE = Choice("output_mse")
-GREEDY = (Choice("gpfq"), BIAS)
+SQUARES = (Choice("gptq"), BIAS)
+CORRECTED = (Choice("gptq", {"correction": 1.0}), BIAS)
 ROUND = Choice("adaround", {"iterations": 400})
 EXPONENTS = Choice("lapq", {"bias_correction": False})
 BLOCKS = Choice("qdrop", {"iterations": 400})
@@ -31,7 +32,7 @@ COST = {
     "align": 2,
     "equalize": 1,
     "output_mse": 4,
-    "gpfq": 7,
+    "gptq": 8,
     "adaround": 25,
     "lapq": 35,
     "qdrop": 40,
@@ -94,7 +95,7 @@ class Trial:
 class Auto:
     """Tries chains of methods by stages and keeps the one whose outputs are closest to float on images held back.
 
-    First cheap chains; on top of the best of them rounding that is learned (`gpfq`, `adaround`); for activations below
+    First cheap chains; on top of the best of them rounding that is learned (`gptq`, `adaround`); for activations below
     8 bits then exponents by the loss and rounding by blocks (`lapq`, `qdrop`). A costlier chain must win by twice the
     standard error. The images held back are calibration images, never test images; the chain that is chosen then sees
     all of them, and is what config.yaml keeps.
@@ -112,7 +113,7 @@ class Auto:
         """
         started = time.monotonic()
         tried: list[Trial] = []
-        for stage in (cheap, learned, blocks):
+        for stage in (usual, cheap, learned, blocks):
             for chain in stage(facts, best(tried).chain if tried else ()):
                 if chain in [t.chain for t in tried]:
                     continue
@@ -126,19 +127,24 @@ class Auto:
         return tried
 
 
+def usual(facts: Facts, _: Chain) -> list[Chain]:
+    """What a run does that names no method: nothing that is chosen is clearly worse."""
+    return [facts.default]
+
+
 def cheap(facts: Facts, _: Chain) -> list[Chain]:
     """What costs no more than a few calibrations."""
-    chains = [facts.default, (BIAS,), (ALIGN, BIAS), (ALIGN, NOISE)]
+    chains = [(BIAS,), (ALIGN, BIAS), (ALIGN, NOISE)]
     return chains + [(EQUALIZE, BIAS), (EQUALIZE, NOISE)] * facts.depthwise
 
 
 def learned(facts: Facts, start: Chain) -> list[Chain]:
-    """Rounding that is chosen layer by layer, behind the best cheap chain and behind its rewrites alone."""
+    """Rounding that is chosen layer by layer, behind the rewrites of the best cheap chain."""
     if facts.weight_bits is None or facts.weight_bits > 8:
         return []
     rewrites = tuple(c for c in start if c.name in ("align", "equalize"))
-    chains = [(*rewrites, *GREEDY), (*start, *GREEDY)]
-    return chains + [(*start, ROUND)] * (facts.weight_bits < 8)
+    chains = [SQUARES, (*rewrites, *SQUARES), (*rewrites, *CORRECTED)]
+    return chains + [(*rewrites, NOISE, ROUND)] * (facts.weight_bits < 8)
 
 
 def blocks(facts: Facts, start: Chain) -> list[Chain]:
@@ -146,7 +152,7 @@ def blocks(facts: Facts, start: Chain) -> list[Chain]:
     if facts.weight_bits is None or facts.activation_bits is None or facts.activation_bits >= 8:
         return []
     rewrites = tuple(c for c in start if c.name in ("align", "equalize"))
-    return [(*rewrites, NOISE, BLOCKS), (*rewrites, EXPONENTS, BLOCKS), (*rewrites, EXPONENTS, *GREEDY)]
+    return [(*rewrites, NOISE, BLOCKS), (*rewrites, EXPONENTS, BLOCKS), (*rewrites, EXPONENTS, *SQUARES)]
 
 
 def best(tried: Sequence[Trial]) -> Trial:
@@ -165,8 +171,13 @@ def expected(chain: Chain, tried: Sequence[Trial]) -> float:
 
 
 def named(chain: Chain) -> str:
-    """As it is written on the command line."""
-    return " + ".join(c.name for c in chain) or "none"
+    """In one line, with the parameters that are no defaults."""
+
+    def one(choice: Choice) -> str:
+        values = ", ".join(f"{key}={value}" for key, value in choice.parameters.items())
+        return f"{choice.name}({values})" if values else choice.name
+
+    return " + ".join(map(one, chain)) or "none"
 
 
 def _cost(chain: Chain) -> float:

@@ -121,6 +121,7 @@ class Gpfq:
     """
 
     builds_on_exponents: ClassVar[bool] = True
+    rounds_weights: ClassVar[bool] = True
 
     conv_scalar: Annotated[float | None, SCALAR] = None
     linear_scalar: Annotated[float | None, SCALAR] = None

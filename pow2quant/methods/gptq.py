@@ -1,16 +1,15 @@
 """GPTQ: weights are rounded one after the other, and those still to come make up for each error at once.
 
-Frantar, Ashkboos, Hoefler & Alistarh 2023, "OPTQ: accurate quantization for generative pre-trained transformers". What
-the layer should compute is what the float network's layer computes from its own input, as in Zhang et al. 2025,
-"Qronos: correcting the past by shaping the future", whose first step this is. Under 2^k the scale is chosen by the
-error that the rounded row leaves.
+Frantar, Ashkboos, Hoefler & Alistarh 2023, "OPTQ: accurate quantization for generative pre-trained transformers". The
+aim makes up, in part, for the errors of the layers in front, as in Zhang et al. 2025, "Qronos: correcting the past by
+shaping the future". Under 2^k the scale is chosen by the error that the rounded row leaves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ PRECISION = 1e-5
 """Sums of products in float32 are off by less than this share: at least so much of the mean's square is added."""
 
 RATE = finite("a number above 0, at most 1", lambda v: 0 < v <= 1)
+SHARE = finite("a number from 0 to 1", lambda v: 0 <= v <= 1)
 ABOVE_ZERO = finite("a number above 0", lambda v: v > 0)
 
 
@@ -74,21 +74,24 @@ class Rows:
     order: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, moments: Moments, damping: float) -> Rows:
-        """weight: (groups, n, K). damping: share of the gram's mean diagonal that is added to it."""
+    def of(cls, weight: Tensor, moments: Moments, damping: float, correction: float) -> Rows:
+        """weight: (groups, n, K). damping: share of the gram's mean diagonal that is added to it.
+
+        correction: how far the target goes from what the float row makes of x~ to what it makes of x.
+        """
         gram = moments.gram
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
         unsure = PRECISION * moments.quantized_mean.square().mean(-1) + torch.finfo(torch.float32).tiny
         ridge = torch.maximum(damping * diagonal.mean(-1), unsure)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         damped = gram + ridge[..., None, None] * eye
-        aim = weight @ (moments.cross + ridge[..., None, None] * eye)
+        aim = weight @ (torch.lerp(gram, moments.cross, correction) + ridge[..., None, None] * eye)
         target = torch.linalg.solve(damped, aim.mT).mT
         order = torch.sort(diagonal, dim=-1, descending=True, stable=True).indices
-        sorted_ = damped.gather(-2, order[..., None].expand_as(damped)).gather(
-            -1, order[..., None, :].expand_as(damped)
-        )
-        spread = torch.linalg.cholesky(torch.linalg.inv(sorted_), upper=True)
+        ordered = damped.gather(-2, order[..., None].expand_as(damped))
+        ordered = ordered.gather(-1, order[..., None, :].expand_as(damped))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
+        spread = torch.linalg.cholesky(inverse, upper=True)
         return cls(target.gather(-1, order[..., None, :].expand_as(target)), spread, order)
 
     def rounded(self, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -113,17 +116,20 @@ class Rows:
 class Gptq:
     """GPTQ on quantized inputs, layer by layer, and the exponent that leaves the least error (Frantar et al. 2023).
 
-    Weights are rounded in order of their input's variance; what each leaves is made up for by those still to come. The
-    aim is the float layer's result, and its mean is kept by the bias. Fully connected layers and convolutions, with
-    groups too; transposed ones, those of more than 8,192 inputs, and those whose weights lie on their grid are left
-    as they are.
+    Weights are rounded in order of their input's variance; what each leaves is made up for by those still to come.
+    Means are kept by the bias. Fully connected layers and convolutions, with groups too; transposed ones, those of more
+    than 8,192 inputs, and those whose weights lie on their grid are left as they are.
 
-    damping: added to the inputs' covariance, as a share of its mean diagonal. exponents: so many scales below and
-    above the calibrated one are tried; 0: it stays. retain_rate: share of a convolution's patches that are looked at,
-    drawn anew for every layer.
+    damping: added to the inputs' covariance, as a share of its mean diagonal. correction: 0 aims at what the float row
+    makes of the quantized input, 1 at what it makes of the float network's, which shrinks weights where the input is
+    noisy. exponents: so many scales below and above the calibrated one are tried; 0: it stays. retain_rate: share of a
+    convolution's patches that are looked at, drawn anew for every layer.
     """
 
+    rounds_weights: ClassVar[bool] = True
+
     damping: Annotated[float, ABOVE_ZERO] = 0.01
+    correction: Annotated[float, SHARE] = 0.5
     exponents: Annotated[int, integer(0, 8)] = 1
     retain_rate: Annotated[float, RATE] = 0.25
 
@@ -146,7 +152,7 @@ class Gptq:
             groups = int(getattr(module, "groups", 1))
             moments = Moments.of(self._samples(step, module))
             floats = wide.view(groups, len(wide) // groups, -1)
-            rows = Rows.of(floats, moments, self.damping)
+            rows = Rows.of(floats, moments, self.damping, self.correction)
             chosen = self._encoding(rows, sim.encodings()[layer.weight.name])
             if chosen != sim.encodings()[layer.weight.name]:
                 encode_weight(sim, layer, chosen)

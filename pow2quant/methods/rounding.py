@@ -91,6 +91,7 @@ class LearnedRounding:
     """
 
     builds_on_exponents: ClassVar[bool] = True
+    rounds_weights: ClassVar[bool] = True
 
     iterations: Annotated[int, integer(1)] = 1000
     weight: Annotated[float, FROM_ZERO] = 0.01

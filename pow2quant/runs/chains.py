@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pow2quant.backends.base import SILENT, Progress
-from pow2quant.config import NONE, Choice, RunConfig, default_methods
+from pow2quant.config import EXPONENT_METHODS, NONE, Choice, RunConfig, default_methods
 from pow2quant.plugins import resolve
 
 
@@ -13,20 +13,25 @@ def with_chain(config: RunConfig, default: tuple[Choice, ...], progress: Progres
     """The configuration with its methods written out; one line says where they differ from the default ones.
 
     Without methods it takes `default`. Where the first one that is named builds on exponents that others chose,
-    `default` stands in front. The result stays as it is when it is completed again.
+    `default` stands in front; where it rounds weights, and `default` does too, what only chooses exponents. The result
+    stays as it is when it is completed again.
     """
     named = config.ptq.methods
     if named is None:
         return _with(config, default)
-    missing = {choice.name for choice in default} - {choice.name for choice in named}
-    if not named or named[0] == NONE or not missing:
+    if not named or named[0] == NONE:
         return config
-    first, own, usual = resolve("methods", named[0].name), shown(named), shown(default)
-    if getattr(first, "builds_on_exponents", False):
-        progress.note(f"{own}: behind the default methods, {usual}; `none` in front leaves these out")
-        return _with(config, (*default, *named))
+    first, own, names = resolve("methods", named[0].name), shown(named), {choice.name for choice in named}
+    builds = getattr(first, "builds_on_exponents", False)
+    usual = EXPONENT_METHODS if builds and _rounds(named[0]) and any(map(_rounds, default)) else default
+    front = tuple(choice for choice in usual if choice.name not in names)
+    if not front:
+        return config
+    if builds:
+        progress.note(f"{own}: behind the default methods, {shown(front)}; `none` in front leaves these out")
+        return _with(config, (*front, *named))
     if not hasattr(first, "choose"):
-        progress.note(f"the methods given replace the default ({usual}); to keep it, name it in front")
+        progress.note(f"the methods given replace the default ({shown(default)}); to keep it, name it in front")
     return config
 
 
@@ -40,6 +45,10 @@ def fixed(config: RunConfig, methods: tuple[Choice, ...]) -> RunConfig:
 def shown(methods: tuple[Choice, ...]) -> str:
     """The methods in order, for people."""
     return ", ".join(choice.name for choice in methods)
+
+
+def _rounds(choice: Choice) -> bool:
+    return bool(getattr(resolve("methods", choice.name), "rounds_weights", False))
 
 
 def _with(config: RunConfig, methods: tuple[Choice, ...]) -> RunConfig:
