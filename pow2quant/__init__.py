@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pow2quant.frontends.prepare import prepare
     from pow2quant.pow2_constraints import Encoding, IntGrid
     from pow2quant.quantsim import QuantizationSimModel, QuantScheme
-    from pow2quant.runs import Result, export, ptq, quantize, simulate, validate
+    from pow2quant.runs import Result, Simulated, Validation, certificate, export, ptq, quantize, simulate, validate
     from pow2quant.three_steps import qat
 
 __version__ = "0.1.0"
@@ -31,9 +31,12 @@ __all__ = [
     "QuantizationSimModel",
     "Result",
     "RunConfig",
+    "Simulated",
     "Site",
     "TensorSpec",
+    "Validation",
     "__version__",
+    "certificate",
     "export",
     "prepare",
     "ptq",
@@ -57,6 +60,9 @@ _HOMES = {
     "qat": "three_steps",
     "quantize": "runs",
     "Result": "runs",
+    "Simulated": "runs",
+    "Validation": "runs",
+    "certificate": "runs",
     "simulate": "runs",
     "validate": "runs",
     "QuantScheme": "quantsim",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pow2quant.plugins import resolve
 
 if TYPE_CHECKING:
     import onnx
@@ -44,6 +48,11 @@ class Artifact:
 
     model: onnx.ModelProto
     encodings: Table
+
+    def save(self, folder: str | os.PathLike[str], form: str = "qdq") -> Path:
+        """Writes it in a format, such as `qdq` or `c`, into a folder; returns the file or folder that was written."""
+        written: Path = resolve("exporters", form)(self, Path(folder))
+        return written
 
 
 PIXELS = ("pow2quant.input", "pixels")

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, InitVar, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
@@ -232,6 +232,12 @@ class TensorSpec:
     range: Annotated[str, _RANGE] = "mse"
 
 
+WEIGHT = TensorSpec(8, symmetric=True, per_channel=True)
+INPUT = OUTPUT = TensorSpec(8, symmetric=False)
+BIAS = TensorSpec(32, symmetric=True)
+"""How tensors of each role are quantized where nothing else is said."""
+
+
 class _Site(Protocol):
     """An `artifact.Site`, as far as a plan looks at it."""
 
@@ -249,29 +255,40 @@ class QuantPlan:
     overrides: (pattern, {role: spec}) or (pattern, None); patterns are shell wildcards for module names, None keeps
     everything of these modules float. functions: `exact` computes Softmax and the norms as stated integers, `plain`
     leaves them to the standard's nodes, which executors compute in their own ways. target: whose arithmetic is meant.
+    weight_bits, activation_bits, per_tensor: in short, for the roles that are not given: symmetric weights, asymmetric
+    activations, 32-bit biases; the input keeps 8 bits, as an image has. Raises ConfigError for an illegal width.
     """
 
-    weight: TensorSpec | None
-    input: TensorSpec | None
-    output: TensorSpec | None
-    bias: TensorSpec | None
+    weight: TensorSpec | None = WEIGHT
+    input: TensorSpec | None = INPUT
+    output: TensorSpec | None = OUTPUT
+    bias: TensorSpec | None = BIAS
     overrides: tuple[tuple[str, Mapping[str, TensorSpec | None] | None], ...] = ()
     functions: str = "exact"
     target: Target = DEFAULT
+    weight_bits: InitVar[int] = 8
+    activation_bits: InitVar[int] = 8
+    per_tensor: InitVar[bool] = False
+
+    def __post_init__(self, weight_bits: int, activation_bits: int, per_tensor: bool) -> None:
+        short = {
+            "weight": replace(WEIGHT, bits=weight_bits, per_channel=not per_tensor),
+            "input": replace(INPUT, bits=max(INPUT.bits, activation_bits)),
+            "output": replace(OUTPUT, bits=activation_bits),
+        }
+        for role, standard in (("weight", WEIGHT), ("input", INPUT), ("output", OUTPUT)):
+            if getattr(self, role) == standard:
+                object.__setattr__(self, role, short[role])
+        for role in ROLES:
+            _check_role(role, getattr(self, role), f"plan.{role}")
+        for pattern, changes in self.overrides:
+            for role, spec in (changes or {}).items():
+                _check_role(role, spec, f"plan.overrides.{pattern}.{role}")
 
     @classmethod
     def default(cls, weight_bits: int = 8, activation_bits: int = 8, per_tensor: bool = False) -> QuantPlan:
-        """Symmetric weights, asymmetric activations, 32-bit biases; the input keeps 8 bits, as an image has.
-
-        Raises ConfigError for an illegal width.
-        """
-        values = {
-            "quantization.weight.bitwidth": weight_bits,
-            "quantization.weight.per_channel": not per_tensor,
-            "quantization.input.bitwidth": max(8, activation_bits),
-            "quantization.output.bitwidth": activation_bits,
-        }
-        return plan_of(with_values(RunConfig(), values))
+        """The plan with these widths; see the class."""
+        return cls(weight_bits=weight_bits, activation_bits=activation_bits, per_tensor=per_tensor)
 
     def spec(self, site: _Site) -> TensorSpec | None:
         """How a site is quantized: as the last override says that matches its module and speaks of its role."""
@@ -322,10 +339,10 @@ class QuantizationConfig:
     functions: `exact`, Softmax and the norms as stated integers, or `plain`, for toolchains that match their nodes.
     """
 
-    weight: TensorSpec | None = TensorSpec(8, symmetric=True, per_channel=True)
-    input: TensorSpec | None = TensorSpec(8, symmetric=False)
-    output: TensorSpec | None = TensorSpec(8, symmetric=False)
-    bias: TensorSpec | None = TensorSpec(32, symmetric=True)
+    weight: TensorSpec | None = WEIGHT
+    input: TensorSpec | None = INPUT
+    output: TensorSpec | None = OUTPUT
+    bias: TensorSpec | None = BIAS
     overrides: Annotated[Mapping[str, Mapping[str, Mapping[str, Any] | None] | None], _OVERRIDES] = field(
         default_factory=dict
     )
@@ -503,7 +520,8 @@ def plan_of(config: RunConfig) -> QuantPlan:
         for pattern, changes in config.quantization.overrides.items()
     )
     functions, target = config.quantization.functions, load_target(config.target)
-    return QuantPlan(**roles, overrides=overrides, functions=functions, target=target)
+    weight, input, output, bias = (roles[role] for role in ROLES)
+    return QuantPlan(weight, input, output, bias, overrides, functions, target)
 
 
 def _for_target(config: RunConfig, values: Any) -> RunConfig:

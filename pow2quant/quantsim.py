@@ -41,7 +41,7 @@ from pow2quant.frontends.prepare import prepare
 from pow2quant.frontends.writing import Node, OnnxGraph
 from pow2quant.operators import Kind
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose
-from pow2quant.runs import simulate
+from pow2quant.runs import simulation_of
 from pow2quant.saving import write
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class QuantizationSimModel:
         plan = self._configured(plan, example, config_file, bits) if config_file else plan
         self._placement: Placement = place(self._network, plan)
         self._fixed: frozenset[str] = frozenset()
-        self.simulation: Simulation = simulate(self._network, example, plan, backend)
+        self.simulation: Simulation = simulation_of(self._network, example, plan, backend)
         self.simulation.model.to(device)
 
     @property

@@ -19,7 +19,7 @@ from pow2quant.backends.base import SILENT, Progress, Simulation
 from pow2quant.backends.calibration import with_room_for_bias
 from pow2quant.config import RunConfig
 from pow2quant.errors import OutputError
-from pow2quant.runs import Job, Result, finish, quantized, write_report
+from pow2quant.runs import Job, Result, Simulated, finish, quantized, write_report
 from pow2quant.training import curves
 from pow2quant.training.processes import joined
 from pow2quant.training.trainer import Trainer
@@ -85,7 +85,7 @@ def qat(
                 shutil.copytree(checkpoints / curves.BOARD, folder / curves.BOARD)
             write_report(folder, report)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    return Result(output, report, tuple(agreements), sim)
+    return Result(output, report, tuple(agreements), Simulated(sim, job.example))
 
 
 def _check_checkpoints(folder: Path, resume: bool, overwrite: bool) -> None:

@@ -17,7 +17,7 @@ from pow2quant import models
 from pow2quant.errors import FileFormatError, Pow2QuantError, UnsupportedModelError, WeightsError
 from pow2quant.frontends.onnx.network import read_network
 from pow2quant.frontends.prepare import is_prepared, prepare
-from pow2quant.runs.job import simulate
+from pow2quant.runs import simulate
 
 
 class Mixed(nn.Module):

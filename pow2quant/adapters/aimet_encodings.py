@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -35,7 +36,6 @@ from pow2quant.saving import write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -129,25 +129,25 @@ def channel_axes(model: onnx.ModelProto) -> dict[str, int]:
     return axes
 
 
-def _export(artifact: Artifact, folder: Path, version: str) -> Path:
+def _export(artifact: Artifact, folder: str | Path, version: str) -> Path:
     """Writes `model.encodings` into the folder and returns its path. Raises OutputError when that is not possible."""
-    path = folder / "model.encodings"
+    path = Path(folder) / "model.encodings"
     parameters = {tensor.name for tensor in artifact.model.graph.initializer}
     write(path, dumps(artifact.encodings, parameters, version).encode())
     return path
 
 
-def export_0_6_1(artifact: Artifact, folder: Path) -> Path:
+def export_0_6_1(artifact: Artifact, folder: str | Path) -> Path:
     """AIMET encodings 0.6.1 as `model.encodings`: objects by tensor name."""
     return _export(artifact, folder, "0.6.1")
 
 
-def export_1_0_0(artifact: Artifact, folder: Path) -> Path:
+def export_1_0_0(artifact: Artifact, folder: str | Path) -> Path:
     """AIMET encodings 1.0.0 as `model.encodings`: lists of activations and parameters."""
     return _export(artifact, folder, "1.0.0")
 
 
-def export_2_0_0(artifact: Artifact, folder: Path) -> Path:
+def export_2_0_0(artifact: Artifact, folder: str | Path) -> Path:
     """AIMET encodings 2.0.0 as `model.encodings`: one list, named after ONNX's own attributes."""
     return _export(artifact, folder, "2.0.0")
 

@@ -105,9 +105,9 @@ def save(model: ModelProto, path: Path) -> None:
     write(path, content)
 
 
-def export_qdq(artifact: Artifact, folder: Path) -> Path:
+def export_qdq(artifact: Artifact, folder: str | Path) -> Path:
     """QDQ ONNX with integer weights, as `model.onnx`. Raises EncodingError and OutputError."""
-    path = folder / "model.onnx"
+    path = Path(folder) / "model.onnx"
     save(to_qdq(artifact), path)
     return path
 

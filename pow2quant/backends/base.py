@@ -42,10 +42,17 @@ class Simulation(Protocol):
     placement: which node of `network` is quantized by which site, and how: what `placement.place` says.
     """
 
-    model: nn.Module
-    sites: Sequence[Site]
-    network: GraphModule
-    placement: Placement
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def sites(self) -> Sequence[Site]: ...
+
+    @property
+    def network(self) -> GraphModule: ...
+
+    @property
+    def placement(self) -> Placement: ...
 
     def parameter(self, name: str) -> Tensor:
         """The float parameter of the model with this name in the prepared network, such as a weight's site name."""

@@ -45,13 +45,13 @@ ARENAS = {NARROW: "arena", WIDE: "wide"}
 """What the static arrays are called."""
 
 
-def export_c(artifact: Artifact, folder: Path, *, prefix: str = "model") -> Path:
+def export_c(artifact: Artifact, folder: str | Path, *, prefix: str = "model") -> Path:
     """C99 that stands alone, in `folder`, which an older export may take up. Returns it.
 
     prefix: of the files and of the function, `<prefix>_run`.
     Raises what `lower` raises; OutputError where the folder holds something else, or cannot be written.
     """
-    program = lower(artifact)
+    program, folder = lower(artifact), Path(folder)
     with staged(folder, PLAN) as staging:
         for name, text in files(program, prefix).items():
             (staging / name).write_text(text, encoding="utf-8", newline="\n")

@@ -37,12 +37,12 @@ SAMPLES = 4
 """For so many samples the pack holds every tensor."""
 
 
-def export_integers(artifact: Artifact, folder: Path, *, samples: int = SAMPLES, seed: int = 0) -> Path:
+def export_integers(artifact: Artifact, folder: str | Path, *, samples: int = SAMPLES, seed: int = 0) -> Path:
     """Integers as `.npy` and `.mem`, with golden tensors, in `folder`, which an older pack may take up. Returns it.
 
     Raises what `lower` raises; OutputError where the folder holds something else, or cannot be written.
     """
-    program = lower(artifact)
+    program, folder = lower(artifact), Path(folder)
     golden = trace(program, sample_codes(program, samples, seed))
     with staged(folder, PROGRAM) as staging:
         pack = _Pack(staging, artifact, samples)

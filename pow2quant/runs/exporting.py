@@ -9,11 +9,13 @@ from pow2quant import run_folder
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.artifact import Artifact
 from pow2quant.errors import ConfigError, FileFormatError, OutputError
+from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import resolve
+from pow2quant.runs.simulating import Simulated
 
 
 def export(
-    source: str | Path | Artifact, form: str, output: str | Path | None = None, *, overwrite: bool = False
+    source: str | Path | Artifact | Simulated, form: str, output: str | Path | None = None, *, overwrite: bool = False
 ) -> list[Path]:
     """Writes a finished run in a further format, into `output` or `<run>/export/<form>`. Returns what was written.
 
@@ -24,23 +26,40 @@ def export(
     """
     exporter: Callable[[Artifact, Path], Path] = resolve("exporters", form)
     output = None if output is None else Path(output)
-    if isinstance(source, Artifact):
+    if isinstance(source, (Artifact, Simulated)):
+        source = source.export() if isinstance(source, Simulated) else source
         if output is None:
-            raise ConfigError("output: needed, as an artifact has no folder of its own")
+            raise ConfigError("output: needed, as what was made in Python has no folder of its own")
         return [exporter(source, _free(output, overwrite))]
     source = Path(source)
     if source.is_file() and source.suffix == ".onnx":
-        artifact = onnx_qdq.from_qdq(onnx_qdq.load(source))
-        return [exporter(artifact, _free(output or source.parent / form, overwrite))]
+        return [exporter(artifact_of(source), _free(output or source.parent / form, overwrite))]
     if source.is_file():
         if not form.startswith("aimet-"):
             raise ConfigError(f"{source}: an encodings file alone can only become aimet-VERSION, not {form!r}")
         folder = _free(output or source.parent / form, overwrite)
         return [aimet_encodings.convert(source, form.removeprefix("aimet-"), folder / source.name)]
-    if not (source / run_folder.QDQ).is_file():
-        raise FileFormatError(f"{source}: holds no {run_folder.QDQ}; give the folder of a finished run")
-    artifact = onnx_qdq.from_qdq(onnx_qdq.load(source / run_folder.QDQ))
-    return [exporter(artifact, _free(output or source / "export" / form, overwrite))]
+    return [exporter(artifact_of(source), _free(output or source / "export" / form, overwrite))]
+
+
+def certificate(source: str | Path | Artifact | Simulated) -> Certificate:
+    """What is proved of a quantized network, layer by layer: `sentence`, `lines`, `proved`, `accumulator_bits`.
+
+    source: a run's folder, a QDQ file, or what `simulate` and its `export` return.
+    Raises FileFormatError for a file that is no quantized network.
+    """
+    if isinstance(source, Simulated):
+        return certify(source.export())
+    return certify(source if isinstance(source, Artifact) else artifact_of(source))
+
+
+def artifact_of(source: str | Path) -> Artifact:
+    """The quantized network in a run's folder or a QDQ file."""
+    path = Path(source)
+    file = path / run_folder.QDQ if path.is_dir() else path
+    if not file.is_file():
+        raise FileFormatError(f"{path}: holds no {run_folder.QDQ}; give the folder of a finished run")
+    return onnx_qdq.from_qdq(onnx_qdq.load(file))
 
 
 def _free(folder: Path, overwrite: bool) -> Path:

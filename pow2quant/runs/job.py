@@ -23,7 +23,7 @@ from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.errors import ConfigError, DataError, ModelError
 from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.export import unwrapped
-from pow2quant.frontends.prepare import is_prepared, prepare
+from pow2quant.frontends.prepare import prepare
 from pow2quant.methods.auto import Trial
 from pow2quant.plugins import resolve
 from pow2quant.reading import Batches, Checked, Signature
@@ -39,19 +39,11 @@ T = TypeVar("T")
 Named = list[tuple[str, Any]]
 
 
-def simulate(
-    network: nn.Module, example: Batch | None = None, plan: QuantPlan | None = None, backend: str = "custom"
-) -> Simulation:
-    """A quantized simulation of a network: prepared, batch norm folded, wrapped by the backend; not yet calibrated.
-
-    network: any traceable module (left unchanged), or what `prepare` returned. example: inputs of one call, (N, …).
-    """
-    if example is None:
-        raise ConfigError("example: needed, inputs of one call such as torch.rand(1, 3, 224, 224)")
-    prepared = network if isinstance(network, fx.GraphModule) and is_prepared(network) else prepare(network, example)
+def simulation_of(prepared: fx.GraphModule, example: Batch, plan: QuantPlan, backend: str) -> Simulation:
+    """The backend's simulation of a prepared network, which stays as it is: batch norm folded, not yet calibrated."""
     be_exact()  # after torch.export, which sets cuDNN's precision
     folded = fold_batch_norm(copy.deepcopy(prepared))
-    sim: Simulation = resolve("backends", backend)(folded, example, plan or QuantPlan.default())
+    sim: Simulation = resolve("backends", backend)(folded, example, plan)
     return sim
 
 
@@ -134,7 +126,7 @@ class Job:
 
     def simulate(self) -> Simulation:
         """The backend's simulation of the prepared network, on the device."""
-        sim = simulate(self.network, self.example, configuration.plan_of(self.config), self.config.backend)
+        sim = simulation_of(self.network, self.example, configuration.plan_of(self.config), self.config.backend)
         sim.model.to(self.device)
         self.model.to(self.device)
         return sim

@@ -7,8 +7,8 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from torch import nn
 
 from pow2quant import config as configuration
 from pow2quant.backends.base import SILENT, Progress
-from pow2quant.config import NONE, Choice, RunConfig
+from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.models import PYTHON
-from pow2quant.plugins import names, resolve
 from pow2quant.progress import Bars
+from pow2quant.runs.chosen import methods_of_argument
 from pow2quant.runs.job import Given
 from pow2quant.runs.result import Result
 from pow2quant.runs.writing import ptq
@@ -72,7 +72,7 @@ def quantize(
 
     Raises Pow2QuantError, one line, for everything that can be fixed.
     """
-    chosen, own = _methods_of(methods)
+    chosen, own = methods_of_argument(methods)
     base = _base(config)
     values = (
         _model_values(model, data) | _bits_of(bits, config) | {"task": task, "ptq.methods": chosen, "target": target}
@@ -150,44 +150,3 @@ def _bits_of(bits: Any, config: Any) -> dict[str, Any]:
         "quantization.output.bitwidth": activation,
         "quantization.input.bitwidth": max(8, activation),
     }
-
-
-def _methods_of(methods: Any) -> tuple[list[Any] | None, list[Any] | None]:
-    """What the configuration says of methods, and the objects that stand in for it where one has no name there."""
-    if methods is None:
-        return None, None
-    if isinstance(methods, (str, Mapping)) or not isinstance(methods, Sequence):
-        methods = [methods]
-    choices = [_choice_of(method) for method in methods]
-    if all(choices):
-        return [{c.name: dict(c.parameters)} for c in choices if c], None
-    made = [
-        each
-        if choice is None
-        else configuration.parameters(resolve("methods", choice.name), choice.parameters, f"methods.{choice.name}")
-        for each, choice in zip(methods, choices, strict=True)
-        if choice != NONE
-    ]
-    return None, made
-
-
-def _choice_of(method: Any) -> Choice | None:
-    """A method by the name under which it is installed; None for an object that has none."""
-    if isinstance(method, str):
-        return Choice(method)
-    if isinstance(method, Choice):
-        return method
-    if isinstance(method, Mapping) and len(method) == 1:
-        ((name, parameters),) = method.items()
-        return Choice(name, dict(parameters or {}))
-    if isinstance(method, type) or not (hasattr(method, "apply") or hasattr(method, "rewrite")):
-        raise ConfigError(
-            f"methods: {method!r} is no method; give a name ({', '.join(sorted(names('methods')))}), "
-            "{name: {parameter: value}}, or an object with apply(simulation, batches)"
-        )
-    place = f"{type(method).__module__}:{type(method).__qualname__}"
-    name = next((name for name, known in names("methods").items() if known == place), None)
-    if name is None or not is_dataclass(method):
-        return None
-    keys = {"bits": "bitwidth"}
-    return Choice(name, {keys.get(f.name, f.name): getattr(method, f.name) for f in fields(method) if f.init})

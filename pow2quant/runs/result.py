@@ -11,9 +11,9 @@ from torch import nn
 
 from pow2quant import run_folder
 from pow2quant.artifact import Agreement, Table
-from pow2quant.backends.base import Simulation
 from pow2quant.report import summary
 from pow2quant.runs import exporting
+from pow2quant.runs.simulating import Simulated
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Result:
     folder: Path
     report: dict[str, Any]
     agreements: tuple[Agreement, ...]
-    simulation: Simulation
+    simulation: Simulated
     keeps: Any = None
 
     @property

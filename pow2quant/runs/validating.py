@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import torch
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from pow2quant import config as configuration
 from pow2quant import datasets, run_folder, targets
 from pow2quant.adapters import aimet_encodings, onnx_qdq
-from pow2quant.artifact import Agreement
-from pow2quant.backends.base import SILENT, Progress
+from pow2quant.artifact import Agreement, Artifact
+from pow2quant.backends.base import SILENT, Progress, inputs
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError, FileFormatError, MissingExtraError, naming
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import names
+from pow2quant.reading import Signature
 from pow2quant.runs.executors import SIMULATION, compared, executors, simulation_executor
-from pow2quant.runs.job import Job, device_of, network_of, simulate
+from pow2quant.runs.job import Job, device_of, network_of, simulation_of
 from pow2quant.runs.reopening import load_parameters
+from pow2quant.runs.result import Result
+from pow2quant.runs.simulating import Simulated
 from pow2quant.saving import scratch
+from pow2quant.sources import data_of
 from pow2quant.validation import ort
-from pow2quant.validation.agreement import compare
+from pow2quant.validation.agreement import Executor, compare
 
 RANDOM_SAMPLES = 64
 """How many random inputs a bare ONNX file is validated on."""
@@ -53,8 +61,9 @@ class Validation:
 
 
 def validate(
-    source: Path,
+    source: str | Path | Artifact | Simulated | Result,
     *,
+    data: Any = None,
     encodings: Path | None = None,
     config: RunConfig | None = None,
     max_batches: int | None = None,
@@ -62,21 +71,43 @@ def validate(
     progress: Progress = SILENT,
     chosen: Sequence[str] = (),
 ) -> Validation:
-    """Runs every executor of a run's folder on its test data, or those of an ONNX file on random inputs.
+    """Runs every executor of a quantized network on the same inputs, and counts the elements in which they differ.
 
-    source: a run's folder, or a QDQ ONNX file (or a float one, with `encodings`). config: in place of the run's own,
-    where its data or its device are elsewhere now. chosen: validators by name, in place of those of the run's target; a
-    file is then compared with the integer engine.
+    source: a run's folder, on its test data or on `data`; a QDQ ONNX file (or a float one, with `encodings`), a run's
+    result, or what `simulate` and its `export` return, on `data` or on random inputs. data: in any form that
+    `quantize` takes. config: in place of the run's own, where its data or its device are elsewhere now. chosen:
+    validators by name, in place of those of the run's target; a file is then compared with the integer engine.
     """
+    if isinstance(source, Result):
+        source = source.simulation
+    if isinstance(source, (Artifact, Simulated)):
+        return _validate_object(source, data, max_batches, seed, progress, chosen)
+    source = Path(source)
     if source.is_dir():
         config = config or configuration.load(source / run_folder.CONFIG)
-        return _validate_run(source, config, encodings, max_batches, progress, chosen)
+        return _validate_run(source, config, encodings, max_batches, progress, chosen, data)
     if config is not None:
         raise ConfigError(f"{source}: a configuration (or a device) is for the folder of a run, not for a file")
     if not source.is_file():
         raise FileFormatError(f"{source}: no such file or folder")
     with naming(source):
-        return _validate_source(source, encodings, max_batches, seed, progress, chosen)
+        return _validate_source(source, encodings, max_batches, seed, progress, chosen, data)
+
+
+def _validate_object(
+    source: Artifact | Simulated,
+    data: Any,
+    limit: int | None,
+    seed: int,
+    progress: Progress,
+    chosen: Sequence[str],
+) -> Validation:
+    """What was made in Python; a simulation takes part itself."""
+    artifact = source if isinstance(source, Artifact) else source.export()
+    with scratch() as folder:
+        file = artifact.save(folder)
+        first = () if isinstance(source, Artifact) else (simulation_executor(source, "custom", torch.device("cpu")),)
+        return _validate_file(file, onnx_qdq.load(file), limit, seed, progress, chosen, data, first)
 
 
 def _validate_source(
@@ -86,6 +117,7 @@ def _validate_source(
     seed: int,
     progress: Progress,
     chosen: Sequence[str] = (),
+    data: Any = None,
 ) -> Validation:
     """An ONNX file, or a float one with its encodings."""
     model = onnx_qdq.load(source)
@@ -104,21 +136,44 @@ def _validate_source(
         if encodings is not None:
             file = folder / run_folder.QDQ
             onnx_qdq.save(model, file)
-        return _validate_file(file, model, max_batches, seed, progress, chosen)
+        return _validate_file(file, model, max_batches, seed, progress, chosen, data)
 
 
 def _validate_file(
-    file: Path, model: ModelProto, max_batches: int | None, seed: int, progress: Progress, chosen: Sequence[str] = ()
+    file: Path,
+    model: ModelProto,
+    max_batches: int | None,
+    seed: int,
+    progress: Progress,
+    chosen: Sequence[str] = (),
+    data: Any = None,
+    first: Sequence[Executor] = (),
 ) -> Validation:
+    """first: what is compared with beside the file's own executors, in front of them."""
     artifact = onnx_qdq.from_qdq(model)
     certificate = certify(artifact)
-    samples = max_batches * ort.BATCH if max_batches else RANDOM_SAMPLES
-    batches = list(ort.random_batches(model, samples, seed))
+    batches = _batches(model, max_batches, seed) if data is None else _own_batches(data, model, max_batches)
     left_out: dict[str, str] = {}
     named = ("engine", *(name for name in chosen if name != "engine")) if chosen else ()
-    reference, *others = executors(file, None, left_out, targets.of(model), named)
+    reference, *others = (*first, *executors(file, None, left_out, targets.of(model), named))
     found = compare(reference, others, progress.track(batches, "comparing", len(batches)), artifact, proof=certificate)
     return Validation(tuple(found), ort.inspect(model), certificate, left_out)
+
+
+def _batches(model: ModelProto, limit: int | None, seed: int) -> list[list[NDArray[Any]]]:
+    """Random inputs."""
+    return list(ort.random_batches(model, limit * ort.BATCH if limit else RANDOM_SAMPLES, seed))
+
+
+def _own_batches(data: Any, model: ModelProto, limit: int | None) -> list[list[NDArray[Any]]]:
+    """The inputs of the user's data; the evaluation part of a pair. Raises DataError for data that do not fit."""
+    names = tuple(value.name for value in model.graph.input)
+    test = (
+        data_of(data, "data", ort.BATCH, ort.BATCH)
+        .with_parts(lambda part: replace(part, signature=Signature(names, len(names))))
+        .test
+    )
+    return [[x.numpy() for x in inputs(batch)] for batch, _ in islice(test, limit)]
 
 
 def _validate_run(
@@ -128,12 +183,13 @@ def _validate_run(
     limit: int | None,
     progress: Progress,
     chosen: Sequence[str] = (),
+    given: Any = None,
 ) -> Validation:
     """Rebuilds the simulation from a configuration and model.safetensors and compares it with the files beside them."""
     parameters, table = run_folder.load_state(folder / run_folder.STATE)
     plain = replace(config, model=replace(config.model, weights=None), data=datasets.resolved(config.data))
     device = device_of(plain.device)
-    job = Job.of(plain, datasets.load(plain.data), network_of(plain), progress, device=device, batches=1)
+    job = Job.of(plain, datasets.load(plain.data, given=given), network_of(plain), progress, device=device, batches=1)
     sim = job.simulate()  # its weights are overwritten
     load_parameters(job.parameters(sim), parameters, folder / run_folder.STATE)
     sim.load(table)
@@ -145,7 +201,7 @@ def _validate_run(
     for backend in names("backends"):
         if backend != config.backend and not chosen:
             try:
-                other = simulate(job.network, job.example, configuration.plan_of(plain), backend)
+                other = simulation_of(job.network, job.example, configuration.plan_of(plain), backend)
             except (MissingExtraError, ConfigError) as error:
                 left_out[f"{backend} {SIMULATION}"] = str(error)
                 continue

@@ -35,6 +35,7 @@ from pow2quant.runs.judging import change_of, judge
 from pow2quant.runs.pixels import take_bytes
 from pow2quant.runs.result import Result
 from pow2quant.runs.scores import FLOAT, Scores
+from pow2quant.runs.simulating import Simulated
 from pow2quant.validation import latency, ort
 
 PATIENCE = 200_000_000_000
@@ -63,7 +64,7 @@ def ptq(
         report["ptq_accuracy"] = report["final_accuracy"]
         report["duration_seconds"] = round(time.monotonic() - started, 2)
         write_report(folder, report)
-    return Result(output, report, tuple(agreements), sim)
+    return Result(output, report, tuple(agreements), Simulated(sim, job.example))
 
 
 def quantized(config: RunConfig, progress: Progress, given: Given = NOTHING) -> tuple[Job, Simulation, list[str]]:

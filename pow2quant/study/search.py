@@ -23,7 +23,7 @@ from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.logits.paired import wilson
 from pow2quant.report import summary
-from pow2quant.runs import Job, Result, finish, write_report
+from pow2quant.runs import Job, Result, Simulated, finish, write_report
 from pow2quant.runs.chains import fixed, with_chain
 from pow2quant.runs.choosing import decided
 from pow2quant.saving import write
@@ -78,7 +78,10 @@ def search(config: RunConfig, output: Path, *, overwrite: bool = False, progress
         report["duration_seconds"] = round(time.monotonic() - started, 2)
         write_report(folder, report)
     return Found(
-        Result(output, report, tuple(agreements), sim), chosen, tuple(work.points.values()), document["layers"]
+        Result(output, report, tuple(agreements), Simulated(sim, job.example)),
+        chosen,
+        tuple(work.points.values()),
+        document["layers"],
     )
 
 
