@@ -1,12 +1,14 @@
 """The integer definitions of functions that are not sums of products, and how an ONNX node says which one it has.
 
 A node of an artifact that bears a definition (`mark`, `definition`) means these integers, in every executor: the
-simulation, the nodes of a QDQ file that `adapters/exact.py` writes in its place, the engine and C. Results are integers
-in units of 2^-`FINE`, at most 2^24, so that float32 holds them; an ordinary requantization follows.
+simulation, the nodes of a QDQ file that `adapters/exact.py` writes in its place, the engine and C. Results of Softmax
+and the norms are integers of at most 2^24, so that float32 holds them, and an ordinary requantization follows; a table
+holds the codes themselves.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -199,9 +201,59 @@ def _farthest(encoding: Encoding) -> int:
     return max(int(encoding.grid.qmax) - zero, zero - int(encoding.grid.qmin))
 
 
-Definition = Softmax | Norm
+Ends = tuple[int, int, int, int]
+"""What a table knows of an encoding: exponent, zero point, least and largest code."""
 
-KINDS: dict[str, type[Softmax] | type[Norm]] = {"softmax": Softmax, "norm": Norm}
+
+@dataclass(frozen=True)
+class Lookup:
+    """A function of one tensor, element by element: for every code of the input the result's.
+
+    source, result: the encodings between which it holds. codes: how far each result is above the least code, 16 bits
+    each, least significant byte first, in base64. They are stored and never computed again: libraries differ in the
+    last bits of exp or erf, and a rounding beside a tie would move.
+    """
+
+    source: Ends
+    result: Ends
+    codes: str
+
+    @classmethod
+    def of(cls, source: Encoding, result: Encoding, values: Floats) -> Lookup:
+        """values: the function of `source`'s real values, from the least code on."""
+        above = result.quantize(values) - int(result.grid.qmin)
+        return cls(_ends(source), _ends(result), base64.b64encode(above.astype("<u2").tobytes()).decode())
+
+    def fits(self, source: Encoding, result: Encoding) -> bool:
+        """Whether it is a table between these encodings."""
+        ends = accepts(source) and accepts(result) and (_ends(source), _ends(result)) == (self.source, self.result)
+        above = self._above()
+        codes = self.source[3] - self.source[2] + 1
+        return ends and len(above) == codes and int(above.max(initial=0)) <= self.result[3] - self.result[2]
+
+    def results(self) -> Ints:
+        """The result's codes, from the input's least code on."""
+        return self._above() + self.result[2]
+
+    def values(self) -> Floats:
+        """The results as real values."""
+        return np.ldexp((self.results() - self.result[1]).astype(np.float32), self.result[0])
+
+    def _above(self) -> Ints:
+        try:
+            return np.frombuffer(base64.b64decode(self.codes, validate=True), "<u2").astype(np.int64)
+        except ValueError:
+            return np.zeros(0, np.int64)
+
+
+def _ends(encoding: Encoding) -> Ends:
+    grid = encoding.grid
+    return int(encoding.exponent), int(encoding.zero_point), int(grid.qmin), int(grid.qmax)
+
+
+Definition = Softmax | Norm | Lookup
+
+KINDS: dict[str, type[Softmax] | type[Norm] | type[Lookup]] = {"softmax": Softmax, "norm": Norm, "lookup": Lookup}
 """The definitions by the name that they have in a file."""
 
 

@@ -1,5 +1,6 @@
 """Functions with an integer definition, against exact arithmetic, on every executor, and what is proved of them."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -15,8 +16,9 @@ from torch import nn
 from pow2quant import QuantPlan, simulate
 from pow2quant.adapters import onnx_qdq
 from pow2quant.backends import aimet
+from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends import modules as m
-from pow2quant.functions import KEY, Norm, Softmax, definition, mark
+from pow2quant.functions import KEY, Lookup, Norm, Softmax, definition, mark
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.lower import lower
 from pow2quant.integer.run import run
@@ -358,3 +360,68 @@ def test_norms_beyond_the_conditions_are_not_proved():
     other = replace(wide, shape=(2048,), gamma=wide.gamma[:2048], beta=wide.beta[:2048])
     assert "of shape" in certify(norm_network(other, (4096,), encoding(-8), encoding(-4))).layers[0].reason
     assert Norm.of((4,), 0, True, 1e-5, np.float32([1, np.inf, 1, 1]), np.zeros(4, np.float32)) is None
+
+
+def activation(module, width=6):
+    sketch = Sketch("x")
+    return sketch.network(sketch("f", module, sketch("front", nn.Linear(8, width), *sketch.inputs)), torch.randn(2, 8))
+
+
+FUNCTIONS = [m.GELU(), m.SiLU(), m.Tanh(), m.Exp(0.5), m.LeakyReLU(0.1), m.Hardsigmoid(), m.Compare("Greater", 0.1)]
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("module", FUNCTIONS, ids=lambda f: type(f).__name__)
+def test_a_function_is_one_table_everywhere(module, bits, tmp_path):
+    torch.manual_seed(0)
+    batches = [(torch.randn(n, 8),) for n in (2, 64, 512)]
+    sim = simulate(activation(module), batches[0], QuantPlan.default(activation_bits=bits))
+    sim.calibrate(batches[:-1])
+    artifact = sim.export(batches[0])
+    (node,) = [n for n in artifact.model.graph.node if definition(n)]
+    x, y = artifact.encodings["front.output"], artifact.encodings["f.output"]
+    assert definition(node).fits(x, y)
+    (layer,) = [layer for layer in certify(artifact).layers if layer.node == "f"]
+    assert layer.proved
+    codes = np.arange(int(x.grid.qmin), int(x.grid.qmax) + 1)
+    assert np.array_equal(definition(node).results(), y.quantize(module.plain(torch.from_numpy(x.dequantize(codes)))))
+    found = outcome(activation(module), batches, tmp_path, bits)
+    assert {value for name, value in found.items() if name != "proved"} == {0}
+
+
+def table_network(values, x=None, y=None):
+    x, y = x or encoding(-4, 128), y or encoding(-3, 100)
+    g = Graph()
+    g.node("Tanh", "t", [g.input("x", (3,), x)], y)
+    artifact = g.artifact("t.output")
+    mark(artifact.model.graph.node[0], Lookup.of(encoding(-4, 128), encoding(-3, 100), values))
+    return artifact
+
+
+def test_a_table_holds_whatever_it_says():
+    values = np.random.default_rng(0).normal(0, 5, 256).astype(np.float32)
+    artifact = table_network(values)
+    assert certify(artifact).proved
+    codes = np.arange(256, dtype=np.uint8)[:255].reshape(-1, 3)
+    found = agreed_codes(artifact, codes)
+    assert np.array_equal(found, encoding(-3, 100).quantize(values)[codes])
+    back = onnx_qdq.from_qdq(onnx_qdq.to_qdq(artifact))
+    assert list(back.model.graph.node) == list(artifact.model.graph.node)
+
+
+@pytest.mark.parametrize("change", [{"x": encoding(-5, 128)}, {"y": encoding(-3, 102)}, {"x": encoding(-4, 8, 4)}])
+def test_a_table_between_other_encodings_is_not_used(change):
+    values = np.zeros(256, np.float32)
+    artifact = table_network(values, **change)
+    assert not certify(artifact).proved
+    assert "Gather" not in [n.op_type for n in onnx_qdq.to_qdq(artifact).graph.node]
+    with pytest.raises(UnsupportedModelError, match="other encodings"):
+        lower(artifact)
+
+
+@pytest.mark.parametrize("codes", ["", "AA==", "!"])
+def test_a_table_that_is_no_table_is_not_used(codes):
+    artifact = table_network(np.zeros(256, np.float32))
+    entry = artifact.model.graph.node[0].metadata_props[0]
+    entry.value = json.dumps(json.loads(entry.value) | {"codes": codes})
+    assert not certify(artifact).proved

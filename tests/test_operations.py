@@ -98,8 +98,8 @@ torch.manual_seed(0)
 MASK = torch.rand(1, 1, 6, 6) > 0.5
 CAUSAL = torch.triu(torch.full((6, 6), -torch.inf), 1)
 ON_MAPS = [
-    *(nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-1, 2), m.Sigmoid(), m.Tanh(), nn.Hardsigmoid(), m.HardSwish(), m.SiLU()),
-    *(m.GELU(), m.ELU(), nn.LeakyReLU(0.1), nn.PReLU(8), m.Scale(0.7, -0.2), m.Masked(MASK, 0.0), m.Masked(MASK, -3)),
+    *(nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-1, 2), m.Sigmoid(), m.Tanh(), m.Hardsigmoid(), m.HardSwish(), m.SiLU()),
+    *(m.GELU(), m.ELU(), m.LeakyReLU(0.1), nn.PReLU(8), m.Scale(0.7, -0.2), m.Masked(MASK, 0.0), m.Masked(MASK, -3)),
     *(m.Sum((2, 3), keepdim=False), m.Sum((1,), keepdim=True), m.Mean((1,), keepdim=True)),
     *(m.Largest((2, 3), keepdim=False), m.Largest((1,), keepdim=True), m.Least((2,), keepdim=False)),
     *(m.LogSumExp((1,), keepdim=False), m.Product((1,), keepdim=False), m.Variance((2, 3), keepdim=False)),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from pow2quant.functions import DEPTH, FINE, RECIPROCAL, Definition, Norm, Softmax, definition, region
+from pow2quant.functions import DEPTH, FINE, RECIPROCAL, Definition, Lookup, Norm, Softmax, definition, region
 from pow2quant.graphs import GraphIndex
 
 if TYPE_CHECKING:
@@ -136,6 +136,8 @@ class _Expansion:
         nodes, source = region(index, table, node)
         if not source:
             return None
+        if isinstance(defined, Lookup) and not defined.fits(table[source], table[node.output[0]]):
+            return None
         private = [t for t in index.graph.initializer if _is_private(index, t.name, nodes)]
         made = cls(node.output[0], GraphProto(node=nodes, initializer=private))
         WRITERS[type(defined)](made, defined, source, table[source])
@@ -215,5 +217,16 @@ def _norm(f: _Expansion, defined: Norm, x: str, encoding: Encoding) -> None:
     f("Cast", f("Mul", y, number(2.0**-defined.fine)), to=TensorProto.FLOAT)
 
 
-WRITERS: dict[type[Definition], Callable[[_Expansion, Any, str, Encoding], None]] = {Softmax: _softmax, Norm: _norm}
+def _lookup(f: _Expansion, defined: Lookup, x: str, encoding: Encoding) -> None:
+    index = f("Mul", x, f.constant(np.float32(math.ldexp(1, -int(encoding.exponent)))))
+    if least := int(encoding.zero_point) - int(encoding.grid.qmin):
+        index = f("Add", index, f.constant(np.float32(least)))
+    f("Gather", f.constant(defined.values()), f("Cast", index, to=TensorProto.INT32), axis=0)
+
+
+WRITERS: dict[type[Definition], Callable[[_Expansion, Any, str, Encoding], None]] = {
+    Softmax: _softmax,
+    Norm: _norm,
+    Lookup: _lookup,
+}
 """What writes each definition: the last node's result is the function's."""

@@ -46,7 +46,7 @@ def to_artifact(
                 source, result = (table[site.name] for site in placement.exact[node.name])
                 module: Any = _current(network.get_submodule(str(node.target)), node, parameter)
                 shape = tuple(int(d) for d in node.args[0].meta["shape"])
-                defined = module.definition(shape, source, result.grid.width) if accepts(source) else None
+                defined = module.definition(shape, source, result) if accepts(source) else None
                 if defined is not None:
                     mark(graph.nodes[-1], defined)
         site = placement.carried[node.name]

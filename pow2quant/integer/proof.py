@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from pow2quant import targets
-from pow2quant.functions import FINE, Definition, Norm, Softmax, accepts, definition, region
+from pow2quant.functions import FINE, Definition, Lookup, Norm, Softmax, accepts, definition, region
 from pow2quant.graphs import GraphIndex
 from pow2quant.integer.lattice import FLOAT32_EXACT, Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute
@@ -486,6 +486,11 @@ def _defined(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     if shape is None:
         raise NotProvedError(f"the shape of {source} is not known")
     assert defined is not None
+    if isinstance(defined, Lookup):
+        if not defined.fits(tensors.encodings[source], tensors.encodings[node.output[0]]):
+            raise NotProvedError("its table is one between other encodings")
+        result = Lattice.of_encoding(tensors.encodings[node.output[0]], None)
+        return result, result
     accumulator = CONDITIONS[type(defined)](defined, shape, tensors.encodings[source])
     return accumulator, accumulator
 

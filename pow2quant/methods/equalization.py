@@ -33,7 +33,7 @@ MARGIN = 0.25
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear, *TRANSPOSED)
-PASSES = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, m.NearestUpsample)
+PASSES = (nn.ReLU, m.LeakyReLU, nn.PReLU, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, m.NearestUpsample)
 """f(s x) = s f(x) for every s > 0 per channel."""
 
 

@@ -43,7 +43,9 @@ from pow2quant.frontends.modules.functions import (
     Exp,
     Floor,
     FloorDivide,
+    Hardsigmoid,
     HardSwish,
+    LeakyReLU,
     Log,
     LogSigmoid,
     Mish,
@@ -119,8 +121,10 @@ __all__ = [
     "FloorDivide",
     "GroupNorm",
     "HardSwish",
+    "Hardsigmoid",
     "Largest",
     "LayerNorm",
+    "LeakyReLU",
     "Least",
     "LocalResponseNorm",
     "Log",
@@ -175,7 +179,9 @@ __all__ = [
 ]
 
 EXACT: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Hardsigmoid: Hardsigmoid,
     nn.Hardswish: HardSwish,
+    nn.LeakyReLU: LeakyReLU,
     nn.Sigmoid: Sigmoid,
     nn.Tanh: Tanh,
     nn.SiLU: SiLU,

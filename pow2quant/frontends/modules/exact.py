@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pow2quant.functions import Definition, accepts
+from pow2quant.functions import Definition, Lookup, accepts
 from pow2quant.pow2_constraints import Encoding
 
 
@@ -35,7 +36,7 @@ class Exact(nn.Module):
         encoding, target = (None, None) if self.ends is None else (end.encoding for end in self.ends)
         if encoding is None or target is None or not accepts(encoding):
             return self.plain(x)
-        defined = self.definition(tuple(x.shape), encoding, target.grid.width)
+        defined = self.definition(tuple(x.shape), encoding, target)
         if defined is None:
             return self.plain(x)
         with torch.no_grad():
@@ -49,8 +50,8 @@ class Exact(nn.Module):
             result = plain if defined is None else _Replaced.apply(plain, result)
         return result
 
-    def definition(self, shape: tuple[int, ...], encoding: Encoding, bits: int) -> Definition | None:
-        """The definition for an input of this shape and encoding and a result of so many bits; None: there is none."""
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> Definition | None:
+        """The definition for an input of this shape and encoding and a result with `target`; None: there is none."""
         raise NotImplementedError
 
     def plain(self, x: Tensor) -> Tensor:
@@ -60,6 +61,40 @@ class Exact(nn.Module):
     def integers(self, codes: Tensor, defined: Any, encoding: Encoding) -> Tensor:
         """The definition's result as real values; codes: integers in units of the encoding's scale, in float64."""
         raise NotImplementedError
+
+
+class Function(Exact):
+    """A function of one tensor, element by element: rounded once from float64, or a table (`pow2quant.functions`)."""
+
+    _known: tuple[Encoding, Encoding, Lookup] | None = None
+
+    def plain(self, x: Tensor) -> Tensor:
+        return self.compute(x.double()).to(x.dtype)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The function of a float64 tensor."""
+        raise NotImplementedError
+
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> Lookup | None:
+        """See `Exact.definition`."""
+        if not accepts(target):
+            return None
+        if self._known is None or self._known[0] is not encoding or self._known[1] is not target:
+            grid = encoding.grid
+            real = encoding.dequantize(np.arange(int(grid.qmin), int(grid.qmax) + 1))
+            with torch.no_grad():
+                values = self.plain(torch.from_numpy(real)).numpy()
+            self._known = encoding, target, Lookup.of(encoding, target, values)
+        return self._known[2]
+
+    def integers(self, codes: Tensor, defined: Lookup, encoding: Encoding) -> Tensor:
+        """See `Exact.integers`."""
+        table = torch.from_numpy(defined.values()).to(codes.device)
+        least = int(encoding.grid.qmin) - int(encoding.zero_point)
+        return table[(codes.long() - least).clamp_(0, len(table) - 1)]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v}" for k, v in vars(self).items() if k != "training" and not k.startswith("_"))
 
 
 class _Replaced(torch.autograd.Function):

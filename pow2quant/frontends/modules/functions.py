@@ -8,190 +8,203 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pow2quant.frontends.modules.rounded import TINY, Rounded, nonzero, single
+from pow2quant.frontends.modules.exact import Function
+from pow2quant.frontends.modules.rounded import TINY, nonzero, single
 
 
-class HardSwish(nn.Module):
+class HardSwish(Function):
     """x * clip(x / 6 + 1/2, 0, 1) in the order of ONNX HardSwish-14, to the last bit of float32."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         return x * torch.clamp(x * float(np.float32(1 / 6)) + 0.5, 0, 1)
 
 
-class Sigmoid(nn.Sigmoid):
-    """Rounded once from float64."""
+class Sigmoid(Function, nn.Sigmoid):
+    """Rounded once from float64, or a table."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.double()).to(input.dtype)
-
-
-class Tanh(nn.Tanh):
-    """Rounded once from float64."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.double()).to(input.dtype)
+    def compute(self, x: Tensor) -> Tensor:
+        return nn.Sigmoid.forward(self, x)
 
 
-class SiLU(nn.SiLU):
-    """x * sigmoid(x), rounded once from float64."""
+class Tanh(Function, nn.Tanh):
+    """Rounded once from float64, or a table."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        x = input.double()
-        return (x * torch.sigmoid(x)).to(input.dtype)
-
-
-class GELU(nn.GELU):
-    """Rounded once from float64."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.double()).to(input.dtype)
+    def compute(self, x: Tensor) -> Tensor:
+        return nn.Tanh.forward(self, x)
 
 
-class ELU(nn.ELU):
-    """Rounded once from float64."""
+class SiLU(Function, nn.SiLU):
+    """x * sigmoid(x), rounded once from float64, or a table."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        x = input.double()
-        return torch.where(x > 0, x, self.alpha * (torch.exp(x) - 1)).to(input.dtype)
+    def compute(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
 
 
-class Abs(nn.Module):
+class GELU(Function, nn.GELU):
+    """Rounded once from float64, or a table."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        return nn.GELU.forward(self, x)
+
+
+class ELU(Function, nn.ELU):
+    """Rounded once from float64, or a table."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        return torch.where(x > 0, x, self.alpha * (torch.exp(x) - 1))
+
+
+class LeakyReLU(Function, nn.LeakyReLU):
+    """x, or negative_slope * x where it is negative, or a table."""
+
+    def plain(self, x: Tensor) -> Tensor:
+        return nn.LeakyReLU.forward(self, x)
+
+
+class Hardsigmoid(Function, nn.Hardsigmoid):
+    """clip(x / 6 + 1/2, 0, 1), or a table."""
+
+    def plain(self, x: Tensor) -> Tensor:
+        return nn.Hardsigmoid.forward(self, x)
+
+
+class Abs(Function):
     """|x|."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         return x.abs()
 
 
-class Sqrt(Rounded):
+class Sqrt(Function):
     """The square root; that of a negative number is 0."""
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return torch.sqrt(x.clamp(min=0))
 
 
-class Rsqrt(Rounded):
+class Rsqrt(Function):
     """1 / sqrt(x); of what is not positive, that of a tiny number."""
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return 1 / torch.sqrt(x.clamp(min=TINY))
 
 
-class Reciprocal(Rounded):
+class Reciprocal(Function):
     """1 / x."""
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return 1 / nonzero(x)
 
 
-class Exp(Rounded):
+class Exp(Function):
     """exp(factor * x)."""
 
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
         self.factor = single(factor)
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return torch.exp(x * self.factor)
 
 
-class Log(Rounded):
+class Log(Function):
     """factor * log(x + offset); of what is not positive, that of a tiny number."""
 
     def __init__(self, factor: float = 1.0, offset: float = 0.0) -> None:
         super().__init__()
         self.factor, self.offset = single(factor), single(offset)
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return torch.log((x + self.offset).clamp(min=TINY)) * self.factor
 
 
-class Pow(Rounded):
+class Pow(Function):
     """x ** exponent; with an exponent that is no integer, negative numbers count as 0."""
 
     def __init__(self, exponent: float) -> None:
         super().__init__()
         self.exponent = single(exponent)
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         x = x if self.exponent.is_integer() else x.clamp(min=0)
         return torch.pow(nonzero(x) if self.exponent < 0 else x, self.exponent)
 
 
-class Sin(Rounded):
+class Sin(Function):
     """sin(x)."""
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return torch.sin(x)
 
 
-class Cos(Rounded):
+class Cos(Function):
     """cos(x)."""
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return torch.cos(x)
 
 
-class Erf(Rounded):
+class Erf(Function):
     """The error function."""
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return torch.erf(x)
 
 
-class Sign(nn.Module):
+class Sign(Function):
     """-1, 0 or 1."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         return torch.sign(x)
 
 
-class Floor(nn.Module):
+class Floor(Function):
     """The largest integer that is not larger."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         return torch.floor(x)
 
 
-class Ceil(nn.Module):
+class Ceil(Function):
     """The least integer that is not less."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         return torch.ceil(x)
 
 
-class Round(nn.Module):
+class Round(Function):
     """The nearest integer, halves to even."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         return torch.round(x)
 
 
-class FloorDivide(Rounded):
+class FloorDivide(Function):
     """floor(x / divisor)."""
 
     def __init__(self, divisor: float) -> None:
         super().__init__()
         self.divisor = single(divisor)
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return torch.floor(x / self.divisor)
 
 
 class Remainder(FloorDivide):
     """x - divisor * floor(x / divisor), with the divisor's sign."""
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return x - super().compute(x) * self.divisor
 
 
-class Softplus(Rounded):
+class Softplus(Function):
     """log(1 + exp(beta * x)) / beta."""
 
     def __init__(self, beta: float = 1.0) -> None:
         super().__init__()
         self.beta = single(beta)
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return softplus(x * self.beta) / self.beta
 
 
@@ -200,42 +213,42 @@ def softplus(x: Tensor) -> Tensor:
     return x.clamp(min=0) + torch.log(1 + torch.exp(-x.abs()))
 
 
-class LogSigmoid(Rounded):
+class LogSigmoid(Function):
     """log(sigmoid(x))."""
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return -softplus(-x)
 
 
-class Mish(Rounded):
+class Mish(Function):
     """x * tanh(log(1 + exp(x)))."""
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return x * torch.tanh(softplus(x))
 
 
-class Softsign(Rounded):
+class Softsign(Function):
     """x / (1 + |x|)."""
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return x / (1 + x.abs())
 
 
-class Tanhshrink(Rounded):
+class Tanhshrink(Function):
     """x - tanh(x)."""
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         return x - torch.tanh(x)
 
 
-class ScaledELU(Rounded):
+class ScaledELU(Function):
     """scale * (x where it is positive, else alpha * (exp(x / width) - 1)): SELU, CELU and ELU with three numbers."""
 
     def __init__(self, scale: float, alpha: float, width: float = 1.0) -> None:
         super().__init__()
         self.scale, self.alpha, self.width = single(scale), single(alpha), single(width)
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def compute(self, x: Tensor) -> Tensor:
         negative = (torch.exp(x.clamp(max=0) / self.width) - 1) * self.alpha
         return (x.clamp(min=0) + negative) * self.scale
 
@@ -251,14 +264,14 @@ class Softshrink(nn.Module):
         return x - x.clamp(-self.bound, self.bound)
 
 
-class Threshold(nn.Module):
+class Threshold(Function):
     """x where it, or its magnitude, is larger than `threshold`, else `value`."""
 
     def __init__(self, threshold: float, value: float, magnitude: bool = False) -> None:
         super().__init__()
         self.threshold, self.value, self.magnitude = single(threshold), single(value), magnitude
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         return torch.where((x.abs() if self.magnitude else x) > self.threshold, x, self.value)
 
     def extra_repr(self) -> str:
@@ -279,14 +292,14 @@ class Clamp(nn.Module):
         return f"low={self.low}, high={self.high}"
 
 
-class Compare(nn.Module):
+class Compare(Function):
     """1 where x is larger, less, … than `number`, else 0. relation: ONNX's name of a comparison."""
 
     def __init__(self, relation: str, number: float) -> None:
         super().__init__()
         self.relation, self.number = relation, single(number)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         return RELATIONS[self.relation](x, self.number).to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -41,12 +41,12 @@ class Softmax(Exact, nn.Softmax):
     def plain(self, x: Tensor) -> Tensor:
         return nn.Softmax.forward(self, x.double()).to(x.dtype)
 
-    def definition(self, shape: tuple[int, ...], encoding: Encoding, bits: int) -> functions.Softmax | None:
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> functions.Softmax | None:
         """See `Exact.definition`."""
         if self.dim is None or self.dim % len(shape) == 0:
             return None
         axis = self.dim % len(shape) - len(shape)
-        return functions.Softmax.of(axis, shape[axis], bits)
+        return functions.Softmax.of(axis, shape[axis], target.grid.width)
 
     def integers(self, codes: Tensor, defined: functions.Softmax, encoding: Encoding) -> Tensor:
         """See `Exact.integers`."""
@@ -97,7 +97,7 @@ class LayerNorm(ExactNorm, nn.LayerNorm):
         eps = float(np.float32(self.eps))
         return F.layer_norm(x.double(), self.normalized_shape, weight, bias, eps).to(x.dtype)
 
-    def definition(self, shape: tuple[int, ...], encoding: Encoding, bits: int) -> functions.Norm | None:
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> functions.Norm | None:
         """See `Exact.definition`."""
         if len(shape) <= len(self.normalized_shape):
             return None
@@ -132,7 +132,7 @@ class MaskedSoftmax(Exact):
         scores = scores if self.mask is None else scores + self.mask.double()
         return torch.softmax(scores, self.dim).to(x.dtype)
 
-    def definition(self, shape: tuple[int, ...], encoding: Encoding, bits: int) -> functions.Softmax | None:
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> functions.Softmax | None:
         """See `Exact.definition`."""
         axis = self.dim % len(shape) - len(shape)
         if axis == -len(shape) or self.factor <= 0:
@@ -145,7 +145,7 @@ class MaskedSoftmax(Exact):
                 return None
             if not np.broadcast_to(keep, (1,) * max(0, len(shape) - keep.ndim) + keep.shape).any(axis).all():
                 return None
-        return functions.Softmax.of(axis, shape[axis], bits, self.factor, keep)
+        return functions.Softmax.of(axis, shape[axis], target.grid.width, self.factor, keep)
 
     def integers(self, codes: Tensor, defined: functions.Softmax, encoding: Encoding) -> Tensor:
         """See `Exact.integers`."""
@@ -184,7 +184,7 @@ class RMSNorm(ExactNorm, nn.RMSNorm):
     def _epsilon(self) -> float:
         return torch.finfo(torch.float32).eps if self.eps is None else self.eps
 
-    def definition(self, shape: tuple[int, ...], encoding: Encoding, bits: int) -> functions.Norm | None:
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> functions.Norm | None:
         """See `Exact.definition`."""
         if len(shape) <= len(self.normalized_shape):
             return None
@@ -198,7 +198,7 @@ class GroupNorm(ExactNorm, nn.GroupNorm):
     (n x - S) / sqrt(n Q - S^2 + n^2 eps) * weight + bias, with the n values of each group of channels.
     """
 
-    def definition(self, shape: tuple[int, ...], encoding: Encoding, bits: int) -> functions.Norm | None:
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> functions.Norm | None:
         """See `Exact.definition`."""
         return self._definition(tuple(shape[1:]), self.num_groups, True, self.eps, self.num_channels, encoding)
 

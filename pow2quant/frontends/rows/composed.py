@@ -79,36 +79,45 @@ def _compare(f: Formula, module: m.Compare, x: str) -> str:
 
 
 ROWS: Rows = {
-    m.Abs: Operator("Abs", plain("Abs"), integers=True),
-    m.Sign: Operator("Sign", plain("Sign"), integers=True),
-    m.Floor: Operator("Floor", plain("Floor"), integers=True),
-    m.Ceil: Operator("Ceil", plain("Ceil"), integers=True),
-    m.Round: Operator("Round", plain("Round"), integers=True),
-    m.Sin: Operator("Sin", plain("Sin"), integers=True),
-    m.Cos: Operator("Cos", plain("Cos"), integers=True),
-    m.Erf: Operator("Erf", plain("Erf"), integers=True),
-    m.Exp: Operator("Exp", formula(lambda f, module, x: f("Exp", times(f, x, module.factor))), integers=True),
-    m.Log: Operator("Log", formula(_log), integers=True),
-    m.Pow: Operator("Pow", formula(_pow), integers=True),
-    m.Sqrt: Operator("Sqrt", formula(lambda f, module, x: f("Sqrt", not_below(f, x, 0))), integers=True),
-    m.Rsqrt: Operator("Div", formula(_rsqrt), integers=True),
-    m.Reciprocal: Operator("Div", formula(lambda f, module, x: f("Div", f.number(1), nonzero(f, x))), integers=True),
-    m.FloorDivide: Operator("Floor", formula(_floor_divide), integers=True),
-    m.Remainder: Operator("Sub", formula(_remainder), integers=True),
+    m.Abs: Operator("Abs", plain("Abs"), integers=True, proved=True),
+    m.Sign: Operator("Sign", plain("Sign"), integers=True, proved=True),
+    m.Floor: Operator("Floor", plain("Floor"), integers=True, proved=True),
+    m.Ceil: Operator("Ceil", plain("Ceil"), integers=True, proved=True),
+    m.Round: Operator("Round", plain("Round"), integers=True, proved=True),
+    m.Sin: Operator("Sin", plain("Sin"), integers=True, proved=True),
+    m.Cos: Operator("Cos", plain("Cos"), integers=True, proved=True),
+    m.Erf: Operator("Erf", plain("Erf"), integers=True, proved=True),
+    m.Exp: Operator(
+        "Exp", formula(lambda f, module, x: f("Exp", times(f, x, module.factor))), integers=True, proved=True
+    ),
+    m.Log: Operator("Log", formula(_log), integers=True, proved=True),
+    m.Pow: Operator("Pow", formula(_pow), integers=True, proved=True),
+    m.Sqrt: Operator("Sqrt", formula(lambda f, module, x: f("Sqrt", not_below(f, x, 0))), integers=True, proved=True),
+    m.Rsqrt: Operator("Div", formula(_rsqrt), integers=True, proved=True),
+    m.Reciprocal: Operator(
+        "Div", formula(lambda f, module, x: f("Div", f.number(1), nonzero(f, x))), integers=True, proved=True
+    ),
+    m.FloorDivide: Operator("Floor", formula(_floor_divide), integers=True, proved=True),
+    m.Remainder: Operator("Sub", formula(_remainder), integers=True, proved=True),
     m.Softplus: Operator(
         "Div",
         formula(lambda f, module, x: f("Div", _softplus(f, times(f, x, module.beta)), f.number(module.beta))),
         integers=True,
+        proved=True,
     ),
-    m.LogSigmoid: Operator("Neg", formula(lambda f, module, x: f("Neg", _softplus(f, f("Neg", x)))), integers=True),
-    m.Mish: Operator("Mul", formula(lambda f, module, x: f("Mul", x, f("Tanh", _softplus(f, x)))), integers=True),
+    m.LogSigmoid: Operator(
+        "Neg", formula(lambda f, module, x: f("Neg", _softplus(f, f("Neg", x)))), integers=True, proved=True
+    ),
+    m.Mish: Operator(
+        "Mul", formula(lambda f, module, x: f("Mul", x, f("Tanh", _softplus(f, x)))), integers=True, proved=True
+    ),
     m.Softsign: Operator(
-        "Div", formula(lambda f, module, x: f("Div", x, f("Add", f("Abs", x), f.number(1)))), integers=True
+        "Div", formula(lambda f, module, x: f("Div", x, f("Add", f("Abs", x), f.number(1)))), integers=True, proved=True
     ),
-    m.Tanhshrink: Operator("Sub", formula(lambda f, module, x: f("Sub", x, f("Tanh", x))), integers=True),
-    m.ScaledELU: Operator("Mul", formula(_scaled_elu), integers=True),
+    m.Tanhshrink: Operator("Sub", formula(lambda f, module, x: f("Sub", x, f("Tanh", x))), integers=True, proved=True),
+    m.ScaledELU: Operator("Mul", formula(_scaled_elu), integers=True, proved=True),
     m.Softshrink: Operator("Sub", formula(_softshrink), integers=True, proved=True),
-    m.Threshold: Operator("Where", formula(_threshold), integers=True),
+    m.Threshold: Operator("Where", formula(_threshold), integers=True, proved=True),
     m.Clamp: Operator("Clip", formula(_clamp), integers=True, proved=True),
-    m.Compare: Operator("Cast", formula(_compare), integers=True),
+    m.Compare: Operator("Cast", formula(_compare), integers=True, proved=True),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pow2quant.functions import Definition, Norm, Softmax
+from pow2quant.functions import Definition, Lookup, Norm, Softmax
 from pow2quant.integer.ops import (
     average,
     convolution,
@@ -21,6 +21,7 @@ from pow2quant.integer.ops import (
     product,
     softmax,
     sum,
+    table,
     view,
 )
 
@@ -72,5 +73,6 @@ LOWER: dict[str, Lower] = {
 LOWER_DEFINED: dict[type[Definition], Callable[[Lowering, onnx.NodeProto, Any], None]] = {
     Softmax: softmax.lower,
     Norm: norm.lower,
+    Lookup: table.lower_defined,
 }
 """What lowers a node that bears an integer definition."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pow2quant import functions
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.nodes import attribute, title
 from pow2quant.operators import OPERATIONS, Double
@@ -70,6 +71,14 @@ class Table:
     def work(self, program: Program) -> int:
         """See `Step.work`."""
         return program.tensors[self.output].size
+
+
+def lower_defined(graph: Lowering, node: onnx.NodeProto, defined: functions.Lookup) -> None:
+    """A node that bears a table. Raises UnsupportedModelError where it is one between other encodings."""
+    x, target = graph.defined_input(node), graph.declare(node.output[0])
+    if not defined.fits(x.encoding, target.encoding):
+        raise UnsupportedModelError(f"{title(node)}: its table is one between other encodings")
+    graph.steps.append(Table(node.name or target.name, (x.name,), target.name, defined.results()))
 
 
 def lower_function(graph: Lowering, node: onnx.NodeProto, core: onnx.NodeProto, low: float, high: float) -> None:
