@@ -336,7 +336,7 @@ def broken(change):
         ("free scale", NotPowerOfTwoError, "w: scale 0.3"),
         ("off grid", EncodingError, "w: 6 values are off its grid"),
         ("softmax", UnsupportedModelError, "Softmax s: has no integers"),
-        ("batch", UnsupportedModelError, "Transpose t: moves the batch"),
+        ("batch", UnsupportedModelError, "t.output: its first dimension is not the batch"),
     ],
 )
 def test_what_has_no_integers_is_named(change, error, text):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from pow2quant.artifact import takes_pixels
 from pow2quant.errors import EncodingError, NotPowerOfTwoError, UnsupportedModelError
 from pow2quant.functions import accepts, region
 from pow2quant.graphs import GraphIndex
+from pow2quant.integer.batch import Found, Place, places
 from pow2quant.integer.nodes import attribute, title
 from pow2quant.integer.program import Requantization, Step, Tensor
 from pow2quant.pow2_constraints import Encoding
@@ -34,11 +34,10 @@ if TYPE_CHECKING:
 class Lowering:
     """A program under construction, and what is known of the graph it comes from.
 
-    shapes: of every ONNX tensor, with a batch of one. doubled: the same with a batch of two. rows: the tensors whose
-    first dimension is not the batch but several rows of each sample, as (N, T, C) is seen by a Gemm. producers: the
-    node that computes a tensor, by the tensor's name. pixels: see `Program`. lower: adds the steps of a node
-    whose encoded result has this name. target: whose arithmetic it is. rounding: how the operation rounds that is being
-    lowered.
+    shapes: of every ONNX tensor, with a batch of one. places: where the batch lies. rows: the tensors whose first
+    dimension is not just the batch; of these a program holds what the graph has for a batch of one. producers: the node
+    that computes a tensor, by the tensor's name. pixels: see `Program`. lower: adds the steps of a node whose encoded
+    result has this name. target: whose arithmetic it is. rounding: how the operation rounds that is being lowered.
     """
 
     encodings: dict[str, Encoding]
@@ -47,7 +46,7 @@ class Lowering:
     producers: dict[str, onnx.NodeProto]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    doubled: Callable[[], dict[str, tuple[int, ...]]]
+    places: dict[str, Found]
     index: GraphIndex
     pixels: bool = False
     lower: Callable[[onnx.NodeProto, str], None] = field(default=lambda node, output: None)
@@ -74,7 +73,7 @@ class Lowering:
             producers={name: node for node in model.graph.node for name in node.output},
             inputs=inputs,
             outputs=tuple(v.name for v in model.graph.output),
-            doubled=cache(lambda: _shapes(_with_batch(artifact.model, 2))),
+            places=places(inputs, model.graph.node, floats, shapes, _shapes(_with_batch(artifact.model, 2))),
             index=GraphIndex(model.graph),
             pixels=takes_pixels(artifact.model),
             target=targets.of(artifact.model),
@@ -88,7 +87,7 @@ class Lowering:
     def declare(self, name: str, shape: tuple[int, ...] | None = None, encoding: Encoding | None = None) -> Tensor:
         """Adds a tensor that is computed, or given as input. shape: of one sample, by default the ONNX tensor's.
 
-        Raises UnsupportedModelError where it has no integers or where the batch is not its first dimension.
+        Raises UnsupportedModelError where it has no integers or where samples are mixed.
         """
         encoding = encoding or self.encodings.get(name)
         if encoding is None:
@@ -100,11 +99,11 @@ class Lowering:
             encoding = Encoding(scale, zero, encoding.grid)
         require_power_of_two(name, encoding)
         if shape is None:
-            full = self.shape(name)
-            if full and full[0] != 1 and self.doubled().get(name) == (2 * full[0], *full[1:]):
+            full, place = self.shape(name), self.places.get(name)
+            if not isinstance(place, Place):
+                raise UnsupportedModelError(place or f"{name}: does not depend on the inputs (shape {full})")
+            if place != Place(0) or full[0] != 1:
                 self.rows.add(name)
-            elif not full or full[0] != 1:
-                raise UnsupportedModelError(f"{name}: its first dimension is not the batch (shape {full})")
             shape = full if name in self.rows else full[1:]
         self.tensors[name] = Tensor(name, shape, encoding)
         return self.tensors[name]
@@ -120,7 +119,7 @@ class Lowering:
         if name not in self.tensors:
             raise UnsupportedModelError(f"{name}: stays float and has no integers; give it an encoding")
         if name in self.rows and not rows:
-            raise UnsupportedModelError(f"{name}: its first dimension is the batch times something else")
+            raise UnsupportedModelError(f"{name}: its first dimension is not the batch, or not the batch alone")
         return self.tensors[name]
 
     def operand(self, name: str, rows: bool = False) -> Tensor:

@@ -194,7 +194,12 @@ def exact_kind(bound: int) -> np.dtype[np.generic]:
 def broadcast(program: Program, names: tuple[str, ...], inputs: tuple[Codes, ...]) -> list[Codes]:
     """Operands (N, *shape) and constants, the latter with a batch of one where they have as many dimensions.
 
-    Constants of fewer dimensions broadcast from the right, as in ONNX.
+    Operands of fewer dimensions broadcast from the right, as in ONNX.
     """
-    rank = max(x.ndim for x, name in zip(inputs, names, strict=True) if program.tensors[name].constant is None)
-    return [x if x.ndim >= rank else x.reshape((1,) * (rank - x.ndim) + x.shape) for x in inputs]
+    computed = [program.tensors[name].constant is None for name in names]
+    rank = max(x.ndim for x, is_computed in zip(inputs, computed, strict=True) if is_computed)
+    lead = [x.shape[:1] if is_computed else () for x, is_computed in zip(inputs, computed, strict=True)]
+    return [
+        x if x.ndim >= rank else x.reshape(*n, *[1] * (rank - x.ndim), *x.shape[len(n) :])
+        for x, n in zip(inputs, lead, strict=True)
+    ]

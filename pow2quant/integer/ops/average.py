@@ -111,7 +111,7 @@ def lower_pool(graph: Lowering, node: onnx.NodeProto, output: str, low: float, h
 
 def lower_mean(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
     """GlobalAveragePool, ReduceMean or ReduceSum over any dimensions but the batch."""
-    x, target = graph.read(node.input[0]), graph.declare(output)
+    x, target = graph.read(node.input[0], rows=True), graph.declare(output)
     source, window = reduced(graph, node, output)
     requantization = graph.requantization(np.array(x.exponent), target, low, high)
     count = np.array(1 if node.op_type == "ReduceSum" else math.prod(window.kernel))
@@ -120,20 +120,19 @@ def lower_mean(graph: Lowering, node: onnx.NodeProto, output: str, low: float, h
 
 def reduced(graph: Lowering, node: onnx.NodeProto, output: str) -> tuple[str, Window]:
     """The tensor with the reduced dimensions moved to its end, and the window that covers them."""
-    x = graph.read(node.input[0])
-    rank = len(x.shape) + 1
+    x = graph.read(node.input[0], rows=True)
+    rank = len(graph.shape(node.input[0]))
+    front = rank - len(x.shape)
     axes = _axes(graph, node, rank)
-    if 0 in axes:
-        raise UnsupportedModelError(f"{title(node)}: reduces the batch")
     name, source = node.name or output, x.name
-    kept = [a for a in range(1, rank) if a not in axes]
+    kept = [a for a in range(front, rank) if a not in axes]
     order = [*kept, *axes]
     if order != sorted(order):
-        view = np.arange(x.size).reshape(x.shape).transpose([a - 1 for a in order])
+        view = np.arange(x.size).reshape(x.shape).transpose([a - front for a in order])
         source = f"{name}.transposed"
         graph.declare(source, view.shape, x.encoding)
         graph.steps.append(Copy(name, (x.name,), source, (Part.of(0, view, np.arange(x.size).reshape(view.shape)),)))
-    length = math.prod(x.shape[a - 1] for a in axes)
+    length = math.prod(x.shape[a - front] for a in axes)
     return source, Window.of(onnx.helper.make_node("AveragePool", [], []), [length], [length])
 
 

@@ -135,16 +135,15 @@ Move = tuple["NDArray[np.int64]", "NDArray[np.int64]"]
 
 def lower_concat(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
     """Concat, each input requantized where its encoding is another."""
-    sources = [graph.operand(name) for name in node.input]
+    sources = [graph.operand(name, rows=True) for name in node.input]
     target = graph.declare(output)
-    rank = len(target.shape) + 1
-    axis = attribute(node, "axis", 0) % rank - 1
-    if axis < 0:
-        raise UnsupportedModelError(f"{title(node)}: joins along the batch")
+    rank = len(graph.shape(node.output[0]))
+    front = rank - len(target.shape)
+    axis = attribute(node, "axis", 0) % rank - front
     whole = np.arange(target.size).reshape(target.shape)
     parts, start = [], 0
     for i, source in enumerate(sources):
-        shape = source.shape[1:] if len(source.shape) == rank else source.shape  # a constant may have a batch of one
+        shape = source.shape[front:] if len(source.shape) == rank else source.shape  # a constant has a batch of one
         place: list[slice] = [slice(None)] * axis
         write = whole[(*place, slice(start, start + shape[axis]))]
         requantization = graph.requantization(np.array(source.exponent), target, low, high)
@@ -173,18 +172,16 @@ def _move(
     graph: Lowering, node: onnx.NodeProto, output: str, ends: tuple[float, float], move: Move, fill: int | None = None
 ) -> None:
     """Adds a copy of the first input; `move` sees shapes with their batch of one."""
-    source, target = graph.read(node.input[0]), graph.declare(output)
+    source, target = graph.read(node.input[0], rows=True), graph.declare(output)
     requantization = unless_idle(source, graph.requantization(np.array(source.exponent), target, *ends))
     part = Part.of(0, *move, requantization)
     graph.steps.append(Copy(node.name or output, (source.name,), output, (part,), fill=fill))
 
 
 def lower_transpose(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
-    """Transpose of everything but the batch."""
+    """Transpose."""
     shape = graph.shape(node.input[0])
     order = attribute(node, "perm", list(reversed(range(len(shape)))))
-    if order[0] != 0:
-        raise UnsupportedModelError(f"{title(node)}: moves the batch")
     view = _flat(shape).transpose(order)
     _move(graph, node, output, (low, high), (view, _flat(view.shape)))
 
@@ -202,8 +199,6 @@ def lower_slice(graph: Lowering, node: onnx.NodeProto, output: str, low: float, 
         stop = None if step < 0 and end < -length else end
         cut[axis] = slice(start, stop, step)
     view = _flat(shape)[tuple(cut)]
-    if cut[0] != slice(None) and view.shape[0] != 1:
-        raise UnsupportedModelError(f"{title(node)}: cuts the batch")
     _move(graph, node, output, (low, high), (view, _flat(view.shape)))
 
 
@@ -211,8 +206,6 @@ def lower_split(graph: Lowering, node: onnx.NodeProto, output: str, low: float, 
     """Split: one copy for every result that is read."""
     shape = graph.shape(node.input[0])
     axis = attribute(node, "axis", 0) % len(shape)
-    if axis == 0:
-        raise UnsupportedModelError(f"{title(node)}: cuts the batch")
     start = 0
     for name in node.output:
         length = graph.shape(name)[axis]
@@ -226,11 +219,11 @@ def lower_gather(graph: Lowering, node: onnx.NodeProto, output: str, low: float,
     """Gather with constant indices: a copy for every run of indices that are equally far apart."""
     shape, indices = graph.shape(node.input[0]), graph.floats.get(node.input[1])
     axis = attribute(node, "axis", 0) % len(shape)
-    if node.input[0] in graph.floats or indices is None or indices.ndim != 1 or axis == 0:
-        raise UnsupportedModelError(f"{title(node)}: only constant places, in one dimension behind the batch")
-    source, target = graph.read(node.input[0]), graph.declare(output)
+    if node.input[0] in graph.floats or indices is None or indices.ndim > 1:
+        raise UnsupportedModelError(f"{title(node)}: only constant places, in one dimension")
+    source, target = graph.read(node.input[0], rows=True), graph.declare(output)
     rule = unless_idle(source, graph.requantization(np.array(source.exponent), target, low, high))
-    places = indices.astype(np.int64) % shape[axis]
+    places = np.atleast_1d(indices).astype(np.int64) % shape[axis]
     full = _flat((*shape[:axis], len(places), *shape[axis + 1 :]))
     before = (slice(None),) * axis
     parts = []
@@ -320,11 +313,10 @@ def _constants(graph: Lowering, node: onnx.NodeProto, index: int) -> list[Any] |
 
 def lower_expand(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
     """Expand: a constant stays one, and its readers repeat it for the batch; of another tensor codes are copied."""
-    source, target = graph.operand(node.input[0]), graph.declare(output)
+    source, target = graph.operand(node.input[0], rows=True), graph.declare(output)
+    full = graph.shape(node.output[0])
     if source.constant is not None and source.encoding == target.encoding and (low, high) == (-math.inf, math.inf):
-        shape = np.broadcast_to(source.constant, (1, *target.shape)).shape
-        graph.tensors[output] = replace(target, shape=shape, constant=np.broadcast_to(source.constant, shape))
+        graph.tensors[output] = replace(target, shape=full, constant=np.broadcast_to(source.constant, full))
         return
     shape = graph.shape(node.input[0])
-    full = (1, *target.shape)
     _move(graph, node, output, (low, high), (np.broadcast_to(_flat(shape), full), _flat(full)))

@@ -65,7 +65,7 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
     if node.input[1] in graph.floats:
         lower_matrix(graph, node, output, low, high, transposed=False)
         return
-    a, b = (graph.operand(name) for name in node.input)
+    a, b = (graph.operand(name, rows=True) for name in node.input)
     in_front = a.constant is not None and len(a.shape) == 2 and math.prod(b.shape[:-2]) == 1
     if not in_front and (len(a.shape) < 2 or a.shape[:-2] != b.shape[:-2]):
         raise UnsupportedModelError(f"{title(node)}: {a.shape} @ {b.shape} broadcasts; equal leading dimensions do not")

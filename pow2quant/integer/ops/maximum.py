@@ -59,10 +59,10 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
     """MaxPool, GlobalMaxPool or ReduceMax; a requantization behind it where the encoding changes."""
     if len(node.output) > 1 and node.output[1]:
         raise UnsupportedModelError(f"{title(node)}: its indices have no integers")
-    x, target = graph.read(node.input[0]), graph.declare(output)
+    x, target = graph.read(node.input[0], rows=node.op_type == "ReduceMax"), graph.declare(output)
     if node.op_type == "ReduceMax":
         source, window = reduced(graph, node, output)
-        _add(graph, node.name or output, graph.read(source), target, window, low, high)
+        _add(graph, node.name or output, graph.read(source, rows=True), target, window, low, high)
         return
     kernel = x.shape[1:] if node.op_type == "GlobalMaxPool" else attribute(node, "kernel_shape", [])
     window = Window.of(node, kernel, x.shape[1:], target.shape[1:])
