@@ -214,16 +214,28 @@ class _Notes:
     ("methods", "bits", "names", "words"),
     [
         (None, 4, "align gptq bias_correction", ""),
-        (["gpfq"], 4, "align output_mse gpfq", "gpfq: behind the default methods, align, output_mse; `none` in front"),
+        (
+            ["gpfq"],
+            4,
+            "align output_mse gpfq",
+            "gpfq: behind align, output_mse, in place of the default (align, ",
+        ),
         (
             ["adaround", "bias_correction"],
             4,
             "align output_mse adaround bias_correction",
             "adaround, bias_corr",
         ),
-        (["qdrop"], 8, "bias_correction qdrop", "qdrop: behind the default methods, bias_correction;"),
+        (["qdrop"], 8, "bias_correction qdrop", "qdrop: behind bias_correction; `none` in front leaves these out"),
         (["bn_reestimation"], 4, "align gptq bias_correction bn_reestimation", "bn_reestimation: behind"),
-        (["bias_correction"], 4, "align gptq bias_correction", "bias_correction: behind"),
+        (["bias_correction"], 4, "align gptq bias_correction", "bias_correction: behind align, gptq; `none`"),
+        (
+            ["bias_correction", "adaround"],
+            4,
+            "align output_mse bias_correction adaround",
+            "bias_correction, adaround",
+        ),
+        (["bias_correction", "ternary"], 2, "align output_mse bias_correction ternary", "bias_correction, ternary: be"),
         (["gptq"], 4, "gptq", "the methods given replace the default (align, gptq, bias_correction)"),
         (["bias_correction"], 8, "bias_correction", ""),
         (["gpfq", "bias_correction"], 8, "gpfq bias_correction", ""),
@@ -264,7 +276,7 @@ def test_both_doors_put_the_default_in_front(weights: str, tmp_path: Path, capsy
     rounding = ["--method", "bn_reestimation", "--weight-bits", "4", "--weights", weights, "--max-eval-batches", "2"]
     short = ["--max-calibration-batches", "2", "--output"]
     assert main(["ptq", *rounding, *short, str(tmp_path / "run")]) == 0
-    assert "bn_reestimation: behind the default methods, align, gptq, bias_correction" in capsys.readouterr().err
+    assert "bn_reestimation: behind align, gptq, bias_correction" in capsys.readouterr().err
     assert main(["ptq", "--method", "none", *rounding, *short, str(tmp_path / "alone")]) == 0
     steps = [json.loads((tmp_path / f / "report.json").read_text())["pipeline_steps"] for f in ("run", "alone")]
     assert steps[0] == ["align", "calibrate", "gptq", "bias_correction", "bn_reestimation", "export"]

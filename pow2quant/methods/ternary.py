@@ -186,6 +186,7 @@ class Ternary:
     most of the accuracy. Layers whose weights lie on their grid already keep it.
     """
 
+    rounds_weights: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
 
     rule: Annotated[str, _RULE] = "optimal"

@@ -13,8 +13,8 @@ def with_chain(config: RunConfig, default: tuple[Choice, ...], progress: Progres
     """The configuration with its methods written out; one line says where they differ from the default ones.
 
     Without methods it takes `default`. Where the first one that is named builds on exponents that others chose,
-    `default` stands in front; where it rounds weights, and `default` does too, what only chooses exponents. The result
-    stays as it is when it is completed again.
+    `default` stands in front; where one of them rounds weights, and `default` does too, what only chooses exponents.
+    The result stays as it is when it is completed again.
     """
     named = config.ptq.methods
     if named is None:
@@ -23,12 +23,14 @@ def with_chain(config: RunConfig, default: tuple[Choice, ...], progress: Progres
         return config
     first, own, names = resolve("methods", named[0].name), shown(named), {choice.name for choice in named}
     builds = getattr(first, "builds_on_exponents", False)
-    usual = EXPONENT_METHODS if builds and _rounds(named[0]) and any(map(_rounds, default)) else default
+    twice = builds and any(map(_rounds, named)) and any(map(_rounds, default))
+    usual = EXPONENT_METHODS if twice else default
     front = tuple(choice for choice in usual if choice.name not in names)
     if not front:
         return config
     if builds:
-        progress.note(f"{own}: behind the default methods, {shown(front)}; `none` in front leaves these out")
+        instead = f", in place of the default ({shown(default)})" if twice else ""
+        progress.note(f"{own}: behind {shown(front)}{instead}; `none` in front leaves these out")
         return _with(config, (*front, *named))
     if not hasattr(first, "choose"):
         progress.note(f"the methods given replace the default ({shown(default)}); to keep it, name it in front")
