@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pow2quant.pow2_constraints import Encoding, IntGrid
     from pow2quant.quantsim import QuantizationSimModel, QuantScheme
     from pow2quant.runs import Result, Simulated, Validation, certificate, export, ptq, quantize, simulate, validate
-    from pow2quant.three_steps import qat
+    from pow2quant.three_steps import qat, qat_model
 
 __version__ = "0.1.0"
 
@@ -41,6 +41,7 @@ __all__ = [
     "prepare",
     "ptq",
     "qat",
+    "qat_model",
     "quantize",
     "simulate",
     "validate",
@@ -58,6 +59,7 @@ _HOMES = {
     "export": "runs",
     "ptq": "runs",
     "qat": "three_steps",
+    "qat_model": "three_steps",
     "quantize": "runs",
     "Result": "runs",
     "Simulated": "runs",

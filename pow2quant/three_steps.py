@@ -6,21 +6,29 @@ frozen (see `training.batch_norm`); what is measured and exported is always the 
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from pow2quant import config as configuration
 from pow2quant import run_folder
-from pow2quant.backends.base import SILENT, Progress, Simulation
+from pow2quant.backends.base import SILENT, Progress, Simulation, inputs
 from pow2quant.backends.calibration import with_room_for_bias
 from pow2quant.config import RunConfig
 from pow2quant.errors import OutputError
 from pow2quant.runs import Job, Result, Simulated, finish, quantized, write_report
+from pow2quant.runs.quantizing import BACKEND, BITS, Temporary, requested
 from pow2quant.training import curves
+from pow2quant.training.learning import Learning
+from pow2quant.training.module import QatModel
 from pow2quant.training.processes import joined
 from pow2quant.training.trainer import Trainer
 
@@ -86,6 +94,49 @@ def qat(
             write_report(folder, report)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return Result(output, report, tuple(agreements), Simulated(sim, job.example))
+
+
+def qat_model(
+    model: nn.Module | str | os.PathLike[str] | None = None,
+    data: Any = None,
+    bits: str = BITS,
+    methods: Any = None,
+    metric: Any = None,
+    task: str | None = None,
+    backend: str = BACKEND,
+    target: str | None = None,
+    config: RunConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    progress: bool | Progress = True,
+) -> QatModel[Result]:
+    """The quantized network as a module for one's own training loop; its `finish()` exports, checks and reports.
+
+    The arguments are those of `pow2quant.quantize`, which is done first. `training` of the configuration says how:
+    `mode` (`weights`, or `full` for activations too), `exponents` (`tqt`, `lsq`, `fixed`), `batch_norm` (`live`,
+    `folded`), `final_ptq`. Raises Pow2QuantError, one line, for everything that can be fixed.
+    """
+    base, given, shown = requested(model, data, bits, methods, metric, task, backend, target, config, progress)
+    job, sim, steps = quantized(base, shown, given)
+    parameters = job.parameters(sim)
+    batches = ([x.to(job.device) for x in inputs(batch)] for batch in job.calibration())
+    made: QatModel[Result] = QatModel(
+        Learning(sim, parameters, job.config.training),
+        {id(parameter): name for name, parameter in parameters.items()},
+        batches,
+        partial(_finished, job, sim, steps),
+    )
+    return made
+
+
+def _finished(job: Job, sim: Simulation, steps: list[str], output: Any = None, *, overwrite: bool = False) -> Result:
+    """A run's folder of a simulation whose weights were trained elsewhere."""
+    started, keeps = time.monotonic(), None if output is not None else Temporary()
+    target = Path(output) if keeps is None else keeps.path / "run"
+    with run_folder.staged(target, overwrite) as folder:
+        done = [*steps, f"qat ({job.config.training.mode})", *_settle(job, sim), "export"]
+        report, agreements = finish(job, sim, folder, done)
+        report["duration_seconds"] = round(time.monotonic() - started, 2)
+        write_report(folder, report)
+    return Result(target, report, tuple(agreements), Simulated(sim, job.example), keeps)
 
 
 def _check_checkpoints(folder: Path, resume: bool, overwrite: bool) -> None:

@@ -72,6 +72,29 @@ def quantize(
 
     Raises Pow2QuantError, one line, for everything that can be fixed.
     """
+    base, given, shown = requested(model, data, bits, methods, metric, task, backend, target, config, progress)
+    if output is not None:
+        return ptq(base, Path(output), overwrite=overwrite, progress=shown, given=given)
+    folder = Temporary()
+    return replace(ptq(base, folder.path / "run", progress=shown, given=given), keeps=folder)
+
+
+def requested(
+    model: Any,
+    data: Any,
+    bits: Any,
+    methods: Any,
+    metric: Any,
+    task: str | None,
+    backend: str,
+    target: str | None,
+    config: Any,
+    progress: bool | Progress,
+) -> tuple[RunConfig, Given, Progress]:
+    """What the arguments of `quantize` ask for: a configuration, objects in place of what it names, and progress.
+
+    Raises ConfigError for what is not legal.
+    """
     chosen, own = methods_of_argument(methods)
     base = _base(config)
     values = (
@@ -87,10 +110,7 @@ def quantize(
         metric=None if isinstance(metric, str) else metric,
     )
     shown = SILENT if progress is False else Bars() if progress is True else progress
-    if output is not None:
-        return ptq(base, Path(output), overwrite=overwrite, progress=shown, given=given)
-    folder = Temporary()
-    return replace(ptq(base, folder.path / "run", progress=shown, given=given), keeps=folder)
+    return base, given, shown
 
 
 class Temporary:

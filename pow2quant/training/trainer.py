@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
 from pow2quant.config import TrainingConfig
 from pow2quant.datasets import Data
@@ -32,10 +30,9 @@ from pow2quant.errors import ConfigError, FileFormatError, Pow2QuantError, Train
 from pow2quant.tasks.base import Task
 from pow2quant.tasks.judging import judged, leading
 from pow2quant.training import checkpoint, curves, schedule
-from pow2quant.training.batch_norm import BatchNorms
 from pow2quant.training.curves import Epoch
+from pow2quant.training.learning import Learning
 from pow2quant.training.processes import Processes
-from pow2quant.training.ternary import exponents_of
 
 EXPLODED = 4.0
 """Training has diverged when its smoothed loss is so many times what it was at first, and what guessing gives."""
@@ -45,9 +42,6 @@ GUESSING = 1.5
 
 LAYOUT = torch.channels_last
 """Of images and weights in training: convolutions and their gradients are fastest so."""
-
-MEASURED = 8
-"""Calibration batches that give the first running statistics of batch norm."""
 
 SMOOTHING = 0.05
 """Share of the newest loss in the smoothed one."""
@@ -80,26 +74,8 @@ class Trainer:
             raise ConfigError(
                 f"training.batch_size: {self.config.batch_size} cannot be shared by {self.processes.size} processes"
             )
-        self.table = self.sim.encodings()
-        self.sites = schedule.quantized_sites(self.sim.sites, self.config)
-        self.whole = frozenset(s.name for s in self.sites)
-        if not self.sites:
-            raise ConfigError(f"training.mode: {self.config.mode!r} trains nothing, as the plan quantizes no weight")
-        fixed = self.config.exponents == "fixed"
-        constrained = [s.name for s in self.sites if s.role != "input" and self.table[s.name].is_power_of_two]
-        self.exponents = exponents_of(self.sim, constrained, self.config)
-        if fixed:
-            self.exponents.freeze()
-        self.norms = BatchNorms(self.sim, constrained if self.config.batch_norm == "live" else ())
-        self.lattices = {
-            y.bias.name: (y.input.name, y.weight.name)
-            for y in self.sim.placement.layers
-            if y.bias is not None and y.input is not None and y.weight is not None
-        }
-        replaced = self.norms.replaced()
-        trained = [p for p in self.parameters.values() if isinstance(p, nn.Parameter) and p.is_floating_point()]
-        own = {id(p): p.requires_grad_() for p in trained if id(p) not in replaced}
-        self.tensors = [*own.values(), *self.norms.parameters()]
+        self.learning = Learning(self.sim, self.parameters, self.config)
+        self.exponents, self.norms, self.tensors = self.learning.exponents, self.learning.norms, self.learning.tensors
         self.steps = len(self.data.train) * self.config.epochs
         self.criterion = schedule.criterion_of(self.config, self.task.loss)
         self.metric = leading(self.task)
@@ -110,7 +86,7 @@ class Trainer:
         self.schedule = schedule.Schedule(self.config, self.optimizer, self.steps)
         self.exponent_optimizer = (
             torch.optim.Adam(self.exponents.parameters(), self.config.exponent_learning_rate)
-            if self.exponents.parameters() and not fixed
+            if self.exponents.parameters() and self.config.exponents != "fixed"
             else None
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.config.precision == "float16")
@@ -120,19 +96,20 @@ class Trainer:
         self.total, self.samples, self.flips, self.seconds = 0.0, 0, 0, 0.0
         self.smoothed: float | None = None
         self.first: float | None = None
-        self.active = self.whole
         self._measure_statistics()
         self.processes.take_from_leader(self.learned)
 
-    @torch.no_grad()
     def _measure_statistics(self) -> None:
         """Running statistics are at first those of the network as PTQ left it, on calibration data."""
-        if not self.norms.parameters():
-            return
-        with self.training(), self.norms.measuring():
-            for batch, _ in islice(self.data.calibration, MEASURED):
-                self.sim.model(*self._placed(batch))
-        self.sim.load(self.table)
+        if self.norms.parameters():
+            with self.training():
+                self.learning.measure(self._placed(batch) for batch, _ in self.data.calibration)
+            self.sim.load(self.learning.table)
+
+    @property
+    def active(self) -> frozenset[str]:
+        """The names of the sites that are quantized in this epoch."""
+        return self.learning.active
 
     @property
     def path(self) -> Path | None:
@@ -160,13 +137,11 @@ class Trainer:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Within it the simulation computes with what is learned; sites that learn have no encoding of their own."""
-        fixed = self.whole - set(self.exponents)
-        self.sim.load({name: encoding for name, encoding in self.table.items() if name in fixed})
         for module in (self.sim.model, self.teacher):
             module.to(memory_format=LAYOUT)
         self.norms.arrange(LAYOUT)
         try:
-            with self.sim.intercept(self._tap), self.norms.attached():
+            with self.learning.computing():
                 yield
         finally:
             for module in (self.sim.model, self.teacher):
@@ -178,39 +153,9 @@ class Trainer:
             x.to(self.device, memory_format=LAYOUT if x.ndim == 4 else torch.preserve_format) for x in inputs(batch)
         ]
 
-    def _tap(self, site: Site, x: Tensor, quantized: Tensor) -> Tensor:
-        norm = self.norms.get(site.module)
-        if norm is not None and site.role == "output":
-            x = self.norms.output(norm, x)
-        elif norm is not None:
-            if self.norms.live:
-                return self.norms.live_parameter(norm, site, self.exponents if site.name in self.active else None)
-            x = norm.folded_weight() if site.role == "weight" else norm.folded_bias()
-        if site.role == "bias":
-            return self._on_lattice(site.name, x)
-        if site.name not in self.active:
-            return x
-        return (
-            self.exponents.quantize(site.name, x, site.role != "weight") if site.name in self.exponents else quantized
-        )
-
-    def _on_lattice(self, name: str, bias: Tensor) -> Tensor:
-        """A bias in units of s_in * s_w as they are now, where both are quantized; the gradient passes unchanged."""
-        sources = self.lattices.get(name, ())
-        if not sources or not self.active.issuperset(sources):
-            return bias
-        unit = torch.ones((), device=bias.device)
-        for source in sources:
-            learned = source in self.exponents
-            scale = self.exponents.scale(source) if learned else torch.from_numpy(self.table[source].scale.copy())
-            unit = unit * scale.to(bias.device)
-        with torch.no_grad():
-            rounding = (bias / unit).round_().mul_(unit).sub_(bias)
-        return bias + rounding
-
     def _train_epoch(self) -> None:
         started = time.monotonic()
-        self.active = schedule.active(self.sites, self.config, self.epoch)
+        self.learning.active = schedule.active(self.learning.sites, self.config, self.epoch)
         saved = time.monotonic()
         before = self.seconds
         title = f"epoch {self.epoch + 1} of {self.config.epochs}"
@@ -339,7 +284,7 @@ class Trainer:
                 loss=loss,
                 accuracy=accuracy,
                 learning_rate=self.optimizer.param_groups[0]["lr"],
-                quantized=len(self.active) / len(self.whole),
+                quantized=len(self.active) / len(self.learning.whole),
                 flips=self.flips,
                 moved=moved,
                 frozen=int(self.exponents.frozen.sum()),
@@ -353,7 +298,9 @@ class Trainer:
             word = "accuracy" if self.metric.key == "accuracy" else self.metric.name
             shown = f"{word} {self.metric.text(accuracy)}"
             self.progress.note(f"epoch {epoch}: loss {loss:.4f}, {shown}, {moved} exponents moved")
-        if self.active == self.whole and (not self.best or self.metric.better(accuracy, self.best["accuracy"])):
+        if self.active == self.learning.whole and (
+            not self.best or self.metric.better(accuracy, self.best["accuracy"])
+        ):
             self.best = {"accuracy": accuracy, "epoch": epoch}
             if self.config.keep == "best":
                 self.best["learned"] = [t.detach().clone() for t in self.learned]
@@ -378,11 +325,7 @@ class Trainer:
         """Puts what is to be kept into the simulation: the last epoch's, or the best one's."""
         for tensor, value in zip(self.learned, self.best.get("learned", self.learned), strict=True):
             tensor.copy_(value)
-        self.exponents.refresh()
-        self.norms.fold()
-        self.exponents.settle(self.sim.parameter)
-        learned: Table = self.exponents.table()
-        self.sim.load({**self.table, **learned})
+        self.learning.settle()
 
     def _save(self) -> None:
         """Writes the checkpoint; the leading process does, as all are the same."""
