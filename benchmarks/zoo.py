@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=180)
     parser.add_argument("--engine-macs", type=float, default=4e7)
     parser.add_argument("--c-macs", type=float, default=1e7)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     zoo = from_file(f"{options.networks}:ZOO", ModelError)
     done = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
     for name, network in zoo.items():

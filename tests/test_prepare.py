@@ -1,7 +1,11 @@
 """The one preparation: function preserved, names kept, clear errors for what cannot be traced."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -546,3 +550,18 @@ def test_a_layer_whose_weight_is_a_buffer_holds_nothing_else() -> None:
     same(network, model, x)
     called = {str(n.target) for n in network.graph.nodes if n.op == "call_module"}
     assert not any(a != b and a.startswith(f"{b}.") for a in called for b in called)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from /proc")
+def test_preparing_needs_no_more_memory_than_a_forward():
+    script = Path(__file__).parents[1] / "benchmarks" / "preparation.py"
+    lines = subprocess.run(
+        [sys.executable, script, "--layers", "6", "--size", "320"],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # what is freed is given back at once
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    found = {line.split()[0]: float(line.split()[1]) for line in lines}
+    inputs = 3 * 3 * 320 * 320 * 4 / 2**20
+    assert found["prepare"] <= found["forward"] + 2 * found["weights"] + 4 * inputs + 12  # what Python holds itself

@@ -20,7 +20,7 @@ from pow2quant.errors import ModelError, UnsupportedModelError, WeightsError
 from pow2quant.frontends.aten import ROWS
 from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.builder import Builder
-from pow2quant.frontends.checks import HALVES, Lockstep, close
+from pow2quant.frontends.checks import HALVES, Lockstep, close, fingerprint
 from pow2quant.frontends.containers import restore_containers
 from pow2quant.frontends.export import SIZES, capture, unwrapped
 from pow2quant.frontends.idle import drop_idle
@@ -68,16 +68,18 @@ def _check_same(builder: Builder, network: fx.GraphModule, model: nn.Module, bat
     lockstep, whole = Lockstep(builder, network), Shapes(network)
     with torch.no_grad():
         lockstep.run(inputs(batches[0]))
-        result = inputs(whole.run(*inputs(batches[1])))
+        results = [fingerprint(x) for x in whole.results(inputs(batches[1]))]
         args, kwargs = call_arguments(model, pytree.tree_map(_cloned, batches[1]))
         returned = inputs(model(*args, **kwargs))
+        same = all(x == fingerprint(returned[i]) for x, i in zip(results, builder.outputs, strict=True))
         half = any(n.meta["val"].dtype in HALVES for n in builder.results if isinstance(n.meta.get("val"), Tensor))
         grown, rounded = (3e-2, 3e-2) if half else (1e-2, 1e-3)  # 16 bits lose more than that
-        same = all(close(x, returned[i], grown) for x, i in zip(result, builder.outputs, strict=True))
         if not same:
-            larger = Lockstep(builder, network, which=1)
-            larger.run(inputs(batches[1]))
-            same = all(close(larger.returned[i], returned[i], rounded) for i in builder.outputs)
+            found = whole.results(inputs(batches[1]))
+            same = all(close(x, returned[i], grown) for x, i in zip(found, builder.outputs, strict=True))
+        if not same:
+            captured = Lockstep(builder, network, which=1).run(inputs(batches[1]))
+            same = all(close(captured[i], returned[i], rounded) for i in builder.outputs)
     if not same:
         raise UnsupportedModelError(
             "the network does not compute the same when it is captured: what forward does depends on more than its "
@@ -97,6 +99,12 @@ class Shapes(fx.Interpreter):
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
+
+    def results(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What it returns for a batch."""
+        returned = inputs(self.run(*batch))
+        self.env.clear()
+        return returned
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node."""
