@@ -1,6 +1,6 @@
 """What preparing a network costs, beside its own forward: memory and time, on Linux.
 
-    python benchmarks/preparation.py [--layers 12] [--size 512] [--channels 24] [--batch 3] [--model torchvision:resnet50]
+    python benchmarks/preparation.py [--layers 12] [--size 512] [--channels 24] [--batch 3] [--model NAME]
 
 The network is a chain of 3x3 convolutions with ReLU, or the one that --model names. Memory is how far the process grows
 above what it held before the call, at its peak; seconds are those of one thread. `prepare` compares the network with

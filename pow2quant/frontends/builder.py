@@ -19,6 +19,7 @@ from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends import modules as m
 from pow2quant.frontends import operators
 from pow2quant.frontends.export import overwrites, source_line
+from pow2quant.frontends.returned import Returned
 
 Parts = Callable[[fx.Node, int], fx.Node]
 """One of an operation's several results: (the node that asks for it, which) -> it in the prepared graph."""
@@ -46,7 +47,8 @@ class Builder:
     made: for every captured node that computes on data the prepared nodes written for it. results: which of them has
     its value. new: what later readers of it read: another one, where something wrote into it.
     constants: values that do not depend on data, by node of either capture. weighted: those that follow from weights.
-    outputs: which of the tensors that the user's network returns the prepared one returns: each once.
+    outputs: which of the tensors that the user's network returns the prepared one returns: each once. returned: how
+    these stand in what the user's network returns.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Builder:
         self.users_modules = dict(model.named_modules(remove_duplicate=False))
         self.taken = set(self.users_modules)
         self.outputs: list[int] = []
+        self.returned: Returned | None = None
         self._current: list[fx.Node] = []
         self._held: dict[fx.Node, fx.Node] = {}
         self._layers: set[str] = set()
@@ -216,7 +219,8 @@ class Builder:
     def _output(self, node: fx.Node) -> Any:
         self._current = []
         results: list[fx.Node] = []
-        for i, leaf in enumerate(x for x in pytree.tree_leaves(node.args[0]) if isinstance(x, fx.Node)):
+        leaves = pytree.tree_leaves(node.args[0])
+        for i, leaf in enumerate(x for x in leaves if isinstance(x, fx.Node)):
             if leaf not in self.new:
                 raise UnsupportedModelError(
                     "the network must return tensors that are computed from its inputs; one of them is a constant"
@@ -227,6 +231,8 @@ class Builder:
         if not results:
             raise UnsupportedModelError("the network returns no tensor")
         spec = self.programs[0].call_spec.out_spec
+        which = {leaf: results.index(self.new[leaf]) for leaf in leaves if isinstance(leaf, fx.Node)}
+        self.returned = None if spec is None else Returned.of(spec, leaves, which)
         return results[0] if spec is not None and spec.is_leaf() else tuple(results)
 
     # -- what rows use -----------------------------------------------------------------------------------------------

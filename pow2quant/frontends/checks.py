@@ -114,8 +114,8 @@ class Lockstep:
             half = expected.dtype in HALVES  # the prepared network computes in float32 everywhere
             if not close(kept, expected, 3e-2 if half else 1e-3):
                 raise UnsupportedModelError(
-                    f"{scope(node)}: {node.name}{source_line(node)}: {operation(node)} is not prepared as it is written "
-                    "(an argument that is not supported); please write it in another way"
+                    f"{scope(node)}: {node.name}{source_line(node)}: {operation(node)} is not prepared as it is "
+                    "written (an argument that is not supported); please write it in another way"
                 )
         self._set(result, expected.to(dtype))
 

@@ -24,6 +24,7 @@ from pow2quant.frontends.checks import HALVES, Lockstep, close, fingerprint
 from pow2quant.frontends.containers import restore_containers
 from pow2quant.frontends.export import SIZES, capture, unwrapped
 from pow2quant.frontends.idle import drop_idle
+from pow2quant.frontends.returned import RETURNED
 
 PREPARED = "pow2quant_prepared"
 
@@ -49,7 +50,7 @@ def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
     _check_same(builder, network, model, batches)
     drop_idle(network)
     restore_containers(network, model)
-    network.meta[PREPARED] = True
+    network.meta |= {PREPARED: True, RETURNED: builder.returned}
     return network
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from pow2quant import run_folder
 from pow2quant.artifact import Agreement, Table
+from pow2quant.frontends.returned import returning
 from pow2quant.report import summary
 from pow2quant.runs import exporting
 from pow2quant.runs.simulating import Simulated
@@ -62,8 +63,11 @@ class Result:
 
     @property
     def model(self) -> nn.Module:
-        """The quantized network as a module: it takes and returns float32 tensors, and computes what the files do."""
-        return self.simulation.model
+        """The quantized network as a module: it takes float32 tensors and computes what the files do.
+
+        It returns what the float network does: a dictionary, a named tuple, the same tensor twice.
+        """
+        return returning(self.simulation.model)
 
     @property
     def encodings(self) -> Table:

@@ -1,0 +1,54 @@
+"""What the user's network returns: a prepared one returns each tensor once, in a tuple; here is the rest."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from pow2quant.frontends.batches import inputs
+
+RETURNED = "pow2quant_returned"
+"""Where a prepared network's `meta` keeps its `Returned`."""
+
+
+@dataclass(frozen=True)
+class Returned:
+    """How the tensors of a prepared network stand in what the user's network returns.
+
+    spec: the structure (dictionary, named tuple, nested, ...). leaves: in its order the index of a tensor of the
+    prepared network, or, in a tuple of one, a value that is no tensor (None, a number).
+    """
+
+    spec: pytree.TreeSpec
+    leaves: tuple[int | tuple[Any], ...]
+
+    @classmethod
+    def of(cls, spec: pytree.TreeSpec, leaves: Sequence[Any], results: dict[fx.Node, int]) -> Returned:
+        """leaves: of the captured network. results: by captured node which of the prepared results it is."""
+        return cls(spec, tuple(results[x] if isinstance(x, fx.Node) else (x,) for x in leaves))
+
+    def of_results(self, results: Tensor | Sequence[Tensor]) -> Any:
+        """The user's structure, with the prepared network's results."""
+        tensors = inputs(results)
+        found = [tensors[x] if isinstance(x, int) else x[0] for x in self.leaves]
+        return pytree.tree_unflatten(found, self.spec)
+
+
+def returning(network: nn.Module) -> nn.Module:
+    """A quantized network that returns what the user's does: the same submodules, parameters and mode of training.
+
+    The network itself, where it does so already.
+    """
+    returned: Returned | None = getattr(network, "meta", {}).get(RETURNED)
+    if returned is None or returned.spec.is_leaf():
+        return network
+    shared = object.__new__(type(network))
+    shared.__dict__.update(network.__dict__)
+    shared._forward_hooks = OrderedDict(network._forward_hooks)
+    shared.register_forward_hook(lambda module, args, results: returned.of_results(results))
+    return shared
