@@ -61,6 +61,31 @@ def test_one_call_gives_the_bits_of_the_command_line(name: str, mine: Path, runs
     assert here.agrees
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_what_integers_need_is_said_wherever_there_are_integers(
+    name: str, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs = json.loads((runs[name] / "report.json").read_text())["resources"]
+    assert main(["export", str(runs[name]), "--to", "c", "--overwrite", "--quiet"]) == 0
+    text = (runs[name] / "export" / "c" / "README.md").read_text()
+    for key in ("ram_bytes", "flash_bytes", "macs"):
+        assert f"{needs[key]:,}" in text, key
+    largest = json.loads((runs[name] / "certificate.json").read_text())["layers"]
+    assert needs["accumulator_bits"] == max(layer["bits"] for layer in largest if layer["bits"])
+    said = f"RAM {needs['ram_bytes']:,} bytes, flash {needs['flash_bytes']:,} bytes"
+    assert said in capsys.readouterr().out
+    assert main(["export", str(runs[name] / "model.onnx"), "--to", "qdq", "--overwrite", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["resources"] == needs
+
+
+def test_a_network_without_integers_has_no_resources(mine: Path, tmp_path: Path) -> None:
+    kind = KINDS["classifier"]
+    (mine / "free.yaml").write_text(json.dumps(QUICK | {"quantization": {"weight": {"power_of_2": False}}}))
+    arguments = ["--model", kind.model_in(mine), "--data", kind.data_in(mine), "--config", str(mine / "free.yaml")]
+    assert main(["ptq", *arguments, "--output", str(tmp_path / "free"), "--quiet"]) == 0
+    assert json.loads((tmp_path / "free" / "report.json").read_text())["resources"] is None
+
+
 CELL = """
 import pow2quant, {imports}
 result = pow2quant.quantize({model}, {data}, config={config})

@@ -314,9 +314,13 @@ def export(
     console = console_of(verbose, quiet, as_json)
     configured(config, {"seed": seed, "device": device})
     from pow2quant import runs
+    from pow2quant.report import summary
 
     written = [str(path) for path in runs.export(source, to, output, overwrite=overwrite)]
-    console.result({"written": written}, written)
+    found = None if source.suffix == ".encodings" else runs.resources_of(source)
+    console.result({"written": written, "resources": found}, written)
+    for label, text in summary.needed(found).items():
+        console.say(f"{label}: {text}")
     return 0
 
 
@@ -476,6 +480,7 @@ def show_run(console: Console, result: Result) -> None:
         "certificate": r["certificate"]["sentence"],
         "logits": _quality(r["final_sqnr_db"]) + _ties(r["tied_logits"]),
         "size": f"{sizes['quantized']:,} bytes, {_times(sizes['float'], sizes['quantized'])} ({sizes['float']:,})",
+        **summary.needed(r["resources"]),
         "files": str(result.folder),
     }
     console.result({"folder": str(result.folder), **r}, [""])

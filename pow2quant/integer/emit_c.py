@@ -69,6 +69,12 @@ def code(program: Program, prefix: str = "model") -> dict[str, str]:
     return _filled(CODE, prefix, _source(program, prefix).document())
 
 
+def memory(program: Program) -> tuple[int, int]:
+    """(RAM, flash) of a program's C in bytes, as its README says them."""
+    source = _source(program, "model")
+    return source.memory.ram, source.flash
+
+
 def _source(program: Program, prefix: str) -> Source:
     """Written twice: what memory the first plan leaves over, the second uses."""
     least = Source(program, prefix)

@@ -120,6 +120,18 @@ def facts(report: Mapping[str, Any]) -> dict[str, str]:
         "certificate": report["certificate"]["sentence"],
         "outputs": "equal to float" if sqnr is None else f"{sqnr} dB SQNR against float",
         "size": f"{sizes['quantized']:,} bytes (float: {sizes['float']:,})",
+        **needed(report.get("resources")),
+    }
+
+
+def needed(resources: Mapping[str, Any] | None) -> dict[str, str]:
+    """What the network needs as integers, as a labelled sentence; empty where it has none."""
+    if resources is None:
+        return {}
+    bits = resources["accumulator_bits"]
+    return {
+        "integers": f"RAM {resources['ram_bytes']:,} bytes, flash {resources['flash_bytes']:,} bytes, "
+        f"{resources['macs']:,} multiply-accumulates" + (f", accumulators of {bits} bits" if bits else "")
     }
 
 

@@ -1,7 +1,7 @@
 """Runs: from a configuration to a folder of files, and everything that is done with such a folder again."""
 
 from pow2quant.runs.executors import executors, simulation_executor
-from pow2quant.runs.exporting import certificate, export
+from pow2quant.runs.exporting import certificate, export, resources_of
 from pow2quant.runs.job import Given, Job, simulation_of
 from pow2quant.runs.quantizing import quantize
 from pow2quant.runs.reopening import reopened, responses
@@ -25,6 +25,7 @@ __all__ = [
     "quantize",
     "quantized",
     "reopened",
+    "resources_of",
     "responses",
     "score",
     "simulate",

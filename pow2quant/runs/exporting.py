@@ -10,6 +10,7 @@ from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.artifact import Artifact
 from pow2quant.errors import ConfigError, FileFormatError, OutputError
 from pow2quant.integer.certificate import Certificate, certify
+from pow2quant.integer.resources import resources
 from pow2quant.plugins import resolve
 from pow2quant.runs.simulating import Simulated
 
@@ -51,6 +52,13 @@ def certificate(source: str | Path | Artifact | Simulated) -> Certificate:
     if isinstance(source, Simulated):
         return certify(source.export())
     return certify(source if isinstance(source, Artifact) else artifact_of(source))
+
+
+def resources_of(source: str | Path) -> dict[str, int | None] | None:
+    """`resources` of report.json for a run's folder or a QDQ file; None where the network has no integers."""
+    artifact = artifact_of(source)
+    found = resources(artifact, certify(artifact))
+    return None if found is None else found.to_json()
 
 
 def artifact_of(source: str | Path) -> Artifact:

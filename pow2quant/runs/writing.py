@@ -22,6 +22,7 @@ from pow2quant.backends.samples import sample
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.integer.certificate import Certificate, certify
+from pow2quant.integer.resources import resources
 from pow2quant.plugins import resolve
 from pow2quant.report import document, statistics
 from pow2quant.report.html import page_of
@@ -200,7 +201,7 @@ def _report(
         "float": (folder / run_folder.FLOAT).stat().st_size,
         "quantized": (folder / run_folder.QDQ).stat().st_size,
     }
-    change = change_of(scores, simulated)
+    change, needed = change_of(scores, simulated), resources(artifact, certificate)
     report: dict[str, Any] = {
         "verdict": judge(job, agreements, change, sizes, steps),
         "quantization_type": "power_of_2" if document.is_power_of_two(artifact.encodings.values()) else "free_scale",
@@ -234,6 +235,7 @@ def _report(
         "model_size_bytes": sizes,
         "validation": [a.to_json() for a in agreements],
         "certificate": certificate.to_json(),
+        "resources": None if needed is None else needed.to_json(),
         "final_quantization_details": document.details(artifact),
         "environment": document.environment(torch.get_num_threads()),
         "duration_seconds": None,
