@@ -138,10 +138,10 @@ QAT = ["qat (weights)"]
 @pytest.mark.parametrize(
     ("run", "more", "words"),
     [
-        (configured(8, 8, None), [], "--method adaround, or pow2quant qat"),
-        (configured(4, 4, None), [], "--method qdrop, or pow2quant qat --mode full"),
-        (configured(2, 8, None), [], "pow2quant qat, or --method adaround"),
-        (configured(8, 8, ()), [], "the default methods (bias_correction), or --method adaround"),
+        (configured(8, 8, None), [], "--method auto, or pow2quant qat"),
+        (configured(4, 4, None), [], "--method auto, or pow2quant qat --mode full"),
+        (configured(2, 8, None), [], "pow2quant qat, or --method auto"),
+        (configured(8, 8, ()), [], "the default methods (bias_correction), or --method auto"),
         (configured(4, 8, None, **{"quantization.weight.per_channel": False}), [], "one weight scale per channel"),
         (configured(4, 4, None), QAT, "--mode full, or pow2quant search"),
         (configured(4, 4, None, **{"training.mode": "full"}), QAT, "more --epochs, or pow2quant search"),
@@ -156,7 +156,12 @@ def test_pixels_come_first_where_they_would_win() -> None:
 
 
 def test_what_was_done_is_not_advised() -> None:
-    assert "adaround" not in advice(configured(4, 8, None), ["align", "output_mse", "adaround"])
+    run = configured(4, 8, ("output_mse",))
+    assert advice(run, ["output_mse"]).startswith(
+        "the default methods (align, gptq, bias_correction), or --method auto"
+    )
+    assert advice(run, ["output_mse"], tried=True).startswith("pow2quant qat, or pow2quant search")
+    assert advice(run, ["align", "gptq"]).startswith("--method auto, or pow2quant qat")
 
 
 def test_a_network_is_untrained_while_its_batch_norms_are_new() -> None:

@@ -27,7 +27,7 @@ def judge(
     job: Job, agreements: Sequence[Agreement], change: Change | None, sizes: Mapping[str, int], steps: Collection[str]
 ) -> dict[str, Any]:
     """`verdict` of report.json. sizes: of the files `float` and `quantized`, in bytes. steps: what the run did."""
-    advised = advice(job.config, steps, _would_win_on_pixels(job))
+    advised = advice(job.config, steps, _would_win_on_pixels(job), tried=bool(job.trials))
     return verdict(agreements, change, advised, [*job.data.warnings, *_unloaded(job), *_grown(sizes)])
 
 
