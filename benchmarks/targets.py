@@ -36,7 +36,7 @@ from pow2quant.runs.writing import quantized
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- rows: written by benchmarks/targets.py -->\n", "<!-- end of rows -->"
 OWN = ("integer engine", "generated C")
-COLUMNS = ("target", "accuracy", "SQNR dB", "executor", "images", "differing", "claim", "file")
+COLUMNS = ("target", "accuracy", "SQNR dB", "file", "executors", "images", "differing", "claim")
 DISTRIBUTIONS = ("ai-edge-litert", "tflite-micro", "openvino", "tract", "onnxruntime")
 
 
@@ -156,14 +156,20 @@ def rendered(rows: Iterable[Row]) -> str:
 
 
 def _lines(row: Row) -> list[str]:
-    head = [f"`{row.target}`", f"{row.accuracy:.2f} %", f"{row.sqnr_db:.1f}"]
+    """A line for the executors of one outcome."""
     lines = []
-    for i, run in enumerate(row.runs):
-        size = f"{row.bytes:,}" if i == 0 and row.bytes else ""
-        cells = [run.executor, f"{run.images:,}", f"{run.differing:,} of {run.elements:,}", run.claim, size]
-        lines.append(f"| {' | '.join([*(head if i == 0 else ['', '', '']), *cells])} |")
-    lines += [f"| | | | {name} | | *absent* | | |" for name in row.absent]
-    return lines
+    for key in dict.fromkeys(_outcome(run) for run in row.runs):
+        names = ", ".join(run.executor for run in row.runs if _outcome(run) == key)
+        images, elements, differing, claim = key
+        head = ["", "", "", ""] if lines else [f"`{row.target}`", f"{row.accuracy:.2f} %", f"{row.sqnr_db:.1f}", ""]
+        head[3] = f"{row.bytes:,}" if not lines and row.bytes else ""
+        cells = [*head, names, f"{images:,}", f"{differing:,} of {elements:,}", claim.partition(" on ")[0]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines + [f"| | | | | {name} | | *absent* | |" for name in row.absent]
+
+
+def _outcome(run: Run) -> tuple[int, int, int, str]:
+    return run.images, run.elements, run.differing, run.claim
 
 
 def put(page: Path, rows: Iterable[Row]) -> str:

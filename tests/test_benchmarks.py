@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import defaults  # noqa: E402
 import methods as bench  # noqa: E402
+import targets as target_bench  # noqa: E402
 
 sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -49,6 +50,19 @@ def test_the_default_is_measured_beside_what_it_must_beat(tmp_path: Path, monkey
     assert defaults.worse([alone, replace(alone, experiment=other)]) == []
     low = replace(alone, experiment=other, accuracy=alone.accuracy - 2 * alone.interval - 1)
     assert len(defaults.worse([alone, low])) == 1
+
+
+def test_the_page_of_targets_shows_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, rows = ROOT / "docs" / "targets.md", ROOT / "docs" / "targets.json"
+    assert page.read_text(encoding="utf-8") == target_bench.put(page, target_bench.load(rows))
+    own = tmp_path / "rows.json"
+    quick = [*QUICK, "--targets", "generic-shift", "--rows", str(own), "--page", str(tmp_path / "none.md")]
+    monkeypatch.setattr(sys, "argv", ["targets.py", *quick])
+    target_bench.main()
+    target_bench.main()  # what is there is not measured again
+    (row,) = target_bench.load(own)
+    assert (row.target, row.images, [run.differing for run in row.runs]) == ("generic-shift", 128, [0, 0])
+    assert "| `generic-shift` |" in target_bench.rendered([row])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pow2quant.integer.emit_c import Source, code, export_c, files
 from pow2quant.integer.lower import lower
 from pow2quant.integer.pack import sample_codes
 from pow2quant.plugins import resolve
-from pow2quant.pow2_constraints.arithmetic import requantize, shift_round
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN, ROUNDINGS, requantize, shift_round
 from pow2quant.validation import c99, ort
 from tests.quantized_graphs import Graph, encoding, networks, residual_network, ternary_network
 from tests.test_engine import OPERATIONS, integers
@@ -157,11 +157,32 @@ def test_every_code_of_16_bits_by_every_shift():
         assert np.array_equal(got, shift_round(codes, k)), k
 
 
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_code_is_cpp_too(name, tmp_path):
+    compiles_as(OPERATIONS[name](), tmp_path, "-x", "c++", "-std=c++20", "-Wall", "-Wextra", "-pedantic")
+
+
+@pytest.mark.parametrize("artifact", [residual_network, ternary_network])
+def test_no_operating_system_is_needed(artifact, tmp_path):
+    compiles_as(artifact(), tmp_path, *STRICT, "-ffreestanding")
+    compiles_as(artifact(), tmp_path, "-x", "c++", "-std=c++20", "-ffreestanding")
+
+
+def compiles_as(artifact, folder, *flags):
+    for name, text in code(lower(artifact)).items():
+        (folder / name).write_text(text)
+    line = [c99.compiler(), *flags, "-Werror", "-fsyntax-only", "model.c"]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:2000]
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize(("bits", "most"), [(32, 30), (64, 62)])
-def test_requantize_is_that_of_the_arithmetic(bits, most, tmp_path):
+def test_requantize_is_that_of_the_arithmetic(bits, most, rounding, tmp_path):
     source = Source(lower(residual_network()), "model")
     kind = f"int{bits}_t"
-    name = source.kernel("requantize", a=kind, y="int32_t")
+    named = {} if rounding == HALF_EVEN else {"rounding": rounding}
+    name = source.kernel("requantize", a=kind, y="int32_t", **named)
     needed = [text for key, text in source.kernels.items() if key.startswith("shift_round") or key == name]
     text = "#include <stdint.h>\n" + "\n".join(needed)
     text += f"\nvoid run(int32_t *y, {kind} *x, int32_t n, int32_t s) {{ {name}(y, x, n, s, 3, -100000, 90000); }}\n"
@@ -170,7 +191,7 @@ def test_requantize_is_that_of_the_arithmetic(bits, most, tmp_path):
     run = ctypes.CDLL(str(tmp_path / "k.so")).run
     rng = np.random.default_rng(0)
     for shift in range(-10, most + 1):
-        limit = 2 ** (bits - 1) - 1 - 2 ** max(0, shift - 1) if shift > 0 else 2 ** (bits - 12)
+        limit = 2 ** (bits - 1) - 2 - 2 ** max(0, shift - 1) if shift > 0 else 2 ** (bits - 12)
         near = np.arange(-300, 300)
         ties = rng.integers(-(limit >> max(1, shift)), (limit >> max(1, shift)) + 1, 300) << max(0, shift)
         halves = ties + (1 << max(0, shift - 1)) + rng.integers(-1, 2, 300)
@@ -178,7 +199,7 @@ def test_requantize_is_that_of_the_arithmetic(bits, most, tmp_path):
         x = np.clip(x, -limit, limit).astype(f"int{bits}")
         y = np.empty(len(x), np.int32)
         run(y.ctypes.data_as(ctypes.c_void_p), x.ctypes.data_as(ctypes.c_void_p), len(x), shift)
-        assert np.array_equal(y, requantize(x, shift, 3, -100000, 90000)), shift
+        assert np.array_equal(y, requantize(x, shift, 3, -100000, 90000, rounding)), shift
 
 
 @settings(max_examples=6, deadline=None)

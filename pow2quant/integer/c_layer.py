@@ -213,9 +213,9 @@ class Layer:
         """The declaration of the constant `window`."""
         self.source.used.add("Window")
         values = {"channels": channels, "height": window.size[0], "width": window.size[1]}
-        for name, (y, x) in (("stride", window.strides), ("dilation", window.dilations)):
-            values |= {f"{name}_y": y, f"{name}_x": x}
         values |= dict(zip(("kernel_height", "kernel_width"), window.kernel, strict=True))
+        for name, (y, x) in (("stride", window.strides), ("dilation", window.dilations)):
+            values |= {f"{name}_y": y, f"{name}_x": x}  # in the struct's order, as C++ wants it
         values |= dict(zip(("top", "left"), window.before, strict=True))
         values |= dict(zip(("rows", "columns"), window.result, strict=True))
         return _declared("Window", "window", values)
