@@ -106,3 +106,24 @@ def test_a_batch_that_comes_back_is_the_first_dimension(shapes):
 def test_what_mixes_samples_is_refused(artifact, text):
     with pytest.raises(UnsupportedModelError, match=text):
         lower(artifact)
+
+
+class Tokens(nn.Module):
+    """An encoder of tokens with places, as BERT has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.norm = nn.Embedding(300, 8), nn.Embedding(5, 8), nn.LayerNorm(8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(self.norm(self.words(x) + self.places(torch.arange(5))))[:, 0]
+
+
+def test_tokens_run_in_integers_and_in_c(tmp_path):
+    torch.manual_seed(0)
+    batches = [(torch.randint(0, 300, (n, 5)),) for n in (4, 32, 16)]
+    found = outcome(prepare(Tokens().eval(), batches[0]), batches, tmp_path)
+    assert found.pop("proved")
+    assert set(found.values()) == {0}, found
+    assert len(found) == 4

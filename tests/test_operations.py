@@ -67,7 +67,7 @@ CASES: dict[str, Case] = {
     "Concat with an expanded constant": Case(
         lambda s, x: s("op", m.Concat(2), s("e", m.Expand(), s("c", constant(1, 8, 1)), x), x), ROWS
     ),
-    "Embedding": Case(lambda s, x: s("op", m.Embedding(50, 8), x), TOKENS, integers=False),
+    "Embedding": Case(lambda s, x: s("op", m.Embedding(50, 8), x), TOKENS),
     "ArgMax": Case(lambda s, x: (x, s("op", m.ArgMax(1, keepdim=False), x)), integers=False),
 }
 

@@ -19,7 +19,7 @@ from pow2quant.graphs import GraphIndex
 from pow2quant.integer.batch import Found, Place, places
 from pow2quant.integer.nodes import attribute, title
 from pow2quant.integer.program import Requantization, Step, Tensor
-from pow2quant.pow2_constraints import Encoding
+from pow2quant.pow2_constraints import Encoding, IntGrid
 from pow2quant.pow2_constraints.arithmetic import HALF_EVEN, saturate
 from pow2quant.targets import DEFAULT, Target
 
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
     from pow2quant.artifact import Artifact
     from pow2quant.integer.program import Ints
+
+
+INDICES = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+"""The types of inputs that choose rows of a constant: their codes are their values."""
 
 
 @dataclass
@@ -78,6 +82,8 @@ class Lowering:
             pixels=takes_pixels(artifact.model),
             target=targets.of(artifact.model),
         )
+        indices = [v for v in model.graph.input if v.type.tensor_type.elem_type in INDICES and v.name not in floats]
+        graph.encodings |= {v.name: _of_indices(graph.index, v.name) for v in indices}
         for name in inputs:
             graph.declare(name)
         return graph
@@ -210,6 +216,13 @@ def require_power_of_two(name: str, encoding: Encoding) -> None:
     if not encoding.is_power_of_two:
         free = np.atleast_1d(encoding.scale)[np.atleast_1d(np.frexp(encoding.scale)[0]) != 0.5][0]
         raise NotPowerOfTwoError(f"{name}: scale {float(free):.9g} is not a power of two, so it is no shift")
+
+
+def _of_indices(index: GraphIndex, name: str) -> Encoding:
+    """The encoding of an input of indices: its values are codes, in the narrowest type that counts all rows."""
+    rows = [len(index.constants[n.input[0]]) for n in index.readers.get(name, []) if n.input[0] in index.constants]
+    bits = next(b for b in (8, 16, 31) if max(rows, default=1) <= 2**b)
+    return Encoding(np.ones((), np.float32), np.zeros((), np.int64), IntGrid(bits, signed=False))
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:

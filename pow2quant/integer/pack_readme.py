@@ -17,6 +17,7 @@ KINDS = {
     "to (x - zero). What no part writes holds the code `fill`.",
     "dense": "accumulator = weight @ (x - zero) + bias for every row of x (its last dimension); weight: (M, K), bias: "
     "(M); result = requantize(accumulator). shift: one number, or one per output.",
+    "embedding": "result[…] = table[x[…]], rows of `table` by index.",
     "extreme": "result = requantize(the larger of (a - zero_a) * 2^shifts[0] and (b - zero_b) * 2^shifts[1]), or the "
     "smaller unless `largest`; a constant of fewer dimensions repeats, as in ONNX.",
     "matmul": "accumulator = (a - zero_a) @ (b - zero_b), over the last two dimensions; result = "

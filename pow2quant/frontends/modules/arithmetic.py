@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pow2quant.frontends.modules.exact import Function
 from pow2quant.frontends.modules.rounded import Rounded, nonzero, single
+from pow2quant.functions import Lookup
+from pow2quant.pow2_constraints import Encoding
 
 
 class Add(nn.Module):
@@ -39,8 +42,8 @@ class MatMul(nn.Module):
         return torch.matmul(x, y)
 
 
-class Scale(nn.Module):
-    """factor * x + offset with two numbers: a one-input function.
+class Scale(Function):
+    """factor * x + offset with two numbers: a one-input function, a table where float32 may not hold the products.
 
     written: the numbers stand in the network's code, so that other weights do not change them.
     """
@@ -53,9 +56,19 @@ class Scale(nn.Module):
 
     factor: Tensor
     offset: Tensor
+    _numbers: tuple[float, float] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         return x * self.factor + self.offset
+
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> Lookup | None:
+        """See `Exact.definition`. Numbers of at most 8 bits give products that are exact anyway."""
+        numbers = float(self.factor), float(self.offset)
+        if all(math.ldexp(math.frexp(number)[0], 8).is_integer() for number in numbers):
+            return None
+        if numbers != self._numbers:
+            self._numbers, self._known = numbers, None
+        return super().definition(shape, encoding, target)
 
     def extra_repr(self) -> str:
         return f"factor={float(self.factor)}, offset={float(self.offset)}"

@@ -82,8 +82,9 @@ class Function(Exact):
         if self._known is None or self._known[0] is not encoding or self._known[1] is not target:
             grid = encoding.grid
             real = encoding.dequantize(np.arange(int(grid.qmin), int(grid.qmax) + 1))
+            device = next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
             with torch.no_grad():
-                values = self.plain(torch.from_numpy(real)).numpy()
+                values = self.plain(torch.from_numpy(real).to(device)).cpu().numpy()
             self._known = encoding, target, Lookup.of(encoding, target, values)
         return self._known[2]
 

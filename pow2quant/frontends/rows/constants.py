@@ -31,6 +31,6 @@ def _argmax(f: Formula, module: m.ArgMax, x: str) -> str:
 ROWS: Rows = {
     m.Constant: Operator("Constant", _constant, stored="value", integers=True, proved=True),
     m.Expand: Operator("Expand", _expand, integers=True, proved=True),
-    m.Embedding: Operator("Gather", _embedding, stored="weight", own=Kind.COMPUTE, proved=True),
+    m.Embedding: Operator("Gather", _embedding, stored="weight", own=Kind.COMPUTE, integers=True, proved=True),
     m.ArgMax: Operator("ArgMax", formula(_argmax), proved=True),
 }

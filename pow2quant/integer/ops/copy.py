@@ -12,6 +12,7 @@ import numpy as np
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_layer import Loops, braced
 from pow2quant.integer.nodes import attribute, title
+from pow2quant.integer.ops import embedding
 from pow2quant.integer.program import Requantization
 
 if TYPE_CHECKING:
@@ -216,10 +217,13 @@ def lower_split(graph: Lowering, node: onnx.NodeProto, output: str, low: float, 
 
 
 def lower_gather(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
-    """Gather with constant indices: a copy for every run of indices that are equally far apart."""
+    """Gather with constant indices: a copy for every run of indices that are equally far apart; or an embedding."""
+    if node.input[0] in graph.floats:
+        embedding.lower(graph, node, output, low, high)
+        return
     shape, indices = graph.shape(node.input[0]), graph.floats.get(node.input[1])
     axis = attribute(node, "axis", 0) % len(shape)
-    if node.input[0] in graph.floats or indices is None or indices.ndim > 1:
+    if indices is None or indices.ndim > 1:
         raise UnsupportedModelError(f"{title(node)}: only constant places, in one dimension")
     source, target = graph.read(node.input[0], rows=True), graph.declare(output)
     rule = unless_idle(source, graph.requantization(np.array(source.exponent), target, low, high))
