@@ -74,13 +74,16 @@ RANGES = {
 }
 """AIMET's quantization schemes and our choosers."""
 
+PLACEMENTS = ("pow2quant", "aimet")
+"""Where quantizers may stand: ours, one per tensor, or AIMET's."""
+
 _UNSET: Any = object()
 
 
 def __getattr__(name: str) -> Any:
     """AIMET's own classes, constrained: `Adaround`, `QuantAnalyzer`. Raises MissingExtraError without AIMET."""
     if name in ("Adaround", "AdaroundParameters", "QuantAnalyzer"):
-        from pow2quant.backends.aimet import tools
+        from pow2quant.backends.aimet.constrained import tools
 
         return tools()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -92,12 +95,25 @@ class QuantizationSimModel:
     model: left unchanged. dummy_input: inputs of one call, (N, …) each. quant_scheme: AIMET's, or its name; None takes
     the encodings of least squared error. default_output_bw, default_param_bw: 2 to 16; from 32 on, or with a
     `default_data_type` of float and 32 bits, these tensors stay float. config_file: with `aimet` AIMET's files and
-    aliases, with `custom` the part that has a meaning here (`adapters.aimet_config`).
+    aliases, with `custom` the part that has a meaning here (`adapters.aimet_config`). placement: where quantizers
+    stand, "pow2quant" (one per tensor of the prepared network) or "aimet": then this is an object of AIMET's own class,
+    around the network as it is, quantizers where AIMET puts them; only scales differ. It needs `backend="aimet"`.
     Raises UnsupportedModelError, WeightsError and ModelError as `prepare` does, ConfigError for impossible arguments.
     """
 
-    def __new__(cls, *args: Any, backend: str = "custom", **kwargs: Any) -> QuantizationSimModel:
-        """A simulation on `aimet` also has what AIMET's own class has."""
+    def __new__(
+        cls, *args: Any, backend: str = "custom", placement: str = "pow2quant", **kwargs: Any
+    ) -> QuantizationSimModel:
+        """A simulation on `aimet` also has what AIMET's own class has; with AIMET's placement it is of that class."""
+        if placement not in PLACEMENTS:
+            raise ConfigError(f"placement: {placement!r} is not one of {', '.join(PLACEMENTS)}")
+        if placement == "aimet":
+            if backend != "aimet":
+                raise ConfigError('placement: AIMET\'s own places need backend="aimet"')
+            from pow2quant.backends.aimet.constrained import tools
+
+            own: QuantizationSimModel = tools()["QuantizationSimModel"](*args, **kwargs)
+            return own
         return super().__new__(_OnAimet if cls is QuantizationSimModel and backend == "aimet" else cls)
 
     def __init__(
@@ -113,6 +129,7 @@ class QuantizationSimModel:
         *,
         rounding_mode: str = "nearest",
         backend: str = "custom",
+        placement: str = "pow2quant",
     ) -> None:
         if in_place:
             raise ConfigError("in_place: the network is always prepared as a copy; train and run sim.model")
@@ -382,7 +399,7 @@ class _OnAimet(QuantizationSimModel):
         raise ConfigError("set_percentile_value: the percentile is fixed (pow2_constraints.snap.PERCENTILE)")
 
     def _configured(self, plan: QuantPlan, example: Batch, config_file: str, bits: dict[str, int]) -> QuantPlan:
-        from pow2quant.backends.aimet import configured
+        from pow2quant.backends.aimet.constrained import configured
 
         return configured(self._network, example, plan, config_file, bits)
 

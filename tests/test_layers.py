@@ -209,7 +209,7 @@ def torch_stays_left(step: Import) -> str | None:
 
 
 def aimet_has_one_module(step: Import) -> str | None:
-    if within(step.target, AIMET) and step.source != AIMET_MODULE:
+    if within(step.target, AIMET) and not within(step.source, {AIMET_MODULE}):
         return f"only {AIMET_MODULE} knows AIMET"
     return None
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from pow2quant import QuantizationSimModel, QuantPlan, QuantScheme, simulate
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.backends import aimet
+from pow2quant.backends.aimet import constrained
 from pow2quant.errors import (
     ConfigError,
     DataError,
@@ -250,7 +251,7 @@ def test_aimets_own_files_load(make, installed, dynamo, tmp_path, capfd):
     """Also those that AIMET cannot reload, named after ONNX tensors. AIMET writes them, from its own simulation."""
     with aimet.quiet():
         theirs = installed.QuantizationSimModel(folded(), DUMMY)
-        aimet.constrain(theirs)
+        constrained.constrain(theirs)
         theirs.compute_encodings(lambda model: model(images()))
         expected = run(theirs.model)
         for version in ("0.6.1", "1.0.0", "2.0.0")[1 if dynamo else 0 :]:
@@ -593,7 +594,7 @@ def test_batch_norm_reestimation(installed, tmp_path):
 
     with aimet.quiet():
         theirs = installed.QuantizationSimModel(trained(), DUMMY, default_param_bw=4)
-        aimet.constrain(theirs)
+        constrained.constrain(theirs)
         theirs.compute_encodings(lambda model: model(images()))
         train(theirs.model, 1, 1e-3)
         before = theirs.model.bn1.running_mean.clone()

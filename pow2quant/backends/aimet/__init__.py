@@ -82,7 +82,7 @@ class AimetSimulation:
                 raise ConfigError(f"{site.name}: the aimet backend simulates 2 to {WIDEST} bits, not {bits}")
         self.network = network
         model = copy.deepcopy(network)
-        readers = _readers_of_inputs(model)
+        readers = readers_of_inputs(model)
         self.quantsim: Any = _wrapped(model, example)
         self.model: nn.Module = self.quantsim.model
         self._quantizers: dict[str, Any] = {}
@@ -101,7 +101,7 @@ class AimetSimulation:
         holder, key = readers.get(site.name, (site.module, 0))
         module: Any = self.model.get_submodule(holder)
         cls = constrained if spec.power_of_2 and site.role != "bias" else free
-        quantizer = self._quantizers[site.name] = cls(site, spec, shape, axis).to(_device(self.network))
+        quantizer = self._quantizers[site.name] = cls(site, spec, shape, axis).to(device_of(self.network))
         parameter = site.role in ("weight", "bias")
         kind = "param" if parameter else site.role
         self._slots[site.name] = (module, f"{kind}_quantizers", site.role if parameter else key)
@@ -200,119 +200,6 @@ class AimetSimulation:
         return to_artifact(self.network, self.placement, self.encodings(), self.parameter)
 
 
-def constrain(quantsim: Any) -> None:
-    """Makes every scale of any AIMET `QuantizationSimModel` a power of two: its quantizers stay where AIMET put them.
-
-    Call it before AIMET's `compute_encodings`, and again after its mixed precision. Raises ConfigError for grids that
-    this constraint does not know: strict or unsigned symmetric ones, and more than 16 bits.
-    """
-    from aimet_torch.quantization.affine import QuantizeDequantize
-
-    _, constrained = _quantizers()
-    for path, quantizer in quantsim.named_quantizers():
-        if type(quantizer) is not QuantizeDequantize:
-            continue
-        module, kind, key = path.rsplit(".", 2)
-        role = key if kind == "param_quantizers" else kind.removesuffix("_quantizers")
-        name = f"{module}.{role}" + ("" if key in (role, "0") else f".{key}")
-        bits = (quantizer.qmax - quantizer.qmin).bit_length()
-        grid = IntGrid(min(bits, WIDEST), quantizer.symmetric)
-        if (quantizer.qmin, quantizer.qmax) != (int(grid.qmin), int(grid.qmax)):
-            ends = f"{quantizer.qmin} … {quantizer.qmax}"
-            raise ConfigError(
-                f"{name}: a {'' if quantizer.symmetric else 'a'}symmetric grid {ends} cannot be constrained"
-            )
-        initialized = quantizer.is_initialized()
-        quantizer.__class__ = constrained
-        quantizer.site, quantizer.tap = Site(name, role), None
-        quantizer.axis = int(np.argmax(quantizer.shape)) if quantizer.shape else None
-        if initialized:
-            quantizer.set_range(quantizer.min.detach(), quantizer.max.detach())
-
-
-@cache
-def tools() -> dict[str, type]:
-    """AIMET's classes that make a `QuantizationSimModel` of their own, so that it is constrained. Needs AIMET.
-
-    `QuantizationSimModel`, `Adaround` (and its parameters) and `QuantAnalyzer`, with AIMET's signatures.
-    """
-    base: Any = _aimet().QuantizationSimModel
-    with quiet():
-        from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters
-        from aimet_torch.quant_analyzer import QuantAnalyzer
-
-    class ConstrainedSimModel(base):  # type: ignore[misc]
-        """AIMET's, with AIMET's placement and power-of-two scales."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            constrain(self)
-
-    class ConstrainedAdaround(Adaround):  # type: ignore[misc]
-        """AIMET's AdaRound, rounding on grids with power-of-two scales."""
-
-        @staticmethod
-        def _get_quantsim(
-            model: nn.Module, dummy_input: Batch, quant_scheme: Any, default_param_bw: int, config_file: str | None
-        ) -> Any:
-            return ConstrainedSimModel(
-                model, dummy_input, quant_scheme, default_param_bw=default_param_bw, config_file=config_file
-            )
-
-    class ConstrainedQuantAnalyzer(QuantAnalyzer):  # type: ignore[misc]
-        """AIMET's QuantAnalyzer, of the network with power-of-two scales."""
-
-        @staticmethod
-        def _get_quantsim_cls() -> type:
-            return ConstrainedSimModel
-
-    return {
-        "QuantizationSimModel": ConstrainedSimModel,
-        "Adaround": ConstrainedAdaround,
-        "AdaroundParameters": AdaroundParameters,
-        "QuantAnalyzer": ConstrainedQuantAnalyzer,
-    }
-
-
-def configured(
-    network: fx.GraphModule, example: Batch, plan: QuantPlan, config_file: str, bits: dict[str, int]
-) -> QuantPlan:
-    """The plan with what AIMET, given its configuration file or alias, quantizes and how, at the tensors of ours.
-
-    network: prepared, batch norm folded. bits: AIMET's default widths, `default_output_bw` and `default_param_bw`.
-    Where quantizers stand stays our choice (one per tensor, none in front of a ReLU): what AIMET leaves float there
-    stays float, and each has the width and the symmetry that AIMET gives it.
-    Raises ConfigError for a file that AIMET does not read, and for grids that cannot be constrained.
-    """
-    aimet = _aimet()
-    model = copy.deepcopy(network)
-    readers = _readers_of_inputs(model)
-    x = tuple(x[:1].to(_device(model)) for x in inputs(example))
-    with quiet():
-        try:
-            sim = aimet.QuantizationSimModel(model, x, config_file=config_file, in_place=True, **bits)
-            constrain(sim)
-        except (OSError, ValueError, RuntimeError, AssertionError) as error:
-            raise ConfigError(f"config_file: {config_file}: {str(error).strip().splitlines()[0]}") from error
-    changes: list[tuple[str, dict[str, TensorSpec | None]]] = []
-    for site in place(network, plan).sites:
-        holder, key = readers.get(site.name, (site.module, 0))
-        module: Any = sim.model.get_submodule(holder)
-        if site.role == "bias":
-            continue
-        if site.role == "weight":
-            quantizer = module.param_quantizers["weight"]
-        else:
-            quantizer = (module.output_quantizers if site.role == "output" else module.input_quantizers)[key]
-        spec = plan.spec(site)
-        assert spec is not None
-        found = quantizer and replace(
-            spec, bits=quantizer.bitwidth, symmetric=quantizer.symmetric, per_channel=bool(quantizer.shape)
-        )
-        changes.append((site.module, {site.role: found}))
-    return replace(plan, overrides=(*plan.overrides, *changes))
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """AIMET's log lines and the warnings that it causes are dropped, unless the logger `pow2quant` is at DEBUG."""
@@ -330,7 +217,7 @@ def quiet() -> Iterator[None]:
 
 
 @cache
-def _aimet() -> Any:
+def load_aimet() -> Any:
     """The module `aimet_torch`, which knows our modules from then on. Raises MissingExtraError."""
     with quiet():
         try:
@@ -349,7 +236,7 @@ def _aimet() -> Any:
 
 def _modules() -> list[type]:
     """What stands for our modules in AIMET."""
-    known = _aimet().nn.QuantizationMixin.cls_to_qcls
+    known = load_aimet().nn.QuantizationMixin.cls_to_qcls
     return [known[cls] for cls in (*OPERATORS, Entry) if known[cls].__module__ == __name__]
 
 
@@ -381,11 +268,11 @@ def _quantized(cls: type[nn.Module], mixin: type) -> type:
 
 def _wrapped(model: fx.GraphModule, example: Batch) -> Any:
     """AIMET's QuantizationSimModel around `model`, without a quantizer yet."""
-    aimet = _aimet()
+    aimet = load_aimet()
     with quiet():
         try:
             sim = aimet.QuantizationSimModel(
-                model, tuple(x[:1].to(_device(model)) for x in inputs(example)), in_place=True
+                model, tuple(x[:1].to(device_of(model)) for x in inputs(example)), in_place=True
             )
         except RuntimeError as error:
             raise UnsupportedModelError(f"AIMET cannot wrap the network: {str(error).splitlines()[0]}") from error
@@ -396,11 +283,12 @@ def _wrapped(model: fx.GraphModule, example: Batch) -> Any:
     return sim
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters are."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _readers_of_inputs(model: fx.GraphModule) -> dict[str, tuple[str, int]]:
+def readers_of_inputs(model: fx.GraphModule) -> dict[str, tuple[str, int]]:
     """For every input of the network the module that reads it, and as which of its inputs.
 
     AIMET quantizes an input where it is read. One that is read more than once gets an `Entry` in front.
@@ -423,7 +311,7 @@ def _readers_of_inputs(model: fx.GraphModule) -> dict[str, tuple[str, int]]:
 @cache
 def _quantizers() -> tuple[type, type]:
     """`SiteQuantizer` and `PowerOfTwoQuantizer`, AIMET's quantizer with one and with two changes."""
-    _aimet()
+    load_aimet()
     from aimet_torch.quantization.affine import QuantizeDequantize
     from aimet_torch.quantization.affine.backends.torch_builtins import QuantDequantFunc
     from aimet_torch.utils import ste_round
@@ -545,9 +433,7 @@ def _quantizers() -> tuple[type, type]:
         def get_scale(self, dtype: torch.dtype | None = None) -> Tensor | None:
             if not self.encoded:
                 return None
-            raw = ((self.max - self.min) / (self.qmax - self.qmin)).abs().float()
-            scale: Tensor = nearest_power_of_two(raw.detach()) + (raw - raw.detach())
-            return scale.to(dtype or torch.float32)
+            return constrained_scale(self).to(dtype or torch.float32)
 
         def _get_offset(self, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor | None:
             offset = super()._get_offset(scale, dtype)
@@ -560,12 +446,7 @@ def _quantizers() -> tuple[type, type]:
             if min is None or max is None:
                 super().set_range(min, max)
                 return
-            ends = (torch.as_tensor(v, dtype=torch.float32).detach().cpu().expand(self.shape) for v in (min, max))
-            low, high = (v.flatten().numpy() for v in ends)
-            if not (np.isfinite(low).all() and np.isfinite(high).all()):
-                raise DataError(f"{self.site.name}: NaN or infinity in the calibration data")
-            form = Format((self.qmax - self.qmin).bit_length(), self.symmetric, True, self.axis)
-            self._take(choose("minmax", Observed(low, high, np.stack([low, high], 1)), form))
+            self._take(covering(self, min, max, self.site.name, self.axis))
 
         def _take(self, encoding: Encoding) -> None:
             exact_exponent(encoding.scale, self.site.name)
@@ -576,6 +457,25 @@ def _quantizers() -> tuple[type, type]:
     for cls in (SiteQuantizer, PowerOfTwoQuantizer):
         cls.__qualname__ = cls.__name__  # found here again by `pickle`, through __getattr__
     return SiteQuantizer, PowerOfTwoQuantizer
+
+
+def constrained_scale(quantizer: Any) -> Tensor:
+    """The power of two nearest to what a quantizer's `min` and `max` ask for; its gradient is the unrounded scale's."""
+    raw: Tensor = ((quantizer.max - quantizer.min) / (quantizer.qmax - quantizer.qmin)).abs().float()
+    return nearest_power_of_two(raw.detach()) + (raw - raw.detach())
+
+
+def covering(quantizer: Any, low: Any, high: Any, name: str, axis: int | None) -> Encoding:
+    """The encoding of smallest scale 2^k that covers [low, high], on the grid of a quantizer of AIMET's.
+
+    axis: None for one scale, else there is one for each element of `quantizer.shape`. Raises DataError for NaN.
+    """
+    ends = (torch.as_tensor(v, dtype=torch.float32).detach().cpu().expand(quantizer.shape) for v in (low, high))
+    least, most = (v.flatten().numpy() for v in ends)
+    if not (np.isfinite(least).all() and np.isfinite(most).all()):
+        raise DataError(f"{name}: NaN or infinity in the calibration data")
+    form = Format((quantizer.qmax - quantizer.qmin).bit_length(), quantizer.symmetric, True, axis)
+    return choose("minmax", Observed(least, most, np.stack([least, most], 1)), form)
 
 
 def nearest_power_of_two(x: Tensor) -> Tensor:
