@@ -6,6 +6,7 @@ pow2quant. 130: interrupted. 141: the output pipe was closed.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
     import typer
 
 SUCCESS, CHECK_FAILED, BAD_INPUT, DEFECT, INTERRUPTED, UNREAD = 0, 1, 2, 70, 130, 141
+
+
+COMPLETION = "_POW2QUANT_COMPLETE"
+"""The variable by which a shell asks for what may follow."""
+
+
+SHELLS = {"--show-completion", "--install-completion"}
+"""The flags that set up completion, and end the program."""
 
 
 def application() -> typer.Typer:
@@ -41,24 +50,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     given = [_with_hyphens(a) for a in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        with _as_it_was(), get_command(application()).make_context("pow2quant", given or ["--help"]) as context:
+        with _as_it_was(), get_command(application()).make_context("pow2quant", [*given] or ["--help"]) as context:
             status = context.command.invoke(context)
         sys.stdout.flush()
         return status if isinstance(status, int) else SUCCESS
     except typer.Exit as stop:
         return int(stop.exit_code)
     except usage_error as error:
-        return _complain(error.format_message(), BAD_INPUT)  # type: ignore[attr-defined]
+        return _complain(error.format_message(), BAD_INPUT, given)  # type: ignore[attr-defined]
     except BaseException as error:  # a user's own code raises whatever it likes
+        if isinstance(error, SystemExit) and SHELLS.intersection(given):
+            return int(error.code or 0)
         if "--verbose" in given:
             with suppress(OSError):
                 traceback.print_exc()
-        return _complain(*_explained(error, given))
+        return _complain(*_explained(error, given), given)
 
 
 def run() -> None:
     """The console script. Being told to end clears up as Ctrl-C does."""
     _open_what_is_closed()
+    if COMPLETION in os.environ:
+        from typer.main import get_command
+
+        get_command(application())(prog_name="pow2quant")
     signals.install()
     sys.exit(main())
 
@@ -131,10 +146,13 @@ def _give_up_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _complain(text: str, status: int) -> int:
-    """Prints one line; not into a closed pipe."""
+def _complain(text: str, status: int, given: Sequence[str]) -> int:
+    """Prints one line, with --json a document on stdout too; not into a closed pipe."""
     line = " ".join(text.split())
     if line:
+        if "--json" in given and status != UNREAD:
+            with suppress(OSError, ValueError, AttributeError):
+                print(json.dumps({"error": line[:MOST], "exit_status": status}, indent=2), flush=True)
         line = f"error: {line if len(line) <= MOST else line[: MOST - 3] + '...'}\n"
         with suppress(OSError, ValueError, AttributeError):  # stderr is closed, or there is none
             sys.stderr.write(line.encode(errors="backslashreplace").decode())

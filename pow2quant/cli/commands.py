@@ -15,6 +15,7 @@ from pow2quant.cli.options import (
     ActivationBits,
     AsJson,
     Backend,
+    Budget,
     CalibrationBatches,
     Classes,
     ConfigFile,
@@ -37,6 +38,7 @@ from pow2quant.cli.options import (
     Overwrite,
     PerTensor,
     Quiet,
+    Recipe,
     Resize,
     Seed,
     Std,
@@ -52,7 +54,9 @@ from pow2quant.cli.options import (
     keep,
     pixels,
     quantization,
+    within,
 )
+from pow2quant.plugins import TABLES
 
 if TYPE_CHECKING:
     from pow2quant.runs import Result
@@ -104,8 +108,10 @@ def ptq(
     max_calibration_batches: CalibrationBatches = None,
     max_eval_batches: EvalBatches = None,
     method: Methods = None,
+    budget: Budget = None,
     target: Target = None,
     encodings_version: EncodingsVersion = None,
+    recipe: Recipe = None,
     config: ConfigFile = None,
     output: Output = None,
     overwrite: Overwrite = False,
@@ -125,7 +131,7 @@ def ptq(
         **pixels(resize, crop, mean, std, taken),
         "ptq.calibration_batches": max_calibration_batches,
         "ptq.max_eval_batches": max_eval_batches,
-        "ptq.methods": method or None,
+        "ptq.methods": within(budget, method),
         "target": target,
         "encodings_version": encodings_version,
         "task": task,
@@ -133,7 +139,7 @@ def ptq(
         "seed": seed,
         "device": device,
     }
-    chosen = configured(config, values)
+    chosen = configured(config, values, recipe)
     console = console_of(verbose, quiet, as_json)
     from pow2quant import runs
 
@@ -180,8 +186,10 @@ def qat(
     max_calibration_batches: CalibrationBatches = None,
     max_eval_batches: EvalBatches = None,
     method: Methods = None,
+    budget: Budget = None,
     target: Target = None,
     encodings_version: EncodingsVersion = None,
+    recipe: Recipe = None,
     config: ConfigFile = None,
     output: Output = None,
     overwrite: Overwrite = False,
@@ -210,7 +218,7 @@ def qat(
         **pixels(resize, crop, mean, std, taken),
         "ptq.calibration_batches": max_calibration_batches,
         "ptq.max_eval_batches": max_eval_batches,
-        "ptq.methods": method or None,
+        "ptq.methods": within(budget, method),
         "target": target,
         "encodings_version": encodings_version,
         "task": task,
@@ -218,7 +226,7 @@ def qat(
         "seed": seed,
         "device": device,
     }
-    chosen = configured(config, values)
+    chosen = configured(config, values, recipe)
     leads = os.environ.get("RANK", "0") == "0"
     console = console_of(verbose, quiet or not leads, as_json)
     from pow2quant.three_steps import qat
@@ -300,7 +308,7 @@ def export(
     source: Annotated[
         Path, typer.Argument(help="A finished run's folder, a QDQ .onnx file, or an .encodings file.", metavar="SOURCE")
     ],
-    to: Annotated[str, Option(help="The format; `pow2quant list` names them.")],
+    to: Annotated[str, Option(help=f"The format: {', '.join(TABLES['exporters'])}.")],
     output: Annotated[Path | None, Option(help="Folder to write; default: DIR/export/<format>.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Write into a folder that holds something.")] = False,
     config: IdleConfig = None,

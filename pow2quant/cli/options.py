@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pow2quant.cli.console import Console
+from pow2quant.plugins import TABLES
 
 if TYPE_CHECKING:
     from pow2quant.config import RunConfig
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="pow2quant",
     help="Quantizes PyTorch networks so that every scale is exactly 2^k, and checks every bit in onnxruntime.",
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     pretty_exceptions_enable=False,
 )
 
 Option = typer.Option
+RECIPES = sorted(file.stem for file in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 Seed = Annotated[int | None, Option(min=0, help="Seed of everything random.")]
 Device = Annotated[str | None, Option(help="cpu, cuda or cuda:N.")]
 Verbose = Annotated[bool, Option("--verbose", help="Show libraries' warnings, and tracebacks.")]
@@ -36,6 +38,7 @@ Quiet = Annotated[bool, Option("--quiet", help="No progress, no notes.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
 ConfigFile = Annotated[Path | None, Option(help="YAML with everything below; flags override it.")]
 Output = Annotated[Path | None, Option(help="Folder to write; default: runs/<command>-<time>.")]
+Recipe = Annotated[str | None, Option("--recipe", help=f"A configuration of the package: {', '.join(RECIPES)}.")]
 Backend = Annotated[str | None, Option("--backend", help="custom (pure PyTorch) or aimet (Qualcomm's QuantSim).")]
 Model = Annotated[str | None, Option(help="digits-cnn, torchvision:NAME, timm:NAME, or path/to/file.py:factory.")]
 Weights = Annotated[str | None, Option(help="State dict: .pt, .pth or .safetensors.")]
@@ -86,14 +89,18 @@ EvalBatches = Annotated[
 ]
 Methods = Annotated[
     list[str] | None,
-    Option(help="A method's name (see `pow2quant list`); repeatable, applied in order. none: no default methods."),
+    Option(
+        help="NAME or NAME:parameter=value; repeatable, applied in order; none: no default methods. Names: "
+        f"{', '.join(TABLES['methods'])}."
+    ),
 ]
+Budget = Annotated[float | None, Option(min=0, help="Minutes that `--method auto` may try chains for.")]
 EncodingsVersion = Annotated[str | None, Option(help="AIMET encodings: 0.6.1, 1.0.0 or 2.0.0.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing run.")]
-# Every command takes the flags of every command, so that a script can pass the same ones to all.
-IdleSeed = Annotated[int | None, Option("--seed", min=0, help="Without effect: nothing is random here.")]
-IdleDevice = Annotated[str | None, Option("--device", help="Without effect: nothing is computed here.")]
-IdleConfig = Annotated[Path | None, Option("--config", help="Without effect, but it is checked.")]
+# Every command takes these, so that a script can pass the same ones to all; where they say nothing, no help shows them.
+IdleSeed = Annotated[int | None, Option("--seed", min=0, hidden=True)]
+IdleDevice = Annotated[str | None, Option("--device", hidden=True)]
+IdleConfig = Annotated[Path | None, Option("--config", hidden=True)]
 
 
 def quantization(
@@ -142,10 +149,25 @@ def _numbers(flag: str, text: str) -> list[float]:
         raise typer.BadParameter(f"{text}: expected numbers, as in 0.5,0.5,0.5", param_hint=f"'{flag}'") from None
 
 
-def configured(file: Path | None, values: dict[str, Any]) -> RunConfig:
-    """The file's configuration, or the default, with the flags that were given laid over it."""
+def within(budget: float | None, methods: list[str] | None) -> list[Any] | None:
+    """The methods as a configuration has them; `auto` with its budget in minutes. None where none is named."""
+    if budget is None:
+        return list(methods) if methods else None
+    if not methods or "auto" not in methods:
+        raise typer.BadParameter("is for --method auto", param_hint="'--budget'")
+    return [{"auto": {"minutes": budget}} if name == "auto" else name for name in methods]
+
+
+def configured(file: Path | None, values: dict[str, Any], recipe: str | None = None) -> RunConfig:
+    """The configuration of a file or a recipe, or the default, with the flags that were given laid over it."""
     from pow2quant import config
 
+    if recipe is not None:
+        if file is not None:
+            raise typer.BadParameter("a recipe takes the place of --config; give one of them", param_hint="'--recipe'")
+        if recipe not in RECIPES:
+            raise typer.BadParameter(f"{recipe} is unknown; known: {', '.join(RECIPES)}", param_hint="'--recipe'")
+        file = Path(__file__).parents[1] / "recipes" / f"{recipe}.yaml"
     base = config.load(file) if file is not None else config.RunConfig()
     return config.with_values(base, {key: value for key, value in values.items() if value is not None})
 

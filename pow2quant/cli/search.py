@@ -29,6 +29,7 @@ from pow2quant.cli.options import (
     Overwrite,
     PerTensor,
     Quiet,
+    Recipe,
     Resize,
     Seed,
     Std,
@@ -96,6 +97,7 @@ def search(
     max_eval_batches: EvalBatches = None,
     method: Methods = None,
     encodings_version: EncodingsVersion = None,
+    recipe: Recipe = None,
     config: ConfigFile = None,
     output: Output = None,
     overwrite: Overwrite = False,
@@ -130,7 +132,7 @@ def search(
         "seed": seed,
         "device": device,
     }
-    chosen = configured(config, values)
+    chosen = configured(config, values, recipe)
     console = console_of(verbose, quiet, as_json)
     from pow2quant.study.search import search as run
 

@@ -28,6 +28,7 @@ from pow2quant.cli.options import (
     Option,
     PerTensor,
     Quiet,
+    Recipe,
     Resize,
     Seed,
     Std,
@@ -101,6 +102,7 @@ def sweep(
     max_calibration_batches: CalibrationBatches = None,
     max_eval_batches: EvalBatches = None,
     method: Methods = None,
+    recipe: Recipe = None,
     config: ConfigFile = None,
     output: StudyOutput = None,
     seed: Seed = None,
@@ -129,6 +131,7 @@ def sweep(
             "seed": seed,
             "device": device,
         },
+        recipe,
     )
     console = console_of(verbose, quiet, as_json)
     from pow2quant.cli.signals import interrupted
@@ -207,6 +210,7 @@ def compare(
     per_tensor: PerTensor = False,
     max_calibration_batches: CalibrationBatches = None,
     max_eval_batches: EvalBatches = None,
+    recipe: Recipe = None,
     config: ConfigFile = None,
     output: StudyOutput = None,
     seed: Seed = None,
@@ -231,7 +235,7 @@ def compare(
         "seed": seed,
         "device": device,
     }
-    base = configured(config, values)
+    base = configured(config, values, recipe)
     console = console_of(verbose, quiet, as_json)
     from pow2quant.cli.signals import interrupted
     from pow2quant.study import cells
