@@ -91,7 +91,7 @@ class _Calls:
 def _check_declared(name: str, shape: list[int]) -> None:
     if len(shape) > MOST_DIMENSIONS:
         raise FileFormatError(f"{name}: has {len(shape)} dimensions, more than {MOST_DIMENSIONS}")
-    if any(size < 0 for size in shape):
+    if any(size < -1 for size in shape):  # -1 is how some exporters say that a dimension is open
         raise FileFormatError(f"{name}: impossible shape {tuple(shape)}")
     if math.prod(size for size in shape if size) > MOST_ELEMENTS:
         raise FileFormatError(f"{name}: the shape {tuple(shape)} has more than {MOST_ELEMENTS:,} elements")

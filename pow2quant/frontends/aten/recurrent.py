@@ -151,8 +151,7 @@ def _layers(step: Step, third: bool = False, pair: bool = False) -> Handler:
         if not hasattr(a, "input") or not hasattr(a, "batch_first"):
             raise b.unsupported(node, "packed sequences")
         firsts = a.hx if pair else [a.hx]
-        if any(_first(b, node, h) is not None for h in firsts):
-            raise b.unsupported(node, "a first state that is computed from the inputs")
+        given = [_state(b, node, h) for h in firsts]
         steps = _steps(b, node, a)
         size, directions = (4 if a.has_biases else 2), (2 if a.bidirectional else 1)
         finals: list[State] = []
@@ -161,7 +160,8 @@ def _layers(step: Step, third: bool = False, pair: bool = False) -> Handler:
             for direction in range(directions):
                 at = (layer * directions + direction) * size
                 cell = Cell.of(b, node, a.params[at : at + size], third)
-                found, last = _run(cell, step, steps[::-1] if direction else steps)
+                first = [_part(cell, state, len(finals)) for state in (*given, None)[:2]]
+                found, last = _run(cell, step, steps[::-1] if direction else steps, (first[0], first[1]))
                 outputs.append(found[::-1] if direction else found)
                 finals.append(last)
             steps = outputs[0]
@@ -172,8 +172,11 @@ def _layers(step: Step, third: bool = False, pair: bool = False) -> Handler:
     return handler
 
 
-def _first(b: Builder, node: fx.Node, value: Any) -> fx.Node | None:
-    return b.operand(node, value) if b.is_data(value) else _state(b, node, value)
+def _part(cell: Cell, states: fx.Node | None, at: int) -> fx.Node | None:
+    """The state (N, hidden) of one layer and direction, out of those of all, (layers * directions, N, hidden)."""
+    if states is None:
+        return None
+    return cell.call(m.Reshape((-1, cell.hidden)), cell.call(m.Slice([(0, at, at + 1, 1)]), states, kind="state"))
 
 
 def _steps(b: Builder, node: fx.Node, a: SimpleNamespace) -> list[fx.Node]:
@@ -184,8 +187,7 @@ def _steps(b: Builder, node: fx.Node, a: SimpleNamespace) -> list[fx.Node]:
     return [b.call(node, m.Reshape((-1, features)), part) for part in parts]
 
 
-def _run(cell: Cell, step: Step, steps: Sequence[fx.Node]) -> tuple[list[fx.Node], State]:
-    state: State = (None, None)
+def _run(cell: Cell, step: Step, steps: Sequence[fx.Node], state: State) -> tuple[list[fx.Node], State]:
     results = []
     for x in steps:
         state = step(cell, cell.linear(x, cell.outer, cell.bias, "input"), state)

@@ -90,8 +90,12 @@ def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
     for each in node.attribute:
         if each.name == name:
             value = helper.get_attribute_value(each)
-            return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+            return [_text(v) for v in value] if isinstance(value, list) else _text(value)
     return default
+
+
+def _text(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def load(source: str | Path | ModelProto) -> OnnxFile:

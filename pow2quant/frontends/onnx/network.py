@@ -69,8 +69,12 @@ def _fold_constants(file: OnnxFile) -> None:
     file.forget()
 
 
-SEVERAL = ("Split", "TopK")
+SEVERAL = ("Split", "TopK", "LSTM", "GRU", "RNN")
 """Operations of which more than the first result is given."""
+
+
+SETTINGS = ("Resize", "Upsample")
+"""Operations whose constants say what they do: none is a weight."""
 
 
 class Writer:
@@ -113,7 +117,9 @@ class Writer:
             return
         args, rest = [], {}
         for i, name in enumerate(node.input):
-            value = data[i] if data[i] is not None else self._parameter_node(name, known[i])
+            value = data[i]
+            if value is None and node.op_type not in SETTINGS:
+                value = self._parameter_node(name, known[i])
             if value is None:
                 rest[i] = known[i]
             else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pow2quant.frontends.onnx import shapes, windows
+from pow2quant.frontends.onnx import recurrent, shapes, windows
 from pow2quant.frontends.onnx.step import Row, Step, number, scalar, tensor
 
 
@@ -154,7 +154,7 @@ def _logical(function: Callable[[Tensor, Tensor], Tensor]) -> Row:
 
 
 ROWS: dict[str, Row] = {
-    **shapes.ROWS, **windows.ROWS,
+    **recurrent.ROWS, **shapes.ROWS, **windows.ROWS,
     "Relu": _unary(F.relu), "Sigmoid": _unary(torch.sigmoid), "Tanh": _unary(torch.tanh),
     "Softplus": _unary(F.softplus), "Softsign": _unary(F.softsign), "Exp": _unary(torch.exp), "Log": _unary(torch.log),
     "Sqrt": _unary(torch.sqrt), "Abs": _unary(torch.abs), "Neg": _unary(torch.neg), "Erf": _unary(torch.erf),

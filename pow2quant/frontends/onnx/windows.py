@@ -136,10 +136,14 @@ def _pad(s: Step, x: Tensor, pads: Any = None, value: Any = None, axes: Any = No
     s.bounded([size + a + b for size, a, b in zip(x.shape, before, behind, strict=True)])
     if mode == "constant":
         return pad(x, before[first:], behind[first:], s.attribute("value", scalar(value, 0.0)))
-    if first < 2 or x.ndim < 3:
+    if first == x.ndim:
+        return x
+    if x.ndim == 2 and first == 1:  # a signal without channels
+        return F.pad(x.unsqueeze(1), [before[1], behind[1]], mode=MODES[mode]).squeeze(1)
+    if first < 2:
         raise s.error(f"mode {mode!r} only pads the dimensions of an image")
     pairs = [p for pair in zip(reversed(before[2:]), reversed(behind[2:]), strict=True) for p in pair]
-    return F.pad(x, pairs, mode=MODES[mode]) if any(pairs) else x
+    return F.pad(x, pairs, mode=MODES[mode])
 
 
 def _global(reduce: Any) -> Row:
