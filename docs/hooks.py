@@ -1,8 +1,9 @@
-"""Pages that are generated while the site is built: the command line and the configuration's keys, from the code."""
+"""Tables that are generated while the site is built: commands, configuration keys, operations, methods."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import Field, fields, is_dataclass
 from itertools import chain
 from pathlib import Path
@@ -11,14 +12,32 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from typer.models import ArgumentInfo, CommandInfo, ParameterInfo
 
-from pow2quant import config
+from pow2quant import config, plugins
 from pow2quant.cli import application
 
 MARKERS = {
     "<!-- generated: command line -->": "command_line",
     "<!-- generated: configuration -->": "configuration",
     "<!-- generated: operations -->": "operations",
+    "<!-- generated: methods -->": "methods",
 }
+
+USE = {
+    "equalize": ("low", "depthwise layers, one scale per tensor"),
+    "align": ("low", "weights below 8 bits; part of the default"),
+    "output_mse": ("medium", "weights below 8 bits, one scale per tensor; part of the default there"),
+    "bias_correction": ("low", "every width, as the last method; part of the default"),
+    "bn_reestimation": ("low", "networks with batch norm, instead of `bias_correction`"),
+    "aciq": ("low", "activations of 4 bits, without learning"),
+    "lapq": ("medium", "activations of 4 bits, before `adaround` or `qdrop`"),
+    "gpfq": ("medium", "weights of 4 bits and fewer, without learning"),
+    "gptq": ("medium", "weights below 8 bits, without learning; part of the default"),
+    "adaround": ("high", "weights of 4 bits, activations of 8"),
+    "qdrop": ("high", "weights and activations of 4 bits"),
+    "ternary": ("low", "weights of 2 bits"),
+    "auto": ("high", "when you don't want to choose: it tries chains within a limit of minutes"),
+}
+"""method: (cost, when to use it)."""
 
 TAKES = {int: "integer", str: "text", Path: "path"}
 
@@ -38,6 +57,13 @@ def operations() -> str:
     rows = [catalogue.COLUMNS, tuple("---" for _ in catalogue.COLUMNS), *catalogue.modules()]
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
     return f"{table}\n\n{', '.join(f'`{name}`' for name in catalogue.operations())}\n"
+
+
+def methods() -> str:
+    """Every method: what it is, what it costs, when to use it."""
+    summary = {name: _summary(plugins.resolve("methods", name)).split("\n")[0] for name in plugins.TABLES["methods"]}
+    rows = "\n".join(f"| `{name}` | {_cell(text)} | {' | '.join(USE[name])} |" for name, text in summary.items())
+    return f"| method | what it is | cost | use it for |\n|---|---|---|---|\n{rows}"
 
 
 def command_line() -> str:
@@ -65,7 +91,7 @@ def _parameter(name: str, hint: Any, info: ParameterInfo) -> str:
 
 
 def configuration() -> str:
-    """A table for every section: key, default, legal values."""
+    """A table for every section: key, meaning, default, legal values."""
     default = config.RunConfig()
     written = yaml.safe_load(config.dump(default))
     top = [f for f in fields(default) if not is_dataclass(getattr(default, f.name))]
@@ -78,7 +104,7 @@ def configuration() -> str:
             overrides = [f for f in fields(value) if f.name not in config.ROLES]
             parts.append(_table(type(value), overrides, "quantization.", written["quantization"]))
         elif is_dataclass(value):
-            parts += [f"## {section.name}", _summary(type(value))]
+            parts += [f"## {section.name}", _summary(type(value)).split("\n\n")[0]]
             parts.append(_table(type(value), list(fields(value)), f"{section.name}.", written[section.name]))
     return "\n\n".join(parts)
 
@@ -86,21 +112,34 @@ def configuration() -> str:
 def _roles(roles: list[Field[Any]], written: dict[str, Any]) -> str:
     """The keys that each role has, with the default of each role."""
     keys = [("bitwidth" if f.name == "bits" else f.name, f) for f in fields(config.TensorSpec)]
-    head = [f"| key | {' | '.join(r.name for r in roles)} | legal |", "|---" * (len(roles) + 2) + "|"]
-    rows = []
+    head = [f"| key | meaning | {' | '.join(r.name for r in roles)} | legal |", "|---" * (len(roles) + 3) + "|"]
+    rows, meaning = [], meanings(config.TensorSpec)
     for key, spec in keys:
         values = " | ".join(f"`{_yaml(written[r.name][key])}`" for r in roles)
-        rows.append(f"| `{key}` | {values} | {_legal(config.TensorSpec, spec)} |")
+        rows.append(f"| `{key}` | {meaning[spec.name]} | {values} | {_legal(config.TensorSpec, spec)} |")
     return "Each of `weight`, `input`, `output`, `bias` is a mapping, or `null`: then it stays float.\n\n" + "\n".join(
         head + rows
     )
 
 
 def _table(cls: type, keys: list[Field[Any]], prefix: str, written: dict[str, Any]) -> str:
-    head = ["| key | default | legal |", "|---|---|---|"]
-    return "\n".join(
-        head + [f"| `{prefix}{f.name}` | `{_yaml(written.get(f.name))}` | {_legal(cls, f)} |" for f in keys]
-    )
+    rows, meaning = ["| key | meaning | default | legal |", "|---|---|---|---|"], meanings(cls)
+    for f in keys:
+        rows.append(f"| `{prefix}{f.name}` | {meaning[f.name]} | `{_yaml(written.get(f.name))}` | {_legal(cls, f)} |")
+    return "\n".join(rows)
+
+
+def meanings(cls: type) -> dict[str, str]:
+    """What each field of a dataclass means. Its docstring says `key: meaning.` or `key, key: meaning.` of each."""
+    known = {f.name for f in fields(cls)}
+    text = " ".join(_summary(cls).split())
+    start = re.compile(r"(?:^|(?<=[.;] ))([a-z_0-9]+(?:, [a-z_0-9]+)*): ")
+    marks = [m for m in start.finditer(text) if set(m[1].split(", ")) <= known]
+    ends = [*(m.start() for m in marks[1:]), len(text)]
+    said = {
+        name: text[m.end() : end].rstrip("; ") for m, end in zip(marks, ends, strict=True) for name in m[1].split(", ")
+    }
+    return {name: _cell(words[:1].upper() + words[1:]) for name, words in said.items()}
 
 
 def _legal(cls: type, key: Field[Any]) -> str:

@@ -220,9 +220,10 @@ _PER_CHANNEL = Legal(lambda: "true or false for weight; false for the other role
 class TensorSpec:
     """How the tensors of one role are quantized.
 
-    bits: `bitwidth` in YAML. symmetric: a signed grid with zero point 0; otherwise unsigned with an even zero point.
-    per_channel: one scale per output channel (weights). power_of_2: scales are 2^k; otherwise free. range: the chooser
-    of the scale, a key of `pow2_constraints.CHOOSERS`. A bias's scale is always s_in * s_w, whatever is said here.
+    A bias's scale is always s_in * s_w, whatever is said here.
+    bits: width of the integers; `bitwidth` in YAML. symmetric: a signed grid with zero point 0; otherwise unsigned with
+    an even zero point. per_channel: one scale per output channel (weights). power_of_2: scales are 2^k; otherwise free.
+    range: how the scale is chosen from the calibration data, a key of `pow2_constraints.CHOOSERS`.
     """
 
     bits: Annotated[int, _BITWIDTH]
@@ -303,7 +304,8 @@ class QuantPlan:
 class ModelConfig:
     """Which network.
 
-    name: `digits-cnn`, `torchvision:resnet18`, `timm:NAME` or `file.py:factory`. weights: a state dict's file.
+    name: `digits-cnn`, `torchvision:resnet18`, `timm:NAME`, `net.onnx` or `file.py:factory`. num_classes: of the
+    network, where the factory takes them; null: its own default. weights: a state dict's file.
     """
 
     name: Annotated[str, _TEXT] = "digits-cnn"
@@ -313,11 +315,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which data. dataset: a known name or `file.py:function`; None: the data set's own default.
+    """Which data. A key that is null takes the data set's own default.
 
-    resize: length of the shorter side in pixels; crop: side of the central square; mean, std: per channel, of values
-    in [0, 1]. workers: processes that read image files. input: what the quantized network takes: `float`, the
-    normalized image; `pixels`, bytes (the normalization goes into its first layer).
+    dataset: a known name or `file.py:function`. path: the folder of a known data set. batch_size: images per batch, in
+    calibration and evaluation. workers: processes that read image files. resize: length of the shorter side in pixels.
+    crop: side of the central square. mean, std: per channel, of values in [0, 1]. input: what the quantized network
+    takes: `float`, the normalized image; `pixels`, bytes (the normalization goes into its first layer).
     """
 
     dataset: Annotated[str, _TEXT] = "digits"
@@ -351,10 +354,12 @@ class QuantizationConfig:
 
 @dataclass(frozen=True)
 class PtqConfig:
-    """Post-training quantization: at most so many batches (None: all), and the methods in order.
+    """Post-training quantization.
 
-    methods: rewrites of the float network first. None: `default_methods`; an empty list: none. Methods that build on
-    exponents which others chose stand behind the default ones, unless `none` is the first of the list.
+    calibration_batches: at most so many batches calibrate; null: all. max_eval_batches: at most so many batches of test
+    data are evaluated, evenly spaced; null: all. methods: in order, rewrites of the float network first. Null:
+    `default_methods`; an empty list: none. Methods that build on exponents which other methods chose stand behind the
+    default ones, unless `none` is the first of the list.
     """
 
     calibration_batches: Annotated[int | None, _COUNT] = 50
@@ -369,23 +374,25 @@ class PtqConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Quantization-aware training. criterion, optimizer, scheduler: a name that torch knows or `file.py:thing`.
+    """Quantization-aware training. Criterion, optimizer and scheduler are names that torch knows, or `file.py:thing`.
 
-    criterion: None: the loss of the task, such as CrossEntropyLoss for classification.
-
-    mode: `weights` leaves activations float until the final PTQ, `full` trains with everything quantized. batch_size:
-    of all processes together. exponents: how they are learned, `tqt` or `lsq`, or `fixed` at those of calibration;
-    exponent_learning_rate: of Adam, for them; freeze_exponents: the share of all steps after which they no longer move.
-    ternary: how weights of 2 bits become -2^a, 0 and 2^b: `twn`, beyond 0.7 E|w|; `ttq`, with an a and a b that are
-    learned; `learned`, beyond a threshold that is; null: not, they have the four levels of 2 bits.
-    batch_norm: `live` normalizes with the statistics of each batch, up to the share `freeze_batch_norm` of all steps,
-    and then with the running ones; `folded` trains the weights into which it was folded.
-    warmup_epochs: without quantization; gradual_epochs: after these, over which the share of quantized tensors grows.
-    gradient_clip: the largest norm of the gradient. distillation: share of the loss that compares with the float
-    network's logits, at `temperature`. precision: `bfloat16` and `float16` are mixed, for devices that are faster so.
-    keep: the `last` epoch, or the one that was `best` on the test data (which makes its accuracy there a little too
-    good). patience: epochs without a better accuracy until training stops. checkpoint_minutes: between checkpoints,
-    beside that of every epoch.
+    epochs: passes over the training data. learning_rate: of the optimizer, at the start. weight_decay: of the
+    optimizer. batch_size: of all processes together. criterion: the loss; null: that of the task, such as
+    CrossEntropyLoss for classification. optimizer: what steps the weights. scheduler: what changes the learning rate;
+    null: it is constant. final_ptq: activations are calibrated again at the end. mode: `weights` leaves activations
+    float until the final PTQ, `full` trains with everything quantized. exponents: how they are learned, `tqt` or `lsq`,
+    or `fixed` at those of calibration. exponent_learning_rate: of Adam, for the exponents. freeze_exponents: the share
+    of all steps after which exponents no longer move. ternary: how weights of 2 bits become -2^a, 0 and 2^b: `twn`,
+    beyond 0.7 E|w|; `ttq`, with an a and a b that are learned; `learned`, beyond a threshold that is; null: not, they
+    have the four levels of 2 bits. batch_norm: `live` normalizes with the statistics of each batch, up to the share
+    `freeze_batch_norm` of all steps, and then with the running ones; `folded` trains the weights into which it was
+    folded. freeze_batch_norm: the share of all steps after which batch norm uses its running statistics. warmup_epochs:
+    epochs without quantization. gradual_epochs: epochs after the warm-up, over which the share of quantized tensors
+    grows. gradient_clip: the largest norm of the gradient. distillation: share of the loss that compares with the float
+    network's logits. temperature: of distillation. precision: `bfloat16` and `float16` are mixed, for devices that are
+    faster so. keep: the `last` epoch, or the one that was `best` on the test data (which makes its accuracy there a
+    little too good). patience: epochs without a better accuracy until training stops. checkpoint_minutes: between
+    checkpoints, beside that of every epoch. tensorboard: curves are written for TensorBoard too.
     """
 
     epochs: Annotated[int, _COUNT] = 20
@@ -417,12 +424,13 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """A search for mixed precision. objective: what becomes small, or `accuracy`, which becomes large.
+    """A search for mixed precision.
 
-    constraints: bounds, from below on accuracy, from above on all else. candidates: of weights; activation_candidates:
-    of activations, which keep their width where there are none. sensitivity: how a single tensor's loss is measured, on
-    so many calibration batches (sensitivity_batches). points: plans along the front that are quantized and evaluated.
-    latency_table: YAML of a chip; null: measured in onnxruntime where a latency is asked for.
+    objective: what becomes small, or `accuracy`, which becomes large. constraints: bounds, from below on accuracy, from
+    above on all else. candidates: widths of weights. activation_candidates: widths of activations, which keep their own
+    where there are none. sensitivity: how a single tensor's loss is measured. sensitivity_batches: calibration batches
+    on which it is measured. points: plans along the front that are quantized and evaluated. latency_table: YAML of a
+    chip; null: measured in onnxruntime where a latency is asked for.
     """
 
     objective: Annotated[str, _OBJECTIVE] = "size"
@@ -437,7 +445,10 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What is measured for the report alone. statistics: of every tensor; latency: in onnxruntime, within seconds."""
+    """What is measured for the report alone.
+
+    statistics: noise and histogram of every tensor. latency: the time of one sample in onnxruntime, within seconds.
+    """
 
     statistics: bool = True
     latency: bool = True
@@ -447,8 +458,10 @@ class ReportConfig:
 class RunConfig:
     """A whole run. `RunConfig()` is the embedded default: digits, 8-bit weights and activations, 32-bit biases.
 
-    task: what the network is for; None: what its data look like. metric: by which it is judged first: one of the task's
+    task: what the network is for; null: what its data look like. metric: by which it is judged first: one of the task's
     own, `torchmetrics:NAME`, or `file.py:function`. target: whose arithmetic is meant, by name or a YAML file.
+    backend: which simulation computes. seed: of every random number. device: where PyTorch computes.
+    encodings_version: the AIMET version of `model.encodings`.
     """
 
     model: ModelConfig = ModelConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -122,6 +123,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING, "mkdocs"):
         build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True))
     assert [r.getMessage() for r in caplog.records if r.name.startswith("mkdocs")] == []
+    assert (tmp_path / "site" / "search" / "search_index.js").stat().st_size > 10_000  # search works from disk
     pages = {p.relative_to(DOCS).with_suffix(".html") for p in PAGES}
     assert pages <= {p.relative_to(tmp_path / "site") for p in (tmp_path / "site").rglob("*.html")}
     for page in (tmp_path / "site").rglob("*.html"):
@@ -161,6 +163,18 @@ def test_the_files_page_has_every_key_of_a_report(tmp_path: Path) -> None:
     keys = {*report, *report["validation"][0], *report["certificate"], *report["certificate"]["layers"][0], *detail}
     assert sorted(key for key in keys if f"`{key}`" not in page) == []
     assert sorted(p.name for p in (tmp_path / "run").iterdir() if f"`{p.name}`" not in page) == []
+
+
+def test_every_key_and_every_method_has_its_meaning() -> None:
+    from pow2quant import config, plugins
+
+    hooks = module(DOCS / "hooks.py")
+    sections = [f.type for f in dataclasses.fields(config.RunConfig) if str(f.type).endswith("Config")]
+    assert len(sections) >= 7
+    for cls in (config.TensorSpec, *(getattr(config, str(section)) for section in sections)):
+        roles = {*config.ROLES} if cls is config.QuantizationConfig else set()  # they have a table of their own
+        assert set(hooks.meanings(cls)) == {f.name for f in dataclasses.fields(cls)} - roles, cls
+    assert list(hooks.USE) == list(plugins.TABLES["methods"])
 
 
 @pytest.mark.parametrize("picture", ["shift", "lattice", "placement", "zero-points"])

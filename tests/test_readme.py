@@ -37,6 +37,10 @@ def test_every_command_and_block_runs() -> None:
     assert (Path("runs/mine/export/aimet-2.0.0/model.encodings")).is_file()
 
 
+def test_it_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
 def test_links_lead_to_files() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README.read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), target
