@@ -29,6 +29,8 @@ UNITS: dict[str, Mapping[str, float]] = {
 _PLAIN = {"": 1.0}
 _DECIBELS = {"": 1.0, "dB": 1.0}
 
+_ANY = {"": 1.0, "%": 1.0}
+
 METRICS: dict[str, Mapping[str, float]] = {
     **dict.fromkeys(("top1", "top5", "miou", "pixel_accuracy", "f1", "label_accuracy"), _SHARE),
     **dict.fromkeys(("sqnr", "psnr"), _DECIBELS),
@@ -59,14 +61,14 @@ class Constraint:
     @property
     def is_quality(self) -> bool:
         """Whether it bounds how good the network is, and not what it costs."""
-        return self.quantity in ("accuracy", "accuracy_drop", *METRICS)
+        return self.quantity in ("accuracy", "accuracy_drop") or self.quantity not in UNITS
 
 
-def parse(text: str) -> Constraint:
-    """Reads one constraint. Raises ConfigError with an example of what is legal."""
+def parse(text: str, own: str | None = None) -> Constraint:
+    """Reads one constraint. own: the user's metric. Raises ConfigError with an example of what is legal."""
     name, equals, value = (part.strip() for part in text.partition("="))
     quantity = name.replace("-", "_")
-    known = {**UNITS, **METRICS}
+    known = {**({own: _ANY} if own else {}), **UNITS, **METRICS}
     if not equals or quantity not in known:
         raise ConfigError(f"constraint: {text!r} is not legal; legal: {', '.join(EXAMPLES.values())}")
     example = EXAMPLES.get(quantity, EXAMPLES["metric"])
@@ -92,7 +94,7 @@ def ceilings(constraints: Sequence[Constraint]) -> dict[str, float]:
 
 def metric_named(constraints: Sequence[Constraint]) -> str | None:
     """The metric that constraints bound by its name, None where there is no such. Raises ConfigError for several."""
-    named = dict.fromkeys(c.quantity for c in constraints if c.quantity in METRICS)
+    named = dict.fromkeys(c.quantity for c in constraints if c.quantity not in UNITS)
     if len(named) > 1:
         raise ConfigError(f"constraint: bounds on several metrics ({', '.join(named)}); legal: on one of them")
     return next(iter(named), None)
@@ -110,9 +112,13 @@ def accuracy_floor(constraints: Sequence[Constraint], initial: float, sign: int 
 
 @dataclass(frozen=True)
 class Request:
-    """What is searched: a `config.SearchConfig`, its constraints parsed. Raises ConfigError for what cannot be."""
+    """What is searched: a `config.SearchConfig`, its constraints parsed.
+
+    metric: the user's own, as `--metric` names it. Raises ConfigError for what cannot be.
+    """
 
     search: SearchConfig
+    metric: str | None = None
 
     def __post_init__(self) -> None:
         quantities = {c.quantity for c in self.constraints}
@@ -137,7 +143,8 @@ class Request:
     @cached_property
     def constraints(self) -> tuple[Constraint, ...]:
         """As they are understood."""
-        return tuple(parse(text) for text in self.search.constraints)
+        own = self.metric and self.metric.rpartition(":")[2]
+        return tuple(parse(text, own) for text in self.search.constraints)
 
     @property
     def axis(self) -> str:

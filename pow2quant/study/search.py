@@ -119,7 +119,7 @@ class Search:
     @classmethod
     def start(cls, config: RunConfig, progress: Progress) -> Search:
         """Costs first, since they may tell that nothing can be found; then the sensitivities."""
-        request = Request(config.search)
+        request = Request(config.search, config.metric)
         narrow = any(CANDIDATES[name].bits < 8 for name in config.search.candidates)
         config = with_chain(config, METHODS if narrow else (), progress)
         config = fixed(config, config.ptq.methods or ())
