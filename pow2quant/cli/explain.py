@@ -1,0 +1,45 @@
+"""`pow2quant explain`: for people who want to see how a layer's numbers came about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pow2quant.cli.options import (
+    AsJson,
+    IdleConfig,
+    IdleDevice,
+    IdleSeed,
+    Option,
+    Quiet,
+    Verbose,
+    app,
+    configured,
+    console_of,
+    keep,
+)
+
+
+@app.command(epilog="Example: pow2quant explain runs/mine conv1")
+def explain(
+    source: Annotated[Path, typer.Argument(help="A finished run's folder.", metavar="DIR")],
+    layer: Annotated[str, typer.Argument(help="A layer, as report.html names it, or a tensor.", metavar="LAYER")],
+    output: Annotated[Path | None, Option(help="Folder in which to write explain.json.")] = None,
+    config: IdleConfig = None,
+    seed: IdleSeed = None,
+    device: IdleDevice = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> int:
+    """How a layer's exponents came about: histogram, candidates and their errors, accumulator, shift of one value."""
+    console = console_of(verbose, quiet, as_json)
+    configured(config, {"seed": seed, "device": device})
+    from pow2quant.report import explain as explaining
+
+    found = explaining.explain(source, layer)
+    console.result(found.to_json(), explaining.lines(found))
+    keep(found.to_json(), output, "explain.json")
+    return 0
