@@ -227,7 +227,7 @@ def _steps(
     rounded = int(shift_round(total, shift, rule))
     code = min(max(rounded + zero, low), high)
     back = math.ldexp(code - zero, k)
-    yield f"A real sum of {real:.6g}, bias included, is {total:,} in the accumulator (unit: s_in · s_w = {power(unit)})."
+    yield f"A real sum of {real:.6g}, with its bias, is {total:,} in the accumulator (unit {power(unit)} = s_in · s_w)."
     yield f"The output's unit is {power(k)}: shift by {k} - ({unit}) = {shift} bits."
     yield f"{total:,} / 2^{shift} = {math.ldexp(total, -shift):.6g} becomes {rounded:,} ({ROUNDINGS[rule]})."
     yield f"With the zero point {zero}, within {low} to {high}: code {code}."

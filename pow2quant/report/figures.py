@@ -61,9 +61,16 @@ def training(epochs: Sequence[Mapping[str, Any]], lines: Mapping[str, float], me
     return _svg(figure, "training")
 
 
-def profile(series: Mapping[str, Sequence[float | None]], what: str = "operation, by its number in the table") -> str:
-    """Signal to noise in dB along the network, a line for each of the series. None leaves a gap."""
-    figure, (axes,) = _figure("profile", 7.6, 2.7)
+MOST_NAMES = 40
+"""At most so many names stand at an axis."""
+
+
+def profile(series: Mapping[str, Sequence[float | None]], what: str, names: Sequence[str] = ()) -> str:
+    """Signal to noise in dB along the network, a line for each of the series. None leaves a gap.
+
+    what: the axis' label. names: of the operations, which then stand at the axis, of long networks every n-th.
+    """
+    figure, (axes,) = _figure("profile", 7.6, 3.4 if names else 2.7)
     for (name, values), colour, marker in zip(series.items(), SERIES, MARKERS, strict=False):
         points = [(i, v) for i, v in enumerate(values, 1) if v is not None]
         style: Any = {"marker": marker, "markersize": 3.5 if len(values) < 60 else 2, "color": COLOURS[colour]}
@@ -71,6 +78,10 @@ def profile(series: Mapping[str, Sequence[float | None]], what: str = "operation
     axes.set_ylabel("signal to noise, dB")
     axes.set_xlabel(what)
     _whole_numbers(axes)
+    if names:
+        places = range(1, len(names) + 1, -(-len(names) // MOST_NAMES))
+        texts = [f"{names[i - 1]} {i}" if len(names[i - 1]) < 20 else f"…{names[i - 1][-18:]} {i}" for i in places]
+        axes.set_xticks(list(places), texts, rotation=50, ha="right", rotation_mode="anchor", fontsize=7)
     axes.legend(
         fontsize=8, frameon=False, ncols=len(series), loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderpad=0
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pow2quant import foreign, run_folder
 from pow2quant.errors import FileFormatError
-from pow2quant.report import graph, histograms, summary
+from pow2quant.report import costs, graph, histograms, summary
 from pow2quant.report.statistics import middle, tax_db
 from pow2quant.report.summary import evaluated
 
@@ -58,6 +58,7 @@ def render(
         "said": partial(summary.number, unit=(report.get("search") or {}).get("unit", "%")),
         "layers": layers,
         "network": (statistics or {}).get("network"),
+        "costs": costs.costly((statistics or {}).get("network") or [], measured),
         "histograms": drawn,
         "noisiest": sorted(drawn, key=lambda h: math.inf if h.sqnr_db is None else h.sqnr_db)[:NOISIEST],
         "tax": list(_tax(measured)),
@@ -92,6 +93,7 @@ SECTIONS = (
     ("accuracy", "Accuracy", "accuracies"),
     ("scores", "Quality", "scores"),
     ("agreement", "Agreement", "validation"),
+    ("costs", "Layers that cost most", "costs"),
     ("layers", "Layer by layer", "layers"),
     ("network", "Network", "network"),
     ("histograms", "Histograms", "histograms"),
@@ -312,7 +314,8 @@ def _profile(layers: Sequence[_Layer]) -> Any:
     series = {"network so far": "network_db", "this output alone": "output_db", "these weights alone": "weight_db"}
     values = {label: [y[key] for y in layers] for label, key in series.items()}
     values = {label: found for label, found in values.items() if any(v is not None for v in found)}
-    return Markup(figures.profile(values)) if values else None
+    names = [y["name"] for y in layers]
+    return Markup(figures.profile(values, "operation, and its number in the table", names)) if values else None
 
 
 def _curves(report: Mapping[str, Any], metrics: Mapping[str, Any]) -> Any:
