@@ -211,15 +211,15 @@ def test_the_page_is_one_file_that_reaches_for_nothing():
 
 def test_the_verdict_stands_on_top():
     text = page().text
-    assert "✓ 0 of 12,800 output elements differ" in text
-    assert text.index("✓ 0 of 12,800") < text.index("✓ Quality: kept within noise") < text.index("98.50 %")
+    assert "✓ Agreement: 0 of 12,800 output elements differ" in text
+    assert text.index("✓ Agreement: 0 of 12,800") < text.index("✓ Quality: kept within noise") < text.index("98.50 %")
     assert "✗" not in text
 
 
 def test_a_lost_accuracy_and_warnings_stand_beside_the_agreement():
     judged = {"quality": "lost", "change": "lost 9.0 points of top-1", "warnings": ["the weights are random"]}
     text = page(verdict=VERDICT | judged).text
-    assert "✓ 0 of 12,800" in text
+    assert "✓ Agreement: 0 of 12,800" in text
     assert "✗ Quality: lost 9.0 points" in text
     assert "Warning: the weights are random" in text
     unknown = page(verdict=VERDICT | {"quality": "unknown", "change": "not measured"}).text
@@ -304,7 +304,7 @@ def test_a_difference_is_shown_with_its_place_and_cause():
     }
     wrong = AGREEMENT | {"differing": 3, "max_lsb": 1.5, "first_diverging": divergence, "notes": ["look again"]}
     found = page(validation=[AGREEMENT, wrong], verdict=VERDICT | {"agreement": "DIFFERS: 3 of 12,800"})
-    assert "✗ DIFFERS" in found.text
+    assert "✗ Agreement: DIFFERS" in found.text
     assert found.tables["Agreement"][2] == [
         "✗ onnxruntime, all optimizations",
         "3",

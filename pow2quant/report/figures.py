@@ -80,7 +80,8 @@ def profile(series: Mapping[str, Sequence[float | None]], what: str, names: Sequ
     _whole_numbers(axes)
     if names:
         places = range(1, len(names) + 1, -(-len(names) // MOST_NAMES))
-        texts = [f"{names[i - 1]} {i}" if len(names[i - 1]) < 20 else f"…{names[i - 1][-18:]} {i}" for i in places]
+        ends = [name if len(name) < 20 else f"…{name[-18:]}" for name in names]
+        texts = [f"{ends[i - 1]} {i}".replace("$", r"\$") for i in places]  # a dollar would begin a formula
         axes.set_xticks(list(places), texts, rotation=50, ha="right", rotation_mode="anchor", fontsize=7)
     axes.legend(
         fontsize=8, frameon=False, ncols=len(series), loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderpad=0
