@@ -270,7 +270,7 @@ def test_layers_with_statistics():
     assert x[1:6] == ["x", "input", NOTHING, "2⁻⁷", NOTHING]
     assert conv[:6] == ["2", "conv1", "Conv + Relu 3 wide", "2⁻¹⁰ … 2⁻⁶", "0.0123457", ">> 6 … >> 9"]
     assert conv[6:] == ["12.5", "30.2", "20.5", "0.500", "102,765", "18", "✓ "]
-    for words in ("Signal to noise", "32 calibration images", "model: {name: mine}", "2.00\u00d7as fast"):
+    for words in ("Signal to noise", "32 calibration images", "model: {name: mine}", "2.00\u00d7of float"):
         assert words in found.text
 
 
