@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from pow2quant.checkpoints import fitted, state_dict
 from pow2quant.config import from_file, is_in_file, users_code
 from pow2quant.errors import ModelError, WeightsError
 from pow2quant.foreign import check_is_file
@@ -27,11 +28,6 @@ PYTHON = "python:"
 """In front of the name of what was given as an object: a run's configuration says so, and cannot bring it back."""
 
 TIMM = "timm:"
-NESTED = ("state_dict", "model_state_dict", "model", "net")
-"""Keys under which training scripts put the state dict in a checkpoint."""
-
-MOST_NESTED = 10
-"""Checkpoints inside each other: one may contain itself."""
 
 DIGITS_WEIGHTS = Path(__file__).parent / "weights" / "digits_cnn.safetensors"
 """The embedded network's weights, trained by `scripts/train_digits.py`."""
@@ -139,12 +135,12 @@ def _is_text(name: str) -> bool:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Loads a state dict from `.safetensors`, or from what `torch.save` wrote, without running code from the file.
 
-    A checkpoint that holds the state dict under `state_dict`, `model_state_dict`, `model` or `net` is opened; the
-    prefixes of DataParallel (`module.`) and torch.compile (`_orig_mod.`) are removed.
+    Checkpoints are read as people have them, see `checkpoints`: nested, averaged, with prefixes, pruned.
     Raises WeightsError: the file is missing, truncated or holds code; tensors are missing, unexpected, of another shape
     (it names up to five of each) or not finite.
     """
-    state = _fitted(_state_dict(_read(Path(path)), path), model)
+    state = fitted(state_dict(_read(Path(path)), path), model.state_dict())
+    state = _without_heads(state, model)
     misfit = _misfit(state, model.state_dict())
     if misfit:
         raise WeightsError(f"{path}: does not fit the network: {misfit}")
@@ -275,36 +271,10 @@ def _read(path: Path) -> Any:
         raise WeightsError(f"{path}: truncated, or not a file of weights ({why})") from None
 
 
-def _state_dict(loaded: Any, path: str | Path) -> dict[str, Tensor]:
-    """The tensors by name, out of the checkpoint dictionaries around them, of which one may be inside another."""
-    for _ in range(MOST_NESTED):
-        if not isinstance(loaded, Mapping):
-            break
-        inner = next((loaded[key] for key in NESTED if isinstance(loaded.get(key), Mapping)), None)
-        if inner is None:
-            break
-        loaded = inner
-    else:
-        raise WeightsError(f"{path}: is nested more than {MOST_NESTED} times, or contains itself")
-    tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
-    if not tensors:
-        raise WeightsError(f"{path}: holds no state dict (tensors by name)")
-    for key in tensors:
-        if not isinstance(key, str):
-            raise WeightsError(f"{path}: holds a tensor under {key!r:.80}; the names in a state dict are text")
-    return tensors
-
-
-def _fitted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The state dict under the model's own names, without the auxiliary heads that a model was built without."""
-    expected, fitted = model.state_dict().keys(), {}
-    for name, value in state.items():
-        name = name.replace("_orig_mod.", "")
-        while name not in expected and name.startswith("module."):
-            name = name.removeprefix("module.")
-        if getattr(model, "aux_logits", None) is not False or not re.match(r"aux\d\.|AuxLogits\.", name):
-            fitted[name] = value
-    return fitted
+def _without_heads(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state dict without the auxiliary heads that a model was built without."""
+    built = getattr(model, "aux_logits", None) is not False
+    return {name: value for name, value in state.items() if built or not re.match(r"aux\d\.|AuxLogits\.", name)}
 
 
 def _misfit(state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str:
