@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pow2quant import runs
 from pow2quant.adapters import onnx_qdq
-from pow2quant.errors import DataError, MissingExtraError, OutputError, UnsupportedModelError
+from pow2quant.errors import ConfigError, DataError, MissingExtraError, OutputError, UnsupportedModelError
 from pow2quant.integer import emit_c
 from pow2quant.integer import run as engine
 from pow2quant.integer.emit_c import Source, code, export_c, files
+from pow2quant.integer.layout import channels_last
 from pow2quant.integer.lower import lower
 from pow2quant.integer.pack import sample_codes
 from pow2quant.plugins import resolve
@@ -155,6 +157,30 @@ def test_every_code_of_16_bits_by_every_shift():
     codes = np.arange(-32768, 32768).astype(np.int16)[None]
     for k, got in zip([*range(1, 20), 40, 90], c99.Library(program, QUICK).run([codes]), strict=True):
         assert np.array_equal(got, shift_round(codes, k)), k
+
+
+def test_images_with_channels_last_give_the_same_codes():
+    program = lower(residual_network())
+    other = channels_last(program)
+    codes = sample_codes(program, 8)
+    turned = [np.moveaxis(x, 1, -1) for x in codes]
+    assert [other.tensors[name].shape for name in other.inputs] == [x.shape[1:] for x in turned]
+    expected = engine.run(program, codes)
+    for got in (engine.run(other, turned), c99.Library(other, QUICK).run(turned)):
+        assert [int((a != b).sum()) for a, b in zip(got, expected, strict=True)] == [0] * len(expected)
+    g = Graph()
+    flat = g.artifact(g.node("Flatten", "f", [g.input("x", (8,), encoding(0, 0, 8))], encoding(1, 0, 8)))
+    with pytest.raises(UnsupportedModelError, match="no input is an image"):
+        channels_last(lower(flat))
+
+
+def test_only_c_takes_a_layout(tmp_path):
+    (folder,) = runs.export(residual_network(), "c", tmp_path / "c", layout="nhwc")
+    assert "channels_first" in (folder / "model.c").read_text()
+    with pytest.raises(ConfigError, match="layout: 'chw' is not legal; legal: nchw, nhwc"):
+        runs.export(residual_network(), "c", tmp_path / "other", layout="chw")
+    with pytest.raises(ConfigError, match="layout: the format qdq has no such option"):
+        runs.export(residual_network(), "qdq", tmp_path / "qdq", layout="nhwc")
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

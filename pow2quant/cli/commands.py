@@ -311,6 +311,9 @@ def export(
     to: Annotated[str, Option(help=f"The format: {', '.join(TABLES['exporters'])}.")],
     output: Annotated[Path | None, Option(help="Folder to write; default: DIR/export/<format>.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Write into a folder that holds something.")] = False,
+    layout: Annotated[
+        str | None, Option(help="Of images that C takes: nchw, the network's order (default), or nhwc.")
+    ] = None,
     config: IdleConfig = None,
     seed: IdleSeed = None,
     device: IdleDevice = None,
@@ -322,9 +325,13 @@ def export(
     console = console_of(verbose, quiet, as_json)
     configured(config, {"seed": seed, "device": device})
     from pow2quant import runs
+    from pow2quant.integer.layout import LAYOUTS
     from pow2quant.report import summary
 
-    written = [str(path) for path in runs.export(source, to, output, overwrite=overwrite)]
+    if layout not in (None, *LAYOUTS):
+        raise typer.BadParameter(f"{layout}: expected {' or '.join(LAYOUTS)}", param_hint="'--layout'")
+    options = {} if layout is None else {"layout": layout}
+    written = [str(path) for path in runs.export(source, to, output, overwrite=overwrite, **options)]
     found = None if source.suffix == ".encodings" else runs.resources_of(source)
     console.result({"written": written, "resources": found}, written)
     for label, text in summary.needed(found).items():

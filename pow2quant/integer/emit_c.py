@@ -12,7 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pow2quant.errors import ConfigError
 from pow2quant.integer.c_layer import BLOCK, Array, Layer, comment, ctype, fitted, numbers, plain, shape
+from pow2quant.integer.layout import LAYOUTS, channels_last
 from pow2quant.integer.lower import lower
 from pow2quant.integer.memory import NARROW, WIDE, Needs, Spot, place
 from pow2quant.integer.pack import sample_codes
@@ -45,13 +47,16 @@ ARENAS = {NARROW: "arena", WIDE: "wide"}
 """What the static arrays are called."""
 
 
-def export_c(artifact: Artifact, folder: str | Path, *, prefix: str = "model") -> Path:
+def export_c(artifact: Artifact, folder: str | Path, *, prefix: str = "model", layout: str = "nchw") -> Path:
     """C99 that stands alone, in `folder`, which an older export may take up. Returns it.
 
-    prefix: of the files and of the function, `<prefix>_run`.
+    prefix: of the files and of the function, `<prefix>_run`. layout: of images that come in, of `layout.LAYOUTS`.
     Raises what `lower` raises; OutputError where the folder holds something else, or cannot be written.
     """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout: {layout!r} is not legal; legal: {', '.join(LAYOUTS)}")
     program, folder = lower(artifact), Path(folder)
+    program = channels_last(program) if layout == "nhwc" else program
     with staged(folder, PLAN) as staging:
         for name, text in files(program, prefix).items():
             (staging / name).write_text(text, encoding="utf-8", newline="\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from inspect import signature
 from pathlib import Path
 
 from pow2quant import run_folder
@@ -16,16 +18,27 @@ from pow2quant.runs.simulating import Simulated
 
 
 def export(
-    source: str | Path | Artifact | Simulated, form: str, output: str | Path | None = None, *, overwrite: bool = False
+    source: str | Path | Artifact | Simulated,
+    form: str,
+    output: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    **options: str,
 ) -> list[Path]:
     """Writes a finished run in a further format, into `output` or `<run>/export/<form>`. Returns what was written.
 
-    Raises OutputError when that folder holds something and `overwrite` is not set.
+    options: what the format takes besides, such as `layout="nhwc"` for `c`.
+    Raises OutputError when that folder holds something and `overwrite` is not set, ConfigError for a format that does
+    not take an option.
 
     source: a run's folder; a QDQ file; or an encodings file, which becomes `<output>/<its name>` in another version. Of
     a file, `output` defaults to `<its folder>/<form>`. Or what a simulation's `export` returned, which needs `output`.
     """
     exporter: Callable[[Artifact, Path], Path] = resolve("exporters", form)
+    for key in options:
+        if key not in signature(exporter).parameters:
+            raise ConfigError(f"{key}: the format {form} has no such option")
+    exporter = partial(exporter, **options) if options else exporter
     output = None if output is None else Path(output)
     if isinstance(source, (Artifact, Simulated)):
         source = source.export() if isinstance(source, Simulated) else source
