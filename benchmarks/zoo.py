@@ -1,4 +1,4 @@
-"""Networks of other people, W8A8, with random weights: does every executor give the simulation's bits?
+"""Networks from other projects, W8A8, with random weights: does every executor give the simulation's bits?
 
     python benchmarks/zoo.py NETWORKS.py [NAME or GROUP …] --results zoo.jsonl [--page docs/zoo.md] [--timeout 180]
 
@@ -15,18 +15,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import platform
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -81,15 +86,22 @@ def try_one(network: tuple[str, Any, Any, str], options: argparse.Namespace) -> 
     torch.set_num_threads(1)
     model = with_statistics(factory(), batch(shapes, kind, 4, 1))
     example = batch(shapes, kind, 4, 2)
-    prepared = prepare(model, example)
+    calibration = [example, batch(shapes, kind, 4, 5)]
+    return judged(prepare(model, example), example, calibration, [batch(shapes, kind, 2, s) for s in (7, 8)], options)
+
+
+def judged(
+    prepared: fx.GraphModule, example: Any, calibration: list[Any], tests: list[Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """A prepared network, quantized: what each executor says of the test batches."""
     sim = simulate(prepared, example, QuantPlan.default(), backend="custom")
-    sim.calibrate([example, batch(shapes, kind, 4, 5)])
+    sim.calibrate(calibration)
     artifact = sim.export(example)
     proof = certify(artifact)
-    tests = [[x.numpy() for x in pytree.tree_leaves(batch(shapes, kind, 2, seed))] for seed in (7, 8)]
+    arrays = [[x.numpy() for x in pytree.tree_leaves(test)] for test in tests]
     found: dict[str, Any] = {"proved": [sum(y.proved for y in proof.layers), len(proof.layers)], "executors": {}}
     reference = simulation_executor(sim, "custom", torch.device("cpu"))
-    found["distinct"] = len(np.unique(reference.run(tests[0])[0]))
+    found["distinct"] = len(np.unique(reference.run(arrays[0])[0]))
     with tempfile.TemporaryDirectory() as folder:
         path = onnx_qdq.export_qdq(artifact, Path(folder))
         macs = 0
@@ -106,7 +118,7 @@ def try_one(network: tuple[str, Any, Any, str], options: argparse.Namespace) -> 
             if limit is not None and macs > limit:
                 found["executors"][name] = "left out: too large for this benchmark"
                 continue
-            agreements = compare(reference, made, tests if limit is None else tests[:1], artifact, proof=proof)
+            agreements = compare(reference, made, arrays if limit is None else arrays[:1], artifact, proof=proof)
             found["executors"][name] = [[a.differing, a.elements, a.claim] for a in agreements]
             if not all(a.agrees for a in agreements):
                 found["first"] = next(str(a.first_diverging) for a in agreements if a.first_diverging)
@@ -114,26 +126,28 @@ def try_one(network: tuple[str, Any, Any, str], options: argparse.Namespace) -> 
     return {"result": "differs" if differs else "exact", **found}
 
 
-def child(network: tuple[str, Any, Any, str], options: argparse.Namespace, answer: Any) -> None:
+def child(run: Callable[[], dict[str, Any]], answer: Any) -> None:
     """What a process of its own runs: sends one dictionary."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
     try:
-        answer.send(try_one(network, options))
+        answer.send(run())
     except Pow2QuantError as error:
         answer.send({"result": "refused", "reason": str(error)})
     except BaseException as error:
         answer.send({"result": "traceback", "reason": repr(error), "traceback": traceback.format_exc()})
 
 
-def guarded(network: tuple[str, Any, Any, str], options: argparse.Namespace) -> dict[str, Any]:
-    """`try_one` in a process of its own, within the time limit."""
+def guarded(run: Callable[[], dict[str, Any]], timeout: float) -> dict[str, Any]:
+    """What `run` gives, in a process of its own, within the time limit."""
     started = time.perf_counter()
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(network, options, theirs))
+    process = context.Process(target=child, args=(run, theirs))
     process.start()
     theirs.close()
     try:
-        result = ours.recv() if ours.poll(options.timeout) else {"result": "timeout"}
+        result = ours.recv() if ours.poll(timeout) else {"result": "timeout"}
     except EOFError:
         result = {"result": "crash"}
     process.kill()
@@ -141,17 +155,22 @@ def guarded(network: tuple[str, Any, Any, str], options: argparse.Namespace) -> 
     return {**result, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def page(results: list[dict[str, Any]]) -> str:
-    """The table of the documentation, in Markdown."""
+def page(results: list[dict[str, Any]], of: int, options: argparse.Namespace) -> str:
+    """The table of the documentation, in Markdown. of: how many networks there are, those included that did not run."""
     count = Counter(r["result"] for r in results)
     lines = [
-        "# Networks of other people",
+        "# Networks that were tried",
         "",
-        f"`benchmarks/zoo.py` on {len(results)} networks with random weights, W8A8, `custom` backend, "
-        f"torch {torch.__version__}, Python {platform.python_version()}: **{count['exact']} exact** (0 differing "
+        f"`benchmarks/zoo.py` on {len(results)} of {of} networks with random weights, W8A8, `custom` backend, "
+        f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}, "
+        f"{time.strftime('%B %d, %Y')}: **{count['exact']} exact** (0 differing "
         "elements in onnxruntime without and with its optimizations, and in the engine and the C where they run), "
         + ", ".join(f"{n} {kind}" for kind, n in sorted(count.items()) if kind != "exact")
         + ". Refused is one clear line; the reasons stand below.",
+        "",
+        f"The engine runs where one input costs at most {options.engine_macs:.0e} multiplications, the C at most "
+        f"{options.c_macs:.0e}. Results are collected over several runs, also of earlier commits: a network that "
+        "has one is not run again.",
         "",
         "| group | networks | exact | engine runs | C runs |",
         "|---|---|---|---|---|",
@@ -164,11 +183,11 @@ def page(results: list[dict[str, Any]]) -> str:
     for r in results:
         if r["result"] != "exact":
             why = str(r.get("reason") or r.get("first") or "").split(". Write it with")[0]
-            lines.append(f"| {r['name']} | {r['result']} | {_shown(why)} |")
+            lines.append(f"| {r['name']} | {r['result']} | {shown(why)} |")
     return "\n".join(lines) + "\n"
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """One line for a table, without folders of this machine."""
     words = [w.rpartition("/")[2] if w.count("/") > 1 else w for w in text.replace("|", "\\|").split()]
     return " ".join(words)[:300]
@@ -189,7 +208,9 @@ def main() -> None:
     for name, network in zoo.items():
         wanted = not options.names or name in options.names or network[0] in options.names
         if wanted and name not in {r["name"] for r in done}:
-            done.append({"name": name, "group": network[0], **guarded(network, options)})
+            done.append(
+                {"name": name, "group": network[0], **guarded(partial(try_one, network, options), options.timeout)}
+            )
             with options.results.open("a") as file:
                 file.write(json.dumps(done[-1]) + "\n")
             print(
@@ -198,7 +219,8 @@ def main() -> None:
             )
     if options.page:
         order = {name: i for i, name in enumerate(zoo)}
-        options.page.write_text(page(sorted(done, key=lambda r: order.get(r["name"], len(order)))))
+        done.sort(key=lambda r: order.get(r["name"], len(order)))
+        options.page.write_text(page(done, len(zoo), options), encoding="utf-8")
     print(", ".join(f"{n} {kind}" for kind, n in Counter(r["result"] for r in done).items()))
     raise SystemExit(0 if all(r["result"] in ("exact", "refused", "timeout") for r in done) else 1)
 

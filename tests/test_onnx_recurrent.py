@@ -9,6 +9,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+import pow2quant
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends.onnx.network import read_network
 from pow2quant.frontends.prepare import prepare
@@ -148,3 +149,28 @@ def test_a_signal_without_channels_is_mirrored():
     pad = helper.make_node("Pad", ["x", "pads"], ["y"], "mirror", mode="reflect")
     held = {"pads": np.array([0, 3, 0, 2])}
     same_as_onnxruntime(file_of([pad], {"x": ["n", 8]}, held, ["y"], 13), torch.randn(3, 8))
+
+
+def test_the_length_of_unrolled_layers_is_said():
+    class Notes:
+        def __init__(self):
+            self.lines = []
+
+        def track(self, items, title, total=None):
+            yield from items
+
+        def note(self, text):
+            self.lines.append(text)
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.layer = nn.BatchNorm1d(CHANNELS), nn.GRU(CHANNELS, HIDDEN, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(self.norm(x.transpose(1, 2)).transpose(1, 2))[0][:, -1]
+
+    notes = Notes()
+    result = pow2quant.quantize(Network(), [torch.randn(8, LENGTH, CHANNELS)], progress=notes)
+    assert result.report["unrolled"] == {"layer": LENGTH}
+    assert [line for line in notes.lines if line.startswith(f"layer: unrolled over {LENGTH} steps")]

@@ -48,7 +48,7 @@ class Builder:
     its value. new: what later readers of it read: another one, where something wrote into it.
     constants: values that do not depend on data, by node of either capture. weighted: those that follow from weights.
     outputs: which of the tensors that the user's network returns the prepared one returns: each once. returned: how
-    these stand in what the user's network returns.
+    these stand in what the user's network returns. unrolled: over how many steps each recurrent layer is written out.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Builder:
         self.taken = set(self.users_modules)
         self.outputs: list[int] = []
         self.returned: Returned | None = None
+        self.unrolled: dict[str, int] = {}
         self._current: list[fx.Node] = []
         self._held: dict[fx.Node, fx.Node] = {}
         self._layers: set[str] = set()

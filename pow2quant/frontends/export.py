@@ -36,6 +36,9 @@ HERE = str(Path(__file__).parent)
 
 LOGGERS = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes", "torch._dynamo")
 
+LONGEST_REASON = 400
+"""Characters of an error of PyTorch's that are passed on."""
+
 WRAPPERS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
 
@@ -211,7 +214,7 @@ def _quiet() -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """An error's text as one sentence."""
     text = str(error).strip().splitlines()
-    line = text[0].strip() if text else type(error).__name__
+    line = text[0].strip()[:LONGEST_REASON] if text else type(error).__name__
     return line if line.endswith(".") else f"{line}."
 
 

@@ -26,7 +26,7 @@ from pow2quant.frontends.export import SIZES, capture, unwrapped
 from pow2quant.frontends.idle import drop_idle
 from pow2quant.frontends.returned import RETURNED
 
-PREPARED = "pow2quant_prepared"
+PREPARED, UNROLLED = "pow2quant_prepared", "pow2quant_unrolled"
 
 
 def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
@@ -50,8 +50,14 @@ def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
     _check_same(builder, network, model, batches)
     drop_idle(network)
     restore_containers(network, model)
-    network.meta |= {PREPARED: True, RETURNED: builder.returned}
+    network.meta |= {PREPARED: True, RETURNED: builder.returned, UNROLLED: builder.unrolled}
     return network
+
+
+def unrolled(network: nn.Module) -> dict[str, int]:
+    """Over how many steps each recurrent layer of a prepared network is written out: the length of the example."""
+    found: dict[str, int] = getattr(network, "meta", {}).get(UNROLLED, {})
+    return found
 
 
 def is_prepared(network: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.errors import ConfigError, DataError, ModelError
 from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.export import unwrapped
-from pow2quant.frontends.prepare import prepare
+from pow2quant.frontends.prepare import prepare, unrolled
 from pow2quant.methods.auto import Trial
 from pow2quant.plugins import resolve
 from pow2quant.reading import Batches, Checked, Signature
@@ -117,6 +117,8 @@ class Job:
         data = data if pixels is None else pixels.data(data)
         calibration = Images(data.calibration, batches or config.ptq.calibration_batches)
         network = rewritten(prepared_network(model, called, config), config, calibration, progress, given)
+        for name, steps in unrolled(network).items():
+            progress.note(f"{name}: unrolled over {steps} steps, the length of the inputs; it takes no other length")
         flat = inputs(called)
         example = flat[0] if len(flat) == 1 else flat
         own = model if isinstance(called, Tensor) else Flat(model, called)

@@ -21,6 +21,7 @@ from pow2quant.backends.base import inputs as arguments
 from pow2quant.backends.samples import sample
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
+from pow2quant.frontends.prepare import unrolled
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.integer.resources import resources
 from pow2quant.plugins import resolve
@@ -216,6 +217,7 @@ def _report(
             role: spec and {"bitwidth": spec.bits, "symmetric": spec.symmetric, "power_of_2": spec.power_of_2}
             for role, spec in ((r, getattr(quantization, r)) for r in configuration.ROLES)
         },
+        "unrolled": unrolled(job.network) or None,
         "task": job.task.name,
         "metric": job.task.metrics[0].name if job.task.metrics else None,
         "metrics": scores.metrics(float=FLOAT, quantized=simulated, onnxruntime=measured),

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.aten.layers import equip
-from pow2quant.frontends.builder import Builder, Handler, Parts
+from pow2quant.frontends.builder import Builder, Handler, Parts, scope
 
 
 @dataclass
@@ -183,6 +183,7 @@ def _steps(b: Builder, node: fx.Node, a: SimpleNamespace) -> list[fx.Node]:
     """The inputs (N, C) of every step."""
     time = 1 if a.batch_first else 0
     x, (count, features) = b.operand(node, a.input), (b.shape(a.input)[time], b.shape(a.input)[2])
+    b.unrolled[scope(node) or node.name] = count
     parts = [b.call(node, m.Slice([(time, t, t + 1, 1)]), x, kind="step") for t in range(count)]
     return [b.call(node, m.Reshape((-1, features)), part) for part in parts]
 
