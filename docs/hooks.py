@@ -16,6 +16,7 @@ from pow2quant import config, plugins
 from pow2quant.cli import application
 
 MARKERS = {
+    "<!-- generated: aimet members -->": "aimet_members",
     "<!-- generated: command line -->": "command_line",
     "<!-- generated: configuration -->": "configuration",
     "<!-- generated: operations -->": "operations",
@@ -48,6 +49,13 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         if marker in markdown:
             markdown = markdown.replace(marker, globals()[function]())
     return markdown
+
+
+def aimet_members() -> str:
+    """The table of AIMET's public members."""
+    from pow2quant.adapters.aimet_members import page
+
+    return page()
 
 
 def operations() -> str:

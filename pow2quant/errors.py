@@ -8,6 +8,7 @@ Pow2QuantError                     one clear line; the command line prints it an
 │   └── WeightsError               a state dict that does not fit, NaN in a layer's weights
 ├── EncodingError                  an encoding that is impossible or belongs to another model
 │   └── NotPowerOfTwoError         a scale that is not exactly 2^k
+├── NotCalibratedError             a simulation that runs before it has encodings
 ├── TrainingError                  a training that has diverged
 ├── FileFormatError                a corrupt or foreign file
 ├── OutputError                    an existing run, a read-only folder, a full disk
@@ -54,6 +55,10 @@ class EncodingError(Pow2QuantError, ValueError):
 
 class NotPowerOfTwoError(EncodingError):
     """A scale is not exactly a power of two."""
+
+
+class NotCalibratedError(Pow2QuantError, RuntimeError):
+    """A simulation is run before it has encodings: it would compute in float and look as if nothing were lost."""
 
 
 class TrainingError(Pow2QuantError):

@@ -30,12 +30,19 @@ from onnx import ModelProto, version_converter
 
 from pow2quant import foreign
 from pow2quant.adapters import aimet_config, aimet_encodings, onnx_qdq
+from pow2quant.adapters.aimet_members import MEMBERS
 from pow2quant.artifact import Artifact, Site, Table
 from pow2quant.backends.base import ALL, Batch, Simulation
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.placement import Placement, place, tensor_name
 from pow2quant.config import WIDTHS, QuantPlan, TensorSpec
-from pow2quant.errors import ConfigError, EncodingError, FileFormatError, NotPowerOfTwoError
+from pow2quant.errors import (
+    ConfigError,
+    EncodingError,
+    FileFormatError,
+    NotCalibratedError,
+    NotPowerOfTwoError,
+)
 from pow2quant.frontends.operators import operator, weight_axis
 from pow2quant.frontends.prepare import prepare
 from pow2quant.frontends.writing import Node, OnnxGraph
@@ -146,6 +153,12 @@ class QuantizationSimModel:
         self._fixed: frozenset[str] = frozenset()
         self.simulation: Simulation = simulation_of(self._network, example, plan, backend)
         self.simulation.model.to(device)
+        self.simulation.model.register_forward_pre_hook(_refuse_without_encodings)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in MEMBERS:
+            raise AttributeError(f"{name}: {MEMBERS[name].custom}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def model(self) -> nn.Module:
@@ -445,6 +458,13 @@ class _OnnxExporter:
         artifact = Artifact(artifact.model, {name: e for name, e in table.items() if name not in biases})
         onnx_qdq.save(artifact.model, Path(f))
         _write_encodings(artifact, Path(f).with_suffix(".encodings"), encoding_version or "1.0.0")
+
+
+def _refuse_without_encodings(model: nn.Module, _args: Any) -> None:
+    """As AIMET does. Raises NotCalibratedError, unless the model is being observed or has nothing to quantize."""
+    quantizers = [m for m in model.modules() if hasattr(m, "tap") and hasattr(m, "encoding")]
+    if quantizers and not any(q.encoding is not None or q.tap is not None for q in quantizers):
+        raise NotCalibratedError("the model has no encodings yet: call sim.compute_encodings or sim.load_encodings")
 
 
 def _range(scheme: Any) -> str:

@@ -118,14 +118,18 @@ class AimetSimulation:
         Ours take over width and range, with the smallest power of two that covers it; the width is then what
         calibration goes by, as it is wherever one of AIMET's tools has set it. Every method that speaks of encodings
         does this first; until then, `model` may compute with free scales. A quantizer that AIMET removed, for a while
-        or for good, is not put back. Raises ConfigError where AIMET chose floating point numbers.
+        or for good, is not put back. Raises ConfigError for what cannot be taken over: floating point numbers, blocks,
+        other shapes, asymmetric weights, quantizers where the network has no site.
         """
+        self._refuse_strangers()
         for name, quantizer in self._quantizers.items():
             slot, key = self._slot(name), self._slots[name][2]
             found = slot[key]
             kind = getattr(found, "data_type", None)
             if found is not None and (getattr(kind, "name", "int") != "int" or not hasattr(found, "qmin")):
                 raise ConfigError(f"{name}: AIMET chose floating point numbers; only integer grids have a scale of 2^k")
+            if getattr(found, "block_size", None) or getattr(found, "shape", quantizer.shape) != quantizer.shape:
+                raise ConfigError(f'{name}: no quantizer of another shape can stand here; use placement="aimet"')
             if found is not None and found is not quantizer:
                 slot[key] = quantizer
                 vars(quantizer).pop(
@@ -134,6 +138,7 @@ class AimetSimulation:
                 quantizer.qmin, quantizer.qmax, quantizer.symmetric = found.qmin, found.qmax, found.symmetric
                 if quantizer.encoded and quantizer.site.role != "bias":
                     quantizer.set_range(found.min.detach(), found.max.detach())
+            self._take_symmetry(name, quantizer)
             width = (quantizer.qmax - quantizer.qmin).bit_length()
             if width == quantizer.bits:
                 continue
@@ -143,6 +148,28 @@ class AimetSimulation:
             else:
                 quantizer.bits = width
                 self.placement.specs[name] = replace(self.placement.specs[name], bits=width)
+
+    def _refuse_strangers(self) -> None:
+        """Raises ConfigError for a quantizer that was put where the network has no site: it would never be exported."""
+        slots = {(id(self._slot(name)), key) for name, (_, _, key) in self._slots.items()}
+        for path, module in self.quantsim.named_qmodules():
+            for kind in ("param", "input", "output"):
+                holder = getattr(module, f"{kind}_quantizers")
+                items = holder.items() if isinstance(holder, nn.ModuleDict) else enumerate(holder)
+                for key, found in items:
+                    stands_in = not getattr(found, "enabled", True)  # mixed precision's, where there was none
+                    if found is not None and not stands_in and (id(holder), key) not in slots:
+                        where = f"{path}.{kind}_quantizers[{key!r}]"
+                        raise ConfigError(f'{where}: no tensor is quantized here; use placement="aimet"')
+
+    def _take_symmetry(self, name: str, quantizer: Any) -> None:
+        """Takes over a `symmetric` that somebody has set. Raises ConfigError for asymmetric weights."""
+        if quantizer.symmetric == quantizer.known_symmetric or quantizer.site.role == "bias":
+            return
+        if quantizer.site.role == "weight":
+            raise ConfigError(f'{name}: weights are quantized symmetrically; placement="aimet" knows other ones')
+        quantizer.known_symmetric = quantizer.symmetric
+        self.placement.specs[name] = replace(self.placement.specs[name], symmetric=quantizer.symmetric)
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -326,7 +353,7 @@ def _quantizers() -> tuple[type, type]:
             grid = IntGrid(spec.bits, spec.symmetric)
             super().__init__(tuple(shape), int(grid.qmin), int(grid.qmax), symmetric=spec.symmetric)
             self.site, self.axis, self.tap = site, axis, None
-            self.bits = spec.bits
+            self.bits, self.known_symmetric = spec.bits, spec.symmetric
             self._parametrize()
             self._forget()
             if site.role == "bias":  # its scale follows from two others'
@@ -405,7 +432,8 @@ def _quantizers() -> tuple[type, type]:
                 has = f"{encoding.scale.size} scales (axis {encoding.axis})"
                 raise EncodingError(f"{name}: {has} for a quantizer of shape {self.shape}")
             self.axis, self.qmin, self.qmax = encoding.axis, int(encoding.grid.qmin), int(encoding.grid.qmax)
-            self.symmetric, self.bits = encoding.symmetric, bits
+            self.symmetric = self.known_symmetric = encoding.symmetric
+            self.bits = bits
             self._take(encoding)
             if self.encoding != encoding:
                 raise EncodingError(f"{name}: AIMET would not compute with exactly this encoding: {encoding!r}")
