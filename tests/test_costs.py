@@ -24,9 +24,10 @@ def test_shares_are_of_the_noise_that_layers_add():
 @pytest.mark.parametrize(
     ("weight", "output", "expected"),
     [
-        ({"sqnr_db": 10.0}, {"sqnr_db": 30.0}, "more bits for its weights, or a method that rounds (gptq, adaround)"),
+        ({"sqnr_db": 10.0}, {"sqnr_db": 30.0}, "more bits for its weights, or gptq or adaround"),
         ({"sqnr_db": 40.0}, {"sqnr_db": 30.0}, "more bits for its output"),
         ({}, {"sqnr_db": 30.0, "clipped": 2.5}, "2.5 % of the output saturate"),
+        ({"sqnr_db": 10.0, "clipped": 3.0}, {}, "3.0 % of the weights saturate: range minmax"),
         ({"sqnr_db": 9.0, "free_scale_db": 14.0, "power_of_2_db": 9.0}, {"sqnr_db": 30.0}, "fits 2^k badly"),
         ({"sqnr_db": None}, {"sqnr_db": None}, "more bits for this layer"),
     ],
@@ -35,6 +36,12 @@ def test_advice_fits_the_noisier_quantizer(weight, output, expected):
     tensors = {"a.weight": weight, "a.output": {"network_sqnr_db": 20.0, **output}}
     (cost,) = costly(NETWORK[:1], tensors)
     assert expected in cost.advice
+
+
+def test_what_was_done_is_not_advised():
+    tensors = {"a.weight": {"sqnr_db": 10.0}, "a.output": {"network_sqnr_db": 20.0}}
+    (cost,) = costly(NETWORK[:1], tensors, ["align", "calibrate", "gptq", "export"])
+    assert cost.advice == "more bits for its weights, or adaround"
 
 
 def test_nothing_measured_costs_nothing():

@@ -58,7 +58,7 @@ def render(
         "said": partial(summary.number, unit=(report.get("search") or {}).get("unit", "%")),
         "layers": layers,
         "network": (statistics or {}).get("network"),
-        "costs": costs.costly((statistics or {}).get("network") or [], measured),
+        "costs": costs.costly((statistics or {}).get("network") or [], measured, report.get("pipeline_steps") or ()),
         "histograms": drawn,
         "noisiest": sorted(drawn, key=lambda h: math.inf if h.sqnr_db is None else h.sqnr_db)[:NOISIEST],
         "tax": list(_tax(measured)),
