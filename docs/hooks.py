@@ -58,6 +58,12 @@ def aimet_members() -> str:
     return page()
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    """Names the theme's search dialog for screen readers (an event of mkdocs)."""
+    dialog = 'data-md-component="search" role="dialog"'
+    return output.replace(dialog, f'{dialog} aria-label="Search"')
+
+
 def operations() -> str:
     """The table of modules, and the names of PyTorch's operations."""
     from pow2quant.frontends import catalogue
