@@ -72,12 +72,6 @@ def test_help_names_the_choices(command: str, kind: str, capsys: pytest.CaptureF
         assert name in words, name
 
 
-def test_flags_without_effect_are_taken_and_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", "--help"]) == 0
-    assert "--device" not in capsys.readouterr().out
-    assert main(["list", "--device", "cpu", "--seed", "1", "--quiet"]) == 0
-
-
 def test_a_shell_completes_commands() -> None:
     asked = {"_POW2QUANT_COMPLETE": "complete_bash", "COMP_WORDS": "pow2quant pt", "COMP_CWORD": "1"}
     code = "from pow2quant.cli import run; run()"

@@ -97,10 +97,10 @@ Methods = Annotated[
 Budget = Annotated[float | None, Option(min=0, help="Minutes that `--method auto` may try chains for.")]
 EncodingsVersion = Annotated[str | None, Option(help="AIMET encodings: 0.6.1, 1.0.0 or 2.0.0.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing run.")]
-# Every command takes these, so that a script can pass the same ones to all; where they say nothing, no help shows them.
-IdleSeed = Annotated[int | None, Option("--seed", min=0, hidden=True)]
-IdleDevice = Annotated[str | None, Option("--device", hidden=True)]
-IdleConfig = Annotated[Path | None, Option("--config", hidden=True)]
+# Every command takes the flags of every command, so that a script can pass the same ones to all.
+IdleSeed = Annotated[int | None, Option("--seed", min=0, help="Without effect: nothing is random here.")]
+IdleDevice = Annotated[str | None, Option("--device", help="Without effect: nothing is computed here.")]
+IdleConfig = Annotated[Path | None, Option("--config", help="Without effect, but it is checked.")]
 
 
 def quantization(
