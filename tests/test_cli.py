@@ -145,7 +145,7 @@ def test_list_names_everything_with_a_line(capsys: pytest.CaptureFixture[str]) -
     listed = json.loads(capsys.readouterr().out)
     assert {kind: set(entries) for kind, entries in TABLES.items()} == {k: set(listed[k]) for k in TABLES}
     assert listed.keys() == {*TABLES, "targets"}
-    assert all(text.endswith(".") or text.startswith("not ") for e in listed.values() for text in e.values())
+    assert all(text.endswith(".") or text.startswith("not ") for k in TABLES for text in listed[k].values())
 
 
 BAD_YAML = {
