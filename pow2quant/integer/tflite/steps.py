@@ -259,6 +259,14 @@ def _copy(graph: Graph, step: Copy) -> None:
     x = graph.program.tensors[step.inputs[step.parts[0].input]]
     if x.constant is not None:
         raise _refused(step, "moves a constant")
+    pads = _pads(step, x, result)
+    if pads is not None:
+        axes = (1, 2, 0) if len(x.shape) == 3 else range(len(x.shape))
+        ordered = [(0, 0), *(pads[axis] for axis in axes)]
+        graph.known[step.output] = _pad(
+            graph, graph.activation(x.name), ordered, list(physical(result.shape)), x, step.fill
+        )
+        return
     flat = graph.reshaped(graph.channels_first(x.name), (1, x.size), x)
     if step.fill is not None:
         flat = _pad(graph, flat, [(0, 0), (0, 1)], [1, x.size + 1], x, step.fill)
@@ -270,6 +278,21 @@ def _copy(graph: Graph, step: Copy) -> None:
     made = graph.encoded(result, (1, result.size), name)
     graph.operator("GATHER", [flat, graph.constant(f"{name}.places", places)], made, graph.options("Gather", axis=1))
     graph.put(graph.reshaped(made, (1, *result.shape), result), step.output)
+
+
+def _pads(step: Copy, x: Tensor, result: Tensor) -> list[tuple[int, int]] | None:
+    """What stands in front of and behind a whole tensor, by dimension; None where the step does something else."""
+    (part,) = step.parts[:1]
+    read, written = part.indices
+    if step.fill is None or len(step.parts) > 1 or len(x.shape) != len(result.shape) or len(read) != x.size:
+        return None
+    starts = np.unravel_index(written[read.argmin()], result.shape)
+    pads = [(int(a), n - int(a) - m) for a, n, m in zip(starts, result.shape, x.shape, strict=True)]
+    if any(after < 0 for _, after in pads):
+        return None
+    box = tuple(slice(before, before + m) for (before, _), m in zip(pads, x.shape, strict=True))
+    inside = np.arange(result.size).reshape(result.shape)[box].ravel()
+    return pads if np.array_equal(written[np.argsort(read)], inside) else None
 
 
 def _requantized(graph: Graph, step: Copy, index: int, part: Any) -> int:
