@@ -95,7 +95,7 @@ def observe(
         if site.name in samples:
             low, high = (float(v) for v in torch.aminmax(x))
             if not (np.isfinite(low) and np.isfinite(high)):
-                batch = len(lows[site.name]) + 1
+                batch = len(lows[site.name])
                 if site.role == "input":
                     raise DataError(f"{site.name}: NaN or infinity in the calibration data, batch {batch}")
                 raise DataError(f"{site.name}: the network gives NaN or infinity here, calibration batch {batch}")

@@ -249,4 +249,21 @@ def _with_batch(model: onnx.ModelProto, size: int) -> onnx.ModelProto:
     for value in copy.graph.output:
         value.type.tensor_type.ClearField("shape")
     del copy.graph.value_info[:]
-    return onnx.shape_inference.infer_shapes(copy, data_prop=True)
+    found = onnx.shape_inference.infer_shapes(copy, data_prop=True)
+    return onnx.shape_inference.infer_shapes(copy, data_prop=True) if _joined(copy, found, size) else found
+
+
+def _joined(model: onnx.ModelProto, found: onnx.ModelProto, size: int) -> bool:
+    """Repeats constants of one sample, for every sample of a batch, where a Concat joins them with what is computed.
+
+    Such a file runs with a batch of one only. found: the model with the shapes that are known. Returns whether there
+    were any.
+    """
+    known = _shapes(found)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    lone = [n for n in model.graph.node if n.op_type == "Concat" and not all(known.get(n.output[0], (0,)))]
+    single = {name for node in lone for name in node.input if name in constants and constants[name].dims[:1] == [1]}
+    for name in single if size > 1 else ():
+        repeated = np.repeat(numpy_helper.to_array(constants[name]), size, 0)
+        constants[name].CopyFrom(numpy_helper.from_array(repeated, name))
+    return bool(single) and size > 1
