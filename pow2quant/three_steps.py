@@ -25,6 +25,7 @@ from pow2quant.backends.calibration import with_room_for_bias
 from pow2quant.config import RunConfig
 from pow2quant.errors import OutputError
 from pow2quant.runs import Job, Result, Simulated, finish, quantized, write_report
+from pow2quant.runs.chains import to_train
 from pow2quant.runs.quantizing import BACKEND, BITS, Temporary, requested
 from pow2quant.training import curves
 from pow2quant.training.learning import Learning
@@ -58,7 +59,7 @@ def qat(
             _check_checkpoints(checkpoints, resume, overwrite)
         staged = run_folder.staged(output, overwrite) if processes.leads else nullcontext()
         with staged as folder:
-            job, sim, steps = quantized(config, progress)
+            job, sim, steps = quantized(config, progress, default=to_train(config))
             ptq_accuracy = job.score(sim.model)
             trainer = Trainer(
                 sim=sim,
@@ -115,7 +116,7 @@ def qat_model(
     `folded`), `final_ptq`. Raises Pow2QuantError, one line, for everything that can be fixed.
     """
     base, given, shown = requested(model, data, bits, methods, metric, task, backend, target, config, progress)
-    job, sim, steps = quantized(base, shown, given)
+    job, sim, steps = quantized(base, shown, given, to_train(base))
     parameters = job.parameters(sim)
     batches = ([x.to(job.device) for x in inputs(batch)] for batch in job.calibration())
     made: QatModel[Result] = QatModel(

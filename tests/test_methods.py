@@ -20,7 +20,7 @@ from pow2quant.backends.base import Progress, Simulation
 from pow2quant.cli import main
 from pow2quant.config import Choice, DataConfig, QuantPlan, RunConfig
 from pow2quant.errors import ConfigError
-from pow2quant.runs.chains import fixed, with_chain
+from pow2quant.runs.chains import fixed, to_train, with_chain
 
 PLANS = {
     "w4a8": conformance.PLAN,
@@ -262,6 +262,12 @@ def test_methods_that_build_on_exponents_stand_behind_the_default(methods, bits,
     assert all(note.startswith(words) for note in heard.notes)
     read = config.from_mapping(yaml.safe_load(config.dump(found)))
     assert with_chain(read, config.default_methods(read)) == found, "a run is repeated from its config.yaml"
+
+
+@pytest.mark.parametrize(("bits", "names"), [(4, ["align", "output_mse"]), (8, ["bias_correction"]), (16, [])])
+def test_what_is_trained_is_not_rounded_by_default(bits: int, names: list[str]) -> None:
+    made = config.with_values(RunConfig(), {"quantization.weight.bitwidth": bits})
+    assert [choice.name for choice in to_train(made)] == names
 
 
 def test_chosen_methods_are_repeated_as_they_are() -> None:

@@ -37,6 +37,12 @@ def with_chain(config: RunConfig, default: tuple[Choice, ...], progress: Progres
     return config
 
 
+def to_train(config: RunConfig) -> tuple[Choice, ...]:
+    """The default methods in front of a training, which moves the weights itself: none of them rounds weights."""
+    default = default_methods(config)
+    return EXPONENT_METHODS if any(map(_rounds, default)) else default
+
+
 def fixed(config: RunConfig, methods: tuple[Choice, ...]) -> RunConfig:
     """The configuration with exactly these methods, also when a run is repeated from it."""
     found = _with(config, methods)

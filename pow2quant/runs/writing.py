@@ -19,7 +19,7 @@ from pow2quant.backends import fitting
 from pow2quant.backends.base import SILENT, Progress, Simulation
 from pow2quant.backends.base import inputs as arguments
 from pow2quant.backends.samples import sample
-from pow2quant.config import RunConfig
+from pow2quant.config import Choice, RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.frontends.prepare import unrolled
 from pow2quant.integer.certificate import Certificate, certify
@@ -69,10 +69,15 @@ def ptq(
     return Result(output, report, tuple(agreements), Simulated(sim, job.example))
 
 
-def quantized(config: RunConfig, progress: Progress, given: Given = NOTHING) -> tuple[Job, Simulation, list[str]]:
-    """The first part of every run: what a configuration stands for, its calibrated simulation, and the steps taken."""
+def quantized(
+    config: RunConfig, progress: Progress, given: Given = NOTHING, default: tuple[Choice, ...] | None = None
+) -> tuple[Job, Simulation, list[str]]:
+    """The first part of every run: what a configuration stands for, its calibrated simulation, and the steps taken.
+
+    default: the methods where none is named; None: those of `ptq`.
+    """
     if given.methods is None:
-        config = with_chain(config, configuration.default_methods(config), progress)
+        config = with_chain(config, configuration.default_methods(config) if default is None else default, progress)
     methods_of(config, given)
     job = decided(Job.start(config, progress, given))
     return job, job.quantized(), job.steps
