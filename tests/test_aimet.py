@@ -63,7 +63,7 @@ def run(model, x):
 
 def test_without_aimet_one_line_says_what_to_install(digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "aimet_torch", None)
-    aimet._aimet.cache_clear()
+    aimet.load_aimet.cache_clear()
     with pytest.raises(MissingExtraError, match=r"needs aimet-torch: pip install 'pow2quant\[aimet\]'$"):
         AimetSimulation(*digits, PLAN)
 
@@ -119,7 +119,7 @@ def test_aimets_own_qdq_export_agrees_with_onnxruntime(calibrated, digits, tmp_p
 
 
 def test_what_aimet_cannot_simulate_is_refused(calibrated, digits):
-    with pytest.raises(ConfigError, match=r"output: the aimet backend simulates 2 to 16 bits, not 24"):
+    with pytest.raises(ConfigError, match=r"plan\.output\.bitwidth: 24 is not legal; legal: an integer from 2 to 16"):
         AimetSimulation(*digits, replace(PLAN, output=TensorSpec(24, symmetric=False)))
     table = calibrated.encodings()
     weight = table["fc.weight"]

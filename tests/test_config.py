@@ -281,7 +281,10 @@ def test_dump_and_load_are_inverse(folder, config):
         ("data: null", "data: null is not legal; legal: a mapping with keys of dataset, path"),
         ("model: {name: 3}", "model.name: 3 is not legal; legal: text"),
         ("model: {name: null}", "model.name: null is not legal; legal: text"),
-        ("ptq: {methods: [adaruond]}", "legal: a list of NAME or {NAME: {parameter: value}}; names: "),
+        (
+            "ptq: {methods: [adaruond]}",
+            "legal: a list of NAME, NAME:parameter=value or {NAME: {parameter: value}}; ",
+        ),
         ("ptq: {methods: adaround}", 'ptq.methods: "adaround" is not legal; legal: a list'),
         ("ptq: {methods: [{adaround: 3}]}", "ptq.methods: [{'adaround': 3}] is not legal"),
         ("ptq: {methods: [{adaround: {}, qdrop: {}}]}", "ptq.methods: [{'adaround': {}, 'qdrop': {}}] is not legal"),
@@ -417,9 +420,9 @@ def test_a_float_role_can_be_quantized_in_one_module():
 
 
 def test_a_plan_made_by_hand_is_checked_too():
-    with pytest.raises(ConfigError, match=r"quantization\.weight\.bitwidth: 1 "):
+    with pytest.raises(ConfigError, match=r"plan\.weight\.bitwidth: 1 "):
         QuantPlan.default(weight_bits=1)
-    with pytest.raises(ConfigError, match=r"quantization\.input\.bitwidth: 32 "):
+    with pytest.raises(ConfigError, match=r"plan\.input\.bitwidth: 32 "):
         QuantPlan.default(activation_bits=32)
     with pytest.raises(ConfigError, match=r"quantization\.bias\.symmetric: false "):
         plan_of(RunConfig(quantization=QuantizationConfig(bias=TensorSpec(32, symmetric=False))))

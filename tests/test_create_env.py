@@ -119,7 +119,7 @@ def test_make_takes_a_complete_environment_for_its_own(tmp_path, complete):
     assert result.returncode == 0, result.stderr
     assert ("-m venv" in result.stdout) is not complete
     assert "install" in result.stdout
-    assert "pow2quant ptq" in result.stdout.splitlines()[-1]
+    assert any("pow2quant ptq" in line for line in result.stdout.splitlines()[-3:])
 
 
 @pytest.mark.parametrize(

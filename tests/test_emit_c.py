@@ -297,7 +297,7 @@ def test_integers_only(name):
     texts = files(lower(artifact))
     source = "".join(texts[f] for f in emit_c.CODE)
     source = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
-    assert set(re.findall(r"#include (<.*>)", source)) <= {"<stdint.h>", "<string.h>"}
+    assert set(re.findall(r"#include (<.*>)", source)) <= {"<stddef.h>", "<stdint.h>", "<string.h>"}
     assert not re.search(r"\b(float|double|union|malloc|calloc|alloca|free|short|long)\b", source)
     assert not re.search(r"\d\.\d", source)
     divisions = re.findall(r".*[/%].*", source)

@@ -79,4 +79,3 @@ def test_a_shell_completes_commands() -> None:
         [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True, check=False
     )
     assert found.stdout.split() == ["ptq"]
-    assert main(["--show-completion", "bash"]) == 0

@@ -224,8 +224,8 @@ def test_methods_by_name_and_by_object(mine: tuple[Path, dict[str, Any]]) -> Non
     found = [quick(names["classifier"](), names["labelled"](), methods=each) for each in ways]
     assert len({(r.folder / "model.onnx").read_bytes() for r in found}) == 1
     rounded = quick(names["classifier"](), (X, Y), bits="w4a8", methods=[AdaRound(iterations=3)])
-    assert rounded.report["pipeline_steps"] == ["calibrate", "adaround", "export"]
-    assert config.load(rounded.folder / "config.yaml").ptq.methods[0].parameters["iterations"] == 3  # type: ignore[index]
+    assert rounded.report["pipeline_steps"] == ["align", "calibrate", "output_mse", "adaround", "export"]
+    assert config.load(rounded.folder / "config.yaml").ptq.methods[-1].parameters["iterations"] == 3  # type: ignore[index]
     own = Doubled()
     mixed = quick(names["classifier"](), (X, Y), methods=[own, "bias_correction"])
     assert mixed.report["pipeline_steps"] == ["calibrate", "Doubled", "BiasCorrection", "export"]

@@ -408,7 +408,7 @@ def test_the_study_in_the_repository_is_legal() -> None:
     sweep.check(study)
     assert len(study.plan) == 8 + 21
     first = applied(study.base, settings(study.plan.grids[0], {"bits": 1}))
-    assert first.ptq.methods == (Choice("gpfq", {"narrow": True}),)
+    assert first.ptq.applied == (Choice("gpfq", {"narrow": True}),)
     assert space.settings(study.plan.grids[0], {"bits": 8}) == {BITS: 8}
 
 

@@ -228,7 +228,7 @@ def test_unquantized_it_computes_what_the_float_network_computes_in_training(bac
         pytest.importorskip("aimet_torch")
     sim = simulated(network, data, 8, backend)
     trainer = trainer_of(sim, data, network, SHORT)
-    trainer.active = frozenset()
+    trainer.learning.active = frozenset()
     pairs = {"conv1": "bn1", "depthwise": "bn2", "pointwise": "bn3", "conv4": "bn4"}
     reference: Any = copy.deepcopy(network).train()
     with torch.no_grad():

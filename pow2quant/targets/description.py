@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from pow2quant.operators import Values, values
@@ -79,14 +79,14 @@ class Target:
     """
 
     name: str = "onnxruntime"
-    summary: str = ""
+    summary: str = field(default="", compare=False)
     rounding: Roundings = Roundings()
     limits: Limits = Limits()
     tied_sums: bool = False
     open_sums: bool = False
     executors: tuple[str, ...] = ("onnxruntime", "engine", "c")
     formats: tuple[str, ...] = ("qdq",)
-    source: str = ""
+    source: str = field(default="", compare=False)
 
     @property
     def rounding_matters(self) -> bool:
