@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -150,6 +151,15 @@ def test_a_file_starts_from_a_preset(tmp_path):
     target = targets.load(str(file))
     assert (target.name, target.rounding.sums, target.rounding.products) == ("chip", "floor", "half_up")
     assert target.limits == targets.load("generic-shift").limits
+
+
+def test_the_target_in_the_documentation_is_one(tmp_path):
+    page = (Path(__file__).resolve().parents[1] / "docs" / "targets.md").read_text(encoding="utf-8")
+    file = tmp_path / "mine.yaml"
+    file.write_text(page.partition("```text\n")[2].partition("```")[0], encoding="utf-8")
+    target = targets.load(str(file))
+    assert target.limits.accumulator_bits == 24
+    assert target.rounding.sums == "floor"
 
 
 def test_an_unknown_target_is_an_error_with_the_known_ones():

@@ -332,7 +332,7 @@ def bad_calibration_data_are_refused(backend: Backend) -> None:
         sim.calibrate([])
     poisoned = _batch()
     poisoned[0, 0, 0, 0] = torch.nan
-    with _raises(DataError, "x", "batch 2"):
+    with _raises(DataError, "x", "batch 1"):
         sim.calibrate([_batch(), poisoned])
 
 
