@@ -203,3 +203,11 @@ def broadcast(program: Program, names: tuple[str, ...], inputs: tuple[Codes, ...
         x if x.ndim >= rank else x.reshape(*n, *[1] * (rank - x.ndim), *x.shape[len(n) :])
         for x, n in zip(inputs, lead, strict=True)
     ]
+
+
+def on_one_scale(
+    program: Program, names: tuple[str, ...], inputs: tuple[Codes, ...], shifts: tuple[int, ...]
+) -> tuple[Codes, ...]:
+    """Operands less their zero points, each shifted to the left, so that all have one scale; int64, broadcast."""
+    operands = zip(broadcast(program, names, inputs), names, shifts, strict=True)
+    return tuple(np.left_shift(x.astype(np.int64) - program.tensors[name].zero, shift) for x, name, shift in operands)

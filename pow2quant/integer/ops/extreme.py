@@ -10,7 +10,7 @@ import numpy as np
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.nodes import title
 from pow2quant.integer.ops.sum import aligned
-from pow2quant.integer.program import broadcast
+from pow2quant.integer.program import on_one_scale
 
 if TYPE_CHECKING:
     import onnx
@@ -33,10 +33,7 @@ class Extreme:
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
         """See `Step.run`."""
-        a, b = (
-            np.left_shift(x.astype(np.int64) - program.tensors[name].zero, shift)
-            for x, name, shift in zip(broadcast(program, self.inputs, inputs), self.inputs, self.shifts, strict=True)
-        )
+        a, b = on_one_scale(program, self.inputs, inputs, self.shifts)
         extreme = np.maximum(a, b) if self.largest else np.minimum(a, b)
         return self.requantization(extreme).astype(program.tensors[self.output].dtype)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.nodes import title
-from pow2quant.integer.program import broadcast
+from pow2quant.integer.program import on_one_scale
 from pow2quant.operators import Values, values
 from pow2quant.pow2_constraints import Encoding, IntGrid, power_of_two
 
@@ -38,10 +38,7 @@ class Sum:
     def run(self, program: Program, *inputs: Codes) -> Codes:
         """See `Step.run`."""
         result = program.tensors[self.output]
-        a, b = (
-            np.left_shift(x.astype(np.int64) - program.tensors[name].zero, shift)
-            for x, name, shift in zip(broadcast(program, self.inputs, inputs), self.inputs, self.shifts, strict=True)
-        )
+        a, b = on_one_scale(program, self.inputs, inputs, self.shifts)
         return self.requantization(a - b if self.subtracts else a + b).astype(result.dtype)
 
     def emit_c(self, layer: Layer) -> str:
