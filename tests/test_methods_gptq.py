@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pow2quant import QuantPlan, simulate
-from pow2quant.methods.gpfq import Grid
-from pow2quant.methods.gptq import Gptq, Moments, Rows, grid_of
+from pow2quant.methods.gpfq import Grid, grid_of
+from pow2quant.methods.gptq import Gptq, Moments, Rows
 from pow2quant.methods.reconstruction import is_rounded, walk
 from pow2quant.models import DIGITS_WEIGHTS, digits_cnn, load_weights
 

@@ -37,7 +37,7 @@ COST = {
     "lapq": 35,
     "qdrop": 40,
 }
-"""About what a method takes, in times of a plain calibration (ResNet-20, 512 images; docs/results.md)."""
+"""Roughly what a method takes, in times of a plain calibration; it only decides what still fits into the budget."""
 
 
 @dataclass(frozen=True)

@@ -160,13 +160,8 @@ class Gpfq:
     def _rounded(self, step: Step, module: nn.Module, weight: Tensor, encoding: Encoding) -> Tensor:
         groups = int(getattr(module, "groups", 1))
         rows = weight.double().view(groups, len(weight) // groups, -1)
-
-        def per_neuron(values: object) -> Tensor:
-            made = torch.as_tensor(np.array(values), dtype=torch.float64, device=weight.device)
-            return made.expand(len(weight)).view(rows.shape[:2])
-
-        grid = Grid(per_neuron(encoding.scale), per_neuron(encoding.grid.qmin), per_neuron(encoding.grid.qmax))
-        q = self._follow(rows, self._samples(step, module), grid, few=isinstance(module, nn.Linear))
+        grid = grid_of(encoding, rows)
+        q = self._follow(rows, samples_of(step, module, self.retain_rate), grid, few=isinstance(module, nn.Linear))
         return (q * grid.scale[..., None]).view(weight.shape).float()
 
     def _follow(self, rows: Tensor, samples: Iterable[tuple[Tensor, Tensor]], grid: Grid, few: bool) -> Tensor:
@@ -183,17 +178,6 @@ class Gpfq:
             cross += quantized.mT @ exact
         return follow_gram(rows, gram, cross, self._codes, grid)
 
-    def _samples(self, step: Step, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """X and X~ batch by batch, (groups, m, K)."""
-        for (exact,), (quantized,) in zip(step.exact, step.inputs, strict=True):
-            both = patches(module, exact), patches(module, quantized)
-            count = both[0].shape[1]
-            if isinstance(module, nn.Linear) or self.retain_rate == 1:
-                yield both
-            else:
-                kept = torch.randperm(count)[: max(1, round(self.retain_rate * count))].to(exact.device)
-                yield both[0][:, kept], both[1][:, kept]
-
 
 def _first(batches: Iterable[Batch], images: int | None) -> Iterator[Batch]:
     """So many images, or all."""
@@ -204,6 +188,28 @@ def _first(batches: Iterable[Batch], images: int | None) -> Iterator[Batch]:
         taken = tuple(x[: int(min(left, len(x)))] for x in inputs(batch))
         left -= len(taken[0])
         yield taken
+
+
+def grid_of(encoding: Encoding, rows: Tensor) -> Grid:
+    """The alphabet of an encoding of weights for every row of (groups, n, K)."""
+
+    def per_row(values: object) -> Tensor:
+        made = torch.as_tensor(np.array(values), dtype=rows.dtype, device=rows.device)
+        return made.expand(rows.shape[0] * rows.shape[1]).view(rows.shape[:2])
+
+    return Grid(per_row(encoding.scale), per_row(encoding.grid.qmin), per_row(encoding.grid.qmax))
+
+
+def samples_of(step: Step, module: nn.Module, retain_rate: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """X and X~ batch by batch, (groups, m, K); of a convolution a share of the patches, drawn at random."""
+    for (exact,), (quantized,) in zip(step.exact, step.inputs, strict=True):
+        both = patches(module, exact), patches(module, quantized)
+        count = both[0].shape[1]
+        if isinstance(module, nn.Linear) or retain_rate == 1:
+            yield both
+        else:
+            kept = torch.randperm(count)[: max(1, round(retain_rate * count))].to(exact.device)
+            yield both[0][:, kept], both[1][:, kept]
 
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)

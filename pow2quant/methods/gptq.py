@@ -7,18 +7,19 @@ shaping the future". Under 2^k the scale is chosen by the error that the rounded
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
-from pow2quant.config import finite, integer
-from pow2quant.methods.gpfq import KINDS, Grid, patches
-from pow2quant.methods.reconstruction import Step, encode_weight, is_rounded, output_sqnr, walk, write_bias
+from pow2quant.config import integer
+from pow2quant.methods.gpfq import KINDS, RATE, Grid, grid_of, samples_of
+from pow2quant.methods.reconstruction import encode_weight, is_rounded, output_sqnr, walk, write_bias
+from pow2quant.methods.rounding import ABOVE_ZERO, SHARE
 from pow2quant.pow2_constraints import Encoding
 
 BLOCK = 128
@@ -29,10 +30,6 @@ LARGEST = 1 << 13
 
 PRECISION = 1e-5
 """Sums of products in float32 are off by less than this share: at least so much of the mean's square is added."""
-
-RATE = finite("a number above 0, at most 1", lambda v: 0 < v <= 1)
-SHARE = finite("a number from 0 to 1", lambda v: 0 <= v <= 1)
-ABOVE_ZERO = finite("a number above 0", lambda v: v > 0)
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,7 @@ class Gptq:
             weight = sim.parameter(layer.weight.name)
             wide = module.weight.to(weight.device, torch.float64)
             groups = int(getattr(module, "groups", 1))
-            moments = Moments.of(self._samples(step, module))
+            moments = Moments.of(samples_of(step, module, self.retain_rate))
             floats = wide.view(groups, len(wide) // groups, -1)
             rows = Rows.of(floats, moments, self.damping, self.correction)
             chosen = self._encoding(rows, sim.encodings()[layer.weight.name])
@@ -176,22 +173,3 @@ class Gptq:
         best = errors.argmin(0).cpu().numpy()
         scales = np.stack([np.broadcast_to(c.scale, best.shape) for c in candidates])
         return replace(now, scale=scales[best, np.arange(len(best))])
-
-    def _samples(self, step: Step, module: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        for (exact,), (quantized,) in zip(step.exact, step.inputs, strict=True):
-            both = patches(module, exact), patches(module, quantized)
-            if not isinstance(module, nn.Linear) and self.retain_rate < 1:
-                count = both[0].shape[1]
-                kept = torch.randperm(count)[: max(1, round(self.retain_rate * count))].to(exact.device)
-                both = both[0][:, kept], both[1][:, kept]
-            yield both
-
-
-def grid_of(encoding: Encoding, rows: Tensor) -> Grid:
-    """The codes of an encoding for every row of (groups, n, K), in units of its scale."""
-
-    def per_row(values: object) -> Tensor:
-        made = torch.as_tensor(np.array(values), dtype=rows.dtype, device=rows.device)
-        return made.expand(rows.shape[0] * rows.shape[1]).view(rows.shape[:2])
-
-    return Grid(per_row(encoding.scale), per_row(encoding.grid.qmin), per_row(encoding.grid.qmax))
