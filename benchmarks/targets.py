@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from methods import add_network
+
 from pow2quant import targets
 from pow2quant.adapters import onnx_qdq
 from pow2quant.backends import fitting
@@ -180,16 +182,8 @@ def put(page: Path, rows: Iterable[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--title", help="the network and its data, for people")
-    parser.add_argument("--network", help="without it, only the page is written")
-    parser.add_argument("--weights")
-    parser.add_argument("--data", default="digits")
-    parser.add_argument("--data-path")
-    parser.add_argument("--mean", type=float, nargs=3)
-    parser.add_argument("--std", type=float, nargs=3)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--calibration-batches", type=int, default=8)
-    parser.add_argument("--test-batches", type=int)
+    add_network(parser)
+    parser.set_defaults(data="digits")
     parser.add_argument("--slow-images", type=int, default=64, help="so many for the integer engine and C")
     parser.add_argument("--targets", nargs="+", default=list(targets.presets()), metavar="TARGET")
     parser.add_argument("--rows", type=Path, default=DOCS / "targets.json")

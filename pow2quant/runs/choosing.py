@@ -68,9 +68,9 @@ def with_methods(job: Job, chain: Chain, batches: Sequence[Batch] | None = None)
 
 
 def split(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
-    """(seen, held back): about a share of the images of every batch, at least one, is held back, evenly spread.
+    """(seen, held back): a share of the images, rounded down, is held back, evenly spread over the batches.
 
-    Raises DataError for fewer than two images.
+    Raises DataError where one of the two parts would be empty.
     """
     parts: tuple[list[Batch], list[Batch]] = ([], [])
     before = 0
