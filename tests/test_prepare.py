@@ -552,6 +552,18 @@ def test_a_layer_whose_weight_is_a_buffer_holds_nothing_else() -> None:
     assert not any(a != b and a.startswith(f"{b}.") for a in called for b in called)
 
 
+class EverySecond(nn.Module):
+    """What stays of two columns is one, whose stride is 2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)[:, ::2]
+
+
+def test_one_column_of_two_is_compared_like_any_other():
+    model, x = EverySecond().eval(), torch.randn(3, 2)
+    same(prepare(model, x), model, x)
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from /proc")
 def test_preparing_needs_no_more_memory_than_a_forward():
     script = Path(__file__).parents[1] / "benchmarks" / "preparation.py"
