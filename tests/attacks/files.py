@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tests.attacks.good import copied, put
 from tests.attacks.harness import Case
 
@@ -50,7 +52,7 @@ def configurations() -> Iterator[Case]:
     """Every key of the configuration with every strange value, and bombs."""
     from pow2quant import config
 
-    plain = config._plain(config.RunConfig())
+    plain = yaml.safe_load(config.dump(config.RunConfig()))
     keys = [(None, key) for key in plain] + [
         (section, key) for section in SECTIONS if isinstance(plain[section], dict) for key in plain[section]
     ]
