@@ -1,9 +1,9 @@
 """The integer definitions of functions that are not sums of products, and how an ONNX node says which one it has.
 
 A node of an artifact that bears a definition (`mark`, `definition`) means these integers, in every executor: the
-simulation, the nodes of a QDQ file that `adapters/exact.py` writes in its place, the engine and C. Results of Softmax
-and the norms are integers of at most 2^24, so that float32 holds them, and an ordinary requantization follows; a table
-holds the codes themselves.
+simulation, the nodes of a QDQ file that `adapters/onnx_qdq/exact.py` writes in its place, the engine and C. Results of
+Softmax and the norms are integers of at most 2^24, so that float32 holds them, and an ordinary requantization follows;
+a table holds the codes themselves.
 """
 
 from __future__ import annotations

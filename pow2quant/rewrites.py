@@ -2,7 +2,7 @@
 
 `REWRITES` is the list of its transformers for the CPU (names as in onnxruntime 1.31; the table of the documentation is
 made from it). Two of them change values: `changed_value` finds what they would change in an artifact's graph, for the
-certificate to refuse and for the exporter to write in another way (`adapters/guards.py`).
+certificate to refuse and for the exporter to write in another way (`adapters/onnx_qdq/guards.py`).
 """
 
 from __future__ import annotations

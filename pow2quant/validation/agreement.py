@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from onnx import TensorProto
 
-from pow2quant.adapters.batch import fixed_batch
+from pow2quant.adapters.onnx_qdq.batch import fixed_batch
 from pow2quant.artifact import Agreement, Divergence
 from pow2quant.errors import DataError
 from pow2quant.integer.certificate import certify

@@ -13,8 +13,8 @@ import onnx
 from onnx import helper
 
 from pow2quant.adapters import aimet_encodings, onnx_qdq
-from pow2quant.adapters.batch import fixed_batch
-from pow2quant.adapters.integer_ends import INTEGERS
+from pow2quant.adapters.onnx_qdq.batch import fixed_batch
+from pow2quant.adapters.onnx_qdq.integer_ends import INTEGERS
 from pow2quant.errors import DataError, FileFormatError
 from pow2quant.graphs import GraphIndex
 from pow2quant.validation.agreement import Executor, lacks_vnni

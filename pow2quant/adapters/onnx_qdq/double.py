@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from onnx import NodeProto, TensorProto, helper
 
-from pow2quant.adapters.exact import is_exact
+from pow2quant.adapters.onnx_qdq.exact import is_exact
 from pow2quant.graphs import GraphIndex
 from pow2quant.operators import OPERATIONS, Double, Kind, Operation, Values
 
