@@ -66,7 +66,7 @@ def load(config: DataConfig, train_batch_size: int | None = None, given: Any = N
     """
     config, name = resolved(config), config.dataset
     if given is not None:
-        made = given
+        made, name = given, f"data, a {type(given).__name__}"
     elif name.startswith("python:"):
         raise DataError(f"{name}: were given in Python as an object; name data that can be read again (--data)")
     elif is_in_file(name):

@@ -109,9 +109,10 @@ def _labels(dataset: Any, name: str) -> Labels | None:
 
 
 def _at_hand(dataset: Any) -> Any:
+    """The labels of all items; empty where they are known to be none, None where only reading the items would tell."""
     if isinstance(dataset, Subset):
         labels = _at_hand(dataset.dataset)
-        return None if labels is None else np.asarray(labels)[list(dataset.indices)]
+        return labels if labels is None or not len(labels) else np.asarray(labels)[list(dataset.indices)]
     if isinstance(dataset, ConcatDataset):
         parts = [_at_hand(part) for part in dataset.datasets]
         return None if any(part is None for part in parts) else np.concatenate([np.asarray(p) for p in parts])

@@ -152,7 +152,9 @@ def _check_free(target: Path, mark: str, overwrite: bool) -> None:
     if not target.exists() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise OutputError(f"{target}: exists already; choose another --output, or replace it with --overwrite")
+        raise OutputError(
+            f"{target}: exists already; choose another output, or replace it: --overwrite, in Python overwrite=True"
+        )
     if not any(target.glob(mark)):
         raise OutputError(f"{target}: holds no {mark}, so it is not what would be written, and is not overwritten")
 

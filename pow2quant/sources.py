@@ -62,7 +62,7 @@ def data_of(made: Any, name: str, batch_size: int, train_batch_size: int, worker
     """
     if isinstance(made, Data):
         return _checked(made, name)
-    parts: tuple[Any, ...] = made if _is_parts(made) else (made,)
+    parts: tuple[Any, ...] = tuple(made) if _is_parts(made) else (made,)
     parts = tuple(list(islice(part, STREAMED)) if isinstance(part, Iterator) else part for part in parts)
     parts = parts if len(parts) > 1 else parts * 2
     datasets = [_dataset(part) for part in parts]
@@ -94,6 +94,8 @@ def _length(dataset: Any, what: str) -> int:
 
 def _is_parts(made: Any) -> bool:
     """Whether these are (calibration, evaluation) or (calibration, training, test), and not one set of data."""
+    if isinstance(made, list):
+        return len(made) in (2, 3) and all(isinstance(part, (DataLoader, Dataset)) for part in made)
     return isinstance(made, tuple) and len(made) in (2, 3) and not any(_is_array(part) for part in made)
 
 
@@ -103,6 +105,8 @@ def _is_array(x: Any) -> bool:
 
 def _dataset(part: Any) -> Any:
     """The part as something with items and a length, or None: then it is batches already."""
+    for table in (x for x in (part if isinstance(part, tuple) else (part,)) if hasattr(x, "to_numpy")):
+        raise DataError(f"data: a {type(table).__name__}; give its values: X.to_numpy('float32'), y.to_numpy()")
     if _is_array(part):
         return TensorDataset(torch.as_tensor(part))
     if isinstance(part, tuple) and part and all(map(_is_array, part)):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, random_split
 
 import pow2quant
 from pow2quant import config, models, reading, sources
@@ -161,6 +162,13 @@ def test_inputs_and_targets_are_told_apart(batch: Any, signature: Signature, inp
     assert beside is None if targets is None else torch.equal(beside, targets)
 
 
+class Table:
+    """As far as it matters, a DataFrame."""
+
+    def to_numpy(self) -> Any:
+        return X.numpy()
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -174,6 +182,7 @@ def test_inputs_and_targets_are_told_apart(batch: Any, signature: Signature, inp
         ([(X, Y + 1)], "label 3 is no class; legal: 0 to 2"),
         ([{"picture": X, "name": "n"}], "a dictionary with the keys picture, name; the network's arguments are input"),
         ((X, Y[:3]), "arrays of different lengths: 16, 3"),
+        ((Table(), Y), "a Table; give its values: X.to_numpy('float32')"),
     ],
 )
 def test_data_that_cannot_be_used_are_one_line(data: Any, expected: str, mine: tuple[Path, dict[str, Any]]) -> None:
@@ -197,6 +206,11 @@ def test_data_that_cannot_be_used_are_one_line(data: Any, expected: str, mine: t
         ({"metric": "mea"}, ConfigError, "metric: 'mea' is unknown; known here: top1; otherwise torchmetrics:NAME"),
         ({"data": [X[:, 0, 0]]}, ModelError, "the network fails on a sample of (1, 8) float32"),
         ({"data": X, "metric": "top1"}, ConfigError, "metric: the data have no targets to compare with"),
+        ({"data": list(X)}, ModelError, "a batch seems to be one sample: stack samples to (N, ...)"),
+        ({"data": X.movedim(1, -1)}, ModelError, "the network seems to want the channels first: x.movedim(-1, 1)"),
+        ({"model": nn.Linear(2, 2).state_dict()}, ConfigError, "load a state dict into the network"),
+        ({"metric": lambda y, t: y.shapes}, ConfigError, "called with outputs and targets: AttributeError: 'Tensor'"),
+        ({"metric": lambda y: 1}, ConfigError, "called with outputs and targets: TypeError: "),
         ({"task": "detection"}, ConfigError, "task: detection has no metric of its own"),
         ({"task": "segmentation"}, DataError, "expected masks of class indices"),
     ],
@@ -209,6 +223,16 @@ def test_arguments_that_cannot_be_used_are_one_line(
         quick(**given)
     assert expected in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("labels", [Y, F.one_hot(Y, 3), F.one_hot(Y, 3).float(), Y[:, None], Y.float()])
+def test_labels_as_people_write_them_are_the_same_classes(labels: Tensor, mine: tuple[Path, dict[str, Any]]) -> None:
+    first, second = random_split(TensorDataset(X, labels), [10, 6], torch.Generator().manual_seed(0))
+    loaders = [DataLoader(part, batch_size=5) for part in (first, second)]
+    short = QUICK | {"ptq": {"max_eval_batches": 1}}
+    found = pow2quant.quantize(mine[1]["classifier"](), loaders, config=short, progress=False)
+    assert found.report["task"] == "classification"
+    assert found.report["evaluation"]["images"] == 5
 
 
 class Doubled:

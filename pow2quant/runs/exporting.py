@@ -85,5 +85,7 @@ def artifact_of(source: str | Path) -> Artifact:
 
 def _free(folder: Path, overwrite: bool) -> Path:
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise OutputError(f"{folder}: holds something already; choose another --output, or add --overwrite")
+        raise OutputError(
+            f"{folder}: holds something already; choose another output, or add --overwrite, in Python overwrite=True"
+        )
     return folder

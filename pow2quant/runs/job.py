@@ -12,7 +12,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from pow2quant import config as configuration
 from pow2quant import datasets, models, targets
@@ -20,13 +19,15 @@ from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.pixels import fold_normalization
 from pow2quant.config import QuantPlan, RunConfig
-from pow2quant.errors import ConfigError, DataError, ModelError
-from pow2quant.frontends.batches import call_arguments, inputs
+from pow2quant.errors import ConfigError, DataError
+from pow2quant.frontends.batches import inputs
 from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.prepare import prepare, unrolled
 from pow2quant.methods.auto import Trial
 from pow2quant.plugins import resolve
 from pow2quant.reading import Batches, Checked, Signature
+from pow2quant.runs.calling import Flat, first_call
+from pow2quant.runs.computing import be_exact, device_of
 from pow2quant.runs.pixels import Normalizing, Pixels, take_bytes
 from pow2quant.sampling import Sample, labels_at_hand, sample
 from pow2quant.tasks.base import Metric, Task
@@ -110,6 +111,8 @@ class Job:
         data = data.with_parts(lambda part: replace(part, signature=Signature.of(model)))
         called, shapes, targets = first_call(model, data)
         task = task_of(config.task, given.metric or config.metric, targets, shapes[1])
+        if task.name == "none" and config.task is None and targets is not None:
+            progress.note("warning: the targets fit no task and are not used; --task or --metric say what they are")
         data = data.with_parts(lambda part: replace(part, check=task.check, shapes=shapes[0]))
         if task.name == "classification":
             _check_labels(data, max(2, shapes[1][0][-1]))
@@ -269,44 +272,6 @@ def network_of(config: RunConfig, given: Given = NOTHING) -> nn.Module:
     return unwrapped(models.build(name, num_classes=classes, weights=weights))
 
 
-def first_call(model: nn.Module, data: datasets.Data) -> tuple[Any, tuple[Any, Any], Any]:
-    """The first calibration sample as the network is called with it, the shapes of inputs and outputs, and targets.
-
-    Shapes are those of one sample, without the batch; targets those of the first test batch.
-    Raises DataError for data that are empty, ModelError when the network fails on the sample.
-    """
-    first = next(cast(Checked, data.calibration).structured(), None)
-    if first is None:
-        raise DataError("the calibration data are empty")
-    sample = pytree.tree_map(lambda x: x[:1], first[0])
-    args, kwargs = call_arguments(model, sample)
-    try:
-        with torch.no_grad():
-            outputs = inputs(model(*args, **kwargs))
-    except Exception as error:
-        shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs(sample))
-        raise ModelError(f"the network fails on a sample of {shapes}: {' '.join(str(error).split())[:300]}") from error
-    if not outputs:
-        raise ModelError("the network returns no tensor")
-    targets = next((targets for _, targets in data.test), None)
-    return sample, ([tuple(x.shape[1:]) for x in inputs(sample)], [tuple(x.shape[1:]) for x in outputs]), targets
-
-
-class Flat(nn.Module):
-    """A network that takes its inputs in a row, whatever containers it is written for, and returns tensors in a row."""
-
-    def __init__(self, model: nn.Module, example: Any) -> None:
-        """example: inputs as `model` is called with them."""
-        super().__init__()
-        self.model = model
-        self.structure = pytree.tree_structure(example)
-
-    def forward(self, *tensors: Tensor) -> Any:
-        args, kwargs = call_arguments(self.model, pytree.tree_unflatten(tensors, self.structure))
-        results = inputs(self.model(*args, **kwargs))
-        return results[0] if len(results) == 1 else results
-
-
 @dataclass(frozen=True)
 class Images:
     """The inputs of the first `limit` batches (None: all), again and again."""
@@ -354,32 +319,3 @@ def absolute(config: RunConfig) -> RunConfig:
         search=replace(config.search, latency_table=whole(config.search.latency_table)),
         target=str(whole(config.target)) if targets.is_file(config.target) else config.target,
     )
-
-
-def device_of(name: str) -> torch.device:
-    """Raises ConfigError for a device that is not there."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ConfigError(f"device: {name!r} cannot be used here: {reason}") from error
-    return device
-
-
-def be_exact() -> None:
-    """Deterministic, no reduced precision, and sums of products only (NNPACK's Winograd computes others).
-
-    Both of PyTorch's ways to say so are used, in this order: after it, each can still be read.
-    """
-    torch.backends.nnpack.set_flags(False)
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    libraries: Any = torch.backends
-    if hasattr(libraries, "fp32_precision"):  # since PyTorch 2.9
-        for part in (libraries.cuda.matmul, libraries.cudnn.conv, libraries.cudnn.rnn):
-            part.fp32_precision = "ieee"
-        for part in (libraries.mkldnn.matmul, libraries.mkldnn.conv, libraries.mkldnn.rnn):
-            part.fp32_precision = "ieee"
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False

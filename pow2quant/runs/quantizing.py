@@ -148,6 +148,7 @@ def _model_values(model: Any, data: Any) -> dict[str, Any]:
         values["model.name"] = os.fspath(model)
     elif model is not None:
         what = f"the class {model.__name__}; make one" if isinstance(model, type) else f"a {type(model).__name__}"
+        what += "; load a state dict into the network" if isinstance(model, Mapping) else ""
         raise ConfigError(f"model: expected an nn.Module, a name or a path, got {what}")
     if _is_name(data):
         folder = Path(data).is_dir()

@@ -22,8 +22,9 @@ from pow2quant.errors import ConfigError, FileFormatError, MissingExtraError, na
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import names
 from pow2quant.reading import Signature
+from pow2quant.runs.computing import device_of
 from pow2quant.runs.executors import SIMULATION, compared, executors, simulation_executor
-from pow2quant.runs.job import Job, device_of, network_of, simulation_of
+from pow2quant.runs.job import Job, network_of, simulation_of
 from pow2quant.runs.reopening import load_parameters
 from pow2quant.runs.result import Result
 from pow2quant.runs.simulating import Simulated

@@ -15,7 +15,7 @@ from pow2quant.tasks.base import ONE_ANSWER, Array, Averaged, Metric, OneAnswer,
 
 @dataclass(frozen=True)
 class Classification:
-    """Class indices (N,), or a probability for every class (N, C); logits (N, C), or one of two classes (N, 1)."""
+    """Class indices (N,), one-hot rows or probabilities (N, C); logits (N, C), or one of two classes (N, 1)."""
 
     shapes: Shapes
     name: str = "classification"
@@ -43,13 +43,14 @@ class Classification:
         )
 
     def check(self, targets: Any, samples: int, where: str) -> Any:
-        expected = f"{samples} class indices"
+        expected = f"{samples} class indices, or {samples} rows of {self.classes} probabilities"
         labels = tensor_of(targets, where, expected)
-        if tuple(labels.shape) == (samples, self.classes) and labels.is_floating_point():
-            return labels
+        of_classes = tuple(labels.shape) == (samples, self.classes)
+        if of_classes and self.classes > 1 and (labels.is_floating_point() or _are_probabilities(labels)):
+            return labels.float()
         if tuple(labels.shape) == (samples, 1):
             labels = labels[:, 0]
-        if tuple(labels.shape) != (samples,) or labels.is_floating_point():
+        if tuple(labels.shape) != (samples,) or not _are_whole(labels):
             raise wrong(labels, where, expected)
         check_labels(labels, self.classes, where)
         return labels.long()
@@ -59,11 +60,22 @@ class Classification:
         """Whether the data look like this task."""
         if not isinstance(targets, Tensor) or len(shapes[0]) != 1:
             return False
-        if targets.is_floating_point():
-            rows = targets.ndim == 2 and targets.shape[1:] == shapes[0] and shapes[0][0] > 1
-            return rows and bool((targets >= 0).all() and ((targets.sum(1) - 1).abs() < 1e-4).all())
+        if targets.ndim == 2 and targets.shape[1:] == shapes[0] and shapes[0][0] > 1:
+            return _are_probabilities(targets)
         indices = targets.ndim == 1 or (targets.ndim == 2 and targets.shape[1] == 1)
-        return indices and (shapes[0][0] > 1 or int(targets.max()) <= 1)
+        if not indices or not _are_whole(targets):
+            return False
+        return shapes[0][0] > 1 or (not targets.is_floating_point() and int(targets.max()) <= 1)
+
+
+def _are_whole(labels: Tensor) -> bool:
+    """Whether these are class indices, perhaps written as floats."""
+    return not labels.is_floating_point() or bool((labels == labels.round()).all())
+
+
+def _are_probabilities(rows: Tensor) -> bool:
+    """Whether each row (N, C) sums to 1, as one-hot ones do."""
+    return bool((rows >= 0).all() and ((rows.sum(1) - 1).abs() < 1e-4).all())
 
 
 def indices(targets: Array) -> Array:

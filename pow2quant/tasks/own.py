@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pow2quant.config import from_file, is_in_file, users_code
-from pow2quant.errors import ConfigError, MissingExtraError
+from pow2quant.errors import ConfigError, MissingExtraError, Pow2QuantError
+from pow2quant.reading import last_line
 from pow2quant.tasks.base import Metric, Outputs
 
 SMALL_IS_GOOD = ("error", "loss", "mae", "mse", "rmse", "distance", "perplexity")
@@ -73,9 +74,20 @@ def _called(make: Callable[[], Any], name: str) -> Any:
         ) from error
 
 
-def _users(name: str) -> AbstractContextManager[None]:
-    """Around calls of the metric: what a user's file raises becomes one line that names it."""
-    return users_code(name, ConfigError) if is_in_file(name) else nullcontext()
+@contextmanager
+def _users(name: str) -> Iterator[None]:
+    """Around calls of the metric: what it raises becomes one line that names it."""
+    if is_in_file(name):
+        with users_code(name, ConfigError):
+            yield
+        return
+    try:
+        yield
+    except Pow2QuantError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {last_line(error)}"
+        raise ConfigError(f"metric: {name}, called with outputs and targets: {reason}") from error
 
 
 def _tensors(x: Any) -> Any:

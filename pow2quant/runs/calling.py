@@ -1,0 +1,74 @@
+"""Calling a float network with its data for the first time, and with tensors in a row from then on."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pow2quant import datasets
+from pow2quant.errors import DataError, ModelError
+from pow2quant.frontends.batches import call_arguments, inputs
+from pow2quant.reading import Checked
+
+COMMON_CHANGES = {
+    "a batch seems to be one sample: stack samples to (N, ...), or give a Dataset": lambda x: x[None],
+    "the network seems to want the channels first: x.movedim(-1, 1)": lambda x: x.movedim(-1, 1),
+}
+"""What is often wrong with inputs, in words, and the change that shows it."""
+
+
+def first_call(model: nn.Module, data: datasets.Data) -> tuple[Any, tuple[Any, Any], Any]:
+    """The first calibration sample as the network is called with it, the shapes of inputs and outputs, and targets.
+
+    Shapes are those of one sample, without the batch; targets those of the first test batch.
+    Raises DataError for data that are empty, ModelError when the network fails on the sample.
+    """
+    first = next(cast(Checked, data.calibration).structured(), None)
+    if first is None:
+        raise DataError("the calibration data are empty")
+    sample = pytree.tree_map(lambda x: x[:1], first[0])
+    try:
+        outputs = _outputs(model, sample)
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs(sample))
+        reason = " ".join(str(error).split())[:300] + _advice(model, first[0])
+        raise ModelError(f"the network fails on a sample of {shapes}: {reason}") from error
+    if not outputs:
+        raise ModelError("the network returns no tensor")
+    targets = next((targets for _, targets in data.test), None)
+    return sample, ([tuple(x.shape[1:]) for x in inputs(sample)], [tuple(x.shape[1:]) for x in outputs]), targets
+
+
+def _outputs(model: nn.Module, called: Any) -> tuple[Tensor, ...]:
+    """The network's tensors for inputs as it is called with them."""
+    args, kwargs = call_arguments(model, called)
+    with torch.no_grad():
+        return inputs(model(*args, **kwargs))
+
+
+def _advice(model: nn.Module, called: Any) -> str:
+    """What would let the network take these inputs, where a common change does."""
+    for words, change in COMMON_CHANGES.items():
+        with suppress(Exception):
+            _outputs(model, pytree.tree_map(change, called))
+            return f"; {words}"
+    return ""
+
+
+class Flat(nn.Module):
+    """A network that takes its inputs in a row, whatever containers it is written for, and returns tensors in a row."""
+
+    def __init__(self, model: nn.Module, example: Any) -> None:
+        """example: inputs as `model` is called with them."""
+        super().__init__()
+        self.model = model
+        self.structure = pytree.tree_structure(example)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        args, kwargs = call_arguments(self.model, pytree.tree_unflatten(tensors, self.structure))
+        results = inputs(self.model(*args, **kwargs))
+        return results[0] if len(results) == 1 else results
