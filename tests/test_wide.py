@@ -31,12 +31,12 @@ class Block(nn.Module):
         return self.head(self.pool(x * x).flatten(1))
 
 
-def simulated(weight_bits, activation_bits, backend="custom"):
+def simulated(weight_bits, activation_bits, model=None, overrides=()):
     torch.manual_seed(0)
     batches = [torch.randn(32, 3, 6, 6) * 4 for _ in range(2)]
-    network = prepare(Block(), batches[0])
-    plan = QuantPlan.default(weight_bits, activation_bits)
-    sim = simulate(network, batches[0], replace(plan, input=replace(plan.input, bits=activation_bits)), backend=backend)
+    network = prepare(Block() if model is None else model, batches[0])
+    plan = replace(QuantPlan.default(weight_bits, activation_bits), overrides=overrides)
+    sim = simulate(network, batches[0], replace(plan, input=replace(plan.input, bits=activation_bits)))
     sim.calibrate(batches)
     return sim, sim.export(batches[0])
 
@@ -79,3 +79,19 @@ def test_float_runs_and_training_stay_in_float32():
     assert result.dtype is torch.float32
     result.sum().backward()
     assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in sim.model.parameters())
+
+
+def test_sums_that_are_clipped_twice_before_they_are_rounded_are_exact_too():
+    model = nn.Sequential(nn.Conv2d(3, 64, 6), nn.ReLU6(), nn.ReLU())
+    sim, artifact = simulated(16, 16, model, (("1", {"output": None}),))
+    assert certify(artifact).proved_integers
+    reference = simulation_executor(sim, "custom", torch.device("cpu"))
+    x = [torch.randn(512, 3, 6, 6).numpy() * 4]
+    (found,) = compare(reference, [engine.executor(lower(artifact))], [x], artifact, proof=certify(artifact))
+    assert (found.differing, found.claim) == (0, "proved")
+
+
+def test_a_float_layer_behind_sums_that_nothing_rounds_gets_float32():
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3))
+    sim, _ = simulated(16, 16, model, (("1", {"output": None}),))
+    assert sim.model(torch.randn(2, 3, 6, 6)).dtype is torch.float32

@@ -155,8 +155,7 @@ class CustomSimulation:
     def _widen(self, model: fx.GraphModule) -> None:
         """Lets layers and sums use float64 where float32 may not hold what a quantizer then rounds."""
         specs, carried = self.placement.specs, self.placement.carried
-        rounded = {*self.placement.quantized, *self.placement.fused}
-        for node in [n for n in model.graph.nodes if n.op == "call_module" and n.name in rounded]:
+        for node in [n for n in model.graph.nodes if n.op == "call_module" and n.name in self.placement.rounded]:
             module = model.get_submodule(str(node.target))
             sites = [carried[a.name] for a in node.args if isinstance(a, fx.Node)]
             if isinstance(module, SUMS) and all(sites) and any(specs[s.name].bits > 8 for s in sites if s):
@@ -167,8 +166,7 @@ class CustomSimulation:
 
     def _tell_layers(self, model: fx.GraphModule) -> None:
         """Tells the layers whose results are rounded what quantizes their inputs."""
-        rounded = {*self.placement.quantized, *self.placement.fused}
-        targets = {str(n.target) for n in self.network.graph.nodes if n.name in rounded}
+        targets = {str(n.target) for n in self.network.graph.nodes if n.name in self.placement.rounded}
         for layer in self.placement.layers:
             if layer.input is not None and layer.module in targets:
                 source = self._quantizers[layer.input.name]

@@ -52,14 +52,16 @@ class Layer:
 class Placement:
     """Which tensor of a prepared network is quantized by which site.
 
-    sites: all of them, in order of computation. specs: how, by site name. quantized: the node (by name) behind which a
-    site's quantizer stands. carried: for every node the site whose encoding its value has, None for float. leaders: for
-    a site that shares another's encoding (the inputs of a Concat), that other site's name. fused: the nodes whose only
-    reader, a ReLU or the like, holds the quantizer of both. exact: for a node (by name) that has an integer definition,
-    the sites of its input and of its result. roundings: by site name the rule by which the operation in front rounds,
-    where it is not half to even. tied: groups of site names that have one exponent, each with its own zero point.
-    results: by a layer's module the site at which its result is rounded. sums: of each, and of what else
-    brings operands to one scale, the site of its result and those of its operands. target: whose arithmetic it is.
+    sites: all of them, in order of computation. specs: how, by site name. quantized: the node (by name) behind
+    which a site's quantizer stands. carried: for every node the site whose encoding its value has, None for float.
+    leaders: for a site that shares another's encoding (the inputs of a Concat), that other site's name. fused: the
+    nodes whose only reader, a ReLU or the like, holds the quantizer of both. rounded: the nodes whose result is
+    rounded before anything computes with it: by their own quantizer, or behind clips and moves that alone read it.
+    exact: for a node (by name) that has an integer definition, the sites of its input and of its result. roundings:
+    by site name the rule by which the operation in front rounds, where it is not half to even. tied: groups of site
+    names that have one exponent, each with its own zero point. results: by a layer's module the site at which its
+    result is rounded. sums: of each, and of what else brings operands to one scale, the site of its result and
+    those of its operands. target: whose arithmetic it is.
     """
 
     sites: tuple[Site, ...]
@@ -69,6 +71,7 @@ class Placement:
     leaders: dict[str, str]
     layers: tuple[Layer, ...]
     fused: frozenset[str]
+    rounded: frozenset[str]
     exact: dict[str, tuple[Site, Site]]
     roundings: dict[str, str]
     tied: tuple[tuple[str, ...], ...]
@@ -157,6 +160,7 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
         ties,
         tuple(layers),
         frozenset(fused),
+        _rounded_next(network, quantized),
         exact,
         roundings,
         tied,
@@ -214,6 +218,18 @@ def _fused_into_reader(network: fx.GraphModule, node: fx.Node, kind: Kind) -> bo
     fusable = kind is Kind.WEIGHTED or isinstance(network.get_submodule(str(node.target)), FUSES_WITH_CLIP)
     reader = next(iter(node.users))
     return fusable and reader.op == "call_module" and _kind(network.get_submodule(str(reader.target))) is Kind.CLIP
+
+
+def _rounded_next(network: fx.GraphModule, quantized: Mapping[str, Site]) -> frozenset[str]:
+    """See `Placement.rounded`."""
+    found = set(quantized)
+    for node in reversed(network.graph.nodes):
+        reader = next(iter(node.users)) if len(node.users) == 1 else None
+        if reader is None or reader.name not in found or reader.op != "call_module":
+            continue
+        if _kind(network.get_submodule(str(reader.target))) in (Kind.CLIP, Kind.PASS):
+            found.add(node.name)
+    return frozenset(found)
 
 
 def _is_summand(network: fx.GraphModule, node: fx.Node) -> bool:
