@@ -27,6 +27,7 @@ from pow2quant.errors import OutputError
 from pow2quant.runs import Job, Result, Simulated, finish, quantized, write_report
 from pow2quant.runs.chains import to_train
 from pow2quant.runs.quantizing import BACKEND, BITS, Temporary, requested
+from pow2quant.runs.unfinished import Unfinished
 from pow2quant.training import curves
 from pow2quant.training.learning import Learning
 from pow2quant.training.module import QatModel
@@ -59,7 +60,8 @@ def qat(
             _check_checkpoints(checkpoints, resume, overwrite)
         staged = run_folder.staged(output, overwrite) if processes.leads else nullcontext()
         with staged as folder:
-            job, sim, steps = quantized(config, progress, default=to_train(config))
+            kept = Unfinished(checkpoints if processes.leads else None)
+            job, sim, steps = quantized(config, progress, default=to_train(config), kept=kept)
             ptq_accuracy = job.score(sim.model)
             trainer = Trainer(
                 sim=sim,

@@ -113,6 +113,29 @@ class _Silent:
 SILENT: Progress = _Silent()
 
 
+class Marks(Protocol):
+    """Where a method that goes part by part says how far it is, so that a killed run can continue behind a part."""
+
+    @property
+    def parts(self) -> int:
+        """So many parts are done already, in the simulation too."""
+        ...
+
+    def mark(self, sim: Simulation, parts: int) -> None:
+        """So many parts are done now."""
+        ...
+
+
+class _Unmarked:
+    parts = 0
+
+    def mark(self, sim: Simulation, parts: int) -> None:
+        pass
+
+
+UNMARKED: Marks = _Unmarked()
+
+
 class Tapped(Protocol):
     """A quantizer that passes its values through `tap`, where it has one."""
 

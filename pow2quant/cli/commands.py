@@ -50,6 +50,7 @@ from pow2quant.cli.options import (
     app,
     configured,
     console_of,
+    continued,
     fresh,
     keep,
     pixels,
@@ -143,7 +144,9 @@ def ptq(
     console = console_of(verbose, quiet, as_json)
     from pow2quant import runs
 
-    result = runs.quantize(config=chosen, output=output or fresh("ptq"), overwrite=overwrite, progress=console)
+    folder = output or fresh("ptq")
+    with continued(console, folder):
+        result = runs.quantize(config=chosen, output=folder, overwrite=overwrite, progress=console)
     show_run(console, result)
     return 0 if result.report["verdict"]["agrees"] else 1
 

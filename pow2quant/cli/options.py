@@ -7,7 +7,8 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -187,6 +188,19 @@ def fresh(command: str) -> Path:
     stem = f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (stem if i == 1 else f"{stem}-{i}" for i in count(1))
     return next(path for name in names if not (path := Path("runs") / name).exists())
+
+
+@contextmanager
+def continued(console: Console, folder: Path) -> Iterator[None]:
+    """Says, when it is interrupted, how what has been computed already is used."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from pow2quant.runs.unfinished import folder_of
+
+        if folder_of(folder).exists():
+            console.note(f"the same command with --output {folder} continues")
+        raise
 
 
 def keep(document: Mapping[str, Any], output: Path | None, name: str) -> None:

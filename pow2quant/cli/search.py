@@ -39,6 +39,7 @@ from pow2quant.cli.options import (
     app,
     configured,
     console_of,
+    continued,
     fresh,
     pixels,
     quantization,
@@ -136,7 +137,9 @@ def search(
     console = console_of(verbose, quiet, as_json)
     from pow2quant.study.search import search as run
 
-    found = run(chosen, output or fresh("search"), overwrite=overwrite, progress=console)
+    folder = output or fresh("search")
+    with continued(console, folder):
+        found = run(chosen, folder, overwrite=overwrite, progress=console)
     _show(console, found)
     show_run(console, found.result)
     return 0 if found.result.agrees else 1

@@ -9,7 +9,7 @@ from typing import Annotated
 from torch import Tensor
 
 from pow2quant.artifact import Site
-from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
+from pow2quant.backends.base import SILENT, UNMARKED, Batch, Marks, Progress, Simulation
 from pow2quant.config import one_of
 from pow2quant.methods.reconstruction import Part, Quantize, blocks, layers, quantizing, walk
 from pow2quant.methods.rounding import LearnedRounding, output_sqnr, soft_weights, write_weights
@@ -36,10 +36,12 @@ class AdaRound(LearnedRounding):
 
     granularity: Annotated[str, GRANULARITY] = "layer"
 
-    def apply(self, sim: Simulation, batches: Iterable[Batch], progress: Progress = SILENT) -> None:
+    def apply(
+        self, sim: Simulation, batches: Iterable[Batch], progress: Progress = SILENT, marks: Marks = UNMARKED
+    ) -> None:
         """Writes the weights, on their grids."""
         parts = PARTS[self.granularity](sim)
-        for step in progress.track(walk(sim, batches, parts), "adaround", len(parts)):
+        for step in progress.track(walk(sim, batches, parts, marks), "adaround", len(parts)):
             weights = soft_weights(sim, step)
             if not weights:
                 continue

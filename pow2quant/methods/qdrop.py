@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pow2quant.artifact import Site, Table
-from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
+from pow2quant.backends.base import SILENT, UNMARKED, Batch, Marks, Progress, Simulation
 from pow2quant.backends.calibration import observe
 from pow2quant.backends.fake_quant import learned
 from pow2quant.methods.reconstruction import (
@@ -91,12 +91,14 @@ class QDrop(LearnedRounding):
     lr_activation: Annotated[float, FROM_ZERO] = 0.003
     disable_8bit_head_stem: bool = True
 
-    def apply(self, sim: Simulation, batches: Iterable[Batch], progress: Progress = SILENT) -> None:
+    def apply(
+        self, sim: Simulation, batches: Iterable[Batch], progress: Progress = SILENT, marks: Marks = UNMARKED
+    ) -> None:
         """Writes weights on their grids, and loads the activations' encodings and what follows from them."""
         if not self.disable_8bit_head_stem:
             widen_head_and_stem(sim, batches)
         parts = blocks(sim)
-        for step in progress.track(walk(sim, batches, parts), "qdrop", len(parts)):
+        for step in progress.track(walk(sim, batches, parts, marks), "qdrop", len(parts)):
             weights, scales = soft_weights(sim, step), learned_scales(sim, step) if self.lr_activation else {}
             if not (weights or scales):
                 continue

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from pow2quant.artifact import Site, Table
-from pow2quant.backends.base import Batch, Simulation, inputs
+from pow2quant.backends.base import UNMARKED, Batch, Marks, Simulation, inputs
 from pow2quant.backends.calibration import bias_encoding, with_room_for_bias
 from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.placement import Layer
@@ -93,10 +93,13 @@ class Step:
             yield tuple(values[node] for node in end.all_input_nodes)
 
 
-def walk(sim: Simulation, batches: Iterable[Batch], parts: Sequence[Part] | None = None) -> Iterator[Step]:
+def walk(
+    sim: Simulation, batches: Iterable[Batch], parts: Sequence[Part] | None = None, marks: Marks = UNMARKED
+) -> Iterator[Step]:
     """Yields the parts (default: `layers`), in order of computation, each ready to be changed in the simulation.
 
-    When the next one is asked for, the part is computed as the simulation then says. Raises DataError for no batches.
+    When the next one is asked for, the part is computed as the simulation then says. marks: parts that are done already
+    are left out. Raises DataError for no batches.
     """
     twin = _Twin(sim)
     data = [tuple(x.to(twin.device) for x in inputs(batch)) for batch in batches]
@@ -105,17 +108,20 @@ def walk(sim: Simulation, batches: Iterable[Batch], parts: Sequence[Part] | None
     exact: dict[fx.Node, list[Tensor]] = {}
     quantized: dict[fx.Node, list[Tensor]] = {}
     computed: set[fx.Node] = set()
+    done = marks.parts
     for i, node in enumerate(n for n in sim.network.graph.nodes if n.op == "placeholder"):
         site = sim.placement.quantized.get(node.name)
         quantize = quantizing(sim.encodings())
         exact[node] = [x[i] for x in data]
         quantized[node] = [x if site is None else quantize(site, x) for x in exact[node]]
-    for part in _complete(sim.network, layers(sim) if parts is None else parts):
+    for number, part in enumerate(_complete(sim.network, layers(sim) if parts is None else parts), 1):
         _advance(part, len(data), exact, twin.compute_float)
-        if part_layers := tuple(twin.layers[n.target] for n in part if n.target in twin.layers):
+        part_layers = tuple(twin.layers[n.target] for n in part if n.target in twin.layers)
+        if part_layers and number > done:
             sources = tuple(dict.fromkeys(a for n in part for a in _arguments(n) if a not in part))
             entering, beside = (list(zip(*(v[s] for s in sources), strict=True)) for v in (quantized, exact))
             yield Step(part, part_layers, sources, entering, beside, exact[part[-1]], twin, quantized)
+            marks.mark(sim, number)
         _advance(part, len(data), quantized, partial(twin.compute, quantize=quantizing(sim.encodings())))
         computed.update(part)
         for dead in [n for n in exact if computed.issuperset(n.users)]:

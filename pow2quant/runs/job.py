@@ -29,6 +29,8 @@ from pow2quant.reading import Batches, Checked, Signature
 from pow2quant.runs.calling import Flat, first_call
 from pow2quant.runs.computing import be_exact, device_of
 from pow2quant.runs.pixels import Normalizing, Pixels, take_bytes
+from pow2quant.runs.unfinished import NOTHING as NOTHING_KEPT
+from pow2quant.runs.unfinished import Unfinished, fingerprint_of
 from pow2quant.sampling import Sample, labels_at_hand, sample
 from pow2quant.tasks.base import Metric, Task
 from pow2quant.tasks.choosing import task_of
@@ -71,6 +73,7 @@ class Job:
 
     model: as the user wrote it, called with a flat sequence of tensors. example: inputs of one call, of one sample.
     seen: calibration batches in place of those of `data`. trials: by which the methods were chosen, if they were.
+    unfinished: where simulations on their way are kept.
     """
 
     config: RunConfig
@@ -85,6 +88,7 @@ class Job:
     samples: dict[int | None, Sample] = field(default_factory=dict)
     seen: Sequence[Batch] | None = None
     trials: tuple[Trial, ...] = ()
+    unfinished: Unfinished = NOTHING_KEPT
 
     @classmethod
     def start(cls, config: RunConfig, progress: Progress, given: Given = NOTHING) -> Job:
@@ -136,15 +140,26 @@ class Job:
         self.model.to(self.device)
         return sim
 
-    def quantized(self) -> Simulation:
-        """The simulation, calibrated and behind its methods."""
-        sim = self.simulate()
-        sim.calibrate(self.progress.track(self.calibration(), "calibrating", len(self.calibration())))
-        if self.config.data.input == "pixels":
-            take_bytes(sim, self.network)
-        for _, method in methods_of(self.config, self.given)[1]:
-            call(method.apply, sim, self.calibration(), progress=self.progress)
+    def quantized(self, name: str = "simulation") -> Simulation:
+        """The simulation, calibrated and behind its methods. name: under which it is kept on its way there."""
+        sim, methods = self.simulate(), methods_of(self.config, self.given)[1]
+        kept = self.unfinished.simulation(name, self.fingerprint, self.parameters)
+        if kept.restore(sim):
+            self.progress.note(f"continued: {kept.methods} of {len(methods)} methods are done, {kept.parts} parts more")
+        else:
+            sim.calibrate(self.progress.track(self.calibration(), "calibrating", len(self.calibration())))
+            if self.config.data.input == "pixels":
+                take_bytes(sim, self.network)
+        for _, method in methods[kept.methods :]:
+            call(method.apply, sim, self.calibration(), progress=self.progress, marks=kept)
+            kept.next_method(sim)
         return sim
+
+    def fingerprint(self) -> str:
+        """What the simulation depends on: the configuration, the network, the calibration images."""
+        texts = configuration.dump(self.config), repr(self.given.methods), str(self.device)
+        images = (x for batch in self.calibration() for x in inputs(batch))
+        return fingerprint_of(texts, chain(self.network.state_dict().values(), images))
 
     @property
     def steps(self) -> list[str]:

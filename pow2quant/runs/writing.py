@@ -28,6 +28,7 @@ from pow2quant.plugins import resolve
 from pow2quant.report import document, statistics
 from pow2quant.report.html import page_of
 from pow2quant.report.network import describe
+from pow2quant.runs import unfinished
 from pow2quant.runs.chains import with_chain
 from pow2quant.runs.choosing import decided
 from pow2quant.runs.evaluating import evaluation_of
@@ -55,13 +56,14 @@ def ptq(
     """Post-training quantization from a configuration to a run's folder.
 
     given: objects in place of what the configuration names.
+    Killed, the same call continues it, to the bits of a run that was not interrupted.
     Raises Pow2QuantError for everything that a user can fix; then `output` is as it was before.
     """
     if not isinstance(config, RunConfig):
         raise ConfigError("ptq takes a RunConfig and a folder; for a network in Python: quantize(model, data)")
     started = time.monotonic()
-    with run_folder.staged(output, overwrite) as folder:
-        job, sim, steps = quantized(config, progress, given)
+    with run_folder.staged(output, overwrite) as folder, unfinished.beside(output) as kept:
+        job, sim, steps = quantized(config, progress, given, kept=kept)
         report, agreements = finish(job, sim, folder, [*steps, "export"])
         report["ptq_accuracy"] = report["final_accuracy"]
         report["duration_seconds"] = round(time.monotonic() - started, 2)
@@ -70,16 +72,20 @@ def ptq(
 
 
 def quantized(
-    config: RunConfig, progress: Progress, given: Given = NOTHING, default: tuple[Choice, ...] | None = None
+    config: RunConfig,
+    progress: Progress,
+    given: Given = NOTHING,
+    default: tuple[Choice, ...] | None = None,
+    kept: unfinished.Unfinished = unfinished.NOTHING,
 ) -> tuple[Job, Simulation, list[str]]:
     """The first part of every run: what a configuration stands for, its calibrated simulation, and the steps taken.
 
-    default: the methods where none is named; None: those of `ptq`.
+    default: the methods where none is named; None: those of `ptq`. kept: where simulations on their way are kept.
     """
     if given.methods is None:
         config = with_chain(config, configuration.default_methods(config) if default is None else default, progress)
     methods_of(config, given)
-    job = decided(Job.start(config, progress, given))
+    job = replace(decided(Job.start(config, progress, given)), unfinished=kept)
     return job, job.quantized(), job.steps
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from pow2quant import config as configuration
 from pow2quant import run_folder
@@ -26,6 +28,7 @@ from pow2quant.report import summary
 from pow2quant.runs import Job, Result, Simulated, finish, write_report
 from pow2quant.runs.chains import fixed, with_chain
 from pow2quant.runs.choosing import decided
+from pow2quant.runs.unfinished import NOTHING, Numbers, Unfinished, beside, fingerprint_of
 from pow2quant.saving import write
 from pow2quant.study import costs, latency, limits
 from pow2quant.study.candidates import CANDIDATES, Group, Plan, configured, groups_of, sorted_names, uniform
@@ -61,12 +64,13 @@ class Found:
 def search(config: RunConfig, output: Path, *, overwrite: bool = False, progress: Progress = SILENT) -> Found:
     """Searches a plan as `config.search` says, and runs it as `runs.ptq` would.
 
+    Killed, the same call continues it, to the bits of a search that was not interrupted; latencies are timed again.
     The run's folder also holds the plan and what led to it. Raises Pow2QuantError for everything that a user can fix,
     a constraint that cannot be met among it; then `output` is as it was before.
     """
     started = time.monotonic()
-    with run_folder.staged(output, overwrite) as folder:
-        work = Search.start(config, progress)
+    with run_folder.staged(output, overwrite) as folder, beside(output) as kept:
+        work = Search.start(config, progress, kept)
         chosen = work.best()
         job = work.job_of(chosen.plan)
         sim = work.quantized(job, progress)
@@ -98,8 +102,8 @@ def _with_intervals(document: dict[str, Any], evaluation: Mapping[str, Any]) -> 
 class Search:
     """A search at work.
 
-    problem: the integer program; its quantity `loss` comes with the sensitivities. simulations: by role and candidate.
-    points: by plan.
+    problem: the integer program; its quantity `loss` comes with the sensitivities. numbers: what was measured, by name.
+    simulations: by role and candidate. points: by plan.
     """
 
     request: Request
@@ -113,17 +117,18 @@ class Search:
     random_state: torch.Tensor
     progress: Progress
     metric: Metric
+    numbers: Numbers
     simulations: dict[tuple[str, str], Simulation] = field(default_factory=dict)
     points: dict[tuple[str, ...], Point] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, config: RunConfig, progress: Progress) -> Search:
+    def start(cls, config: RunConfig, progress: Progress, unfinished: Unfinished = NOTHING) -> Search:
         """Costs first, since they may tell that nothing can be found; then the sensitivities."""
         request = Request(config.search, config.metric)
         narrow = any(CANDIDATES[name].bits < 8 for name in config.search.candidates)
         config = with_chain(config, METHODS if narrow else (), progress)
         config = fixed(config, config.ptq.methods or ())
-        job = decided(Job.start(config, progress))
+        job = replace(decided(Job.start(config, progress)), unfinished=unfinished)
         state = torch.get_rng_state()
         plan = configuration.plan_of(config)
         placement = job.simulate().placement
@@ -132,7 +137,8 @@ class Search:
             raise ConfigError("candidates: nothing is left to choose; every tensor's width is decided by overrides")
         layers = costs.layers_of(job.network, placement, groups)
         metric = _metric(job, limits.metric_named(request.constraints))
-        work = cls(request, job, groups, layers, Problem({}, {}), None, {}, 0.0, state, progress, metric)
+        numbers = unfinished.numbers(lambda: _fingerprint(job))
+        work = cls(request, job, groups, layers, Problem({}, {}), None, {}, 0.0, state, progress, metric, numbers)
         work.chip = work._chip()
         names = {g.name: g.candidates for g in groups}
         try:
@@ -141,7 +147,7 @@ class Search:
             raise ConfigError(f"{config.search.latency_table}: {error}") from None
         work.problem = Problem(names, quantities)
         work._check_costs()
-        work.initial = work.sign * job.score(job.model, metric)
+        work.initial = numbers.get("float", lambda: work.sign * job.score(job.model, metric))
         work._quantize()
         work.measure(config.search.sensitivity)
         return work
@@ -150,10 +156,10 @@ class Search:
         """The job whose configuration asks for a plan."""
         return replace(self.job, config=configured(self.job.config, self.groups, plan))
 
-    def quantized(self, job: Job, progress: Progress = SILENT) -> Simulation:
+    def quantized(self, job: Job, progress: Progress = SILENT, name: str = "plan") -> Simulation:
         """The simulation that `ptq` makes of this job's configuration, to the bit: from the same random state."""
         torch.set_rng_state(self.random_state)
-        return replace(job, progress=progress).quantized()
+        return replace(job, progress=progress).quantized(name)
 
     def best(self) -> Point:
         """The best of the plans that were verified. Raises ConfigError, with what can be reached, where none is."""
@@ -282,9 +288,9 @@ class Search:
         ]
         for role, name in self.progress.track(wanted, "quantizing with every candidate", len(wanted)):
             plan = uniform(self.groups, role, name)
-            self.simulations[role, name] = sim = self.quantized(self.job_of(plan))
+            self.simulations[role, name] = sim = self.quantized(self.job_of(plan), name=f"{role}-{name}")
             if role == "weight":
-                self._add(plan, f"uniform {name}", sim)
+                self._add(plan, f"uniform {name}", partial(self._score, sim))
 
     def measure(self, metric: str) -> None:
         """Takes sensitivities by a metric as what is predicted to be lost."""
@@ -296,7 +302,9 @@ class Search:
         criterion = criterion_of(job.config.training, job.task.loss or "MSELoss")
         if isinstance(criterion, torch.nn.Module):
             criterion.to(device)
-        measurement = Measurement(self.groups, self.simulations, batches, criterion, job.config.seed, self.progress)
+        measurement = Measurement(
+            self.groups, self.simulations, batches, criterion, job.config.seed, self.progress, self.numbers.get
+        )
         self.sensitivities = measurement.table(metric)
         loss = Quantity({name: _falling(list(row.values())) for name, row in self.sensitivities.items()}, {})
         self.problem = replace(self.problem, quantities={**self.problem.quantities, "loss": loss})
@@ -305,11 +313,14 @@ class Search:
     def _verify(self, plan: Plan) -> Point:
         key = tuple(plan.values())
         if key not in self.points:
-            self._add(plan, "found", self.quantized(self.job_of(plan)))
+            self._add(plan, "found", lambda: self._score(self.quantized(self.job_of(plan))))
         return self.points[key]
 
-    def _add(self, plan: Plan, kind: str, sim: Simulation) -> None:
-        accuracy = self.sign * replace(self.job, progress=SILENT).score(sim.model, self.metric)
+    def _score(self, sim: Simulation) -> float:
+        return self.sign * replace(self.job, progress=SILENT).score(sim.model, self.metric)
+
+    def _add(self, plan: Plan, kind: str, score: Callable[[], float]) -> None:
+        accuracy = self.numbers.get(f"plan {' '.join(plan.values())}", score)
         values = {name: self.problem.value(name, plan) for name in self.problem.quantities}
         self.points[tuple(plan.values())] = Point(
             kind, dict(plan), accuracy, values.pop("loss", 0.0), values, self.sign
@@ -402,6 +413,13 @@ def _metric(job: Job, name: str | None) -> Metric:
     if name not in known:
         raise ConfigError(f"constraint: {name} is no metric of {job.task.name}; legal: {', '.join(known)}")
     return known[name]
+
+
+def _fingerprint(job: Job) -> str:
+    """What every number of a search depends on."""
+    tests = job.sample(job.config.ptq.max_eval_batches).batches
+    tensors = (x for batch in tests for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor))
+    return fingerprint_of([job.fingerprint()], tensors)
 
 
 def _storage(name: str) -> str:

@@ -26,7 +26,7 @@ SECRET = "the-secret-that-must-stay-3f9c1e"
 """In a file that no input may reach."""
 
 GOOD = {"refused", "accepted"}
-LEFT = re.compile(r"\..+\.(partial|old)")
+LEFT = re.compile(r"\..+\.(partial|old)|.+\.(unfinished|training)")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _kind(status: int, out: str, err: str, folder: Path, silent: bool) -> tuple[
         return "leaked", line
     if any("<script>alert(1)" in text for text in _texts(folder, "*.html")):
         return "injected", line
-    if any(LEFT.fullmatch(path.name) for path in folder.rglob(".*")):
+    if any(LEFT.fullmatch(path.name) for path in folder.rglob("*")):
         return "leftover", line
     if status in (0, 1):
         return "accepted", line

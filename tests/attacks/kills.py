@@ -1,7 +1,12 @@
-"""Commands that write, killed at random moments: what was there is whole, and the next run works and clears up."""
+"""Commands that write, killed at random moments: what was there is whole, and the next run works and clears up.
+
+What the next run leaves has the bits of a run that was not killed: files are compared byte by byte, but for what says
+when, how long and where they were made. Everything that is computed is kept at once here, not after some seconds.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -14,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from tests.attacks.good import copied
 from tests.attacks.harness import LEFT
@@ -23,6 +29,8 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal
 
 QUICK = ["--config", "quick.yaml", "--quiet"]
 LOSSY = ["--constraint", "accuracy_drop=50%"]
+ROUND = ["--weight-bits", "4", "--method", "adaround:iterations=60"]
+DROP = ["--weight-bits", "4", "--method", "qdrop:iterations=60"]
 LOGITS = ["--num-clusters", "1", "--pca-dim", "1", "--alpha", "1", "--quiet", "--overwrite"]
 
 
@@ -41,6 +49,8 @@ class Writer:
 WRITERS = (
     Writer("ptq", ["ptq", *QUICK, "--output", "new"]),
     Writer("ptq --overwrite", ["ptq", *QUICK, "--output", "run", "--overwrite"]),
+    Writer("ptq --method adaround", ["ptq", *QUICK, *ROUND, "--output", "new"]),
+    Writer("ptq --method qdrop", ["ptq", *QUICK, *DROP, "--output", "new"]),
     Writer("qat", ["qat", *QUICK, "--output", "new"], ("--resume",)),
     Writer("qat --overwrite", ["qat", *QUICK, "--output", "run", "--overwrite"]),
     Writer("correct --overwrite", ["correct", "run", *LOGITS, "--fold"]),
@@ -52,6 +62,7 @@ WRITERS = (
     Writer("validate --output", ["validate", "run/model.onnx", "--output", "run", "--quiet"]),
     Writer("sweep", ["sweep", "--grid", "seed=1..3", *QUICK, "--output", "study"]),
     Writer("compare", ["compare", "--method", "none", "--widths", "8:8", "--seeds", "0,1", *QUICK, "--output", "c"]),
+    Writer("search", ["search", *QUICK, *LOSSY, *ROUND[2:], "--output", "new"]),
     Writer("search --overwrite", ["search", *QUICK, *LOSSY, "--output", "run", "--overwrite"]),
 )  # fmt: skip
 
@@ -66,10 +77,13 @@ class Kill:
     kind: str
 
 
-def kill(good: Path, writer: Writer, seed: int, longest: float) -> Kill:
-    """Starts a writer, kills it within `longest` seconds, looks at what is left, and runs it again to its end."""
+def kill(good: Path, writer: Writer, seed: int, whole: Whole) -> Kill:
+    """Starts a writer, kills it while it works, looks at what is left, runs it again to its end and compares.
+
+    whole: what came of one that was not killed.
+    """
     chance = random.Random(seed)
-    sent, wait = chance.choice(SIGNALS), chance.uniform(0, longest)
+    sent, wait = chance.choice(SIGNALS), chance.uniform(0, 1.1 * whole.seconds)
     place = Path(tempfile.mkdtemp(prefix="pow2quant-kill-"))
     folder = place / "case"
     folder.mkdir()
@@ -88,21 +102,55 @@ def kill(good: Path, writer: Writer, seed: int, longest: float) -> Kill:
         kind = _judged(folder, before)
         if kind == "fine":
             kind = _again(folder, place, writer)
+        if kind == "fine" and (differ := sorted(n for n, h in whole.files.items() if _content(folder).get(n) != h)):
+            kind = f"other bits: {', '.join(differ)}"
         return Kill(writer.name, sent.name, wait, kind)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def seconds(good: Path, writer: Writer) -> float:
-    """How long a writer takes that is not killed."""
+@dataclass(frozen=True)
+class Whole:
+    """What came of a writer that was not killed: how long it took, and the files by name, as digests."""
+
+    seconds: float
+    files: dict[str, str]
+
+
+def undisturbed(good: Path, writer: Writer) -> Whole:
+    """Runs a writer to its end."""
     place = Path(tempfile.mkdtemp(prefix="pow2quant-kill-"))
+    folder = place / "case"
+    folder.mkdir()
     try:
-        copied(good, place)
+        copied(good, folder)
         started = time.monotonic()
-        os.waitpid(_started(place, writer.arguments), 0)
-        return time.monotonic() - started
+        os.waitpid(_started(folder, writer.arguments), 0)
+        return Whole(time.monotonic() - started, _content(folder))
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+COMPARED = {".onnx", ".encodings", ".safetensors", ".yaml", ".c", ".h", ".hex", ".npz", ".json", ".md"}
+TIMES = {"duration_seconds", "seconds", "latency", "environment"}
+"""Keys of documents that say when and how fast."""
+
+
+def _content(folder: Path) -> dict[str, str]:
+    """Every file whose bits must be those of any other such run, as a digest, without what says where and when."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in COMPARED):
+        content = path.read_bytes().replace(os.fsencode(folder.resolve()), b"")
+        if path.suffix == ".json":
+            content = json.dumps(_timeless(json.loads(content))).encode()
+        found[str(path.relative_to(folder))] = sha256(content).hexdigest()
+    return found
+
+
+def _timeless(document: Any) -> Any:
+    if isinstance(document, dict):
+        return {key: _timeless(value) for key, value in document.items() if key not in TIMES}
+    return [_timeless(value) for value in document] if isinstance(document, list) else document
 
 
 def _started(folder: Path, arguments: list[str]) -> int:
@@ -118,7 +166,9 @@ def _started(folder: Path, arguments: list[str]) -> int:
         sys.stdout, sys.stderr = (os.fdopen(d, "w", 1) for d in (1, 2))
         sys.argv = ["pow2quant", *arguments]
         from pow2quant import cli
+        from pow2quant.runs import unfinished
 
+        unfinished.PAUSE = unfinished.SHARE = 0  # type: ignore[assignment]
         cli.run()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 0
@@ -157,17 +207,17 @@ def _again(folder: Path, place: Path, writer: Writer) -> str:
     code = os.waitstatus_to_exitcode(status)
     if code not in (0, 1):
         return f"the next run ended with {code}: {(place / 'stderr').read_text()[-200:]}"
-    left = [p.name for root in (folder, place) for p in root.rglob(".*") if LEFT.fullmatch(p.name)]
+    left = [p.name for root in (folder, place) for p in root.rglob("*") if LEFT.fullmatch(p.name)]
     return f"left: {', '.join(left)}" if left else "fine"
 
 
 def every(good: Path, count: int, say: Callable[[str], None]) -> list[Kill]:
     """So many kills, over all writers in turn, each at a moment within its own time."""
-    times = {writer.name: seconds(good, writer) for writer in WRITERS}
+    whole = {writer.name: undisturbed(good, writer) for writer in WRITERS}
     found = []
     for number in range(count):
         writer = WRITERS[number % len(WRITERS)]
-        found.append(kill(good, writer, number, 1.1 * times[writer.name]))
+        found.append(kill(good, writer, number, whole[writer.name]))
         if found[-1].kind != "fine":
             say(f"{found[-1]}")
     return found

@@ -1,0 +1,158 @@
+"""A command that was killed continues: to the bits of one that was not, and without computing again what it had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import nn
+
+import pow2quant
+from pow2quant import config as configuration
+from pow2quant.errors import ConfigError, OutputError
+from pow2quant.runs import Job, unfinished
+from pow2quant.study.search import search
+
+T = TypeVar("T")
+FILES = ("model.onnx", "model_float.onnx", "model.encodings", "model.safetensors", "config.yaml")
+
+
+class Killed(BaseException):
+    """Stands for what ends a process."""
+
+
+@dataclass
+class Watching:
+    """Progress that ends the run at the n-th step of what has this title, and remembers what was said."""
+
+    title: str = ""
+    step: int = 0
+    said: list[str] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
+
+    def track(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+        for number, item in enumerate(items):
+            if title == self.title and number == self.step:
+                raise Killed
+            self.steps.append(title)
+            yield item
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is kept, however little time it took."""
+    monkeypatch.setattr(unfinished, "PAUSE", 0)
+    monkeypatch.setattr(unfinished, "SHARE", 0)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 4)
+    )
+
+
+def images(seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(24, 1, 8, 8, generator=generator), torch.arange(24) % 4
+
+
+def quantized(output: Path, method: str, progress: Watching, seed: int = 0) -> dict[str, bytes]:
+    own = {"report": {"statistics": False, "latency": False}, "data": {"batch_size": 8}}
+    methods = [{method: {"iterations": 20, "batch_size": 4}}]
+    pow2quant.quantize(network(), images(seed), "w4a8", methods, config=own, output=output, progress=progress)
+    return {name: (output / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What AdaRound leaves that nothing interrupts."""
+    return quantized(tmp_path_factory.mktemp("whole") / "run", "adaround", Watching())
+
+
+def killed(output: Path, method: str, seed: int = 0) -> None:
+    """A run that ends behind two of a method's four parts."""
+    with pytest.raises(Killed):
+        quantized(output, method, Watching(method, 2), seed)
+    assert not output.exists()
+
+
+def test_adaround_continues_behind_its_last_part(whole: dict[str, bytes], tmp_path: Path) -> None:
+    killed(tmp_path / "run", "adaround")
+    rest = Watching()
+    assert quantized(tmp_path / "run", "adaround", rest) == whole
+    assert rest.steps.count("adaround") == 2
+    assert any("continued" in text for text in rest.said)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_qdrop_continues_behind_its_last_block(tmp_path: Path) -> None:
+    expected = quantized(tmp_path / "whole", "qdrop", Watching())
+    killed(tmp_path / "run", "qdrop")
+    rest = Watching()
+    assert quantized(tmp_path / "run", "qdrop", rest) == expected
+    assert rest.steps.count("qdrop") == 2
+
+
+def test_a_run_on_other_images_does_not_continue_it(whole: dict[str, bytes], tmp_path: Path) -> None:
+    killed(tmp_path / "run", "adaround", seed=1)
+    rest = Watching()
+    assert quantized(tmp_path / "run", "adaround", rest) == whole
+    assert rest.steps.count("adaround") == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"text", (8).to_bytes(8, "little") + b"{}      "])
+def test_what_is_damaged_is_not_known(damage: bytes, tmp_path: Path) -> None:
+    for name in ("it.safetensors", "numbers.json"):
+        (tmp_path / name).write_bytes(damage)
+    kept = unfinished.Unfinished(tmp_path)
+    sim = pow2quant.simulate(network(), torch.rand(1, 1, 8, 8)).simulation
+    assert not kept.simulation("it", lambda: "", lambda sim: {}).restore(sim)
+    assert kept.numbers(lambda: "").get("one", lambda: 1.5) == 1.5
+
+
+SEARCH = {
+    "data": {"batch_size": 150},
+    "ptq": {"calibration_batches": 1, "max_eval_batches": 1},
+    "report": {"statistics": False, "latency": False},
+    "search": {"constraints": ["accuracy_drop=5%"], "candidates": ["3", "8"], "sensitivity_batches": 1, "points": 2},
+}
+
+
+def test_a_search_continues_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted three times: among the candidates, the sensitivities, and the plans."""
+    scores: list[str] = []
+    score = Job.score
+    monkeypatch.setattr(Job, "score", lambda job, *model: (scores.append("one"), score(job, *model))[1])
+    config = configuration.from_mapping(SEARCH)
+
+    def run(output: str, progress: Watching) -> dict[str, bytes]:
+        search(config, tmp_path / output, progress=progress)
+        names = (*FILES, "plan.yaml", "best.yaml", "search.json", "sensitivity.csv", "pareto.csv")
+        return {name: (tmp_path / output / name).read_bytes() for name in names}
+
+    expected, count = run("whole", Watching()), len(scores)
+    scores.clear()
+    for title, step in (("quantizing with every candidate", 1), ("sensitivity (kl)", 3), ("verifying plans", 1)):
+        with pytest.raises(Killed):
+            run("run", Watching(title, step))
+    assert run("run", Watching()) == expected
+    assert len(scores) == count, "what was measured is not measured again"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
+
+
+@pytest.mark.parametrize(("error", "stays"), [(ConfigError, False), (OutputError, True), (Killed, True)])
+def test_what_would_come_again_leaves_nothing(error: type[BaseException], stays: bool, tmp_path: Path) -> None:
+    """A full disk may be another time; a configuration that cannot be will not."""
+    with pytest.raises(error), unfinished.beside(tmp_path / "run") as kept:  # noqa: PT012
+        kept.numbers(lambda: "").get("one", lambda: 1.5)
+        raise error("it")
+    assert (tmp_path / "run.unfinished").exists() == stays
