@@ -25,7 +25,7 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo shell test check sbom ptq ptq-aimet qat qat-full qat-aimet bench docs docker lock clean clean-data
+.PHONY: help demo shell test check sbom dist ptq ptq-aimet qat qat-full qat-aimet bench docs docker lock clean clean-data
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,7 +44,7 @@ check: $(VENV)/installed-dev ## Lint, check the format, the types and known vuln
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	BIN=$(BIN) scripts/audit.sh
+	$(BIN)/python scripts/audit.py
 
 sbom: $(VENV)/installed ## Write what is installed as CycloneDX (sbom.json)
 	$(BIN)/python scripts/sbom.py > sbom.json
@@ -67,6 +67,11 @@ qat-aimet: $(VENV)/installed-aimet ## The three steps on AIMET's simulation (run
 
 bench: $(VENV)/installed-aimet ## Run a benchmark that needs no data (BENCH=families; backends, cost, aimet_cost, speed)
 	$(BIN)/python benchmarks/$(BENCH).py $(ARGS)
+
+dist: $(VENV)/installed-dev ## Build source distribution and wheel; the wheel has the same bits for one commit (dist/)
+	rm -rf build dist
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 docs: $(VENV)/installed-dev ## Build the documentation, warnings as errors (site/)
 	$(BIN)/mkdocs build --strict
