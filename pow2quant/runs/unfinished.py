@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import pow2quant
 from pow2quant.artifact import Table
 from pow2quant.backends.base import Simulation
 from pow2quant.errors import FileFormatError, OutputError, Pow2QuantError
 from pow2quant.pow2_constraints import Encoding, IntGrid
+from pow2quant.report.document import environment
 from pow2quant.saving import write
 from pow2quant.training import checkpoint
 
@@ -183,8 +183,8 @@ class Numbers:
 def fingerprint_of(texts: Iterable[str], tensors: Iterable[Tensor]) -> str:
     """What a computation depends on: texts, tensors, versions and the kind of processor, threads included."""
     digest = hashlib.sha256()
-    own = pow2quant.__version__, torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    for text in (*map(str, own), *texts):
+    own = str(environment(torch.get_num_threads())), torch.backends.cpu.get_cpu_capability()
+    for text in (*own, *texts):
         digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
