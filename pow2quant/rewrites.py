@@ -1,7 +1,7 @@
 """What onnxruntime's graph optimizers rewrite, and why no rewrite changes a value of a file that is proved.
 
 `REWRITES` is the list of its transformers for the CPU (names as in onnxruntime 1.31; the table of the documentation is
-made from it). Two of them change values: `changed_value` finds what they would change in an artifact's graph, for the
+made from it). Three of them change values: `changed_value` finds what they would change in an artifact's graph, for the
 certificate to refuse and for the exporter to write in another way (`adapters/onnx_qdq/guards.py`).
 """
 
@@ -65,7 +65,13 @@ REWRITES: tuple[Rewrite, ...] = (
             *("FreeDimensionOverrideTransformer", "GemmTransposeFusion"),
         )
     ),
-    Rewrite("TransposeOptimizer", "basic", "moves and cancels Transpose: exact, but Q/DQ pairs may meet (above)"),
+    Rewrite(
+        "TransposeOptimizer",
+        "basic",
+        "moves and cancels Transpose, so Q/DQ pairs may meet (above); in front of a Transpose it rounds what is "
+        "rounded behind it, a float graph output too: CHANGES VALUES. The exporter keeps a node between the output and "
+        "the Transpose, the certificate refuses",
+    ),
     Rewrite("ConstantFolding", "basic", "computes constants with the same kernels"),
     Rewrite("QDQPropagationTransformer", "basic", "repeats an encoding around a node that only moves values"),
     Rewrite(
@@ -131,10 +137,9 @@ NEUTRAL = {"Add": 0.0, "Sub": 0.0, "Mul": 1.0, "Div": 1.0}
 
 def changed_value(graph: GraphIndex, table: Table, node: onnx.NodeProto) -> str | None:
     """Why an optimizer of onnxruntime would change this node's result; None where none would."""
-    merged = next((name for name in node.output if name in table and _is_merged(graph, table, node, name)), None)
-    if merged is not None:
+    if (name := merged(graph, table, node)) is not None:
         return (
-            f"{merged} quantizes again, in another encoding, what was quantized before: onnxruntime's "
+            f"{name} quantizes again, in another encoding, what was quantized before: onnxruntime's "
             "DoubleQDQPairsRemover merges the two into a third"
         )
     pad = padded_pool(graph, table, node)
@@ -142,7 +147,37 @@ def changed_value(graph: GraphIndex, table: Table, node: onnx.NodeProto) -> str 
         return (
             f"{pad.name or pad.output[0]} pads in float: onnxruntime's Pad_Fusion lets MaxPool pad with minus infinity"
         )
+    outputs = [name for name in node.output if name in graph.outputs and name not in table]
+    given = next((n for n in outputs if any(rounds_output(graph, table, r) for r in graph.readers.get(n, []))), None)
+    if given is not None:
+        return (
+            f"{given} is a float output, and rounded behind a Transpose: onnxruntime's TransposeOptimizer rounds the "
+            "output too"
+        )
     return None
+
+
+def merged(graph: GraphIndex, table: Table, node: onnx.NodeProto) -> str | None:
+    """The result of this node whose encoding DoubleQDQPairsRemover would merge with one in front."""
+    return next((name for name in node.output if name in table and _is_merged(graph, table, node, name)), None)
+
+
+def rounds_output(graph: GraphIndex, table: Table, node: onnx.NodeProto) -> bool:
+    """Whether the TransposeOptimizer would round a float graph output that this node reads."""
+    data = moved(graph, node)
+    return data in graph.outputs and data not in table and _is_transposed_and_rounded(graph, table, node)
+
+
+def _is_transposed_and_rounded(graph: GraphIndex, table: Table, node: onnx.NodeProto, transposed: bool = False) -> bool:
+    transposed = transposed or node.op_type == "Transpose"
+    idle = moved(graph, node) is not None and _vanishes(graph, node)
+    if not idle and not (transposed and node.op_type in PROPAGATED):
+        return False
+    result = node.output[0]
+    if result in table:
+        return transposed
+    readers = graph.readers.get(result, [])
+    return any(_is_transposed_and_rounded(graph, table, reader, transposed) for reader in readers)
 
 
 def padded_pool(graph: GraphIndex, table: Table, node: onnx.NodeProto) -> onnx.NodeProto | None:
@@ -153,7 +188,7 @@ def padded_pool(graph: GraphIndex, table: Table, node: onnx.NodeProto) -> onnx.N
     while name not in table and (source := graph.producers.get(name)) is not None:
         if source.op_type == "Pad":
             return source
-        if (data := _moved(graph, source)) is None:
+        if (data := moved(graph, source)) is None:
             return None
         name = data
     return None
@@ -161,7 +196,7 @@ def padded_pool(graph: GraphIndex, table: Table, node: onnx.NodeProto) -> onnx.N
 
 def may_be_rounded_in_front(graph: GraphIndex, node: onnx.NodeProto) -> bool:
     """Whether an optimizer may drop this node, or round in front of it what is rounded behind it."""
-    return node.op_type in PROPAGATED or (_moved(graph, node) is not None and _vanishes(graph, node))
+    return node.op_type in PROPAGATED or (moved(graph, node) is not None and _vanishes(graph, node))
 
 
 def _is_merged(graph: GraphIndex, table: Table, node: onnx.NodeProto, result: str) -> bool:
@@ -170,7 +205,7 @@ def _is_merged(graph: GraphIndex, table: Table, node: onnx.NodeProto, result: st
     name, current = result, node
     while True:
         between.append(current)
-        data = _moved(graph, current)
+        data = moved(graph, current)
         if data is None or not (len(between) > 1 or _vanishes(graph, current) or data not in table):
             return False
         name = data
@@ -184,7 +219,7 @@ def _is_merged(graph: GraphIndex, table: Table, node: onnx.NodeProto, result: st
     return alike and first != second
 
 
-def _moved(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
+def moved(graph: GraphIndex, node: onnx.NodeProto) -> str | None:
     """The one tensor whose values a node moves on; None where it computes, or joins several."""
     if node.op_type in NEUTRAL:
         return next((data for data, other in _orders(node) if _is_neutral(graph, node, other)), None)

@@ -104,6 +104,50 @@ def test_a_float_pad_in_front_of_a_maximum_is_kept_apart_and_not_proved():
     assert onnx_qdq.from_qdq(onnx_qdq.to_qdq(artifact)).model.graph.node == artifact.model.graph.node
 
 
+def _given_and_rounded(moves, given):
+    """A float sum, moved on, and rounded in the end; what stands in front of move `given` is an output too."""
+    g = Graph()
+    x = asked = g.node("Max", "float", [g.input("x", (4, 4, 4), encoding(-4, 128))] * 2)
+    for i, op in enumerate(moves):
+        asked = x if i <= given else asked
+        constants = {"Expand": np.ones(4, np.int64), "Add": np.float32(0)}
+        inputs = [x, g.constant(f"c{i}", constants[op])] if op in constants else [x]
+        attributes = {"Transpose": {"perm": [0, 2, 1, 3]}, "MaxPool": {"kernel_shape": [1, 1]}}.get(op, {})
+        x = g.node(op, f"n{i}", inputs, encoding(-1, 3) if i == len(moves) - 1 else None, **attributes)
+    return g.artifact(asked, x)
+
+
+@pytest.mark.parametrize(
+    ("moves", "given"),
+    [
+        (["Transpose"], 0),
+        (["Transpose", "MaxPool"], 0),
+        (["Identity", "Transpose"], 1),
+        (["Add", "Transpose"], 0),
+        (["Expand", "Transpose", "Expand"], 0),
+        (["MaxPool", "Transpose", "Identity"], 1),
+    ],
+    ids=str,
+)
+def test_a_float_output_that_is_transposed_and_rounded_stays_float_and_is_not_proved(moves, given):
+    artifact = _given_and_rounded(moves, given)
+    assert any("TransposeOptimizer" in layer.reason for layer in certify(artifact).layers)
+    model = onnx_qdq.to_qdq(artifact)
+    batch = next(ort.random_batches(model, 16, 0))
+    for plain, optimized in zip(ort.plain(model).run(batch), ort.optimized(model).run(batch), strict=True):
+        assert np.array_equal(plain, optimized)
+    assert onnx_qdq.from_qdq(model).model.graph.node == artifact.model.graph.node
+    onnx_qdq.guards.take(model.graph)  # as another tool writes it
+    plain, optimized = (make(model).run(batch)[0] for make in (ort.plain, ort.optimized))
+    assert (plain != optimized).any()
+
+
+def test_a_float_output_that_is_rounded_without_a_transpose_stays_proved():
+    artifact = _given_and_rounded(["MaxPool", "Identity"], 1)
+    assert certify(artifact).proved
+    assert _differing(artifact) == 0
+
+
 @pytest.mark.parametrize("op", ["MaxPool", "Transpose"])
 @pytest.mark.parametrize("bits", [6, 10])
 def test_an_int8_tensor_that_is_moved_to_a_narrower_grid_loads_with_optimizations(op, bits):

@@ -1,9 +1,9 @@
 """Nodes that keep onnxruntime's optimizers from changing a value: a reversible pair.
 
-Two of its optimizers do (`rewrites.py`): they need two Q/DQ pairs, or a Pad and a MaxPool, next to each other. A third
-one (QDQPropagationTransformer) repeats int8 encodings behind a node that moves values, and where the result is then
-rounded to another grid, a later one makes uint8 of all but that copy: the file does not load. A Max of a single tensor
-between them does nothing, and no optimizer drops it.
+Three of its optimizers do (`rewrites.py`): they need two Q/DQ pairs, a Pad and a MaxPool, or a float graph output and a
+Transpose next to each other. A fourth one (QDQPropagationTransformer) repeats int8 encodings behind a node that moves
+values, and where the result is then rounded to another grid, a later one makes uint8 of all but that copy: the file
+does not load. A Max of a single tensor between them does nothing, and no optimizer drops it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from onnx import helper
 
 from pow2quant.graphs import GraphIndex
-from pow2quant.rewrites import PROPAGATED, changed_value, padded_pool
+from pow2quant.rewrites import PROPAGATED, merged, moved, padded_pool, rounds_output
 
 if TYPE_CHECKING:
     import onnx
@@ -27,20 +27,19 @@ MARK = "/kept"
 def put(graph: onnx.GraphProto, table: Table) -> None:
     """Adds the nodes, in place. table: encodings by tensor name."""
     index = GraphIndex(graph)
-    guarded = set[str]()
-    for node in graph.node:
-        if changed_value(index, table, node):
-            pad = padded_pool(index, table, node)
-            guarded.add((node if pad is None else pad).output[0])
+    ahead = [_repeats_int8(node, table) or rounds_output(index, table, node) for node in graph.node]
+    behind = {name for node in graph.node if (name := merged(index, table, node)) is not None}
+    behind |= {pad.output[0] for node in graph.node if (pad := padded_pool(index, table, node)) is not None}
     nodes = []
-    for node in graph.node:
-        if _repeats_int8(node, table):
-            source = node.input[0]
-            node.input[0] = f"{source}/for/{node.output[0]}{MARK}"
-            nodes.append(helper.make_node("Max", [source], [node.input[0]], node.input[0]))
+    for node, kept in zip(graph.node, ahead, strict=True):
+        if kept:
+            source = moved(index, node) or node.input[0]
+            name = f"{source}/for/{node.output[0]}{MARK}"
+            node.input[:] = [name if read == source else read for read in node.input]
+            nodes.append(helper.make_node("Max", [source], [name], name))
         nodes.append(node)
         result = node.output[0] if node.output else ""
-        if result in guarded:
+        if result in behind:
             node.output[0] = result + MARK
             nodes.append(helper.make_node("Max", [result + MARK], [result], result + MARK))
     del graph.node[:]
