@@ -123,6 +123,7 @@ def load(source: str | Path | ModelProto) -> OnnxFile:
         raise UnsupportedModelError(f"{name}: holds sparse initializers; write them as plain ones")
     constants = {tensor.name: _array(tensor, name) for tensor in graph.initializer}
     inputs = [(v.name, _dimensions(v, name)) for v in graph.input if v.name not in constants]
+    _check_batch(inputs, name)
     outputs = [v.name for v in graph.output]
     types = {v.name: v.type.tensor_type.elem_type for v in graph.input}
     file = OnnxFile(name, model, opset, [], constants, inputs, outputs, types)
@@ -218,6 +219,16 @@ def _dimensions(value: onnx.ValueInfoProto, name: str) -> tuple[int | None, ...]
         raise UnsupportedModelError(f"{name}: input {value.name!r} has no shape; add one (its dimensions may be open)")
     dims = value.type.tensor_type.shape.dim
     return tuple(d.dim_value if d.WhichOneof("value") == "dim_value" and d.dim_value > 0 else None for d in dims)
+
+
+def _check_batch(inputs: list[tuple[str, tuple[int | None, ...]]], name: str) -> None:
+    """The first dimension of every input is the batch: one size, or open."""
+    sizes = {tensor: dims[0] for tensor, dims in inputs if dims}
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{tensor!r}: {'open' if size is None else size}" for tensor, size in sizes.items())
+        raise UnsupportedModelError(
+            f"{name}: inputs differ in their first dimension ({found}); it must be the batch, the same in every input"
+        )
 
 
 def _check_functions(model: ModelProto, name: str) -> None:

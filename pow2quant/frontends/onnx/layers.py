@@ -12,7 +12,7 @@ from onnx import NodeProto
 from torch import Tensor, nn
 
 from pow2quant.frontends.onnx.file import OnnxFile, attribute
-from pow2quant.frontends.onnx.windows import paddings
+from pow2quant.frontends.onnx.windows import interleaved, paddings
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -53,11 +53,6 @@ class SamePadded(nn.Module):
         before, behind = paddings(self.node, list(x.shape[2:]), list(self.convolution.kernel_size))  # type: ignore[arg-type]
         result: Tensor = self.convolution(nn.functional.pad(x, interleaved(before, behind)))
         return result
-
-
-def interleaved(before: list[int], behind: list[int]) -> list[int]:
-    """In the order of `F.pad`: the last dimension first."""
-    return [p for pair in zip(reversed(before), reversed(behind), strict=True) for p in pair]
 
 
 def equipped(layer: nn.Module, weight: nn.Parameter | None, bias: nn.Parameter | None) -> nn.Module:

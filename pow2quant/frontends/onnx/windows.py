@@ -36,9 +36,14 @@ def paddings(node: NodeProto, sizes: list[int], kernel: list[int]) -> tuple[list
     return before, behind
 
 
+def interleaved(before: list[int], behind: list[int]) -> list[int]:
+    """In the order of `F.pad`: the last dimension first."""
+    return [p for pair in zip(reversed(before), reversed(behind), strict=True) for p in pair]
+
+
 def pad(x: Tensor, before: list[int], behind: list[int], value: float = 0.0) -> Tensor:
     """Pads the last dimensions with a constant."""
-    pads = [p for pair in zip(reversed(before), reversed(behind), strict=True) for p in pair]
+    pads = interleaved(before, behind)
     return F.pad(x, pads, value=value) if any(pads) else x
 
 
@@ -136,14 +141,25 @@ def _pad(s: Step, x: Tensor, pads: Any = None, value: Any = None, axes: Any = No
     s.bounded([size + a + b for size, a, b in zip(x.shape, before, behind, strict=True)])
     if mode == "constant":
         return pad(x, before[first:], behind[first:], s.attribute("value", scalar(value, 0.0)))
-    if first == x.ndim:
+    return _repeated(s, x, before, behind, MODES[mode])
+
+
+def _repeated(s: Step, x: Tensor, before: list[int], behind: list[int], mode: str) -> Tensor:
+    """Pads any dimensions but the first with values of the tensor; PyTorch does it for the last ones of an image."""
+    dims = [d for d in range(x.ndim) if before[d] or behind[d]]
+    if not dims:
         return x
-    if x.ndim == 2 and first == 1:  # a signal without channels
-        return F.pad(x.unsqueeze(1), [before[1], behind[1]], mode=MODES[mode]).squeeze(1)
-    if first < 2:
-        raise s.error(f"mode {mode!r} only pads the dimensions of an image")
-    pairs = [p for pair in zip(reversed(before[2:]), reversed(behind[2:]), strict=True) for p in pair]
-    return F.pad(x, pairs, mode=MODES[mode])
+    if 0 in dims or len(dims) > 3:
+        raise s.error(f"mode {s.attribute('mode')!r} pads one to three dimensions, and not the batch")
+    if min(dims) >= 2 and x.ndim <= 5:
+        dims = list(range(2, x.ndim))
+    pads = interleaved([before[d] for d in dims], [behind[d] for d in dims])
+    rest = [d for d in range(1, x.ndim) if d not in dims]
+    order = [0, *rest, *dims]
+    image = x.permute(order).reshape(x.shape[0], math.prod(x.shape[d] for d in rest), *(x.shape[d] for d in dims))
+    image = F.pad(image, pads, mode=mode)
+    padded = image.reshape(x.shape[0], *(x.shape[d] for d in rest), *image.shape[2:])
+    return padded.permute([order.index(d) for d in range(x.ndim)])
 
 
 def _global(reduce: Any) -> Row:
