@@ -84,6 +84,7 @@ MAPS: dict[str, Function] = {
     "zeros": lambda x: torch.cat([x + torch.zeros_like(x), x.new_zeros(len(x), 1, 6, 6)], 1),
     "einsum": lambda x: torch.einsum("nchw,nkhw->nck", x, x), "einsum of one": lambda x: torch.einsum("nchw->nhc", x),
     "einsum by a matrix": lambda x: torch.einsum("nchw,ck->nkhw", x, torch.linspace(-1, 1, 24).view(8, 3)),
+    "a column": lambda x: x.mean((1, 2, 3)).unsqueeze(1) * 2, "a column by None": lambda x: x.amax((1, 2, 3))[:, None],
     "baddbmm": lambda x: torch.baddbmm(x[:, 0], x[:, 1], x[:, 2], beta=0.5),
 }  # fmt: skip
 """Functions of (N, 8, 6, 6)."""
@@ -191,6 +192,7 @@ def test_a_mask_becomes_part_of_the_softmax():
         (lambda x: F.grid_sample(x, torch.tanh(x[:, :2].permute(0, 2, 3, 1)), align_corners=True), "grid"),
         (lambda x: x.max(1)[1].float() * x[:, 0], "cast of integers"),
         (lambda x: F.fractional_max_pool2d(x, 2, 3), "fractional_max_pool2d"),
+        (lambda x: torch.tril(x.mean((2, 3))), "masked: depends on the batch size"),
     ],
 )
 def test_what_is_not_supported_is_named(function, names):

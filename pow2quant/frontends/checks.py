@@ -100,7 +100,10 @@ class Lockstep:
         if operation(node).startswith("_assert"):
             return
         made = [n for n in self.builder.made[node] if n in self._kept]
-        self._run(made)
+        try:
+            self._run(made)
+        except Exception as error:  # whatever a module raises for a shape that its row did not expect
+            raise _unlike(node, first_line(error)) from error
         result = self.builder.results.get(node)
         if result is None or result not in made:
             self.users[twin] = self._captured(node, twin)
@@ -114,10 +117,7 @@ class Lockstep:
                 kept = self.prepared[result]
             half = expected.dtype in HALVES  # the prepared network computes in float32 everywhere
             if not close(kept, expected, 3e-2 if half else 1e-3):
-                raise UnsupportedModelError(
-                    f"{scope(node)}: {node.name}{source_line(node)}: {operation(node)} is not prepared as it is "
-                    "written (an argument that is not supported); please write it in another way"
-                )
+                raise _unlike(node, "its values differ.")
         self._set(result, expected.to(dtype))
 
     def _run(self, made: Sequence[fx.Node]) -> None:
@@ -149,6 +149,15 @@ class Lockstep:
                 for read in step.all_input_nodes:
                     last_prepared[read] = node
         return _inverted(last), _inverted(last_prepared)
+
+
+def _unlike(node: fx.Node, why: str) -> UnsupportedModelError:
+    """The error for an operation whose prepared modules do not compute what it does."""
+    where = f"{scope(node)}: " if scope(node) else ""
+    return UnsupportedModelError(
+        f"{where}{node.name}{source_line(node)}: {operation(node)} is not prepared as it is written (an argument that is "
+        f"not supported): {why} Please write it in another way."
+    )
 
 
 def _inverted(last: dict[fx.Node, fx.Node]) -> dict[fx.Node, list[fx.Node]]:

@@ -22,7 +22,7 @@ from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.builder import Builder
 from pow2quant.frontends.checks import HALVES, Lockstep, close, fingerprint
 from pow2quant.frontends.containers import restore_containers
-from pow2quant.frontends.export import SIZES, capture, unwrapped
+from pow2quant.frontends.export import SIZES, capture, first_line, unwrapped
 from pow2quant.frontends.idle import drop_idle
 from pow2quant.frontends.returned import RETURNED
 
@@ -115,7 +115,11 @@ class Shapes(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node."""
-        value = super().run_node(n)
+        try:
+            value = super().run_node(n)
+        except Exception as error:  # whatever a module raises for a shape that follows from the other batch size
+            why = f"depends on the batch size: {first_line(error)}"
+            raise UnsupportedModelError(f"{n.target}: {why} It must be the same for any batch.") from error
         if isinstance(value, Tensor):
             self.shapes[n.name] = (value.shape, value.dtype)
         return value

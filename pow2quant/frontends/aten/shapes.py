@@ -19,7 +19,7 @@ def _reshape(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     if b.shape(node) == b.shape(a.self):
         return b.operand(node, a.self)
     shape = b.shape_with_batch(node)
-    flat = len(shape) == 2 and shape[0] == -1
+    flat = len(shape) == 2 and shape[0] == -1 and b.rank(a.self) > 1
     module = nn.Flatten(1) if flat and b.shape(a.self)[0] == b.shape(node)[0] else m.Reshape(shape)
     return b.call(node, module, b.operand(node, a.self), kind="flatten" if flat else "reshape")
 
