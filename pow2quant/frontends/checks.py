@@ -155,8 +155,8 @@ def _unlike(node: fx.Node, why: str) -> UnsupportedModelError:
     """The error for an operation whose prepared modules do not compute what it does."""
     where = f"{scope(node)}: " if scope(node) else ""
     return UnsupportedModelError(
-        f"{where}{node.name}{source_line(node)}: {operation(node)} is not prepared as it is written (an argument that is "
-        f"not supported): {why} Please write it in another way."
+        f"{where}{node.name}{source_line(node)}: {operation(node)} is not prepared as it is written (an argument "
+        f"that is not supported): {why} Please write it in another way."
     )
 
 
