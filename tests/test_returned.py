@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,6 +15,18 @@ from pow2quant.frontends.prepare import prepare
 from pow2quant.frontends.returned import returning
 
 Pair = namedtuple("Pair", "scores features")
+
+
+@dataclass
+class Scores:
+    scores: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Whole:
+    inner: Scores
+    features: torch.Tensor
 
 
 class Returns(nn.Module):
@@ -31,6 +44,8 @@ FORMS = {
     "dictionary": lambda a, b: {"features": b, "scores": a, "loss": None},
     "ordered": lambda a, b: OrderedDict(out=a, aux=b),
     "named": lambda a, b: Pair(a, b),
+    "dataclass": lambda a, b: Scores(a),
+    "dataclasses": lambda a, b: {"all": Whole(Scores(a, b), b)},
     "twice": lambda a, b: (a, b, a),
     "nested": lambda a, b: {"a": [a, {"b": b}], "c": (a,)},
     "list": lambda a, b: [b],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import register_dataclass
 from torch.utils import _pytree as pytree
 
 Batch = Tensor | tuple[Tensor, ...]
@@ -16,7 +18,17 @@ tensors work wherever a batch is read: `inputs` gives their tensors in the order
 
 def inputs(batch: Any) -> tuple[Tensor, ...]:
     """The tensors of a batch, in the order in which the prepared network takes them."""
+    while open_dataclasses(batch):
+        pass
     return tuple(x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
+
+
+def open_dataclasses(value: Any) -> bool:
+    """Tells PyTorch that the dataclasses in a value hold tensors; whether there was one that it did not know."""
+    kinds = {type(x) for x in pytree.tree_leaves(value) if dataclasses.is_dataclass(x) and not isinstance(x, type)}
+    for kind in kinds:
+        register_dataclass(kind)
+    return bool(kinds)
 
 
 def call_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from pow2quant.errors import ModelError, UnsupportedModelError
-from pow2quant.frontends.batches import call_arguments
+from pow2quant.frontends.batches import call_arguments, open_dataclasses
 
 SIZES = (2, 3)
 """The batch sizes of the two captures."""
@@ -104,7 +104,8 @@ def _export(model: nn.Module, batch: Any) -> ExportedProgram:
         with torch.no_grad(), _quiet():
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
-        _check_runs(model, batch)
+        if open_dataclasses(_results(model, batch)):
+            return _export(model, batch)
         what = "Control flow must not depend on tensors: move it out of forward, or quantize the parts on their own."
         raise UnsupportedModelError(
             f"the network cannot be captured by torch.export{_user_line(error)}: {first_line(error)} {what}"
@@ -113,12 +114,12 @@ def _export(model: nn.Module, batch: Any) -> ExportedProgram:
     return program
 
 
-def _check_runs(model: nn.Module, batch: Any) -> None:
-    """Raises ModelError when the network fails on the batch, in plain PyTorch."""
+def _results(model: nn.Module, batch: Any) -> Any:
+    """What the network returns for the batch in plain PyTorch. Raises ModelError when it fails."""
     args, kwargs = call_arguments(model, batch)
     try:
         with torch.no_grad():
-            model(*args, **kwargs)
+            return model(*args, **kwargs)
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
         raise ModelError(

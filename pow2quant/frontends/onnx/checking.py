@@ -88,7 +88,7 @@ def _rounded(network: nn.Module) -> nn.Module:
     network = copy.deepcopy(network)
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter *= 1 + 2**-23 * torch.randn(parameter.shape, generator=generator)
+            parameter.mul_(1 + 2**-23 * torch.randn(parameter.shape, generator=generator))
     return network
 
 
