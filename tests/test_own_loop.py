@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +15,9 @@ import pow2quant
 from pow2quant import datasets, models
 from pow2quant.config import DataConfig
 from pow2quant.errors import ConfigError, OutputError, TrainingError
+from tests import documents
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "howto" / "own-training-loop.md"
 
 QUICK = {"report": {"statistics": False, "latency": False}, "ptq": {"calibration_batches": 4}}
 
@@ -82,6 +86,47 @@ def test_a_checkpoint_of_the_module_continues_to_the_bit() -> None:
     for name, value in whole.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
     assert (whole.finish().folder / "model.onnx").read_bytes() == (other.finish().folder / "model.onnx").read_bytes()
+
+
+class Around(nn.Module):
+    """A network with the quantized one as a part, as Lightning's modules have it."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+
+@pytest.mark.parametrize("exponents", ["tqt", "fixed"])
+def test_a_checkpoint_without_views_continues_as_a_part_of_another_module(exponents: str, tmp_path: Path) -> None:
+    data, file = batches(8), tmp_path / "model.safetensors"
+    whole = started(exponents=exponents)
+    optimizer = torch.optim.AdamW(whole.parameter_groups(1e-3))
+    train(whole, optimizer, data[:4])
+    safetensors.torch.save_model(Around(whole), str(file))
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert sum(x.untyped_storage().nbytes() for x in whole.state_dict().values()) < 1.1 * file.stat().st_size
+    other = started(exponents=exponents)
+    assert safetensors.torch.load_model(Around(other), str(file)) == (set(), [])
+    again = torch.optim.AdamW(other.parameter_groups(1e-3))
+    again.load_state_dict(saved)
+    for qat, steps in ((whole, optimizer), (other, again)):
+        train(qat, steps, data[4:])
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.filterwarnings("default")  # a framework has its own
+@pytest.mark.parametrize("framework", ["lightning", "accelerate"])
+def test_the_page_s_loop_in_a_framework(framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(framework, reason="the page names it, no extra installs it")
+    monkeypatch.chdir(tmp_path)
+    (block,) = (b for b in documents.blocks(PAGE) if framework in (b.skipped or ""))
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(block.text, str(PAGE), "exec"), names)
+    result = names["result"]
+    assert result.verdict.agrees
+    rounded = pow2quant.quantize(models.trained_digits_cnn(), "digits", bits="w3a3", methods="none", progress=False)
+    assert result.report["final_accuracy"] > rounded.report["final_accuracy"]
 
 
 def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ class BatchNorms:
     """The layers of a simulation whose batch norm is trained, by module.
 
     live: whether they compute with the batch's statistics. statistics: all running means and variances, (2, channels).
+    gains: all of them, (channels,); the parameters of the layers are views of it.
     """
 
     def __init__(self, sim: Simulation, weights: Collection[str]) -> None:
@@ -99,12 +100,12 @@ class BatchNorms:
         device = next(sim.model.parameters()).device
         self.statistics = torch.zeros(2, sum(sizes), device=device)
         self.statistics[1] = 1
-        self._gains = torch.ones(sum(sizes), device=device)
-        parts = zip(layers, self._gains.split(sizes), self.statistics.split(sizes, 1), strict=True)
+        self.gains = torch.ones(sum(sizes), device=device)
+        parts = zip(layers, self.gains.split(sizes), self.statistics.split(sizes, 1), strict=True)
         self._layers = {y.module: _unfolded(sim, y, nodes[y.module], gain, *part) for y, gain, part in parts}
-        self._eps = torch.cat([torch.full_like(y.mean, y.eps) for y in self] or [self._gains])
+        self._eps = torch.cat([torch.full_like(y.mean, y.eps) for y in self] or [self.gains])
         self._sizes = sizes
-        self._least = LEAST * self._gains
+        self._least = LEAST * self.gains
         self._factors: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[Normalized]:
@@ -159,7 +160,7 @@ class BatchNorms:
         """Within it, outputs are normalized with their own statistics, if `live`."""
         self.live = live
         if live:
-            factors = self._gains / torch.sqrt(self.statistics[1] + self._eps)
+            factors = self.gains / torch.sqrt(self.statistics[1] + self._eps)
             self._factors = dict(zip(self._layers, factors.split(self._sizes), strict=True))
         try:
             yield
@@ -189,12 +190,12 @@ class BatchNorms:
                 layer.center((mean - bias) / factor, variance / factor**2)
         finally:
             self._seen = None
-        self._least = LEAST * self._gains
+        self._least = LEAST * self.gains
 
     @torch.no_grad()
     def advance(self) -> None:
         """To be called when an optimizer has changed the parameters."""
-        torch.maximum(self._gains, self._least, out=self._gains)
+        torch.maximum(self.gains, self._least, out=self.gains)
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -50,24 +50,17 @@ class QatModel(nn.Module, Generic[R]):
         for index, parameter in enumerate(learning.exponents.parameters()):
             self.register_parameter(f"exponent_{index}", parameter)
         self.register_buffer("statistics", learning.norms.statistics)
+        self.register_buffer("gains", learning.norms.gains)
         for name, buffer in learning.exponents.state().items():
-            if name != "values":
-                self.register_buffer(f"exponents_{name}", buffer)
+            self.register_buffer(f"exponents_{name}", buffer)
+        vectors = {buffer.untyped_storage().data_ptr() for buffer in self.buffers()}
+        self._views = {n for n, p in self.named_parameters() if p.untyped_storage().data_ptr() in vectors}
         self._version = self._versions()
 
     def state_dict(self, *arguments: Any, **options: Any) -> Any:
         """As of any module; the optimizer's last step is followed first."""
         self._take_step()
         return super().state_dict(*arguments, **options)
-
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module, into what is there. Raises ConfigError for `assign`, which would replace it."""
-        if assign:
-            raise ConfigError("load_state_dict(assign=True): parameters are shared with the simulation; leave it out")
-        found = super().load_state_dict(state, strict)
-        self._learning.exponents.restore({})
-        self._version = self._versions()
-        return found
 
     def forward(self, *inputs: Tensor) -> Any:
         """The results for inputs (N, …), as float32 tensors."""
@@ -109,6 +102,23 @@ class QatModel(nn.Module, Generic[R]):
         result = self._finish(output, overwrite=overwrite)  # again, where the folder cannot be written
         self._finish = None
         return result
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Parameters that are parts of one vector are saved as that vector: formats that refuse views take it."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._views:
+            del destination[prefix + name]
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *more: Any
+    ) -> None:
+        """Into what is there, by itself or as a part of another module. Raises ConfigError for `assign`."""
+        if metadata.get("assign_to_params_buffers"):
+            raise ConfigError("load_state_dict(assign=True): parameters are shared with the simulation; leave it out")
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, *more)
+        missing[:] = [name for name in missing if name.removeprefix(prefix) not in self._views]
+        self._learning.exponents.restore({})
+        self._version = self._versions()
 
     def _take_step(self) -> None:
         """Follows the optimizer, once for each of its steps."""
