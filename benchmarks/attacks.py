@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.attacks import files, good, kills, own, places  # noqa: E402
+from tests.attacks import arguments, files, good, kills, own, places  # noqa: E402
 from tests.attacks.harness import Case, Outcome, counts, run  # noqa: E402
 from tests.attacks.kills import Kill  # noqa: E402
 
@@ -44,6 +44,7 @@ def cases(ground: Path, mutations: int) -> Iterator[Case]:
     yield from own.flags(ground)
     yield from own.folders()
     yield from places.places(ground)
+    yield from arguments.arguments(ground)
 
 
 def main() -> int:

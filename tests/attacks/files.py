@@ -204,6 +204,7 @@ RUN_COMMANDS = (
     ["correct", "run", "--overwrite", "--num-clusters", "1", "--pca-dim", "1"],
     ["logits", "run", "--overwrite"],
     ["report", "run", "run", "--output", "page"],
+    ["explain", "run", "0"],
 )
 
 

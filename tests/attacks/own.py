@@ -233,7 +233,10 @@ FLAGS = (
     "2..",
     "=",
 )
-COMMANDS = ("ptq", "qat", "validate", "export", "report", "list", "search", "sweep", "compare", "correct", "logits")
+COMMANDS = (
+    "ptq", "qat", "validate", "export", "report", "list", "search", "sweep", "compare", "correct", "logits", "explain",
+    "targets",
+)  # fmt: skip
 
 
 def flags(good: Path) -> Iterator[Case]:
@@ -264,6 +267,8 @@ BASES = {
     "export": ["run", "--to", "c"],
     "report": ["run"],
     "list": [],
+    "explain": ["run", "0"],
+    "targets": ["litert"],
     "search": ["--config", "quick.yaml", "--output", "out"],
     "sweep": ["--config", "quick.yaml", "--grid", "seed=1", "--output", "out"],
     "compare": ["--config", "quick.yaml", "--method", "none", "--widths", "8:8", "--seeds", "0", "--output", "out"],
