@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from multiprocessing.pool import ThreadPool
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,27 +64,55 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory(prefix="pow2quant-attacks-") as folder:
         ground = good.ground(Path(folder))
-        chosen = [
+        possible = [
             case
             for case in cases(ground, given.mutations)
             if (not given.category or case.category in given.category.split(",")) and given.only in case.name
-        ][:: given.share]
-        killed = kills.every(ground, given.kills, lambda text: print(text, flush=True)) if given.kills else []
+        ]
+        chosen = possible[:: given.share]
         outcomes = [o for o in recorded(given.record) if o.good]
         done = {(o.category, o.name) for o in outcomes}
-        with ThreadPool(given.jobs) as pool:
-            for outcome in pool.imap(run, (c for c in chosen if (c.category, c.name) not in done)):
-                outcomes.append(outcome)
-                record(given.record, outcome)
-                if not outcome.good or given.only:
-                    print(f"{outcome.kind}: {outcome.category}: {outcome.name!r}: {outcome.line!r}", flush=True)
-    lines = [*table(outcomes), "", *table_of_kills(killed)]
+        work: list[Callable[[], Outcome | Kill]] = [*kills.every(ground, given.kills)] if given.kills else []
+        work += [partial(run, case) for case in chosen if (case.category, case.name) not in done]
+        killed = []
+        for found in in_processes(work, given.jobs):
+            if isinstance(found, Kill):
+                killed.append(found)
+            else:
+                outcomes.append(found)
+                record(given.record, found)
+            if not found.good or given.only:
+                print(found, flush=True)
+    counted = f"{len(outcomes):,} of {len(possible):,} inputs, evenly spread, and {len(killed)} kills, in one run."
+    lines = [f"{commit()}: {counted}", "", *table(outcomes), "", *table_of_kills(killed)]
     print("\n".join(lines))
     if given.write:
         write(lines)
-    wrong = sum(not outcome.good for outcome in outcomes) + sum(kill.kind != "fine" for kill in killed)
+    wrong = sum(not found.good for found in [*outcomes, *killed])
     print(f"{len(outcomes)} inputs, {len(killed)} kills, {wrong} wrong")
     return 1 if wrong else 0
+
+
+WORK: list[Callable[[], Outcome | Kill]] = []
+"""Handed to the processes that are forked from this one by number, since it cannot be pickled."""
+
+
+def in_processes(work: list[Callable[[], Outcome | Kill]], jobs: int) -> Iterator[Outcome | Kill]:
+    """What came of each, in order; each process does one at a time."""
+    WORK[:] = work
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(numbered, range(len(work)))
+
+
+def numbered(number: int) -> Outcome | Kill:
+    return WORK[number]()
+
+
+def commit() -> str:
+    """What is attacked, and when."""
+    command = ["git", "-C", str(ROOT), "log", "-1", "--format=%h"]
+    head = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return f"{time.strftime('%B %-d, %Y')}, commit {head or 'unknown'}"
 
 
 def recorded(path: Path | None) -> list[Outcome]:
@@ -112,7 +143,8 @@ def table(outcomes: list[Outcome]) -> list[str]:
 
 def table_of_kills(found: list[Kill]) -> list[str]:
     """The kills by command, as Markdown."""
-    lines = ["| command | kills | whole before and after, next run works, nothing left |", "|---|---|---|"]
+    title = "| command | kills | whole before and after, next run works to the same bits, nothing left |"
+    lines = [title, "|---|---|---|"]
     for name in dict.fromkeys(kill.writer for kill in found):
         own = [kill.kind for kill in found if kill.writer == name]
         lines.append(f"| {name} | {len(own)} | {own.count('fine')} |")

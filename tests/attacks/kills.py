@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal
 """Most are kills that no process hears."""
 
 QUICK = ["--config", "quick.yaml", "--quiet"]
-LOSSY = ["--constraint", "accuracy_drop=50%"]
+LOSSY = ["--constraint", "accuracy_drop=50%", "--candidates", "4,8", "--points", "2"]
 ROUND = ["--weight-bits", "4", "--method", "adaround:iterations=60"]
 DROP = ["--weight-bits", "4", "--method", "qdrop:iterations=60"]
 LOGITS = ["--num-clusters", "1", "--pca-dim", "1", "--alpha", "1", "--quiet", "--overwrite"]
@@ -76,6 +77,11 @@ class Kill:
     seconds: float
     kind: str
 
+    @property
+    def good(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.kind == "fine"
+
 
 def kill(good: Path, writer: Writer, seed: int, whole: Whole) -> Kill:
     """Starts a writer, kills it while it works, looks at what is left, runs it again to its end and compares.
@@ -87,8 +93,6 @@ def kill(good: Path, writer: Writer, seed: int, whole: Whole) -> Kill:
     place = Path(tempfile.mkdtemp(prefix="pow2quant-kill-"))
     folder = place / "case"
     folder.mkdir()
-    os.environ["TMPDIR"] = str(place)
-    tempfile.tempdir = None
     try:
         copied(good, folder)
         before = _whole(folder / "run")
@@ -161,6 +165,8 @@ def _started(folder: Path, arguments: list[str]) -> int:
     try:
         os.setsid()
         os.chdir(folder)
+        os.environ["TMPDIR"] = str(folder.parent)
+        tempfile.tempdir = None
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(folder.parent / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         sys.stdout, sys.stderr = (os.fdopen(d, "w", 1) for d in (1, 2))
@@ -211,13 +217,8 @@ def _again(folder: Path, place: Path, writer: Writer) -> str:
     return f"left: {', '.join(left)}" if left else "fine"
 
 
-def every(good: Path, count: int, say: Callable[[str], None]) -> list[Kill]:
+def every(good: Path, count: int) -> list[Callable[[], Kill]]:
     """So many kills, over all writers in turn, each at a moment within its own time."""
-    whole = {writer.name: undisturbed(good, writer) for writer in WRITERS}
-    found = []
-    for number in range(count):
-        writer = WRITERS[number % len(WRITERS)]
-        found.append(kill(good, writer, number, whole[writer.name]))
-        if found[-1].kind != "fine":
-            say(f"{found[-1]}")
-    return found
+    whole = [undisturbed(good, writer) for writer in WRITERS[:count]]
+    places = [number % len(WRITERS) for number in range(count)]
+    return [partial(kill, good, WRITERS[place], number, whole[place]) for number, place in enumerate(places)]
