@@ -4,6 +4,7 @@ import base64
 import copy
 import hashlib
 import html
+import io
 import json
 import math
 import os
@@ -18,10 +19,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import PIL.Image
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from pow2quant import models
 from pow2quant.backends import samples
@@ -29,7 +32,8 @@ from pow2quant.errors import FileFormatError
 from pow2quant.pow2_constraints import Encoding, IntGrid
 from pow2quant.report import comparison, graph, histograms, network, statistics
 from pow2quant.report.html import NOTHING, page_of, rebuild, render
-from pow2quant.runs import simulate
+from pow2quant.runs import simulate, worst
+from pow2quant.tasks.classification import Classification
 from pow2quant.validation import latency
 from tests.quantized_graphs import Graph, encoding
 
@@ -206,7 +210,7 @@ def test_the_page_is_one_file_that_reaches_for_nothing():
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)[1]
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
 
 def test_the_verdict_stands_on_top():
@@ -226,6 +230,41 @@ def test_a_lost_accuracy_and_warnings_stand_beside_the_agreement():
     assert "Quality: not measured" in unknown
     assert "✓ Quality" not in unknown
     assert "✗ Quality" not in unknown
+
+
+def test_classes_are_listed_by_what_they_lost_where_they_are_many():
+    rows = [{"class": i, "samples": 5, "float": 80.0, "quantized": 80.0 - i} for i in range(100)]
+    few, many = (page(by_class=rows[:n]).tables["Classes"] for n in (3, 100))
+    assert few[1:] == [[str(i), "5", "80.00 %", f"{80 - i}.00 %", f"{-i:+.2f} points"] for i in range(3)]
+    assert [row[0] for row in many[1:]] == [str(i) for i in range(99, 59, -1)]
+
+
+def test_samples_that_lost_most_are_shown_with_their_answers():
+    image = worst.picture(np.random.default_rng(0).random((3, 400, 300), np.float32))
+    assert image is not None
+    assert PIL.Image.open(io.BytesIO(base64.b64decode(image.partition(",")[2]))).size == (84, 112)
+    shown = {"sample": 7, "lost": 100.0, "expected": "4", "float": "4", "quantized": "9", "image": image}
+    outside = shown | {"image": "https://example.org/a.png"}
+    text = render(REPORT, STATISTICS | {"worst": [shown, outside, shown | {"image": None, "sample": 8}]})
+    assert text.count("<img") == 1
+    assert "example.org" not in text
+    assert "sample 8is 4, float says 4, quantized 9" in Page(text).text.replace("\n", "")
+
+
+def test_the_samples_that_lost_most_are_kept_over_all_batches():
+    task = Classification(((10,),))
+    kept, rng = worst.Worst(task), np.random.default_rng(0)
+    x, targets = rng.random((60, 1, 4, 4), np.float32), rng.integers(0, 10, 60)
+    exact, quantized = (np.eye(10, dtype=np.float32)[a] for a in (targets, np.where(np.arange(60) % 3, targets, 0)))
+    for start in range(0, 60, 20):
+        part = slice(start, start + 20)
+        kept.add(x[part], targets[part], [exact[part]], [quantized[part]])
+    lost = [i for i in range(0, 60, 3) if targets[i]][: worst.MOST]
+    assert [sample.index for sample in kept.samples] == lost
+    entry = kept.to_json()[0]
+    assert (entry["lost"], entry["expected"], entry["quantized"]) == (100.0, str(targets[lost[0]]), "0")
+    assert worst.picture(np.zeros((5, 8, 8))) is None
+    assert worst.picture(np.full((1, 8, 8), np.nan)) is None
 
 
 def test_accuracy():
@@ -509,6 +548,21 @@ def test_the_simulation_is_sampled_beside_the_float_network():
     weight = found["conv1.weight"]
     assert weight.exact.shape == model.conv1.weight.shape
     assert np.array_equal(weight.quantized, sim.encodings()["conv1.weight"].fake_quantize(weight.entering))
+
+
+def test_a_channel_that_does_not_vary_any_more_is_named():
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU()).eval(), torch.rand(16, 1, 4, 4)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([1.0, 1e-4, 0.0]).reshape(3, 1, 1, 1))
+        model[0].bias.copy_(torch.tensor([0.0, 0.25, 0.5]))
+    sim = simulate(model, data)
+    sim.calibrate([data])
+    found, _ = samples.sample(sim, [data], seed=0)
+    assert found["1.output"].dead == (1,)
+    tensor = statistics.of_tensor(sim.encodings()["1.output"], found["1.output"])
+    text = Page(render(REPORT, STATISTICS | {"tensors": STATISTICS["tensors"] | {"1.output": tensor}}))
+    assert text.tables["Dead channels"][1:] == [["1.output", "1"]]
 
 
 def test_a_large_tensor_is_sampled_at_the_same_places(monkeypatch: pytest.MonkeyPatch):

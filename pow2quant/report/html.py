@@ -59,6 +59,9 @@ def render(
         "layers": layers,
         "network": (statistics or {}).get("network"),
         "costs": costs.costly((statistics or {}).get("network") or [], measured, report.get("pipeline_steps") or ()),
+        "by_class": _by_class(report),
+        "worst": [w for w in (statistics or {}).get("worst") or [] if _is_picture(w.get("image"))],
+        "dead": [(name, t["dead_channels"]) for name, t in measured.items() if t.get("dead_channels")],
         "histograms": drawn,
         "noisiest": sorted(drawn, key=lambda h: math.inf if h.sqnr_db is None else h.sqnr_db)[:NOISIEST],
         "tax": list(_tax(measured)),
@@ -71,6 +74,7 @@ def render(
         measured=measured,
         agrees=agrees(report),
         evaluated=evaluated(report.get("evaluation")),
+        higher_is_better=_leading(report).get("higher_is_better", True),
         intervals=(report.get("evaluation") or {}).get("intervals") or {},
         widths=_widths(report),
         strips=_picture(report, parts["network"], layers) if parts["network"] else None,
@@ -92,8 +96,11 @@ def render(
 SECTIONS = (
     ("accuracy", "Accuracy", "accuracies"),
     ("scores", "Quality", "scores"),
+    ("classes", "Class by class", "by_class"),
+    ("worst", "Samples that lost most", "worst"),
     ("agreement", "Agreement", "validation"),
     ("costs", "Layers that cost most", "costs"),
+    ("dead", "Dead channels", "dead"),
     ("layers", "Layer by layer", "layers"),
     ("network", "Network", "network"),
     ("histograms", "Histograms", "histograms"),
@@ -184,6 +191,7 @@ def _environment() -> Environment:
         "size": _size,
         "duration": _duration,
         "milliseconds": _milliseconds,
+        "signed": "{:+.4g}".format,
     }
     environment.filters |= {name: stated(filter) for name, filter in filters.items()}
     environment.filters |= {"plain": stated(repr, ""), "shortened": _shortened, "stem": stem}
@@ -210,6 +218,28 @@ def _scores(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | No
     """The table of a task that is not classification; None without metrics."""
     header, rows = summary.scores(report)
     return (header, rows) if rows and report.get("initial_accuracy") is None else None
+
+
+MOST_CLASSES = 40
+"""So many classes are shown."""
+
+
+def _by_class(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Classes with their change in points; where they are many, those that changed most."""
+    found = [row | {"change": row["quantized"] - row["float"]} for row in report.get("by_class") or []]
+    if len(found) > MOST_CLASSES:
+        found = sorted(found, key=lambda row: -abs(row["change"]))[:MOST_CLASSES]
+    return found
+
+
+def _is_picture(text: Any) -> bool:
+    """Whether it is nothing, or a picture that this package wrote, and no address."""
+    return text is None or (isinstance(text, str) and text.startswith("data:image/png;base64,"))
+
+
+def _leading(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the report says of the metric that leads."""
+    return next(iter((report.get("metrics") or {}).values()), {})
 
 
 def _specs(report: Mapping[str, Any]) -> list[Any]:
@@ -326,7 +356,7 @@ def _curves(report: Mapping[str, Any], metrics: Mapping[str, Any]) -> Any:
 
     if not metrics.get("epochs"):
         return None
-    leading: Mapping[str, Any] = next(iter((report.get("metrics") or {}).values()), {})
+    leading = _leading(report)
     compared = {"float": "initial", "after PTQ": "ptq", "final": "final"}
     values = {"initial": leading.get("float"), "ptq": leading.get("ptq"), "final": leading.get("quantized")}
     lines = {label: report.get(f"{key}_accuracy") or values[key] for label, key in compared.items()}

@@ -40,16 +40,19 @@ class Sample(Protocol):
     def entering(self) -> NDArray[np.float32]: ...
     @property
     def quantized(self) -> NDArray[np.float32]: ...
+    @property
+    def dead(self) -> tuple[int, ...]: ...
 
 
 def of_tensor(encoding: Encoding, sample: Sample) -> dict[str, Any]:
     """What report pages show of one tensor, in JSON's types.
 
-    `sqnr_db`: of this quantizer alone. A weight that a method has put onto its grid already is compared with the float
-    network's. `network_sqnr_db` (activations): against the float network, so with all noise that came in.
-    `clipped`: per cent of the values that saturate. `power_of_2_db`, `free_scale_db`: rounding with the scales of least
-    squared error on the same values, 2^k and free. `histogram`: in units of the scale (each channel's own) around the
-    zero point: `start` of the first bin, `width` of each, `counts`; `low` and `high`: the ends of the grid.
+    `sqnr_db`: of this quantizer alone. A weight that a method has put onto its grid already is compared with the
+    float network's. `network_sqnr_db` (activations): against the float network, so with all noise that came in.
+    `dead_channels` (activations): see `Sampled`. `clipped`: per cent of the values that saturate. `power_of_2_db`,
+    `free_scale_db`: rounding with the scales of least squared error on the same values, 2^k and free. `histogram`:
+    in units of the scale (each channel's own) around the zero point: `start` of the first bin, `width` of each,
+    `counts`; `low` and `high`: the ends of the grid.
     """
     is_weight = sample.role == "weight"
     rounded_before = is_weight and np.array_equal(sample.entering, sample.quantized)
@@ -59,7 +62,7 @@ def of_tensor(encoding: Encoding, sample: Sample) -> dict[str, Any]:
     low, high = (encoding.along(np.asarray(end - zero), x.ndim) for end in (grid.qmin, grid.qmax))
     found: dict[str, Any] = {"role": sample.role, "sqnr_db": sqnr_db(x, sample.quantized)}
     if not is_weight:
-        found["network_sqnr_db"] = sqnr_db(sample.exact, sample.quantized)
+        found |= {"network_sqnr_db": sqnr_db(sample.exact, sample.quantized), "dead_channels": list(sample.dead)}
     power, free = _least_noise(encoding, x)
     return found | {
         "minimum": float(x.min()),

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pow2quant.frontends.batches import inputs
+from pow2quant.runs.worst import Worst
 from pow2quant.tasks.base import Averaged, Counter, Metric, Task
 from pow2quant.tasks.judging import Noise, arrays_of
 from pow2quant.validation.agreement import Executor
@@ -26,13 +27,15 @@ class Scores:
     """Counts by executor and metric, and the power of the quantization noise, while batches stream by.
 
     judged: the executors that are; None: all. limit, total: how many batches of the test data are looked at, and how
-    many samples these have in all; None: all, and as many as are counted. classes: the labels seen. digest: of inputs.
+    many samples these have in all; None: all, and as many as are counted. worst: where samples go that lost by
+    quantization. classes: the labels seen. digest: of inputs. expected: the float network's last outputs.
     """
 
     task: Task
     judged: Collection[str] | None = None
     limit: int | None = None
     total: int | None = None
+    worst: Worst | None = None
     classes: set[int] = field(default_factory=set)
     digest: Any = field(default_factory=lambda: blake2b(digest_size=8))
     samples: int = 0
@@ -40,7 +43,7 @@ class Scores:
     noise: Noise = field(default_factory=Noise)
     running: bool = False
     targets: Any = None
-    expected: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    expected: Arrays = ()
 
     def stream(self, batches: Iterable[tuple[Any, Any]], network: Callable[[Arrays], Arrays]) -> Iterator[Arrays]:
         """Yields the inputs; notes targets and float outputs for what runs on them next."""
@@ -48,7 +51,7 @@ class Scores:
             arrays = [x.numpy() for x in inputs(batch)]
             self.targets = arrays_of(targets)
             outputs = network(arrays)
-            self.expected, self.running = outputs[0], True
+            self.expected, self.running = outputs, True
             self.samples += len(arrays[0])
             self._note(arrays)
             self._count(FLOAT, outputs)
@@ -63,7 +66,7 @@ class Scores:
             self.classes.update(np.unique(self.targets).tolist())
 
     def watch(self, executor: Executor, noise: bool = False) -> Executor:
-        """The executor, judged as it runs."""
+        """The executor, judged as it runs. noise: it is the quantized network whose noise and losses are looked at."""
         if self.judged is not None and executor.name not in self.judged:
             return executor
 
@@ -72,7 +75,9 @@ class Scores:
             if self.running:
                 self._count(executor.name, outputs)
                 if noise:
-                    self.noise.add(outputs, self.expected)
+                    self.noise.add(outputs, self.expected[0])
+                    if self.worst is not None and self.targets is not None:
+                        self.worst.add(batch[0], self.targets, self.expected, outputs)
             return outputs
 
         return replace(executor, run=run)

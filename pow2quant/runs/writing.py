@@ -39,6 +39,7 @@ from pow2quant.runs.pixels import take_bytes
 from pow2quant.runs.result import Result
 from pow2quant.runs.scores import FLOAT, Scores
 from pow2quant.runs.simulating import Simulated
+from pow2quant.runs.worst import Worst, by_class
 from pow2quant.validation import latency, ort
 
 PATIENCE = 200_000_000_000
@@ -135,7 +136,8 @@ def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[d
     pair = (folder / run_folder.FLOAT, folder / run_folder.ENCODINGS)
     limit = job.config.ptq.max_eval_batches
     judged = (FLOAT, f"{job.config.backend} {SIMULATION}", ort.OPTIMIZED)
-    scores, left_out = Scores(job.task, judged, limit, job.sample(limit).total), dict[str, str]()
+    worst = Worst(job.task)
+    scores, left_out = Scores(job.task, judged, limit, job.sample(limit).total, worst), dict[str, str]()
     others = [
         replace(e, most=max(1, PATIENCE // e.work)) if e.work else e
         for e in executors(folder / run_folder.QDQ, pair, left_out, targets.load(job.config.target))
@@ -143,12 +145,12 @@ def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[d
     agreements = compared(job, sim, artifact, certificate, others, limit, scores)
     report = _report(job, artifact, certificate, scores, agreements, folder, steps)
     if job.config.report.statistics:
-        _write_statistics(job, sim, artifact, folder)
+        _write_statistics(job, sim, artifact, worst, folder)
     timing = _latency(job, folder) if job.config.report.latency else None
     return report | {"validation_left_out": left_out, "latency": timing}, agreements
 
 
-def _write_statistics(job: Job, sim: Simulation, artifact: Artifact, folder: Path) -> None:
+def _write_statistics(job: Job, sim: Simulation, artifact: Artifact, worst: Worst, folder: Path) -> None:
     """What the report shows of every tensor, measured on a few calibration images, and how they hang together."""
     job.progress.note("measuring every tensor for the report")
     table = sim.encodings()
@@ -158,7 +160,7 @@ def _write_statistics(job: Job, sim: Simulation, artifact: Artifact, folder: Pat
         for name, seen in samples.items()
         if np.isfinite(seen.entering).all() and np.isfinite(seen.exact).all()
     }
-    document = {"samples": count, "network": describe(artifact), "tensors": tensors}
+    document = {"samples": count, "network": describe(artifact), "tensors": tensors, "worst": worst.to_json()}
     (folder / run_folder.STATISTICS).write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 
@@ -245,6 +247,7 @@ def _report(
         "total_improvement": None if initial is None or final is None else round(final - initial, 4),
         "evaluated_samples": scores.samples,
         "evaluation": evaluation_of(job, scores, change, quantized=simulated, onnxruntime=measured),
+        "by_class": by_class(scores.counters, FLOAT, simulated, report["metric"]),
         "model_size_bytes": sizes,
         "validation": [a.to_json() for a in agreements],
         "certificate": certificate.to_json(),

@@ -61,7 +61,8 @@ class Task(Protocol):
     """What a network is for.
 
     metrics: the first one leads. diagnostics: measured beside them, without a good direction. loss: the default
-    criterion, a name that torch knows.
+    criterion, a name that torch knows. A task may also have `answers(targets, outputs)`: of a batch the targets and the
+    outputs in words, for the report.
     """
 
     @property

@@ -42,6 +42,12 @@ class Classification:
             Metric(ONE_ANSWER, partial(OneAnswer, indices), unit="%"),
         )
 
+    def answers(self, targets: Array, outputs: Outputs) -> tuple[list[str], list[str]]:
+        """The class of each target, and that of each output (the first of equal ones), in words."""
+        logits = outputs[0]
+        chosen = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
+        return [str(int(c)) for c in indices(targets)], [str(int(c)) for c in chosen]
+
     def check(self, targets: Any, samples: int, where: str) -> Any:
         expected = f"{samples} class indices, or {samples} rows of {self.classes} probabilities"
         labels = tensor_of(targets, where, expected)
