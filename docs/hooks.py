@@ -88,7 +88,8 @@ def command_line() -> str:
 def _command(command: CommandInfo) -> str:
     assert command.callback is not None
     hints = get_type_hints(command.callback, include_extras=True)
-    rows = [_parameter(name, *get_args(hint)) for name, hint in hints.items() if name != "return"]
+    parameters = [(name, *get_args(hint)) for name, hint in hints.items() if name != "return"]
+    rows = [_parameter(name, hint, info) for name, hint, info in parameters if not info.hidden]
     table = "\n".join(["| argument or flag | takes | meaning |", "|---|---|---|", *rows])
     example = (command.epilog or "").removeprefix("Example: ")
     text = inspect.cleandoc(command.callback.__doc__ or "")

@@ -310,6 +310,8 @@ def test_help_is_quick(tmp_path: Path) -> None:
 
 
 COMMANDS = ("ptq", "validate", "export", "report", "list")
+IDLE = {"export", "report", "list"}
+"""Commands that take --seed, --device and --config as every command does, and have no use for them."""
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -317,8 +319,16 @@ def test_every_command_has_an_example_and_the_common_flags(name: str, capsys: py
     assert main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"Example: pow2quant {name}" in out
-    for flag in ("--seed", "--device", "--output", "--config", "--verbose", "--quiet", "--json"):
+    for flag in ("--output", "--verbose", "--quiet", "--json"):
         assert re.search(rf"{flag}\b", out), flag
+    for flag in ("--seed", "--device", "--config"):
+        assert bool(re.search(rf"{flag}\b", out)) == (name not in IDLE), flag
+
+
+def test_a_flag_without_effect_is_taken_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["targets", "--seed", "3", "--device", "cpu"]) == 0
+    assert "without effect here: --seed, --device" in capsys.readouterr().err
+    assert main(["targets", "--device", "abacus"]) == 2
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

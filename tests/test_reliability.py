@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from pow2quant import cli, config, datasets, foreign, models, prepare
-from pow2quant.cli import commands, main
+from pow2quant.cli import listing, main
 from pow2quant.config import DataConfig
 from pow2quant.errors import ConfigError, DataError, FileFormatError, WeightsError
 from pow2quant.training import checkpoint, schedule
@@ -207,20 +207,20 @@ def test_a_defect_leaves_a_file_with_nothing_private(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands, "configured", eval("lambda *_: {}['private-text']"))  # not in a file of a user's own
+    monkeypatch.setattr(listing, "idle", eval("lambda *_: {}['private-text']"))  # not in a file of a user's own
     assert main(["list", "--seed", "7", "--output", "private-folder"]) == 70
     (file,) = tmp_path.glob("pow2quant-crash-*.txt")
     assert file.name in capsys.readouterr().err
     text = file.read_text()
     assert "KeyError" in text
-    assert "pow2quant/cli/commands.py" in text
+    assert "pow2quant/cli/listing.py" in text
     assert "command: list --seed --output" in text
     assert "private" not in text
     assert str(tmp_path) not in text
 
 
 def test_no_memory_is_no_defect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "configured", eval("lambda *_: torch.empty(1 << 60)", {"torch": torch}))
+    monkeypatch.setattr(listing, "idle", eval("lambda *_: torch.empty(1 << 60)", {"torch": torch}))
     assert main(["list"]) == 2
     assert "not enough memory" in capsys.readouterr().err
 

@@ -35,7 +35,7 @@ SHELLS = {"--show-completion", "--install-completion"}
 
 def application() -> typer.Typer:
     """The application with all its commands."""
-    from pow2quant.cli import commands, explain, search, studies  # noqa: F401 (each of these modules adds its own)
+    from pow2quant.cli import commands, explain, files, listing, logits, search, studies  # noqa: F401 (each adds its own)
     from pow2quant.cli.options import app
 
     return app

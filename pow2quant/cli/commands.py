@@ -1,16 +1,12 @@
-"""The commands. Each turns flags into a configuration, runs it, and shows what came of it."""
+"""The commands that quantize, ptq and qat: flags become a configuration, which is run, and its result is shown."""
 
 from __future__ import annotations
 
-import json
 import os
-from importlib.util import find_spec
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from pow2quant.cli.console import Console, show_agreements, show_left_out
 from pow2quant.cli.options import (
     ActivationBits,
     AsJson,
@@ -25,9 +21,6 @@ from pow2quant.cli.options import (
     Device,
     EncodingsVersion,
     EvalBatches,
-    IdleConfig,
-    IdleDevice,
-    IdleSeed,
     Input,
     Mean,
     Methods,
@@ -52,21 +45,11 @@ from pow2quant.cli.options import (
     console_of,
     continued,
     fresh,
-    keep,
     pixels,
     quantization,
     within,
 )
-from pow2quant.plugins import TABLES
-
-if TYPE_CHECKING:
-    from pow2quant.runs import Result
-
-POOR_DB = 5.0
-"""Logits with less SQNR than this are pointed out."""
-
-MANY_TIES = 0.5
-"""So are equal largest logits, in at least so many per cent of the images."""
+from pow2quant.cli.showing import show_run
 
 
 def _print_version(wanted: bool) -> None:
@@ -244,281 +227,3 @@ def qat(
         return 0
     show_run(console, result)
     return 0 if result.report["verdict"]["agrees"] else 1
-
-
-@app.command(epilog="Example: pow2quant validate runs/mine     or: pow2quant validate model.onnx")
-def validate(
-    source: Annotated[Path, typer.Argument(help="A run's folder, or an ONNX file.", metavar="DIR_OR_ONNX")],
-    encodings: Annotated[Path | None, Option(help="AIMET encodings of a float ONNX file.")] = None,
-    max_eval_batches: Annotated[int | None, Option(min=1, help="Compare on at most so many batches.")] = None,
-    executor: Annotated[
-        list[str] | None,
-        Option(help="Compare with this executor, in place of those of the target; repeatable; see `pow2quant list`."),
-    ] = None,
-    config: Annotated[Path | None, Option(help="YAML in place of the run's config.yaml, say for other data.")] = None,
-    output: Annotated[Path | None, Option(help="Folder in which to write validation.json.")] = None,
-    seed: Seed = None,
-    device: Device = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> int:
-    """Runs every executor on the same inputs and prints the agreement table; exit status 1 when anything differs.
-
-    A run's folder is validated on its own test data, from the files on disk; an ONNX file on random inputs, onnxruntime
-    without optimizations against onnxruntime with all of them.
-    """
-    console = console_of(verbose, quiet, as_json)
-    from pow2quant import runs
-    from pow2quant.report.verdict import verdict
-
-    chosen = None
-    if config is not None or device is not None:
-        own = source / "config.yaml" if source.is_dir() else None
-        chosen = configured(config or own, {"device": device})
-    found = runs.validate(
-        source,
-        encodings=encodings,
-        config=chosen,
-        max_batches=max_eval_batches,
-        seed=seed or 0,
-        progress=console,
-        chosen=executor or (),
-    )
-    show_agreements(console, found.agreements)
-    judged = verdict(found.agreements)
-    lines = [f"{name}: the scale {scale!r} is no power of two" for name, scale in found.free_scales[:20]]
-    if len(found.free_scales) > len(lines):
-        lines.append(f"… and {len(found.free_scales) - len(lines)} more tensors")
-    if found.free_scales:
-        lines.insert(0, f"{len(found.free_scales)} tensors have scales that are no powers of two:")
-    result = {
-        "verdict": judged,
-        "validation": [a.to_json() for a in found.agreements],
-        "validation_left_out": found.left_out,
-        "free_scales": dict(found.free_scales),
-        "certificate": found.certificate.to_json(),
-    }
-    show_left_out(console, found.left_out)
-    console.result(result, lines)
-    console.facts({"verdict": judged["agreement"], "certificate": found.certificate_sentence}, judged["agrees"])
-    keep(result, output, "validation.json")
-    return 0 if judged["agrees"] else 1
-
-
-@app.command(epilog="Example: pow2quant export runs/mine --to aimet-2.0.0")
-def export(
-    source: Annotated[
-        Path, typer.Argument(help="A finished run's folder, a QDQ .onnx file, or an .encodings file.", metavar="SOURCE")
-    ],
-    to: Annotated[str, Option(help=f"The format: {', '.join(TABLES['exporters'])}.")],
-    output: Annotated[Path | None, Option(help="Folder to write; default: DIR/export/<format>.")] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Write into a folder that holds something.")] = False,
-    layout: Annotated[
-        str | None, Option(help="Of images that C takes: nchw, the network's order (default), or nhwc.")
-    ] = None,
-    config: IdleConfig = None,
-    seed: IdleSeed = None,
-    device: IdleDevice = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> int:
-    """Writes a finished run in a further format."""
-    console = console_of(verbose, quiet, as_json)
-    configured(config, {"seed": seed, "device": device})
-    from pow2quant import runs
-    from pow2quant.integer.layout import LAYOUTS
-    from pow2quant.report import summary
-
-    if layout not in (None, *LAYOUTS):
-        raise typer.BadParameter(f"{layout}: expected {' or '.join(LAYOUTS)}", param_hint="'--layout'")
-    options = {} if layout is None else {"layout": layout}
-    written = [str(path) for path in runs.export(source, to, output, overwrite=overwrite, **options)]
-    found = None if source.suffix == ".encodings" else runs.resources_of(source)
-    console.result({"written": written, "resources": found}, written)
-    for label, text in summary.needed(found).items():
-        console.say(f"{label}: {text}")
-    return 0
-
-
-@app.command(epilog="Example: pow2quant report runs/mine     or: pow2quant report runs/a runs/b --output runs/both")
-def report(
-    sources: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="DIR...")],
-    output: Annotated[
-        Path | None, Option(help="Folder to write; of several DIRs then one page that compares them.")
-    ] = None,
-    config: IdleConfig = None,
-    seed: IdleSeed = None,
-    device: IdleDevice = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> int:
-    """Rebuilds report.html from a run's files; of several runs and with --output, one page that compares them."""
-    console = console_of(verbose, quiet, as_json)
-    configured(config, {"seed": seed, "device": device})
-    from pow2quant.report.comparison import compare
-    from pow2quant.report.html import rebuild
-
-    if output is not None and len(sources) > 1:
-        written = [str(compare(sources, output))]
-    else:
-        written = [str(rebuild(source, output)) for source in sources]
-    console.result({"written": written}, written)
-    return 0
-
-
-@app.command(name="targets", epilog="Example: pow2quant targets litert     or: pow2quant targets mine.yaml")
-def targets_(
-    name: Annotated[str | None, typer.Argument(help="A target's name, or a YAML file.", metavar="[NAME]")] = None,
-    output: Annotated[Path | None, Option(help="Folder in which to write targets.json.")] = None,
-    config: IdleConfig = None,
-    seed: IdleSeed = None,
-    device: IdleDevice = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> int:
-    """The runtimes and chips that --target knows; with a name, in words what is special about one."""
-    console = console_of(verbose, quiet, as_json)
-    configured(config, {"seed": seed, "device": device})
-    from pow2quant import targets
-    from pow2quant.targets.words import document, sentences
-
-    chosen = targets.presets() if name is None else (name,)
-    loaded = [targets.load(each) for each in chosen]
-    if name is None:
-        console.table(["target", "what it is"], [(target.name, target.summary) for target in loaded])
-    found = {target.name: document(target) for target in loaded}
-    console.result(found, [] if name is None else sentences(loaded[0]))
-    keep(found, output, "targets.json")
-    return 0
-
-
-@app.command(name="list", epilog="Example: pow2quant list")
-def list_(
-    operators: Annotated[
-        bool,
-        Option("--operators", help="The operations that a network may hold: which have integers, which are proved."),
-    ] = False,
-    output: Annotated[Path | None, Option(help="Folder in which to write list.json.")] = None,
-    config: IdleConfig = None,
-    seed: IdleSeed = None,
-    device: IdleDevice = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> int:
-    """Backends, methods, models, data sets and exporters that are installed, with a line each."""
-    console = console_of(verbose, quiet, as_json)
-    configured(config, {"seed": seed, "device": device})
-    if operators:
-        return _list_operators(console, output)
-    from pow2quant import plugins, targets
-
-    found = {kind: {name: _about(kind, name) for name in plugins.names(kind)} for kind in plugins.TABLES}
-    found["targets"] = {name: targets.load(name).summary for name in targets.presets()}
-    rows = [
-        (kind if i == 0 or not console.draws else "", name, text)
-        for kind, entries in found.items()
-        for i, (name, text) in enumerate(entries.items())
-    ]
-    console.table(["kind", "name", "what it is"], rows)
-    console.result(found, ["", *ALSO])
-    keep(found, output, "list.json")
-    return 0
-
-
-def _list_operators(console: Console, output: Path | None) -> int:
-    from pow2quant.frontends import catalogue
-
-    rows, aten = catalogue.modules(), catalogue.operations()
-    console.table(list(catalogue.COLUMNS), rows)
-    found = {"modules": [dict(zip(catalogue.COLUMNS, row, strict=True)) for row in rows], "operations": aten}
-    console.result(found, ["", f"of PyTorch's operations (aten) {len(aten)} are understood: {', '.join(aten)}"])
-    keep(found, output, "list.json")
-    return 0
-
-
-ALSO = (
-    "models are also torchvision:NAME (torchvision:resnet18), timm:NAME and path/to/file.py:factory",
-    "datasets are also path/to/file.py:function",
-)
-
-
-EXTRAS = {
-    ("backends", "aimet"): ("aimet_torch", "aimet"),
-    ("exporters", "tflite"): ("ai_edge_litert", "litert"),
-    ("validators", "litert"): ("ai_edge_litert", "litert"),
-    ("validators", "openvino"): ("openvino", "openvino"),
-    ("validators", "tflite-micro"): ("tflite_micro", "tflite-micro"),
-    ("validators", "tract"): ("tract", "tract"),
-}
-"""What is imported only when it is used: the package, and the extra that installs it."""
-
-
-def _about(kind: str, name: str) -> str:
-    """The first line of the docstring; what to install for what is not."""
-    from pow2quant.plugins import resolve
-
-    package, extra = EXTRAS.get((kind, name), ("", ""))
-    if package and find_spec(package) is None:
-        return f"not installed: pip install 'pow2quant[{extra}]'"
-    try:
-        thing = resolve(kind, name)
-    except Exception as error:  # a plug-in of another package may raise anything
-        return f"not usable: {error}"
-    return (thing.__doc__ or "").strip().partition("\n")[0] + (_parameters(thing) if kind == "methods" else "")
-
-
-def _parameters(method: Any) -> str:
-    """The keys of a method and their defaults, as a sentence."""
-    from pow2quant.config import defaults
-
-    keys = ", ".join(f"{key}: {json.dumps(value)}" for key, value in defaults(method).items())
-    return f" Parameters: {keys}." if keys else ""
-
-
-def show_run(console: Console, result: Result) -> None:
-    """Accuracies, agreements, verdict and sizes of a finished run; with --json its report."""
-    from pow2quant.report import summary
-
-    r = result.report
-    console.table(*summary.scores(r))
-    console.say()
-    show_agreements(console, result.agreements)
-    show_left_out(console, r["validation_left_out"])
-    sizes = r["model_size_bytes"]
-    judged = r["verdict"]
-    facts = {
-        "verdict": judged["agreement"],
-        "quality": judged["change"],
-        "evaluated": summary.evaluated(r["evaluation"]),
-        "certificate": r["certificate"]["sentence"],
-        "logits": _quality(r["final_sqnr_db"]) + _ties(r["tied_logits"]),
-        "size": f"{sizes['quantized']:,} bytes, {_times(sizes['float'], sizes['quantized'])} ({sizes['float']:,})",
-        **summary.needed(r["resources"]),
-        "files": str(result.folder),
-    }
-    console.result({"folder": str(result.folder), **r}, [""])
-    console.facts(facts, judged["agrees"])
-    for warning in judged["warnings"]:
-        console.say(f"warning: {warning}")
-
-
-def _quality(sqnr: float | None) -> str:
-    if sqnr is None:
-        return "equal to float"
-    warning = "; little is left of the float network" if sqnr < POOR_DB else ""
-    return f"{sqnr} dB SQNR against float{warning}"
-
-
-def _ties(share: float | None) -> str:
-    if share is None or share < MANY_TIES:
-        return ""
-    return f"; the largest is not alone in {share:.1f} % of the images: give the last outputs more bits"
-
-
-def _times(before: int, after: int) -> str:
-    return f"{before / after:.2f} times smaller than float" if after <= before else f"{after / before:.2f} times larger"

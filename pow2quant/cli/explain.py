@@ -16,8 +16,8 @@ from pow2quant.cli.options import (
     Quiet,
     Verbose,
     app,
-    configured,
     console_of,
+    idle,
     keep,
 )
 
@@ -36,7 +36,7 @@ def explain(
 ) -> int:
     """How a layer's exponents came about: histogram, candidates and their errors, accumulator, shift of one value."""
     console = console_of(verbose, quiet, as_json)
-    configured(config, {"seed": seed, "device": device})
+    idle(console, config, seed, device)
     from pow2quant.report import explain as explaining
 
     found = explaining.explain(source, layer)

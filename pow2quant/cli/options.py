@@ -98,10 +98,10 @@ Methods = Annotated[
 Budget = Annotated[float | None, Option(min=0, help="Minutes that `--method auto` may try chains for.")]
 EncodingsVersion = Annotated[str | None, Option(help="AIMET encodings: 0.6.1, 1.0.0 or 2.0.0.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing run.")]
-# Every command takes the flags of every command, so that a script can pass the same ones to all.
-IdleSeed = Annotated[int | None, Option("--seed", min=0, help="Without effect: nothing is random here.")]
-IdleDevice = Annotated[str | None, Option("--device", help="Without effect: nothing is computed here.")]
-IdleConfig = Annotated[Path | None, Option("--config", help="Without effect, but it is checked.")]
+# Every command takes the flags of every command, so that a script can pass the same ones to all; `idle` says so.
+IdleSeed = Annotated[int | None, Option("--seed", min=0, hidden=True)]
+IdleDevice = Annotated[str | None, Option("--device", hidden=True)]
+IdleConfig = Annotated[Path | None, Option("--config", hidden=True)]
 
 
 def quantization(
@@ -181,6 +181,14 @@ def console_of(verbose: bool, quiet: bool, as_json: bool) -> Console:
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)
     return console
+
+
+def idle(console: Console, config: Path | None, seed: int | None, device: str | None) -> None:
+    """Checks flags that a command takes and has no use for, and says which of them were given."""
+    configured(config, {"seed": seed, "device": device})
+    flags = {"--config": config, "--seed": seed, "--device": device}
+    if given := [flag for flag, value in flags.items() if value is not None]:
+        console.note(f"without effect here: {', '.join(given)}")
 
 
 def fresh(command: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from pow2quant.cli.commands import show_run
 from pow2quant.cli.console import Console
 from pow2quant.cli.options import (
     ActivationBits,
@@ -44,6 +43,7 @@ from pow2quant.cli.options import (
     pixels,
     quantization,
 )
+from pow2quant.cli.showing import show_run
 
 if TYPE_CHECKING:
     from pow2quant.study.search import Found
