@@ -39,6 +39,7 @@ TABLES: dict[str, dict[str, str]] = {
         "c": "pow2quant.integer.emit_c:export_c",
         "integers": "pow2quant.integer.pack:export_integers",
         "qdq": "pow2quant.adapters.onnx_qdq:export_qdq",
+        "tensorrt": "pow2quant.adapters.tensorrt:export_tensorrt",
         "tflite": "pow2quant.integer.tflite.file:export_tflite",
     },
     "validators": {

@@ -248,7 +248,7 @@ def _read(document: Any, source: str, axes: Mapping[str, int]) -> Table:
     version = document.get("version", VERSIONS[0])  # what `save_encodings_to_json` writes names no version
     if version not in (*VERSIONS, "2.1.0"):
         raise FileFormatError(f"{source}: version: {version!r} is not one of {', '.join(VERSIONS)}, 2.1.0")
-    exact = exact_grids(document.get(GRIDS, {}), source)
+    exact = exact_grids(document.get(GRIDS, {}), f"{source}: {GRIDS}")
     if document.get("producer") == PRODUCER:  # which states every axis but 0
         axes = {}
     table: Table = {}

@@ -40,11 +40,11 @@ def lost_grids(table: Table, plain: Mapping[str, Encoding]) -> dict[str, Any]:
     }
 
 
-def exact_grids(lost: Any, source: str) -> dict[str, tuple[IntGrid, int | None]]:
-    """The inverse of `lost_grids`: grid and axis by tensor. Raises FileFormatError naming the source and tensor."""
+def exact_grids(lost: Any, where: str) -> dict[str, tuple[IntGrid, int | None]]:
+    """The inverse of `lost_grids`: grid and axis by tensor. Raises FileFormatError with `where` and the tensor."""
     if not isinstance(lost, dict):
-        raise FileFormatError(f"{source}: {GRIDS}: expected an object, got {type(lost).__name__}")
-    return {name: _exact_grid(entry, f"{source}: {GRIDS}: {name}") for name, entry in lost.items()}
+        raise FileFormatError(f"{where}: expected an object, got {type(lost).__name__}")
+    return {name: _exact_grid(entry, f"{where}: {name}") for name, entry in lost.items()}
 
 
 def _exact_grid(entry: Any, where: str) -> tuple[IntGrid, int | None]:
@@ -121,5 +121,9 @@ def at_least_opset(model: onnx.ModelProto) -> onnx.ModelProto:
     except Exception as error:  # the converter raises whatever its C++ raises
         reason = str(error).strip().partition("\n")[0]
         raise FileFormatError(f"the model cannot be converted from opset {version} to {OPSET}: {reason}") from error
+    noted = {node.output[0]: node.metadata_props for node in model.graph.node if node.output}
+    for node in converted.graph.node:  # the converter drops them
+        if node.output and not node.metadata_props:
+            node.metadata_props.extend(noted.get(node.output[0], ()))
     converted.ir_version = max(converted.ir_version, IR_VERSION)
     return converted

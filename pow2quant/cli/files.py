@@ -98,6 +98,8 @@ def export(
     layout: Annotated[
         str | None, Option(help="Of images that C takes: nchw, the network's order (default), or nhwc.")
     ] = None,
+    opset: Annotated[int | None, Option(help="Of ONNX files: an older one than 21, from 13.")] = None,
+    batch: Annotated[int | None, Option(help="Of ONNX files: the only batch size; by default it is free.")] = None,
     config: IdleConfig = None,
     seed: IdleSeed = None,
     device: IdleDevice = None,
@@ -114,7 +116,8 @@ def export(
 
     if layout not in (None, *LAYOUTS):
         raise typer.BadParameter(f"{layout}: expected {' or '.join(LAYOUTS)}", param_hint="'--layout'")
-    options = {} if layout is None else {"layout": layout}
+    given = {"layout": layout, "opset": opset, "batch": batch}
+    options = {key: value for key, value in given.items() if value is not None}
     written = [str(path) for path in runs.export(source, to, output, overwrite=overwrite, **options)]
     found = None if source.suffix == ".encodings" else runs.resources_of(source)
     console.result({"written": written, "resources": found}, written)

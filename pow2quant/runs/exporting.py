@@ -23,11 +23,11 @@ def export(
     output: str | Path | None = None,
     *,
     overwrite: bool = False,
-    **options: str,
+    **options: str | int,
 ) -> list[Path]:
     """Writes a finished run in a further format, into `output` or `<run>/export/<form>`. Returns what was written.
 
-    options: what the format takes besides, such as `layout="nhwc"` for `c`.
+    options: what the format takes besides, such as `layout="nhwc"` for `c`, `opset=17` for `qdq`.
     Raises OutputError when that folder holds something and `overwrite` is not set, ConfigError for a format that does
     not take an option.
 

@@ -29,8 +29,11 @@ class Named:
 
     @cached_property
     def constants(self) -> dict[str, onnx.TensorProto]:
-        """The initializers by name."""
-        return {tensor.name: tensor for tensor in self.network.model.graph.initializer}
+        """The initializers, and the tensors of Constant nodes, by name."""
+        graph = self.network.model.graph
+        nodes = [node for node in graph.node if node.op_type == "Constant"]
+        found = {node.output[0]: a.t for node in nodes for a in node.attribute if a.name == "value"}
+        return found | {tensor.name: tensor for tensor in graph.initializer}
 
     @cached_property
     def producers(self) -> dict[str, onnx.NodeProto]:
@@ -67,6 +70,8 @@ def differences(a: Named, b: Named, tensors: Iterable[str], nodes: Iterable[onnx
     for name in tensors:
         yield from _encodings_differ(name, a, b)
     for node in nodes:
+        if node.output[0] in a.constants:  # compared where it is read
+            continue
         twin, title = b.producers.get(node.output[0]), node.name or node.output[0]
         if twin is None or (twin.op_type, twin.domain) != (node.op_type, node.domain):
             found = "missing" if twin is None else twin.op_type

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 import onnx
 
 from pow2quant import bounds
+from pow2quant.adapters.onnx_qdq.batch import fix_batch
+from pow2quant.adapters.onnx_qdq.opsets import lower_opset
 from pow2quant.adapters.onnx_qdq.reader import from_qdq
 from pow2quant.adapters.onnx_qdq.writer import to_qdq
 from pow2quant.errors import FileFormatError, OutputError
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from pow2quant.artifact import Artifact
 
-__all__ = ["export_qdq", "from_qdq", "load", "save", "to_qdq"]
+__all__ = ["asked", "export_qdq", "from_qdq", "load", "save", "to_qdq"]
 
 
 def load(path: Path) -> ModelProto:
@@ -63,8 +65,21 @@ def save(model: ModelProto, path: Path) -> None:
     write(path, content)
 
 
-def export_qdq(artifact: Artifact, folder: str | Path) -> Path:
-    """QDQ ONNX with integer weights, as `model.onnx`. Raises EncodingError and OutputError."""
+def export_qdq(artifact: Artifact, folder: str | Path, *, opset: int | None = None, batch: int | None = None) -> Path:
+    """QDQ ONNX with integer weights, as `model.onnx`.
+
+    opset: an older one, from 13. batch: the only size that the file takes; by default it is free.
+    Raises EncodingError and OutputError; ConfigError and UnsupportedModelError where the file cannot be what is asked.
+    """
     path = Path(folder) / "model.onnx"
-    save(to_qdq(artifact), path)
+    save(asked(to_qdq(artifact), opset, batch), path)
     return path
+
+
+def asked(model: ModelProto, opset: int | None, batch: int | None) -> ModelProto:
+    """The model, changed in place to an opset and to one batch size where these are given."""
+    if batch is not None:
+        fix_batch(model, batch)
+    if opset is not None:
+        lower_opset(model, opset)
+    return model

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from pow2quant.errors import ConfigError, UnsupportedModelError
 from pow2quant.graphs import GraphIndex
 
 if TYPE_CHECKING:
@@ -35,6 +36,29 @@ def fixed_batch(model: ModelProto) -> int | None:
     """The size of the first dimension of the inputs where it is fixed, and the same in all that fix it."""
     sizes = {dims[0].dim_value for dims in _input_dims(model.graph) if dims[0].HasField("dim_value")}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def fix_batch(model: ModelProto, size: int) -> None:
+    """Writes a batch size into the inputs and outputs, in place.
+
+    Raises ConfigError for a size below 1; UnsupportedModelError, naming the input, where the file has another one.
+    """
+    if size < 1:
+        raise ConfigError(f"batch: {size} is not legal; legal: 1 and more")
+    parameters = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name in parameters or not dims:
+            continue
+        if dims[0].dim_value not in (0, size):
+            raise UnsupportedModelError(f"{value.name}: the file is for batches of {dims[0].dim_value}, not of {size}")
+        dims[0].dim_value = size
+    del model.graph.value_info[:]
+    shapes = _inferred(model, None)
+    for value in model.graph.output:
+        for dim, length in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
+            if length is not None:
+                dim.dim_value = length
 
 
 def free_batch(model: ModelProto, table: Table) -> None:

@@ -9,7 +9,7 @@ from onnx import AttributeProto, ModelProto, NodeProto
 
 from pow2quant.adapters.files import GRIDS
 from pow2quant.errors import FileFormatError, UnsupportedModelError
-from pow2quant.operators import Values, operations
+from pow2quant.operators import OPERATIONS, Kind, Values, operations
 from pow2quant.pow2_constraints import Encoding, IntGrid
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ SELECTING = (*operations(Values.MOVED, Values.SELECTED), "Concat")
 A Clip behind them would be idle, and onnxruntime 1.31 fails to optimize it for signed tensors: it inserts another Q in
 front of the Clip, and then turns int8 into uint8 everywhere but in that Q.
 """
+
+BIASED = tuple(op for op, row in OPERATIONS.items() if row.kind is Kind.WEIGHTED)
+"""Operators whose third input is a bias."""
 
 INTEGER_OPERATORS = {
     *("ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"),

@@ -10,7 +10,7 @@ import onnx.inliner
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from pow2quant.adapters.files import GRIDS, at_least_opset, exact_grids
-from pow2quant.adapters.onnx_qdq import clips, double, exact, guards
+from pow2quant.adapters.onnx_qdq import clips, double, exact, float_biases, guards
 from pow2quant.adapters.onnx_qdq.batch import free_batch
 from pow2quant.adapters.onnx_qdq.integer_ends import float_ends
 from pow2quant.adapters.onnx_qdq.nodes import (
@@ -61,6 +61,7 @@ def from_qdq(model: ModelProto) -> Artifact:
     metadata = {entry.key: entry.value for entry in copy.metadata_props}
     reader = _Reader(copy.graph, _parse_grids(metadata[GRIDS]) if GRIDS in metadata else None)
     reader.read()
+    reader.table |= float_biases.take(copy)
     double.narrow(copy.graph)
     exact.collapse(copy.graph, reader.table)
     guards.take(copy.graph)
@@ -306,6 +307,6 @@ def _without_orphans(nodes: list[NodeProto], orphans: set[str], outputs: set[str
 
 def _parse_grids(text: str) -> dict[str, tuple[IntGrid, int | None]]:
     try:
-        return exact_grids(parsed(text), "metadata")
+        return exact_grids(parsed(text), f"metadata: {GRIDS}")
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"metadata: {GRIDS}: not JSON: {error}") from error

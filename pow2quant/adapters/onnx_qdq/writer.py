@@ -18,6 +18,7 @@ from pow2quant.adapters.files import (
 )
 from pow2quant.adapters.onnx_qdq import clips, double, exact, guards
 from pow2quant.adapters.onnx_qdq.nodes import (
+    BIASED,
     ends,
     is_narrower,
     plain_encoding,
@@ -27,7 +28,6 @@ from pow2quant.adapters.onnx_qdq.nodes import (
     set_metadata,
 )
 from pow2quant.errors import EncodingError
-from pow2quant.operators import OPERATIONS, Kind
 from pow2quant.pow2_constraints import Encoding, IntGrid
 
 if TYPE_CHECKING:
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pow2quant.artifact import Artifact, Table
-
-BIASED = tuple(op for op, row in OPERATIONS.items() if row.kind is Kind.WEIGHTED)
-"""Operators whose third input is a bias."""
 
 
 def to_qdq(artifact: Artifact) -> ModelProto:
