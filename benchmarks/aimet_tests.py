@@ -3,8 +3,8 @@
     python benchmarks/aimet_tests.py CHECKOUT [--backend none custom aimet] [--tests FILE ...] [--output results.json]
 
 CHECKOUT is a checkout of AIMET's public repository, of October 2024 or newer. Only imports are redirected, through
-`sys.modules`: `aimet_torch.quantsim` and its older names have our `QuantizationSimModel` (on `aimet` with AIMET's own
-placement), and what aimet-torch has moved since is found where it is now.
+`sys.modules`: `aimet_torch.quantsim` and its older names have our `QuantizationSimModel` (on `aimet` the class of what
+`backend="aimet"` makes), and what aimet-torch has moved since is found where it is now.
 `none` is plain AIMET, the baseline: tests that it does not pass here are left out.
 Each backend runs in a process of its own. Needs aimet-torch and pytest.
 """

@@ -49,8 +49,8 @@ class WeightsError(ModelError):
     """Weights do not fit the network, or are not finite; the text names the keys or the layer."""
 
 
-class EncodingError(Pow2QuantError, ValueError):
-    """An encoding is impossible, or does not belong to the model it is applied to."""
+class EncodingError(Pow2QuantError, ValueError, RuntimeError):
+    """An encoding is impossible, or does not belong to the model it is applied to; AIMET raises RuntimeError."""
 
 
 class NotPowerOfTwoError(EncodingError):

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from pow2quant.backends import aimet
-from pow2quant.backends.aimet import AimetSimulation, nearest_power_of_two
+from pow2quant.backends.aimet import AimetSimulation
+from pow2quant.backends.aimet.quantizers import nearest_power_of_two
 from pow2quant.backends.custom import CustomSimulation
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.config import QuantPlan, RunConfig, TensorSpec, plan_of

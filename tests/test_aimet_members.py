@@ -29,7 +29,7 @@ def backend(request):
 
 
 def drop_in(backend="aimet", **options):
-    return QuantizationSimModel(trained(), DUMMY, backend=backend, **options)
+    return QuantizationSimModel(trained(), DUMMY, backend=backend, **{"placement": "pow2quant"} | options)
 
 
 def calibrate(sim):
@@ -44,21 +44,18 @@ def test_the_table_has_all_of_aimets_public_members(theirs):
 
 
 def test_members_are_there_where_the_table_says_so(theirs):
-    sims = {"custom": drop_in("custom"), "aimet": drop_in(), "placed": drop_in(placement="aimet")}
+    sims = {"custom": drop_in("custom"), "aimet": drop_in(placement=None), "prepared": drop_in()}
     for name, member in MEMBERS.items():
         for kind, sim in sims.items():
             what = getattr(member, kind)
-            if what.startswith("refused") and name != "set_percentile_value":
-                assert not hasattr(sim, name), (name, kind)
-            else:
-                assert what.startswith(("same", "differs", "refused"))
-                assert hasattr(sim, name) or kind == "custom", (name, kind)
+            assert what.startswith(("same", "differs", "refused"))
+            assert hasattr(sim, name) != what.startswith("refused"), (name, kind)
 
 
 def test_what_custom_lacks_is_named():
     sim = drop_in("custom")
-    with pytest.raises(AttributeError, match=r'^fold_param_quantizers: refused: .* use backend="aimet"$'):
-        sim.fold_param_quantizers()
+    with pytest.raises(AttributeError, match=r'^quantizer_state_dict: refused: .* use backend="aimet"$'):
+        sim.quantizer_state_dict()
     with pytest.raises(AttributeError, match="no attribute 'never'"):
         sim.never()
     assert copy.deepcopy(sim).simulation.sites
@@ -82,7 +79,9 @@ def test_the_model_does_not_run_before_it_has_encodings(backend, tmp_path):
 
 
 def test_a_network_that_stays_float_runs(backend):
-    sim = QuantizationSimModel(trained(), DUMMY, default_output_bw=32, default_param_bw=32, backend=backend)
+    sim = QuantizationSimModel(
+        trained(), DUMMY, default_output_bw=32, default_param_bw=32, backend=backend, placement="pow2quant"
+    )
     assert sim.model(images()).shape == (len(images()), 10)
 
 
@@ -121,3 +120,19 @@ def test_symmetric_activations_hold(theirs):
     assert found.is_power_of_two
     assert sim.model.fc.output_quantizers[0].symmetric
     assert isinstance(sim.model.fc, nn.Linear)
+
+
+def test_aimets_context_managers_raise_on_custom(theirs):
+    from aimet_torch.utils import remove_activation_quantizers, remove_all_quantizers
+
+    sim = calibrate(drop_in("custom"))
+    for context in (remove_all_quantizers, remove_activation_quantizers, theirs.nn.compute_encodings):
+        with pytest.raises(AttributeError, match='need backend="aimet"'), context(sim.model):
+            pass
+    placed = calibrate(drop_in(placement=None))
+    with torch.no_grad():
+        quantized, expected = placed.model(images()), trained()(images())
+        with remove_all_quantizers(placed.model):
+            assert torch.equal(placed.model(images()), expected)
+        assert torch.equal(placed.model(images()), quantized)
+    assert not torch.equal(quantized, expected)

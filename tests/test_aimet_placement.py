@@ -52,6 +52,8 @@ def is_constrained(sim):
 def test_it_has_aimets_class_and_sites(sim, theirs):
     plain = theirs.QuantizationSimModel(trained(), DUMMY)
     assert isinstance(sim, theirs.QuantizationSimModel)
+    assert isinstance(sim, QuantizationSimModel)
+    assert type(QuantizationSimModel(trained(), DUMMY, backend="aimet")) is type(sim)
     assert sites(sim) == sites(plain)
     assert list(sim.model.state_dict()) == list(plain.model.state_dict())
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from pow2quant.errors import (
 )
 from tests.aimet_flows.digits import Net, accuracy, images, train, trained
 
+prepared = partial(QuantizationSimModel, placement="pow2quant")
+
 FLOWS = Path(__file__).parent / "aimet_flows"
 DUMMY = torch.zeros(1, 1, 8, 8)
 OURS = {
@@ -36,7 +39,7 @@ OURS = {
 ON_AIMET = """
 from functools import partial
 from pow2quant import QuantizationSimModel
-QuantizationSimModel = partial(QuantizationSimModel, backend="aimet")
+QuantizationSimModel = partial(QuantizationSimModel, backend="aimet", placement="pow2quant")
 """
 
 
@@ -88,7 +91,10 @@ def in_onnxruntime(model, encodings, x):
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = level
         session = onnxruntime.InferenceSession(text, options, providers=["CPUExecutionProvider"])
-        results.append(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+        entering = session.get_inputs()[0]
+        size = entering.shape[0] if isinstance(entering.shape[0], int) else len(x)
+        parts = [session.run(None, {entering.name: part.numpy()})[0] for part in x.split(size)]
+        results.append(np.concatenate(parts))
     return results
 
 
@@ -132,7 +138,7 @@ def test_the_scripts_run_here_with_other_imports_only(backend, name, tmp_path, r
 
 def test_both_backends_choose_the_same(installed):
     for options in ({}, {"quant_scheme": "percentile"}, {"default_param_bw": 4, "quant_scheme": QuantScheme.min_max}):
-        sims = [QuantizationSimModel(trained(), DUMMY, backend=b, **options) for b in ("custom", "aimet")]
+        sims = [prepared(trained(), DUMMY, backend=b, **options) for b in ("custom", "aimet")]
         for sim in sims:
             sim.compute_encodings(lambda model: [model(x) for x in images().split(100)])
         assert table(sims[0]) == table(sims[1])
@@ -147,7 +153,7 @@ def test_the_scheme_names_the_chooser(make, installed):
         (QuantScheme.post_training_tf, "minmax"), ("percentile", "percentile"),
     ):  # fmt: skip
         sim = make(quant_scheme=scheme)
-        assert {s.range for s in sim._placement.specs.values() if s.bits == 8} == {expected}
+        assert {s.range for s in sim.simulation.placement.specs.values() if s.bits == 8} == {expected}
         assert sim.quant_scheme is scheme or scheme is None
 
 
@@ -390,7 +396,9 @@ def test_names_and_opset_of_the_export(calibrated, tmp_path):
     assert not [name for name in written if name.endswith(".bias")]
     for options, words in (
         ({"input_names": ["a", "b"]}, "input_names: 2 names for 1"),
-        ({"force_activation_as": "signed"}, "force_activation_as"),
+        ({"force_activation_as": "int8"}, "force_activation_as: 'int8' is not one of"),
+        ({"custom_opsets": {}}, "custom_opsets: has no meaning here"),
+        ({"opset_version": 8}, "opset_version: 8 is not one of 9 to 23"),
         ({"encoding_version": "3.0.0"}, "'3.0.0' is not one of"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -458,14 +466,13 @@ def test_a_configuration_file_says_what_is_quantized(make, path, value, check, t
     ("path", "value", "key"),
     [
         (("defaults", "strict_symmetric"), "True", "defaults.strict_symmetric"),
-        (("defaults", "hw_version"), "V73", "defaults.hw_version"),
         (("defaults", "ops", "is_input_quantized"), "True", "defaults.ops.is_input_quantized"),
-        (("defaults", "params", "is_symmetric"), "False", "defaults.params.is_symmetric"),
         (("defaults", "params", "is_symmetric"), "yes", "defaults.params.is_symmetric"),
-        (("op_type", "Gemm"), {"supported_kernels": []}, "op_type.Gemm.supported_kernels"),
+        (("op_type", "Gemm"), {"encoding_constraints": {"min": 0.0}}, "op_type.Gemm.encoding_constraints"),
+        (("op_type", "Relu"), {"encoding_constraints": {"min": 0.0, "max": 6.0}}, "op_type.Relu.encoding_constraints"),
         (("op_type", "Gemm"), {"is_input_quantized": "True"}, "op_type.Gemm.is_input_quantized"),
         (("params", "gamma"), {"is_quantized": "True"}, "params.gamma"),
-        (("supergroups",), [{"op_list": ["Conv", "Sigmoid"]}], "supergroups[0]"),
+        (("supergroups",), [{"op_list": ["Conv"]}], "supergroups[0]"),
         (("supergroup_pass_list",), ["FuseAll"], "supergroup_pass_list"),
         (("model_output",), {"is_input_quantized": "True"}, "model_output.is_input_quantized"),
         (("no_such_section",), {}, "no_such_section"),
@@ -478,14 +485,57 @@ def test_what_custom_cannot_mean_is_named(path, value, key, tmp_path):
     assert f"config.json: {key}: " in str(raised.value)
 
 
-def test_aimets_own_configuration_files(installed):
-    sims = [QuantizationSimModel(trained(), DUMMY, config_file="default", backend=b) for b in ("custom", "aimet")]
-    assert sims[0]._placement.specs == sims[1]._placement.specs
-    htp = QuantizationSimModel(trained(), DUMMY, config_file="htp_v73", backend="aimet")
-    htp.compute_encodings(lambda model: model(images()))
-    assert all(e.is_power_of_two for e in table(htp).values())
-    with pytest.raises(ConfigError, match="config_file: htp_v73"):
-        QuantizationSimModel(trained(), DUMMY, config_file="htp_v73")
+def test_aimets_own_configuration_files(make, backend, installed):
+    """All that AIMET ships, and their aliases; widths and symmetry of weights are AIMET's."""
+    from aimet_torch.common import quantsim_config
+
+    paths = sorted(Path(quantsim_config.__file__).parent.glob("*.json"))
+    assert len(paths) > 15
+    for path in ["default", "htp_v73", *map(str, paths)]:
+        sim = make(config_file=path)
+        with aimet.quiet():
+            theirs = installed.QuantizationSimModel(folded(), DUMMY, config_file=path)
+        for name, spec in sim.simulation.placement.specs.items():
+            if name.endswith(".weight"):
+                expected = theirs.model.get_submodule(name[:-7]).param_quantizers["weight"]
+                found = (spec.bits, spec.symmetric, spec.per_channel)
+                assert found == (expected.bitwidth, expected.symmetric, bool(expected.shape)), (path, name)
+    sim.compute_encodings(lambda model: model(images()))
+    assert all(e.is_power_of_two for e in table(sim).values())
+
+
+def test_a_supergroup_has_one_quantizer_behind_its_last_operation(tmp_path):
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AvgPool2d(2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+    ).eval()
+    groups = [
+        {"op_list": ["Conv", "Relu", "AveragePool"]},
+        {"op_list": ["Relu", "MaxPool"]},
+        {"op_list": ["Add", "Tanh"]},
+    ]
+    (tmp_path / "c.json").write_text(json.dumps(CONFIG | {"supergroups": groups}))
+    sim = QuantizationSimModel(model, DUMMY, config_file=str(tmp_path / "c.json"))
+    assert [s.name for s in sim.sites] == ["x", "0.weight", "0.bias", "2.output", "3.output"]
+    sim.compute_encodings(lambda model: model(images()))
+    with torch.no_grad():
+        assert len(sim.model(images()).unique()) <= 256
+
+
+def test_weights_with_a_zero_point(tmp_path):
+    """AIMET's DSP file asks for them: simulated, exported, and the same in onnxruntime."""
+    document = changed(("params", "weight"), {"is_quantized": "True", "is_symmetric": "False"})
+    (tmp_path / "c.json").write_text(json.dumps(document))
+    sim = QuantizationSimModel(trained(), DUMMY, config_file=str(tmp_path / "c.json"))
+    with torch.no_grad():
+        sim.model.fc.weight.add_(0.3)
+    sim.compute_encodings(lambda model: model(images()))
+    found = table(sim)["fc.weight"]
+    assert not found.grid.signed
+    assert found.zero_point.any()
+    assert found.is_power_of_two
+    sim.onnx.export(DUMMY, tmp_path / "m.onnx")
+    for result in in_onnxruntime(tmp_path / "m.onnx", tmp_path / "m.encodings", images()):
+        assert np.array_equal(result, run(sim.model).numpy())
 
 
 # -- AIMET's own tools under the constraint ---------------------------------------------------------------------------
@@ -493,7 +543,7 @@ def test_aimets_own_configuration_files(installed):
 
 @pytest.fixture
 def on_aimet(installed):
-    sim = QuantizationSimModel(trained(), DUMMY, backend="aimet", default_param_bw=4)
+    sim = prepared(trained(), DUMMY, backend="aimet", default_param_bw=4)
     sim.compute_encodings(lambda model: model(images()))
     return sim
 
@@ -528,7 +578,7 @@ def test_mixed_precision(installed, given, tmp_path):
     from aimet_torch.mixed_precision import choose_mixed_precision
 
     integer = QuantizationDataType.int
-    sim = QuantizationSimModel(trained(), DUMMY, backend="aimet")
+    sim = prepared(trained(), DUMMY, backend="aimet")
     sim.compute_encodings(lambda model: model(images()))
     calibrate = CallbackFunc(lambda model, _: run(model), None)
     quantized = []
@@ -603,7 +653,7 @@ def test_batch_norm_reestimation(installed, tmp_path):
         scales = [q.get_scale().detach().numpy() for q in theirs.quantizers()]
         assert all((np.frexp(s)[0] == 0.5).all() for s in scales)
         model = theirs.get_original_model(theirs.model)
-    sim = QuantizationSimModel(model, DUMMY, backend="aimet", default_param_bw=4)
+    sim = prepared(model, DUMMY, backend="aimet", default_param_bw=4)
     sim.compute_encodings(lambda model: model(images()))
     assert is_constrained(sim)
     assert accuracy(sim.model) > 0.85
@@ -623,7 +673,7 @@ def calibrate(request, backend):
     """(model, batches): builds a simulation and calibrates it with them; returns it."""
 
     def drop_in(model, batches):
-        sim = QuantizationSimModel(model, DUMMY, backend=backend)
+        sim = prepared(model, DUMMY, backend=backend)
         sim.compute_encodings(lambda model: [model(x) for x in batches])
         return sim.simulation
 

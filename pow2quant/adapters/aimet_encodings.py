@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -43,11 +45,21 @@ if TYPE_CHECKING:
 
     Exact = tuple[IntGrid, int | None]
 
-VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
-"""Versions that can be written; 2.1.0, which differs only for block-wise scales, can be read as well."""
+VERSIONS = ("0.6.1", "1.0.0", "2.0.0", "2.1.0")
+"""Versions that can be written and read; the last two differ only for block-wise scales, which we do not have."""
 
 
-PRODUCER = {"package": "pow2quant"}
+PACKAGE = "pow2quant"
+
+
+def _producer() -> dict[str, str]:
+    try:
+        return {"package": PACKAGE, "version": installed(PACKAGE)}
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return {"package": PACKAGE}
+
+
+PRODUCER = _producer()
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -60,7 +72,7 @@ def dumps(table: Table, parameter_names: Collection[str], version: str) -> str:
     if version not in VERSIONS:
         raise ConfigError(f"encodings version: {version!r} is not one of {', '.join(VERSIONS)}")
     document: dict[str, Any] = {"version": version, "producer": PRODUCER}
-    if version == "2.0.0":
+    if version >= "2":
         document["encodings"] = [{"name": name, **_to_2_0_0(e)} for name, e in table.items()]
     else:
         parameters = {name: e for name, e in table.items() if name in parameter_names}
@@ -246,10 +258,11 @@ def _read(document: Any, source: str, axes: Mapping[str, int]) -> Table:
     if not isinstance(document, dict):
         raise FileFormatError(f"{source}: expected an object at the top, got {type(document).__name__}")
     version = document.get("version", VERSIONS[0])  # what `save_encodings_to_json` writes names no version
-    if version not in (*VERSIONS, "2.1.0"):
-        raise FileFormatError(f"{source}: version: {version!r} is not one of {', '.join(VERSIONS)}, 2.1.0")
+    if version not in VERSIONS:
+        raise FileFormatError(f"{source}: version: {version!r} is not one of {', '.join(VERSIONS)}")
     exact = exact_grids(document.get(GRIDS, {}), f"{source}: {GRIDS}")
-    if document.get("producer") == PRODUCER:  # which states every axis but 0
+    producer = document.get("producer")
+    if isinstance(producer, dict) and producer.get("package") == PACKAGE:  # which states every axis but 0
         axes = {}
     table: Table = {}
     for name, read, content in _entries(document, source):

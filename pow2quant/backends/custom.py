@@ -73,10 +73,12 @@ class QuantizedLayer(nn.Module):
         if torch.is_grad_enabled() and own.tap is not None:
             return False
         seen = weight, bias, source.encoding, own.encoding
-        if self._known is None or any(a is not b for a, b in zip(self._known[0], seen, strict=True)):
-            largest = _largest_sum(self.layer, weight, bias, source.encoding, own.encoding)
-            self._known = seen, largest > FLOAT32_EXACT
-        return self._known[1]
+        if self._known is not None and all(a is b for a, b in zip(self._known[0], seen, strict=True)):
+            return self._known[1]
+        wide = _largest_sum(self.layer, weight, bias, source.encoding, own.encoding) > FLOAT32_EXACT
+        results = any(x is not None and x.grad_fn is not None for x in (weight, bias))  # a copy cannot hold these
+        self._known = None if results else (seen, wide)
+        return wide
 
     def extra_repr(self) -> str:
         return repr(self.layer)
@@ -138,6 +140,7 @@ class CustomSimulation:
         self.sites: Sequence[Site] = self.placement.sites
         self.network = network
         self._quantizers: dict[str, FakeQuantize] = {}
+        self._made = {name: spec.bits for name, spec in self.placement.specs.items()}
         model = copy.deepcopy(network)
         self._wrap_layers(model)
         self._widen(model)
@@ -218,6 +221,24 @@ class CustomSimulation:
             if isinstance(module, (m.Mean, nn.AvgPool1d, nn.AvgPool2d)):
                 _count_averaged(module, rounding)
 
+    def adopt(self, plan: QuantPlan) -> None:
+        """Takes another plan of the same network, whose quantizers are some of those that were made.
+
+        Sites that it leaves out have no encoding from then on. Raises ConfigError for sites that were never made, and
+        for more than 8 bits of a tensor that was made for fewer: sums may need float64 then.
+        """
+        placement = place(self.network, plan)
+        for site in placement.sites:
+            made, bits = self._made.get(site.name), placement.specs[site.name].bits
+            if made is None:
+                raise ConfigError(f"{site.name}: it has no quantizer; the plan of the simulation has to say so")
+            if site.role in ("input", "output") and bits > 8 >= made:
+                raise ConfigError(f"{site.name}: the plan that the simulation is made with has to say {bits} bits")
+        for name, quantizer in self._quantizers.items():
+            if name not in placement.specs:
+                quantizer.encoding = None
+        self.placement, self.sites = placement, placement.sites
+
     def parameter(self, name: str) -> Tensor:
         """The float weight or bias of a module, by `<module>.weight` or `<module>.bias`."""
         return self.model.get_parameter(name)
@@ -232,7 +253,7 @@ class CustomSimulation:
 
     def load(self, table: Table) -> None:
         """See `Simulation.load`; sites that the table leaves out have no encoding afterwards."""
-        foreign = sorted(set(table) - set(self._quantizers))
+        foreign = sorted(set(table) - set(self.placement.specs))
         if foreign:
             raise EncodingError(
                 f"{foreign[0]}: the network has no such site ({len(foreign)} of {len(table)} are unknown)"

@@ -102,6 +102,12 @@ class FakeQuantize(nn.Module):
     def encoding(self, encoding: Encoding | None) -> None:
         self._encoding, self._constants, self._kept = encoding, None, None
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            raise AttributeError(f'{error}; AIMET\'s functions need backend="aimet"') from None
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype is torch.float64:
             return self._exact(x)

@@ -7,8 +7,8 @@ from dataclasses import InitVar, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Protocol
 
-from pow2quant.config.legal import Legal, illegal, one_of
-from pow2quant.pow2_constraints import CHOOSERS
+from pow2quant.config.legal import Legal, illegal
+from pow2quant.pow2_constraints import CHOOSERS, is_chooser
 from pow2quant.targets import DEFAULT, Target
 
 ROLES = ("weight", "input", "output", "bias")
@@ -17,7 +17,7 @@ WIDTHS = {"weight": range(2, 17), "input": range(2, 17), "output": range(2, 17),
 _BITWIDTH = Legal(lambda: "an integer from 2 to 16 (bias: 8 to 32); null in place of the role's mapping keeps it float")
 _SYMMETRIC = Legal(lambda: "true or false for input and output; true for weight and bias")
 _PER_CHANNEL = Legal(lambda: "true or false for weight; false for the other roles")
-_RANGE = one_of(lambda: CHOOSERS)
+_RANGE = Legal(lambda: f"one of {', '.join(sorted(CHOOSERS))}, percentile:SHARE (of 100)", is_chooser)
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ class QuantPlan:
             if getattr(self, role) == standard:
                 object.__setattr__(self, role, short[role])
         for role in ROLES:
-            check_role(role, getattr(self, role), f"plan.{role}")
+            check_role(role, getattr(self, role), f"plan.{role}", ("bias",))
         for pattern, changes in self.overrides:
             for role, spec in (changes or {}).items():
-                check_role(role, spec, f"plan.overrides.{pattern}.{role}")
+                check_role(role, spec, f"plan.overrides.{pattern}.{role}", ("bias",))
 
     @classmethod
     def default(cls, weight_bits: int = 8, activation_bits: int = 8, per_tensor: bool = False) -> QuantPlan:
@@ -104,15 +104,19 @@ class QuantPlan:
         return roles[site.role]
 
 
-def check_role(role: str, spec: TensorSpec | None, path: str) -> None:
-    """Raises ConfigError, naming the key below `path`, for what a tensor of this role cannot have."""
+def check_role(role: str, spec: TensorSpec | None, path: str, symmetric: tuple[str, ...] = ("weight", "bias")) -> None:
+    """Raises ConfigError, naming the key below `path`, for what a tensor of this role cannot have.
+
+    symmetric: the roles that must be. A plan made by hand may have weights with a zero point: they are simulated and
+    exported.
+    """
     if spec is None:
         return
     widths = WIDTHS[role]
     if spec.bits not in widths:
         words = f"an integer from {widths.start} to {widths.stop - 1}; to keep it float, {path}: null"
         raise illegal(f"{path}.bitwidth", spec.bits, words)
-    if not spec.symmetric and role in ("weight", "bias"):
+    if not spec.symmetric and role in symmetric:
         raise illegal(f"{path}.symmetric", spec.symmetric, f"true ({role}: signed with zero point 0)")
     if spec.per_channel and role != "weight":
         raise illegal(f"{path}.per_channel", spec.per_channel, "false (only weights have a scale per channel)")

@@ -52,3 +52,19 @@ def returning(network: nn.Module) -> nn.Module:
     shared._forward_hooks = OrderedDict(network._forward_hooks)
     shared.register_forward_hook(lambda module, args, results: returned.of_results(results))
     return shared
+
+
+def like(network: nn.Module, user: nn.Module) -> nn.Module:
+    """`returning`, with the methods and plain attributes of the user's network: `network.predict(x)`, `network[0]`.
+
+    Its forward is the quantized one. What a Sequential has lost (a folded module) is an Identity, so that numbers stay.
+    """
+    own = () if isinstance(user, fx.GraphModule) else (type(user),)
+    shared: fx.GraphModule = fx.GraphModule.__new__(type(type(user).__name__, (fx.GraphModule, *own), {}))
+    shared.__dict__.update({k: v for k, v in vars(user).items() if k not in vars(network)} | vars(returning(network)))
+    shared._forward_hooks = OrderedDict(shared._forward_hooks)
+    shared._forward_pre_hooks = OrderedDict(network._forward_pre_hooks)
+    if isinstance(user, nn.Sequential):
+        shared._modules = {name: nn.Identity() for name in user._modules} | network._modules
+    shared.recompile()
+    return shared

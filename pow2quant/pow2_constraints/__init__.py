@@ -10,7 +10,7 @@ from pow2quant.pow2_constraints.arithmetic import (
     shift_round,
 )
 from pow2quant.pow2_constraints.encoding import Encoding, IntGrid
-from pow2quant.pow2_constraints.snap import CHOOSERS, Format, Observed, choose
+from pow2quant.pow2_constraints.snap import CHOOSERS, Format, Observed, choose, is_chooser
 
 __all__ = [
     "CHOOSERS",
@@ -22,6 +22,7 @@ __all__ = [
     "choose",
     "divide_round",
     "exact_exponent",
+    "is_chooser",
     "power_of_two",
     "requantize",
     "saturate",

@@ -32,7 +32,7 @@ CANDIDATES = 12
 """`mse` looks at this many exponents, from that of `minmax` downwards."""
 
 PERCENTILE = 99.9
-"""Share of the sample, in per cent, that `percentile` keeps unclipped."""
+"""Share of the sample, in per cent, that `percentile` keeps unclipped; `percentile:99` keeps 99."""
 
 BLOCK = 1 << 17
 """Values that `mse` looks at in one piece: they and their codes stay in the cache."""
@@ -93,18 +93,27 @@ class Format:
 
 
 def choose(rule: str, observed: Observed, form: Format) -> Encoding:
-    """The encoding that `rule` (a key of `CHOOSERS`) chooses.
+    """The encoding that `rule` (a key of `CHOOSERS`, or `percentile:SHARE`) chooses.
 
     Raises ConfigError for an unknown rule, EncodingError when `form` does not fit the number of observed channels.
     """
-    if rule not in CHOOSERS:
+    if not is_chooser(rule):
         raise ConfigError(f"range: unknown chooser {rule!r}; known are {', '.join(sorted(CHOOSERS))}")
     channels = len(observed.low)
     if form.axis is None and channels != 1:
         raise EncodingError(f"{channels} channels were observed for one encoding per tensor")
     if isinstance(form.bits, tuple) and len(form.bits) != channels:
         raise EncodingError(f"{channels} channels were observed for {len(form.bits)} widths")
-    return CHOOSERS[rule](observed, form)
+    name, _, share = rule.partition(":")
+    return percentile(observed, form, float(share)) if share else CHOOSERS[name](observed, form)
+
+
+def is_chooser(rule: str) -> bool:
+    """Whether `choose` knows a rule."""
+    name, _, share = rule.partition(":")
+    if name != "percentile" or not share:
+        return rule in CHOOSERS
+    return share.replace(".", "", 1).isdecimal() and 0 < float(share) <= 100
 
 
 def minmax(observed: Observed, form: Format) -> Encoding:
@@ -120,9 +129,9 @@ def minmax(observed: Observed, form: Format) -> Encoding:
     return form.encoding(power_of_two(k), zero_points(low, high, k, form.grid))
 
 
-def percentile(observed: Observed, form: Format) -> Encoding:
-    """`minmax` over the central `PERCENTILE` per cent of the sample."""
-    tail = (100 - PERCENTILE) / 2
+def percentile(observed: Observed, form: Format, share: float = PERCENTILE) -> Encoding:
+    """`minmax` over the central `share` per cent of the sample."""
+    tail = (100 - share) / 2
     low, high = np.percentile(observed.sample, [tail, 100 - tail], axis=1, method="nearest").astype(np.float32)
     return minmax(Observed(low, high, observed.sample), form)
 

@@ -7,56 +7,23 @@ in every backend. AIMET's modules call the quantizers, and AIMET's arithmetic qu
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
-from itertools import zip_longest
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
 from pow2quant.artifact import Artifact, Site, Table
+from pow2quant.backends.aimet.modules import device_of, load_aimet, quiet, readers_of_inputs
+from pow2quant.backends.aimet.quantizers import WIDEST, site_quantizers
 from pow2quant.backends.base import ALL, Batch, Tap, inputs, tapping
 from pow2quant.backends.calibration import calibrate
 from pow2quant.backends.export import to_artifact
 from pow2quant.backends.placement import Placement, connect, place
-from pow2quant.config import QuantPlan, TensorSpec
-from pow2quant.errors import ConfigError, DataError, EncodingError, MissingExtraError, UnsupportedModelError
-from pow2quant.frontends import modules as m
-from pow2quant.frontends.operators import OPERATORS
-from pow2quant.pow2_constraints import Encoding, Format, IntGrid, Observed, choose, exact_exponent
-
-ONNX_TYPES: dict[type, str] = {
-    m.Permute: "Transpose",
-    m.Mean: "ReduceMean",
-    m.NearestUpsample: "Resize",
-    m.ZeroPad: "Pad",
-}
-"""How AIMET's configuration files and tools call our modules, where that is not the class's name."""
-
-WIDEST = 16
-"""Bits of weights and activations; biases have up to 32."""
-
-
-def __getattr__(name: str) -> Any:
-    """Classes that derive from AIMET's exist once AIMET is imported; `pickle` finds them here."""
-    if name.startswith("Quantized") or name in ("SiteQuantizer", "PowerOfTwoQuantizer"):
-        for cls in (*_quantizers(), *_modules()):
-            if cls.__name__ == name:
-                return cls
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class Entry(nn.Module):
-    """Passes an input of the network on, where several modules read it: its one reader, for AIMET."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
+from pow2quant.config import QuantPlan
+from pow2quant.errors import ConfigError, EncodingError, UnsupportedModelError
+from pow2quant.pow2_constraints import IntGrid
 
 
 class AimetSimulation:
@@ -93,7 +60,7 @@ class AimetSimulation:
 
     def _place(self, site: Site, readers: dict[str, tuple[str, int]]) -> None:
         """Makes the quantizer of a site, and puts it where AIMET looks for it."""
-        free, constrained = _quantizers()
+        free, constrained = site_quantizers()
         spec = self.placement.specs[site.name]
         axis = next((y.axis for y in self.placement.layers if y.weight == site), 0 if site.role == "bias" else None)
         channels = self.parameter(site.name).shape if axis is not None else ()
@@ -227,72 +194,6 @@ class AimetSimulation:
         return to_artifact(self.network, self.placement, self.encodings(), self.parameter)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """AIMET's log lines and the warnings that it causes are dropped, unless the logger `pow2quant` is at DEBUG."""
-    if logging.getLogger("pow2quant").isEnabledFor(logging.DEBUG):
-        yield
-        return
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-@cache
-def load_aimet() -> Any:
-    """The module `aimet_torch`, which knows our modules from then on. Raises MissingExtraError."""
-    with quiet():
-        try:
-            import aimet_torch
-            from aimet_torch.nn import QuantizationMixin
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("the aimet backend needs aimet-torch: pip install 'pow2quant[aimet]'") from error
-    from aimet_torch.onnx_utils import map_torch_types_to_onnx
-
-    for cls in (*OPERATORS, Entry):
-        if cls not in QuantizationMixin.cls_to_qcls:
-            map_torch_types_to_onnx.setdefault(cls, [ONNX_TYPES.get(cls, cls.__name__)])
-            QuantizationMixin.implements(cls)(_quantized(cls, QuantizationMixin))
-    return aimet_torch
-
-
-def _modules() -> list[type]:
-    """What stands for our modules in AIMET."""
-    known = load_aimet().nn.QuantizationMixin.cls_to_qcls
-    return [known[cls] for cls in (*OPERATORS, Entry) if known[cls].__module__ == __name__]
-
-
-def _quantized(cls: type[nn.Module], mixin: type) -> type:
-    """The class that AIMET puts in the place of one of ours: the same computation between its quantizers."""
-
-    def forward(self: Any, *tensors: Tensor) -> Tensor:
-        pairs = zip_longest(tensors, self.input_quantizers[: len(tensors)])
-        with self._patch_quantized_parameters():
-            result = cls.forward(self, *(x if q is None else q(x) for x, q in pairs))
-        (quantizer,) = self.output_quantizers
-        quantized: Tensor = result if quantizer is None else quantizer(result)
-        return quantized
-
-    def __quant_init__(self: Any) -> None:
-        mixin.__quant_init__(self)  # type: ignore[attr-defined]
-        code = cls.forward.__code__
-        count = code.co_argcount - 1 + bool(code.co_flags & 4)  # `*tensors` begins with one
-        self.input_quantizers = nn.ModuleList([None] * count)  # type: ignore[list-item]
-
-    members = {
-        "__module__": __name__,
-        "forward": forward,
-        "__quant_init__": __quant_init__,
-        "_supports_dynamic_input_count": classmethod(lambda _: bool(cls.forward.__code__.co_flags & 4)),
-    }
-    return type(f"Quantized{cls.__name__}", (mixin, cls), members)
-
-
 def _wrapped(model: fx.GraphModule, example: Batch) -> Any:
     """AIMET's QuantizationSimModel around `model`, without a quantizer yet."""
     aimet = load_aimet()
@@ -308,209 +209,3 @@ def _wrapped(model: fx.GraphModule, example: Batch) -> Any:
             for key in list(quantizers) if isinstance(quantizers, nn.ModuleDict) else range(len(quantizers)):
                 quantizers[key] = None
     return sim
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the parameters are."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def readers_of_inputs(model: fx.GraphModule) -> dict[str, tuple[str, int]]:
-    """For every input of the network the module that reads it, and as which of its inputs.
-
-    AIMET quantizes an input where it is read. One that is read more than once gets an `Entry` in front.
-    """
-    readers = {}
-    for node in [n for n in model.graph.nodes if n.op == "placeholder"]:
-        uses = [(user, i) for user in node.users for i, a in enumerate(user.args) if a is node]
-        if len(uses) != 1 or uses[0][0].op != "call_module":
-            model.add_submodule(f"{node.name}_entry", Entry())
-            with model.graph.inserting_after(node):
-                entry = model.graph.call_module(f"{node.name}_entry")
-            node.replace_all_uses_with(entry)
-            entry.args = (node,)
-            uses = [(entry, 0)]
-        readers[str(node.target)] = (str(uses[0][0].target), uses[0][1])
-    model.recompile()
-    return readers
-
-
-@cache
-def _quantizers() -> tuple[type, type]:
-    """`SiteQuantizer` and `PowerOfTwoQuantizer`, AIMET's quantizer with one and with two changes."""
-    load_aimet()
-    from aimet_torch.quantization.affine import QuantizeDequantize
-    from aimet_torch.quantization.affine.backends.torch_builtins import QuantDequantFunc
-    from aimet_torch.utils import ste_round
-
-    class SiteQuantizer(QuantizeDequantize):  # type: ignore[misc]
-        """The quantizer of one site, with a scale of its own. Without an encoding, values pass unchanged.
-
-        Parametrized with scale and offset: a free scale cannot be had back from a range to the last bit.
-        """
-
-        def __init__(self, site: Site, spec: TensorSpec, shape: Sequence[int], axis: int | None) -> None:
-            grid = IntGrid(spec.bits, spec.symmetric)
-            super().__init__(tuple(shape), int(grid.qmin), int(grid.qmax), symmetric=spec.symmetric)
-            self.site, self.axis, self.tap = site, axis, None
-            self.bits, self.known_symmetric = spec.bits, spec.symmetric
-            self._parametrize()
-            self._forget()
-            if site.role == "bias":  # its scale follows from two others'
-                self.requires_grad_(False)
-                self.allow_overwrite(False)
-
-        def _parametrize(self) -> None:
-            self._reparametrize_to_scale_offset()
-
-        def _forget(self) -> None:
-            for name, parameter in list(self._parameters.items()):
-                self.register_quantization_parameter(name, parameter)
-
-        def forward(self, input: Tensor) -> Tensor:
-            if torch._C._get_tracing_state() or torch.onnx.is_in_onnx_export():
-                return super().forward(input) if self.encoded else input
-            enabled = vars(self).get("enabled", True)  # mixed precision switches it off meanwhile
-            encoding = self.get_encodings() if enabled else None
-            quantized = input
-            if encoding is not None:
-                # AIMET's arithmetic, without its shortcut to torch's fake_quantize, which multiplies by 1/scale
-                quantized = QuantDequantFunc.apply(
-                    input, encoding.scale, encoding.offset, self.qmin, self.qmax, self.zero_point_shift
-                )
-            return quantized if self.tap is None else self.tap(self.site, input, quantized)
-
-        @property
-        def encoded(self) -> bool:
-            """Whether there is an encoding."""
-            return bool(super().is_initialized())
-
-        def is_initialized(self) -> bool:
-            """Always: AIMET would choose an encoding for a parameter that has none, by itself and without a word."""
-            return True
-
-        def get_encodings(self) -> Any:
-            return super().get_encodings() if self.encoded else None
-
-        def get_scale(self, dtype: torch.dtype | None = None) -> Tensor | None:
-            """AIMET's, without its lower bound of 2^-23."""
-            return self.scale.abs().to(dtype or torch.float32) if self.encoded else None
-
-        def get_min(self, dtype: torch.dtype | None = None) -> Tensor | None:
-            return super().get_min(dtype) if self.encoded else None
-
-        def get_max(self, dtype: torch.dtype | None = None) -> Tensor | None:
-            return super().get_max(dtype) if self.encoded else None
-
-        def _get_offset(self, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor | None:
-            return super()._get_offset(scale, dtype) if self.encoded else None
-
-        _allow_overwrite = property(lambda self: self.is_overwrite_allowed())  # AIMET's warns at every call
-
-        @property
-        def encoding(self) -> Encoding | None:
-            """What AIMET computes with, to the last bit."""
-            if not self.encoded:
-                return None
-            with torch.no_grad():
-                now = self.get_encodings()
-            shape = () if self.axis is None else (-1,)
-            scale, offset = (t.expand(self.shape).cpu().numpy().reshape(shape) for t in (now.scale, now.offset))
-            bits = (self.qmax - self.qmin).bit_length()
-            grid = IntGrid(bits, signed=self.qmin < 0, narrow=self.qmin == -self.qmax)
-            return Encoding(scale, -offset.astype(np.int64), grid, self.axis)
-
-        @encoding.setter
-        def encoding(self, encoding: Encoding | None) -> None:
-            if encoding is None:
-                self._forget()
-                return
-            name, bits = self.site.name, encoding.grid.bits
-            if isinstance(bits, tuple) or (bits > WIDEST and self.site.role != "bias"):
-                raise EncodingError(f"{name}: the aimet backend simulates one width of 2 to {WIDEST} bits, not {bits}")
-            if (encoding.axis is None) != (self.axis is None) or encoding.scale.size != np.prod(self.shape):
-                has = f"{encoding.scale.size} scales (axis {encoding.axis})"
-                raise EncodingError(f"{name}: {has} for a quantizer of shape {self.shape}")
-            self.axis, self.qmin, self.qmax = encoding.axis, int(encoding.grid.qmin), int(encoding.grid.qmax)
-            self.symmetric = self.known_symmetric = encoding.symmetric
-            self.bits = bits
-            self._take(encoding)
-            if self.encoding != encoding:
-                raise EncodingError(f"{name}: AIMET would not compute with exactly this encoding: {encoding!r}")
-
-        def _take(self, encoding: Encoding) -> None:
-            with torch.no_grad():
-                self.scale.copy_(torch.from_numpy(encoding.scale.copy()).view(self.shape))
-                if self.offset is not None:
-                    self.offset.copy_(-torch.from_numpy(encoding.zero_point.copy()).view(self.shape))
-
-        def extra_repr(self) -> str:
-            return f"{self.site.name}, {super().extra_repr()}"
-
-    class PowerOfTwoQuantizer(SiteQuantizer):
-        """Its scale is the power of two nearest to what the range [min, max] asks for, wherever the range comes from.
-
-        The gradient is that of the unrounded scale. even: zero points are even, unless an odd one was loaded.
-        """
-
-        even = True
-
-        def _parametrize(self) -> None:
-            self._reparametrize_to_min_max()
-
-        def get_scale(self, dtype: torch.dtype | None = None) -> Tensor | None:
-            if not self.encoded:
-                return None
-            return constrained_scale(self).to(dtype or torch.float32)
-
-        def _get_offset(self, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor | None:
-            offset = super()._get_offset(scale, dtype)
-            if offset is None or self.symmetric or not self.even:
-                return offset
-            return torch.clamp(2 * ste_round(offset / 2), min=1 - self.qmax)
-
-        def set_range(self, min: Any, max: Any) -> None:
-            """Takes the smallest scale that covers the range: this is where AIMET's own calibration and loading end."""
-            if min is None or max is None:
-                super().set_range(min, max)
-                return
-            self._take(covering(self, min, max, self.site.name, self.axis))
-
-        def _take(self, encoding: Encoding) -> None:
-            exact_exponent(encoding.scale, self.site.name)
-            self.even = not (encoding.zero_point % 2).any()
-            ends = (encoding.minimum, encoding.maximum)
-            super().set_range(*(torch.from_numpy(np.asarray(v, np.float32)).view(self.shape) for v in ends))
-
-    for cls in (SiteQuantizer, PowerOfTwoQuantizer):
-        cls.__qualname__ = cls.__name__  # found here again by `pickle`, through __getattr__
-    return SiteQuantizer, PowerOfTwoQuantizer
-
-
-def constrained_scale(quantizer: Any) -> Tensor:
-    """The power of two nearest to what a quantizer's `min` and `max` ask for; its gradient is the unrounded scale's."""
-    raw: Tensor = ((quantizer.max - quantizer.min) / (quantizer.qmax - quantizer.qmin)).abs().float()
-    return nearest_power_of_two(raw.detach()) + (raw - raw.detach())
-
-
-def covering(quantizer: Any, low: Any, high: Any, name: str, axis: int | None) -> Encoding:
-    """The encoding of smallest scale 2^k that covers [low, high], on the grid of a quantizer of AIMET's.
-
-    axis: None for one scale, else there is one for each element of `quantizer.shape`. Raises DataError for NaN.
-    """
-    ends = (torch.as_tensor(v, dtype=torch.float32).detach().cpu().expand(quantizer.shape) for v in (low, high))
-    least, most = (v.flatten().numpy() for v in ends)
-    if not (np.isfinite(least).all() and np.isfinite(most).all()):
-        raise DataError(f"{name}: NaN or infinity in the calibration data")
-    form = Format((quantizer.qmax - quantizer.qmin).bit_length(), quantizer.symmetric, True, axis)
-    return choose("minmax", Observed(least, most, np.stack([least, most], 1)), form)
-
-
-def nearest_power_of_two(x: Tensor) -> Tensor:
-    """The 2^k nearest to positive float32 values on the logarithmic scale, exactly (and at least 2^-100).
-
-    The bits of a float32 are its exponent over its fraction: adding 1 less 0x3504F4, the fraction of the first float32
-    above sqrt(2), carries into the exponent from there on.
-    """
-    bits = x.clamp_min(2.0**-100).view(torch.int32)
-    return ((bits + (0x800000 - 0x3504F4)) & -0x800000).view(torch.float32)

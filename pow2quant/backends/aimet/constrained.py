@@ -12,15 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from pow2quant.backends.aimet import (
-    WIDEST,
-    constrained_scale,
-    covering,
-    device_of,
-    load_aimet,
-    quiet,
-    readers_of_inputs,
-)
+from pow2quant.backends.aimet.modules import device_of, load_aimet, quiet, readers_of_inputs
+from pow2quant.backends.aimet.quantizers import WIDEST, constrained_scale, covering
 from pow2quant.backends.base import Batch, inputs
 from pow2quant.backends.placement import place
 from pow2quant.config import QuantPlan, TensorSpec
@@ -135,6 +128,13 @@ def tools() -> dict[str, type]:
         def compute_encodings(self, *args: Any, **kwargs: Any) -> None:
             constrain(self)
             super().compute_encodings(*args, **kwargs)
+
+        def load_encodings(self, encodings: Any, *args: Any, snap: bool | None = None, **kwargs: Any) -> None:
+            """AIMET's. snap: True takes free scales, by the smallest 2^k that covers, without the warning."""
+            with warnings.catch_warnings():
+                if snap:
+                    warnings.simplefilter("ignore", UserWarning)
+                super().load_encodings(encodings, *args, **kwargs)
 
         def export(self, *args: Any, **kwargs: Any) -> None:
             constrain(self)
