@@ -99,7 +99,9 @@ def measure(name: str, size: int, rounds: int) -> None:
 
 def report(task: str, times: dict[str, float]) -> None:
     """Prints AIMET's seconds, and ours as ratios."""
-    ratios = ", ".join(f"{whose} {seconds / times['AIMET']:.2f}" for whose, seconds in times.items() if whose != "AIMET")
+    ratios = ", ".join(
+        f"{whose} {seconds / times['AIMET']:.2f}" for whose, seconds in times.items() if whose != "AIMET"
+    )
     print(f"| {task} | {times['AIMET']:.3f} s | {ratios} |", flush=True)
 
 

@@ -105,6 +105,7 @@ TORCH_MODULES = LEFT | {
     "pow2quant.sources",
     "pow2quant.reading",
     "pow2quant.tasks",
+    "pow2quant.quantsim",
 }
 TORCH = {"torch", "torchvision", "safetensors.torch"}
 AIMET = {"aimet_torch", "aimet_common"}

@@ -84,7 +84,7 @@ def dumps(table: Table, parameter_names: Collection[str], version: str) -> str:
                 else [{"name": name, **_to_1_0_0(e)} for name, e in part.items()]
             )
         document |= {"excluded_layers": [], "quantizer_args": _summary(parameters, activations)}
-    lost = lost_grids(table, _read(document, "", {}))
+    lost = lost_grids(table, read(document, "", {}))
     return json.dumps(document | ({GRIDS: lost} if lost else {}), indent=2, allow_nan=False) + "\n"
 
 
@@ -101,7 +101,7 @@ def loads(text: str, *, source: str = "<encodings>", axes: Mapping[str, int] | N
         document = parsed(text, nan=False)
     except ValueError as error:
         raise FileFormatError(f"{source}: not JSON: {error}") from error
-    return _read(document, source, axes or {})
+    return read(document, source, axes or {})
 
 
 def load(path: Path, axes: Mapping[str, int] | None = None) -> Table:
@@ -254,7 +254,8 @@ def _summary(parameters: Table, activations: Table) -> dict[str, Any]:
     }
 
 
-def _read(document: Any, source: str, axes: Mapping[str, int]) -> Table:
+def read(document: Any, source: str, axes: Mapping[str, int]) -> Table:
+    """`loads`, of what a file's text says."""
     if not isinstance(document, dict):
         raise FileFormatError(f"{source}: expected an object at the top, got {type(document).__name__}")
     version = document.get("version", VERSIONS[0])  # what `save_encodings_to_json` writes names no version

@@ -13,7 +13,7 @@ OURS = "differs: of the prepared network; quantizers of our own with AIMET's att
 SNAPPED = "differs: free scales are an error, unless snap=True; ONNX-named files and 2.0.0 load too"
 COVERED = "differs: a free scale becomes the smallest 2^k that covers, with a warning"
 CHECKED = "differs: no data, NaN and infinity are errors; biases follow from the others"
-WRITTEN = "differs: written without torch's exporter; no .pth"
+WRITTEN = "differs: the prepared network, written without torch's exporter"
 
 
 class Member(NamedTuple):

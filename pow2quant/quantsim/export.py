@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import onnx
-from onnx import version_converter
+import torch
 
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.artifact import Artifact, Table
@@ -18,6 +19,7 @@ from pow2quant.backends.base import Simulation
 from pow2quant.backends.placement import tensor_name
 from pow2quant.errors import ConfigError
 from pow2quant.pow2_constraints import Encoding, IntGrid
+from pow2quant.quantsim.opsets import with_opset
 from pow2quant.saving import write
 
 if TYPE_CHECKING:
@@ -36,11 +38,6 @@ class Exported(Protocol):
     def artifact(self, example: Any) -> Artifact: ...
     def derive_biases(self) -> None: ...
 
-
-OPSET = 17
-"""What AIMET writes unless `opset_version` says otherwise."""
-
-OPSETS = range(9, 24)
 
 WITHOUT_MEANING = {
     "dynamo",
@@ -111,15 +108,30 @@ def pair(
     encodings: str,
     version: str,
 ) -> None:
-    """`sim.export`: `<name>.onnx` where `model` says so, `<encodings>.encodings` and `<encodings>_torch.encodings`.
+    """`sim.export`: `<name>.pth`, the encodings twice, named after ONNX and after torch, `<name>.onnx` if `model`.
 
     arguments: a mapping, or AIMET's `OnnxExportApiArgs`.
     """
     artifact = as_asked(sim.artifact(example), dict(getattr(arguments, "kwargs", arguments) or {}), _batch(example))
+    write(folder / f"{name}.pth", _pickled(sim.simulation))
     if model:
         onnx_qdq.save(artifact.model, folder / f"{name}.onnx")
     write_encodings(artifact, folder / f"{encodings}.encodings", version, False, sim.quant_args)
     write(folder / f"{encodings}_torch.encodings", torch_named(sim).encode())
+
+
+def _pickled(simulation: Simulation) -> bytes:
+    """The prepared float network, its weights and biases on their grids, as `torch.save` writes it."""
+    network, table = copy.deepcopy(simulation.network), simulation.encodings()
+    network.meta = {}
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            value = simulation.parameter(name).detach().cpu()
+            found = table.get(name)
+            parameter.copy_(value if found is None else torch.from_numpy(found.fake_quantize(value.numpy())))
+    buffer = io.BytesIO()
+    torch.save(network, buffer)
+    return buffer.getvalue()
 
 
 def write_encodings(artifact: Artifact, path: Path, version: str, biases: bool, arguments: dict[str, Any]) -> None:
@@ -187,21 +199,9 @@ def as_asked(artifact: Artifact, arguments: Mapping[str, Any], batch: int | None
     for node in graph.node:
         node.input[:] = [renamed.get(name, name) for name in node.input]
         node.output[:] = [renamed.get(name, name) for name in node.output]
-    model = _with_opset(artifact.model, arguments.get("opset_version") or OPSET)
+    model = with_opset(artifact.model, arguments.get("opset_version"))
     _set_batch(model.graph, arguments.get("dynamic_axes") or {}, batch)
     return Artifact(model, {renamed.get(name, name): e for name, e in artifact.encodings.items()})
-
-
-def _with_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    if opset not in OPSETS:
-        raise ConfigError(f"opset_version: {opset!r} is not one of {OPSETS.start} to {OPSETS.stop - 1}")
-    if opset == model.opset_import[0].version:
-        return model
-    try:
-        return version_converter.convert_version(model, opset)
-    except Exception as error:  # the converter raises whatever its C++ raises
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"opset_version: the network cannot be written with opset {opset}: {reason}") from error
 
 
 def _set_batch(graph: onnx.GraphProto, dynamic: Mapping[str, Any], batch: int | None) -> None:

@@ -61,7 +61,7 @@ class QuantizationSimModel(Members, ABC):
         if backend == "aimet" and placement != "pow2quant":
             from pow2quant.backends.aimet.constrained import tools
 
-            own = QuantizationSimModel.register(tools()["QuantizationSimModel"])
+            own: Any = QuantizationSimModel.register(tools()["QuantizationSimModel"])
             made: QuantizationSimModel = own(*args, **kwargs)
             return made
         return super().__new__(_OnAimet if cls is QuantizationSimModel and backend == "aimet" else cls)
@@ -211,7 +211,7 @@ class QuantizationSimModel(Members, ABC):
         document, source = loading.document(encodings)
         placement, network = self.simulation.placement, self.simulation.network
         axes = {y.weight.name: channel_axis(network, y.module) for y in placement.layers if y.weight is not None}
-        table = aimet_encodings.loads(json.dumps(document), source=source, axes=axes)
+        table = aimet_encodings.read(document, source, axes)
         found = loading.by_site(
             table, network, placement, roles, strict, source, lambda: loading.onnx_model(model, encodings)
         )
