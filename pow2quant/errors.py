@@ -4,6 +4,7 @@ Pow2QuantError                     one clear line; the command line prints it an
 ├── ConfigError                    a key or value of a configuration, a flag, a plug-in name
 ├── DataError                      an empty data set, NaN in calibration data, a wrong folder
 ├── ModelError                     a network that cannot be built
+│   ├── AlreadyQuantizedError      a network that holds quantizers
 │   ├── UnsupportedModelError      an operator or control flow that cannot be captured or quantized
 │   └── WeightsError               a state dict that does not fit, NaN in a layer's weights
 ├── EncodingError                  an encoding that is impossible or belongs to another model
@@ -43,6 +44,10 @@ class ModelError(Pow2QuantError):
 
 class UnsupportedModelError(ModelError):
     """A network holds an operator or control flow that cannot be quantized; the text names the node."""
+
+
+class AlreadyQuantizedError(ModelError, RuntimeError):
+    """A network that is to be quantized holds quantizers; AIMET raises RuntimeError."""
 
 
 class WeightsError(ModelError):

@@ -47,7 +47,6 @@ def test_quantizers_stand_where_they_are_simulated(sim):
     assert quantizer.shape == (16, 1, 1, 1)
     assert np.array_equal(quantizer.get_scale().flatten().numpy(), found.scale)
     assert np.array_equal(quantizer.max.flatten().numpy(), found.maximum)
-    assert [type(m) for m in sim.qmodules()][1] is nn.ReLU
 
 
 def test_widths_and_symmetry_hold(sim):
@@ -169,3 +168,19 @@ def test_the_report_names_every_quantizer(sim):
     assert lines[0] == f"Quantized model: {len(sim.sites)} quantizers"
     assert [line.split()[0] for line in lines[1:]] == [s.name for s in sim.sites]
     assert lines[1].split()[1:] == ["8", "bits", "scale", "2^-7"]
+
+
+def test_a_quantized_network_is_refused(sim):
+    with pytest.raises(RuntimeError, match="the network is quantized already; give the float network"):
+        QuantizationSimModel(sim.model, DUMMY)
+
+
+def test_an_entry_that_fits_nothing_is_an_error_for_parameters_too(sim, tmp_path):
+    sim.save_encodings_to_json(tmp_path, "e")
+    other = QuantizationSimModel(trained(), DUMMY)
+    other.set_and_freeze_param_encodings(tmp_path / "e.json")
+    assert other.frozen == {"conv1.weight", "conv2.weight", "fc.weight"}
+    other.model.fc.param_quantizers["weight"] = None
+    for load in (other.set_and_freeze_param_encodings, other.load_and_freeze_encodings):
+        with pytest.raises(RuntimeError, match=r"fc\.weight: the simulation has no quantizer"):
+            load(tmp_path / "e.json")

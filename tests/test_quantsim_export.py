@@ -142,7 +142,7 @@ def test_export_writes_aimets_files(sim, tmp_path):
     with torch.no_grad():
         assert np.allclose(network(images(1)).numpy(), run(model), atol=1e-6)
     weights = sim.simulation.encodings()["conv.weight"]
-    stored = network.get_parameter("conv.weight").numpy()
+    stored = network.get_parameter("conv.weight").detach().numpy()
     assert np.array_equal(weights.fake_quantize(stored), stored)
     for option in ("propagate_encodings", "export_to_torchscript", "use_embedded_encodings"):
         with pytest.raises(ConfigError, match=f'{option}=True is not supported; use backend="aimet"'):

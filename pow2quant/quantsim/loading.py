@@ -12,7 +12,6 @@ from onnx import ModelProto
 from pow2quant import foreign
 from pow2quant.adapters import onnx_qdq
 from pow2quant.artifact import Site, Table
-from pow2quant.backends.base import ALL
 from pow2quant.backends.placement import Placement
 from pow2quant.errors import EncodingError, FileFormatError, NotPowerOfTwoError
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose
@@ -42,17 +41,18 @@ def document(encodings: Mapping[str, Any] | str | os.PathLike[str]) -> tuple[dic
     return {"param_encodings": {}, "activation_encodings": {}, **encodings}, source
 
 
+def beside(encodings: Any) -> Path | None:
+    """The ONNX file that lies beside an encodings file under the same name, if there is one."""
+    path = None if isinstance(encodings, Mapping) else Path(encodings).with_suffix(".onnx")
+    return path if path is not None and path.is_file() else None
+
+
 def onnx_model(model: ModelProto | str | os.PathLike[str] | None, encodings: Any) -> ModelProto | None:
     """The ONNX model that the file's names are from: the one given, or the file beside `encodings` of that name."""
     if isinstance(model, ModelProto):
         return model
-    if model is None:
-        if isinstance(encodings, Mapping):
-            return None
-        model = Path(encodings).with_suffix(".onnx")
-        if not model.is_file():
-            return None
-    return onnx_qdq.load(Path(model))
+    path = model or beside(encodings)
+    return None if path is None else onnx_qdq.load(Path(path))
 
 
 def by_site(
@@ -77,7 +77,7 @@ def by_site(
     found: dict[Site, tuple[int, str, Encoding]] = {}
     for name, encoding in table.items():
         site, distance = places.get(name, (None, 0))
-        if site is None and name not in biases and strict and roles == ALL:
+        if site is None and name not in biases and strict:
             raise EncodingError(f"{source}: {name}: the simulation has no quantizer for this tensor (strict=True)")
         if site is not None and site.role in roles and (site not in found or distance < found[site][0]):
             found[site] = (distance, name, encoding)

@@ -38,21 +38,13 @@ class Members:
         """What is quantized now."""
         return self.simulation.sites
 
-    def qmodules(self) -> Iterator[nn.Module]:
-        """The modules that have `param_quantizers`, `input_quantizers` and `output_quantizers`."""
-        return (module for _, module in self.named_qmodules())
-
-    def named_qmodules(self) -> Iterator[tuple[str, nn.Module]]:
-        """The same, by name."""
-        return attributes.quantized_modules(self.model)
-
     def quantizers(self) -> Iterator[Any]:
         """All quantizers but those of biases, which follow from others."""
         return (quantizer for _, quantizer in self.named_quantizers())
 
     def named_quantizers(self) -> Iterator[tuple[str, Any]]:
         """The same, by AIMET's names, such as `conv1.param_quantizers.weight`."""
-        for name, module in self.named_qmodules():
+        for name, module in attributes.quantized_modules(self.model):
             for kind in attributes.SLOTS:
                 for key, quantizer in getattr(module, kind).items():
                     if quantizer is not None:
@@ -60,7 +52,7 @@ class Members:
 
     def exclude_layers_from_quantization(self, layers_to_exclude: Iterable[nn.Module]) -> None:
         """Takes all quantizers of these modules of `sim.model` away."""
-        known = {id(module): module for module in self.qmodules()}
+        known = {id(module) for _, module in attributes.quantized_modules(self.model)}
         for layer in layers_to_exclude:
             if id(layer) not in known:
                 raise ConfigError(f"exclude_layers_from_quantization: {type(layer).__name__} is no module of sim.model")
@@ -71,7 +63,7 @@ class Members:
 
     def exclude_param_from_quantization(self, param_name_to_exclude: str) -> None:
         """Keeps all parameters of this name float."""
-        for module in self.qmodules():
+        for _, module in attributes.quantized_modules(self.model):
             if param_name_to_exclude in module.param_quantizers:  # type: ignore[operator]
                 module.param_quantizers[param_name_to_exclude] = None  # type: ignore[index, operator, assignment]
 

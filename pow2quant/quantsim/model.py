@@ -20,6 +20,7 @@ from pow2quant.errors import ConfigError, NotCalibratedError
 from pow2quant.frontends.prepare import prepare
 from pow2quant.frontends.returned import like
 from pow2quant.quantsim import attributes, export, loading
+from pow2quant.quantsim.checks import refuse_quantized
 from pow2quant.quantsim.members import Members, summary
 from pow2quant.quantsim.names import channel_axis, onnx_types, readers
 from pow2quant.quantsim.schemes import QuantScheme, chooser_of, plan_of
@@ -85,6 +86,7 @@ class QuantizationSimModel(Members, ABC):
             raise ConfigError('in_place: the network is prepared as a copy: use sim.model, or backend="aimet"')
         if rounding_mode != "nearest":
             raise ConfigError(f"rounding_mode: {rounding_mode!r} is not 'nearest' (half to even)")
+        refuse_quantized(model)
         device = next((p.device for p in model.parameters()), "cpu")
         example: Batch = tuple(dummy_input) if isinstance(dummy_input, (tuple, list)) else dummy_input  # type: ignore[assignment]
         self.quant_scheme = QuantScheme.post_training_tf_enhanced if quant_scheme is None else quant_scheme
@@ -185,7 +187,9 @@ class QuantizationSimModel(Members, ABC):
 
         Afterwards `compute_encodings` leaves them, and the weights, bit-identical.
         """
-        self._load(encoding_path, {"weight"}, True, True, False, False, None, snap)
+        content, _ = loading.document(encoding_path)
+        content.pop("activation_encodings", None)
+        self._load(content, {"weight"}, True, True, False, False, loading.beside(encoding_path), snap)
 
     def load_and_freeze_encodings(
         self,
@@ -355,9 +359,7 @@ for _name in (
     "fold_param_quantizers",
     "exclude_layers_from_quantization",
     "exclude_param_from_quantization",
-    "named_qmodules",
     "named_quantizers",
-    "qmodules",
     "quantizers",
 ):
     setattr(_OnAimet, _name, _theirs(_name))

@@ -136,7 +136,8 @@ def _drop_defaults(node: onnx.NodeProto, opset: int, now: int) -> None:
     newer = onnx.defs.get_schema(node.op_type, now).attributes
     for attribute in [a for a in node.attribute if a.name not in known and a.name in newer]:
         default, value = newer[attribute.name].default_value, helper.get_attribute_value(attribute)
-        if default.type and helper.get_attribute_value(default) == value:
+        plain = attribute.name == "dilations" and set(value) == {1}
+        if plain or (default.type and helper.get_attribute_value(default) == value):
             node.attribute.remove(attribute)
 
 
