@@ -39,6 +39,7 @@ TABLES: dict[str, dict[str, str]] = {
         "c": "pow2quant.integer.emit_c:export_c",
         "integers": "pow2quant.integer.pack:export_integers",
         "qdq": "pow2quant.adapters.onnx_qdq:export_qdq",
+        "qonnx": "pow2quant.adapters.qonnx:export_qonnx",
         "tensorrt": "pow2quant.adapters.tensorrt:export_tensorrt",
         "tflite": "pow2quant.integer.tflite.file:export_tflite",
     },
@@ -51,6 +52,7 @@ TABLES: dict[str, dict[str, str]] = {
         "onnxruntime-web": "pow2quant.validation.onnxruntime_web:executors",
         "tract": "pow2quant.validation.tract:executors",
         "openvino": "pow2quant.validation.openvino:executors",
+        "qonnx": "pow2quant.validation.qonnx:executors",
     },
     "tasks": {
         "classification": "pow2quant.tasks.classification:Classification",

@@ -108,6 +108,7 @@ EXTRAS = {
     ("exporters", "tflite"): ("ai_edge_litert", "litert"),
     ("validators", "litert"): ("ai_edge_litert", "litert"),
     ("validators", "openvino"): ("openvino", "openvino"),
+    ("validators", "qonnx"): ("qonnx", "qonnx"),
     ("validators", "tflite-micro"): ("tflite_micro", "tflite-micro"),
     ("validators", "tract"): ("tract", "tract"),
 }
