@@ -4,7 +4,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 ARGS ?=
 BENCH ?= families
-# CPU=1 installs PyTorch without CUDA, 5.9 GB less, where this index has it; elsewhere the usual one is taken.
+# CPU=1 installs PyTorch without CUDA, 5.9 GB less, where this index can be reached; elsewhere the usual one is taken.
 CPU ?=
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -14,12 +14,17 @@ VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' pow2quant/__init__.py)
 # The engines whose `info` works; docker's client is often there without its daemon.
 ENGINE ?= $(firstword $(foreach engine,docker podman buildah,$(shell $(engine) info >/dev/null 2>&1 && echo $(engine))))
 
-# $(call install,WHAT); pip also takes over where uv cannot (an index in pip.conf, a cache it may not write).
+# Asked once: pip would try an index that cannot be reached five times for every package.
+ask = from urllib.request import urlopen; urlopen('$(CPU_INDEX)/torch/', timeout=10)
+cpu_index = $(if $(CPU),$(shell $(PYTHON) -c "$(ask)" 2>/dev/null && echo $(CPU_INDEX) \
+	|| echo "$(CPU_INDEX) cannot be reached: installing the usual PyTorch" >&2))
+
+# $(call install,WHAT,INDEX); pip also takes over where uv cannot (an index in pip.conf, a cache it may not write).
 define install
 { command -v uv >/dev/null && uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt \
-	$(if $(CPU),--torch-backend cpu) -e '$(1)'; } \
+	$(if $(2),--torch-backend cpu) -e '$(1)'; } \
 || $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt \
-	$(if $(CPU),--extra-index-url $(CPU_INDEX)) -e '$(1)'
+	$(if $(2),--extra-index-url $(2)) -e '$(1)'
 endef
 
 .DEFAULT_GOAL := help
@@ -98,13 +103,13 @@ $(VENV)/bin/activate:
 	$(PYTHON) -m venv --clear $(VENV)
 
 $(VENV)/installed: $(VENV)/bin/activate pyproject.toml constraints.txt
-	$(call install,.)
+	$(call install,.,$(cpu_index))
 	@touch $@
 
 $(VENV)/installed-aimet: $(VENV)/bin/activate pyproject.toml constraints.txt
-	$(call install,.[aimet])
+	$(call install,.[aimet],$(cpu_index))
 	@touch $(VENV)/installed $@
 
 $(VENV)/installed-dev: $(VENV)/bin/activate pyproject.toml constraints.txt
-	$(call install,.[dev])
+	$(call install,.[dev],$(cpu_index))
 	@touch $(VENV)/installed $(VENV)/installed-aimet $@
