@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from importlib import import_module
 from typing import Any, TypeVar
@@ -33,23 +33,39 @@ class Bars:
 
             yield from track(items, title, total=total, console=Rich(stderr=True), transient=True)
         else:
-            yield from self._counted(items, title, total)
+            self.note(f"{title} ...")
+            yield from counted(items, title, total, self.note)
         self.note(f"{title}: {duration(time.monotonic() - started)}")
-
-    def _counted(self, items: Iterable[T], title: str, total: int | None) -> Iterator[T]:
-        self.note(f"{title} ...")
-        started, due = time.monotonic(), PATIENCE
-        for done, item in enumerate(items, start=1):
-            yield item
-            passed = time.monotonic() - started
-            if passed >= due and done != total:
-                due = 2 * passed
-                left = f" of {total}, {duration(passed / done * (total - done))} left" if total else " done"
-                self.note(f"{title}: {done}{left}")
 
     def note(self, text: str) -> None:
         """One line of information."""
         print(text, file=sys.stderr, flush=True)
+
+
+class Within:
+    """Progress of one part of longer work: only what takes long is said, in lines that name the part."""
+
+    def __init__(self, say: Callable[[str], None], part: str) -> None:
+        self.say, self.part = say, part
+
+    def track(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+        """Passes items on; says now and then how many are done."""
+        return counted(items, f"{self.part}, {title}", total, self.say)
+
+    def note(self, text: str) -> None:
+        """Nothing: a line for every layer of every part would be too many."""
+
+
+def counted(items: Iterable[T], title: str, total: int | None, say: Callable[[str], None]) -> Iterator[T]:
+    """Passes items on; says in a line how many are done, after `PATIENCE` seconds and then ever more rarely."""
+    started, due = time.monotonic(), PATIENCE
+    for done, item in enumerate(items, start=1):
+        yield item
+        passed = time.monotonic() - started
+        if passed >= due and done != total:
+            due = 2 * passed
+            left = f" of {total}, {duration(passed / done * (total - done))} left" if total else " done"
+            say(f"{title}: {done}{left}")
 
 
 def notebook() -> Any:

@@ -16,7 +16,7 @@ import pow2quant
 from pow2quant.adapters.aimet_encodings import export_1_0_0
 from pow2quant.adapters.onnx_qdq import export_qdq
 from pow2quant.config import TensorSpec
-from pow2quant.errors import ConfigError, DataError, Pow2QuantError
+from pow2quant.errors import ConfigError, DataError, ModelError, Pow2QuantError
 from pow2quant.integer.emit_c import export_c
 from pow2quant.methods.adaround import AdaRound
 
@@ -115,6 +115,13 @@ def test_a_plan_checks_itself() -> None:
         (lambda sim: sim.apply("gpfq:=3"), ConfigError, "legal: NAME or NAME:parameter=value"),
         (lambda sim: pow2quant.simulate(network(), X).apply("adaround"), DataError, "calibrate(data) first"),
         (lambda sim: sim.calibrate([X / 0]), DataError, "calibration data, batch 0: holds NaN or infinity"),
+        (
+            lambda sim: sim.calibrate([X, X[0]]),
+            DataError,
+            "batch 1: is (1, 8, 8) float32, the example was (1, 1, 8, 8)",
+        ),
+        (lambda sim: sim.calibrate([X.long()]), ModelError, "fails on calibration data of (16, 1, 8, 8) int64: "),
+        (lambda sim: sim.calibrate([X[:, :, :5]]), ModelError, "fails on calibration data of (16, 1, 5, 8) float32: "),
         (lambda sim: sim.calibrate(7), DataError, "expected a DataLoader or another iterable"),
         (lambda sim: sim.export().save("out", "d"), ConfigError, "known are: aimet-0.6.1"),
         (lambda sim: pow2quant.export(sim, "c"), ConfigError, "output: needed"),

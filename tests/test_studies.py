@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pow2quant import models, runs
+from pow2quant import models, progress, runs
 from pow2quant.cli import main
 from pow2quant.config import Choice, RunConfig
 from pow2quant.errors import ConfigError, OutputError
@@ -366,6 +366,18 @@ def test_a_sweep_goes_on_where_one_trial_fails_and_continues_where_it_stopped(
     assert main(["sweep", str(folder / "study.yaml"), "--output", str(again), "--quiet"]) == 0
     same = [{k: v for k, v in r.items() if k != "duration_seconds"} for r in rows(again)]
     assert same == [{k: v for k, v in r.items() if k != "duration_seconds"} for r in found]
+
+
+def test_a_long_trial_says_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", -1.0)  # every stage takes long
+    short = ["--max-eval-batches", "1", "--max-calibration-batches", "3", "--method", "bias_correction"]
+    assert main(["sweep", "--grid", f"{BITS}=4,8", *short, "--output", str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    for trial in (1, 2):
+        assert f"trial {trial} of 2, calibrating: 1 of 3" in said
+    assert "dB ->" not in said
 
 
 def test_a_sweep_in_processes_makes_whole_runs(weights: Path, tmp_path: Path) -> None:

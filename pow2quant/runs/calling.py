@@ -34,13 +34,17 @@ def first_call(model: nn.Module, data: datasets.Data) -> tuple[Any, tuple[Any, A
     try:
         outputs = _outputs(model, sample)
     except Exception as error:
-        shapes = ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs(sample))
         reason = " ".join(str(error).split())[:300] + _advice(model, first[0])
-        raise ModelError(f"the network fails on a sample of {shapes}: {reason}") from error
+        raise ModelError(f"the network fails on a sample of {described(sample)}: {reason}") from error
     if not outputs:
         raise ModelError("the network returns no tensor")
     targets = next((targets for _, targets in data.test), None)
     return sample, ([tuple(x.shape[1:]) for x in inputs(sample)], [tuple(x.shape[1:]) for x in outputs]), targets
+
+
+def described(batch: Any) -> str:
+    """Shapes and types of the tensors in a batch: `(1, 3, 8, 8) float32`."""
+    return ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in inputs(batch))
 
 
 def _outputs(model: nn.Module, called: Any) -> tuple[Tensor, ...]:

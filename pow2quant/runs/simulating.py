@@ -15,9 +15,10 @@ from pow2quant.artifact import Artifact, Site, Table
 from pow2quant.backends.base import ALL, SILENT, Batch, Progress, Simulation, Tap, inputs
 from pow2quant.backends.placement import Placement
 from pow2quant.config import QuantPlan
-from pow2quant.errors import ConfigError, DataError, EncodingError
+from pow2quant.errors import ConfigError, DataError, EncodingError, ModelError, Pow2QuantError
 from pow2quant.frontends.prepare import is_prepared, prepare
 from pow2quant.reading import Checked, Signature
+from pow2quant.runs.calling import described
 from pow2quant.runs.chosen import method_of
 from pow2quant.runs.job import call, simulation_of
 from pow2quant.sources import data_of
@@ -80,12 +81,20 @@ class Simulated:
     def calibrate(self, data: Any, roles: Collection[str] = ALL) -> Table:
         """Chooses encodings on data, a DataLoader for instance, whose targets are left aside. Returns all encodings.
 
-        Raises DataError for data that cannot be used, EncodingError when a bias cannot be represented.
+        Raises DataError for data that cannot be used, ModelError where the network fails on them, EncodingError when a
+        bias cannot be represented.
         """
         if not set(roles) & {"input", "output"}:
             return self.simulation.calibrate((), roles)
         self.seen = list(self._batches(data))
-        return self.simulation.calibrate(self.seen, roles)
+        try:
+            return self.simulation.calibrate(self.seen, roles)
+        except Pow2QuantError:
+            raise
+        except Exception as error:
+            what = described(self.seen[0]) if self.seen else "no data"
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(f"the network fails on calibration data of {what}: {reason}") from error
 
     def apply(self, method: Any, data: Any = None, progress: Progress = SILENT) -> Simulated:
         """Applies a method: its name (`adaround`, `gpfq:conv_scalar=1.16`), `{name: {key: value}}`, or an object.
@@ -122,7 +131,11 @@ class Simulated:
         known = isinstance(data, Iterator) or (isinstance(data, Iterable) and _are_inputs(data))
         parts = data if known else data_of(data, "data", 64, 64).calibration
         parts = parts.batches if isinstance(parts, Checked) else parts
-        for batch, _ in Checked(parts, "calibration data", Signature.of(self.network)):
+        dimensions = [x.ndim for x in inputs(self.example)]
+        for index, (batch, _) in enumerate(Checked(parts, "calibration data", Signature.of(self.network))):
+            if [x.ndim for x in inputs(batch)] != dimensions:
+                seen = described(self.example)
+                raise DataError(f"calibration data, batch {index}: is {described(batch)}, the example was {seen}")
             yield batch
 
     def __repr__(self) -> str:

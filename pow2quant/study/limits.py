@@ -126,7 +126,7 @@ class Request:
         objective = self.search.objective
         if objective != "accuracy" and not any(c.is_quality for c in self.constraints):
             raise ConfigError(
-                f"objective {objective} needs a constraint on the accuracy, such as accuracy_drop=0.5%; "
+                f"objective {objective} needs a constraint on the accuracy, such as accuracy_drop=0.5% or sqnr=30; "
                 "without one, the least widths would do"
             )
         if objective == "accuracy" and not quantities & set(COSTS):

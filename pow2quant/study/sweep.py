@@ -261,7 +261,8 @@ def tried(
     total = len(study.plan)
     if done:
         progress.note(f"{done} of {total} trials are finished already")
-    running = work(ledger, trials, stopped=stopped) if jobs == 1 else work_in_processes(make, trials, jobs)
+    alone = jobs == 1
+    running = work(ledger, trials, progress, stopped=stopped) if alone else work_in_processes(make, trials, jobs)
     told: set[Any] = {None}
     for entry in progress.track(running, "trials", total - done):
         if (line := entry.result.get("preprocessing")) not in told:

@@ -22,6 +22,7 @@ from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import Choice, RunConfig
 from pow2quant.errors import OutputError, Pow2QuantError
 from pow2quant.plugins import resolve
+from pow2quant.progress import Within
 from pow2quant.report import summary
 from pow2quant.runs.chains import with_chain
 from pow2quant.study.ledger import Claim, Entry, Ledger, Plan
@@ -86,6 +87,7 @@ class Trials:
     def _quantized(self, config: RunConfig, claim: Claim, progress: Progress) -> dict[str, Any]:
         from pow2quant import runs, three_steps
 
+        progress = Within(progress.note, f"trial {claim.number + 1} of {len(self.plan)}")
         if self.runs is None:
             return runs.score(config, progress)
         labels = "-".join(re.sub(r"[^\w.+]+", "_", str(label)) for label in claim.combination.values())
