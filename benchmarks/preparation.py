@@ -1,10 +1,10 @@
 """What preparing a network costs, beside its own forward: memory and time, on Linux.
 
-    python benchmarks/preparation.py [--layers 12] [--size 512] [--channels 24] [--batch 3] [--model NAME]
+    python benchmarks/preparation.py [--layers 12] [--size 512] [--channels 24] [--batch 2] [--model NAME]
 
 The network is a chain of 3x3 convolutions with ReLU, or the one that --model names. Memory is how far the process grows
 above what it held before the call, at its peak; seconds are those of one thread. `prepare` compares the network with
-its capture on two and on three samples, so the forward of three samples is what its memory is measured by.
+its capture on two samples and on one, whatever the batch is.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--channels", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--model", help="a name as for `pow2quant ptq --model`")
     options = parser.parse_args()
     torch.set_num_threads(1)

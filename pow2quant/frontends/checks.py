@@ -41,7 +41,8 @@ def fingerprint(value: Tensor) -> tuple[Any, ...]:
     """What two tensors have in common only if they are equal to the bit: so the first need not be kept."""
     found = hashlib.sha256()
     for row in value.detach().reshape(1, *value.shape) if value.ndim < 2 else value.detach():
-        row = row.reshape(-1).clone(memory_format=torch.contiguous_format)  # one element may keep any stride otherwise
+        row = row.reshape(-1)
+        row = row if row.stride() == (1,) else row.clone(memory_format=torch.contiguous_format)  # of one element
         found.update(memoryview(row.view(torch.uint8).numpy()))
     return value.shape, value.dtype, found.digest()
 
