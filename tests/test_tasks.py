@@ -293,6 +293,12 @@ def test_detection_is_judged_by_the_user_s_metric(mine: Path, capsys: pytest.Cap
 def test_losses_that_fit_and_losses_that_do_not() -> None:
     logits = torch.zeros(4, 3)
     assert float(loss_of(nn.CrossEntropyLoss(), (logits, logits), torch.zeros(4, dtype=torch.long))) > 1
+    masks = torch.tensor([[0, 1, -100], [2, -100, 1]])
+    scores = torch.rand(2, 3, 3, generator=torch.Generator().manual_seed(0))
+    plain = loss_of(nn.CrossEntropyLoss(), scores, masks)
+    assert torch.equal(loss_of(nn.CrossEntropyLoss(ignore_index=255), scores, masks), plain)
+    without = loss_of(nn.CrossEntropyLoss(ignore_index=0), scores, masks)
+    assert torch.equal(without, nn.functional.cross_entropy(scores, masks.clamp(min=0), ignore_index=0))
     assert float(loss_of(nn.MSELoss(), torch.ones(4, 1), torch.zeros(4))) == 1
     with pytest.raises(ConfigError, match=r"training\.criterion: BCEWithLogitsLoss does not fit the data"):
         loss_of(nn.BCEWithLogitsLoss(), logits, torch.zeros(4, dtype=torch.long))

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from pow2quant.artifact import Site
 from pow2quant.config import Choice, TrainingConfig, from_file, is_in_file, users_code
 from pow2quant.errors import ConfigError, Pow2QuantError
+from pow2quant.tasks.segmentation import LEFT_OUT
 
 LENGTHS = ("T_max", "total_steps", "total_iters")
 """Parameters by which torch's schedulers are told how long they last."""
@@ -63,6 +64,9 @@ def loss_of(criterion: Criterion, results: Any, targets: Any) -> Tensor:
         of_one = isinstance(targets, Tensor) and targets.shape != results.shape and targets.numel() == results.numel()
         if of_one and isinstance(criterion, ELEMENTWISE):
             targets = targets.reshape(results.shape).to(results.dtype)
+        ignored = getattr(criterion, "ignore_index", None)  # what data sets leave out is LEFT_OUT by now
+        if isinstance(ignored, int) and isinstance(targets, Tensor) and not targets.is_floating_point():
+            targets = targets.masked_fill(targets == LEFT_OUT, ignored)
     what = type(criterion).__name__ if isinstance(criterion, nn.Module) else getattr(criterion, "__name__", "it")
     try:
         loss = criterion(results, targets)
