@@ -37,7 +37,9 @@ TABLES: dict[str, dict[str, str]] = {
         "aimet-1.0.0": "pow2quant.adapters.aimet_encodings:export_1_0_0",
         "aimet-2.0.0": "pow2quant.adapters.aimet_encodings:export_2_0_0",
         "c": "pow2quant.integer.emit_c:export_c",
+        "coreml": "pow2quant.runs.coreml:export_coreml",
         "integers": "pow2quant.integer.pack:export_integers",
+        "pt2": "pow2quant.runs.pt2:export_pt2",
         "qdq": "pow2quant.adapters.onnx_qdq:export_qdq",
         "qonnx": "pow2quant.adapters.qonnx:export_qonnx",
         "tensorrt": "pow2quant.adapters.tensorrt:export_tensorrt",
@@ -52,6 +54,7 @@ TABLES: dict[str, dict[str, str]] = {
         "onnxruntime-web": "pow2quant.validation.onnxruntime_web:executors",
         "tract": "pow2quant.validation.tract:executors",
         "openvino": "pow2quant.validation.openvino:executors",
+        "pt2": "pow2quant.runs.pt2:executors",
         "qonnx": "pow2quant.validation.qonnx:executors",
     },
     "tasks": {

@@ -105,6 +105,7 @@ ALSO = (
 
 EXTRAS = {
     ("backends", "aimet"): ("aimet_torch", "aimet"),
+    ("exporters", "coreml"): ("coremltools", "coreml"),
     ("exporters", "tflite"): ("ai_edge_litert", "litert"),
     ("validators", "litert"): ("ai_edge_litert", "litert"),
     ("validators", "openvino"): ("openvino", "openvino"),

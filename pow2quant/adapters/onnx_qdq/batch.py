@@ -56,7 +56,8 @@ def fix_batch(model: ModelProto, size: int) -> None:
     del model.graph.value_info[:]
     shapes = _inferred(model, None)
     for value in model.graph.output:
-        for dim, length in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
+        dims = value.type.tensor_type.shape.dim
+        for dim, length in zip(dims, shapes[value.name] if dims else (), strict=True):
             if length is not None:
                 dim.dim_value = length
 

@@ -101,7 +101,7 @@ def _gather(s: Step, table: Any, index: Any) -> Tensor:
     if isinstance(index, Tensor):
         if axis != 0:
             raise s.error("places that are computed from data only choose rows of a table")
-        return F.embedding(index, x)
+        return F.embedding(index, x) if x.ndim == 2 else x[index.long()]
     places = np.asarray(index).astype(np.int64)
     if places.ndim == 0:
         return x.select(axis, int(places) % x.shape[axis])
