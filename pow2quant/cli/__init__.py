@@ -34,10 +34,11 @@ SHELLS = {"--show-completion", "--install-completion"}
 
 
 def application() -> typer.Typer:
-    """The application with all its commands."""
+    """The application with all its commands; its help is drawn on a terminal and plain in a pipe, which is quicker."""
     from pow2quant.cli import commands, explain, files, listing, logits, search, studies  # noqa: F401 (each adds its own)
     from pow2quant.cli.options import app
 
+    app.rich_markup_mode = "rich" if sys.stdout.isatty() else None
     return app
 
 

@@ -106,7 +106,7 @@ def kill(good: Path, writer: Writer, seed: int, whole: Whole) -> Kill:
         kind = _judged(folder, before)
         if kind == "fine":
             kind = _again(folder, place, writer)
-        if kind == "fine" and (differ := sorted(n for n, h in whole.files.items() if _content(folder).get(n) != h)):
+        if kind == "fine" and (differ := sorted(n for n, h in whole.files.items() if digests(folder).get(n) != h)):
             kind = f"other bits: {', '.join(differ)}"
         return Kill(writer.name, sent.name, wait, kind)
     finally:
@@ -130,17 +130,17 @@ def undisturbed(good: Path, writer: Writer) -> Whole:
         copied(good, folder)
         started = time.monotonic()
         os.waitpid(_started(folder, writer.arguments), 0)
-        return Whole(time.monotonic() - started, _content(folder))
+        return Whole(time.monotonic() - started, digests(folder))
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-COMPARED = {".onnx", ".encodings", ".safetensors", ".yaml", ".c", ".h", ".hex", ".npz", ".json", ".md"}
+COMPARED = {".onnx", ".encodings", ".safetensors", ".yaml", ".c", ".h", ".hex", ".npz", ".json"}
 TIMES = {"duration_seconds", "seconds", "latency", "environment"}
 """Keys of documents that say when and how fast."""
 
 
-def _content(folder: Path) -> dict[str, str]:
+def digests(folder: Path) -> dict[str, str]:
     """Every file whose bits must be those of any other such run, as a digest, without what says where and when."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in COMPARED):
