@@ -32,6 +32,7 @@ from pow2quant.saving import scratch
 from pow2quant.sources import data_of
 from pow2quant.validation import ort
 from pow2quant.validation.agreement import Executor, compare
+from pow2quant.validation.files import QdqFile, opened
 
 RANDOM_SAMPLES = 64
 """How many random inputs a bare ONNX file is validated on."""
@@ -108,7 +109,7 @@ def _validate_object(
     with scratch() as folder:
         file = artifact.save(folder)
         first = () if isinstance(source, Artifact) else (simulation_executor(source, "custom", torch.device("cpu")),)
-        return _validate_file(file, onnx_qdq.load(file), limit, seed, progress, chosen, data, first)
+        return _validate_file(opened(file), limit, seed, progress, chosen, data, first)
 
 
 def _validate_source(
@@ -121,28 +122,25 @@ def _validate_source(
     data: Any = None,
 ) -> Validation:
     """An ONNX file, or a float one with its encodings."""
-    model = onnx_qdq.load(source)
-    quantized = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
+    given = opened(source)
+    quantized = any(node.op_type == "QuantizeLinear" for node in given.model.graph.node)
     if quantized == (encodings is not None):
         raise FileFormatError(
             f"{source}: has QuantizeLinear nodes already; give a float model with --encodings"
             if quantized
             else f"{source}: has no QuantizeLinear; give its --encodings, or the folder of a run"
         )
-    if encodings is not None:
-        table = aimet_encodings.load(encodings, aimet_encodings.channel_axes(model))
-        model = onnx_qdq.to_qdq(aimet_encodings.apply(model, table))
+    if encodings is None:
+        return _validate_file(given, max_batches, seed, progress, chosen, data)
+    table = aimet_encodings.load(encodings, aimet_encodings.channel_axes(given.model))
     with scratch() as folder:
-        file = source
-        if encodings is not None:
-            file = folder / run_folder.QDQ
-            onnx_qdq.save(model, file)
-        return _validate_file(file, model, max_batches, seed, progress, chosen, data)
+        file = folder / run_folder.QDQ
+        onnx_qdq.save(onnx_qdq.to_qdq(aimet_encodings.apply(given.model, table)), file)
+        return _validate_file(opened(file), max_batches, seed, progress, chosen, data)
 
 
 def _validate_file(
-    file: Path,
-    model: ModelProto,
+    file: QdqFile,
     max_batches: int | None,
     seed: int,
     progress: Progress,
@@ -151,19 +149,21 @@ def _validate_file(
     first: Sequence[Executor] = (),
 ) -> Validation:
     """first: what is compared with beside the file's own executors, in front of them."""
-    artifact = onnx_qdq.from_qdq(model)
-    certificate = certify(artifact)
-    batches = _batches(model, max_batches, seed) if data is None else _own_batches(data, model, max_batches)
+    assert file.path is not None
+    certificate = certify(file.network)
+    batches = _batches(file, max_batches, seed) if data is None else _own_batches(data, file.model, max_batches)
     left_out: dict[str, str] = {}
     named = ("engine", *(name for name in chosen if name != "engine")) if chosen else ()
-    reference, *others = (*first, *executors(file, None, left_out, targets.of(model), named))
-    found = compare(reference, others, progress.track(batches, "comparing", len(batches)), artifact, proof=certificate)
-    return Validation(tuple(found), ort.inspect(model), certificate, left_out)
+    reference, *others = (*first, *executors(file.path, None, left_out, targets.of(file.model), named))
+    found = compare(
+        reference, others, progress.track(batches, "comparing", len(batches)), file.network, proof=certificate
+    )
+    return Validation(tuple(found), ort.inspect(file), certificate, left_out)
 
 
-def _batches(model: ModelProto, limit: int | None, seed: int) -> list[list[NDArray[Any]]]:
+def _batches(file: QdqFile, limit: int | None, seed: int) -> list[list[NDArray[Any]]]:
     """Random inputs."""
-    return list(ort.random_batches(model, limit * ort.BATCH if limit else RANDOM_SAMPLES, seed))
+    return list(ort.random_batches(file, limit * ort.BATCH if limit else RANDOM_SAMPLES, seed))
 
 
 def _own_batches(data: Any, model: ModelProto, limit: int | None) -> list[list[NDArray[Any]]]:
@@ -212,5 +212,5 @@ def _validate_run(
             others.append(simulation_executor(other, backend, job.device))
     agreements = compared(job, sim, artifact, certificate, others, limit or config.ptq.max_eval_batches)
     with naming(folder / run_folder.QDQ):
-        free_scales = ort.inspect(onnx_qdq.load(folder / run_folder.QDQ))
+        free_scales = ort.inspect(folder / run_folder.QDQ)
     return Validation(tuple(agreements), free_scales, certificate, left_out)

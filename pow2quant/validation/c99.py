@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pow2quant.adapters import onnx_qdq
 from pow2quant.errors import DataError, MissingExtraError, UnsupportedModelError
 from pow2quant.integer.emit_c import code
-from pow2quant.integer.lower import lower
 from pow2quant.integer.run import dequantize, quantize
 from pow2quant.saving import scratch
 from pow2quant.validation.agreement import Executor
+from pow2quant.validation.files import opened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,12 +52,12 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
     """
     if reason := unavailable():
         raise MissingExtraError(reason)
-    network = onnx_qdq.from_qdq(onnx_qdq.load(model))
-    program = lower(network)
+    file = opened(model)
+    program = file.program
     weights = sum(getattr(step, "weight", np.empty(0)).size for step in program.steps)
     if weights > LARGEST:
         raise UnsupportedModelError(f"{weights:,} weights: as C, more than {LARGEST:,} take a compiler gigabytes")
-    return [replace(executor(program), network=lambda: network)]
+    return [replace(executor(program), network=lambda: file.network)]
 
 
 def executor(program: Program, name: str = NAME, flags: Sequence[str] = FLAGS) -> Executor:

@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pow2quant.adapters import onnx_qdq
 from pow2quant.integer import run as engine
-from pow2quant.integer.lower import lower
 from pow2quant.validation.agreement import Executor
+from pow2quant.validation.files import opened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,8 +25,8 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
 
     Raises UnsupportedModelError or NotPowerOfTwoError, naming the tensor or node, where the network has no integers.
     """
-    network = onnx_qdq.from_qdq(onnx_qdq.load(model))
-    return [replace(executor(lower(network)), network=lambda: network)]
+    file = opened(model)
+    return [replace(executor(file.program), network=lambda: file.network)]
 
 
 def executor(program: Program, name: str = NAME) -> Executor:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pow2quant.adapters import onnx_qdq
 from pow2quant.errors import MissingExtraError
-from pow2quant.integer.lower import lower
 from pow2quant.integer.run import dequantize, quantize
 from pow2quant.integer.tflite.file import to_tflite
 from pow2quant.integer.tflite.graph import from_int8, to_int8
 from pow2quant.validation.agreement import Executor
+from pow2quant.validation.files import opened
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,8 +47,8 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
 
 def of_file(model: Path, name: str, start: Callable[[bytes], Run]) -> Executor:
     """A QDQ file as TFLite in a runtime. start: a TFLite file -> what runs it, one sample at a time."""
-    network = onnx_qdq.from_qdq(onnx_qdq.load(model))
-    return replace(executor(lower(network), name, start), network=lambda: network)
+    file = opened(model)
+    return replace(executor(file.program, name, start), network=lambda: file.network)
 
 
 def executor(program: Program, name: str, start: Callable[[bytes], Run]) -> Executor:

@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from pow2quant.adapters import onnx_qdq
 from pow2quant.validation.agreement import Executor
+from pow2quant.validation.files import opened
 from pow2quant.validation.ort import codes_of
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class File:
     """A QDQ file in a runtime: as it is, and with the codes of every tensor as outputs. Fields: see `executor`."""
 
     def __init__(self, model: Path, start: Callable[[onnx.ModelProto], Run], batch: int | None, on_grid: bool) -> None:
-        self.path, self.start, self.batch, self.on_grid = model, start, batch, on_grid
+        self.file, self.start, self.batch, self.on_grid = opened(model), start, batch, on_grid
 
     def run(self, batch: Arrays) -> list[NDArray[np.float32]]:
         """Graph inputs -> graph outputs."""
@@ -68,14 +68,14 @@ class File:
         parts = [run([np.ascontiguousarray(x[i : i + size], np.float32) for x in batch]) for i in starts]
         return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
-    @cached_property
+    @property
     def network(self) -> Artifact:
         """What the file holds."""
-        return onnx_qdq.from_qdq(self._model)
+        return self.file.network
 
-    @cached_property
+    @property
     def _model(self) -> onnx.ModelProto:
-        return onnx_qdq.load(self.path)
+        return self.file.model
 
     @cached_property
     def _plain(self) -> Run:

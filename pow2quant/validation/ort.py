@@ -18,6 +18,7 @@ from pow2quant.adapters.onnx_qdq.integer_ends import INTEGERS
 from pow2quant.errors import DataError, FileFormatError
 from pow2quant.graphs import GraphIndex
 from pow2quant.validation.agreement import Executor, lacks_vnni
+from pow2quant.validation.files import QdqFile, opened
 from pow2quant.validation.optimizers import culprits
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from pow2quant.pow2_constraints import Encoding
     from pow2quant.validation.agreement import Arrays
 
-Source = Path | bytes | onnx.ModelProto | Callable[[], onnx.ModelProto]
-"""Where a QDQ model comes from; a callable is asked when the first batch runs."""
+Source = Path | bytes | onnx.ModelProto | QdqFile
+"""Where a QDQ model comes from."""
 
 DTYPES: dict[str, Any] = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}
 """What a graph input is converted to, by onnxruntime's name of its type; others are fed as they come."""
@@ -66,14 +67,14 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
     """
     found = [plain(model), optimized(model)]
     if pair is not None:
-        rebuilt, origin = partial(_rebuilt, *pair), f"from {pair[0].name} + {pair[1].name}"
+        rebuilt, origin = QdqFile(partial(_rebuilt, *pair)), f"from {pair[0].name} + {pair[1].name}"
         found += [make(rebuilt, f"{e.name}, {origin}") for make, e in zip((plain, optimized), found, strict=True)]
     return found
 
 
 def inspect(source: Source) -> list[tuple[str, float]]:
     """The tensors whose scale in a QDQ file is no power of two, each with the first such scale."""
-    table = onnx_qdq.from_qdq(_load(source)).encodings
+    table = _file(source).network.encodings
     free = ((name, np.atleast_1d(encoding.scale)) for name, encoding in table.items() if not encoding.is_power_of_two)
     return [(name, float(scale[np.frexp(scale)[0] != 0.5][0])) for name, scale in free]
 
@@ -89,7 +90,7 @@ def random_batches(source: Source, count: int, seed: int = 0) -> Iterator[list[N
     Indices lie in the table that is read by them.
     Raises DataError when an input is neither float32 nor an index, or has a free dimension besides the first.
     """
-    network = onnx_qdq.from_qdq(_load(source))
+    network = _file(source).network
     graph, table = network.model.graph, network.encodings
     index = GraphIndex(graph)
     rows = {value.name: _indexed_rows(index, value.name) for value in _inputs(graph)}
@@ -134,15 +135,19 @@ def _rebuilt(model: Path, encodings: Path) -> onnx.ModelProto:
     return onnx_qdq.to_qdq(aimet_encodings.apply(network, table))
 
 
-def _load(source: Source) -> onnx.ModelProto:
+def _file(source: Source) -> QdqFile:
     if isinstance(source, Path):
-        return onnx_qdq.load(source)
+        return opened(source)
     if isinstance(source, bytes):
-        try:
-            return onnx.load_from_string(source)
-        except Exception as error:  # protobuf's DecodeError has no stable place
-            raise FileFormatError(f"not a valid ONNX model: {_first_line(error)}") from error
-    return source if isinstance(source, onnx.ModelProto) else source()
+        return QdqFile(partial(_parsed, source))
+    return QdqFile(lambda: source) if isinstance(source, onnx.ModelProto) else source
+
+
+def _parsed(content: bytes) -> onnx.ModelProto:
+    try:
+        return onnx.load_from_string(content)
+    except Exception as error:  # protobuf's DecodeError has no stable place
+        raise FileFormatError(f"not a valid ONNX model: {_first_line(error)}") from error
 
 
 def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
@@ -161,8 +166,9 @@ def _input_shape(value: onnx.ValueInfoProto, rows: int) -> tuple[Any, ...]:
 
 
 def _executor(source: Source, name: str, *, optimized: bool) -> Executor:
-    runtime = _Runtime(source, name, optimized)
-    unfused = _executor(source, PLAIN, optimized=False) if optimized else None
+    file = _file(source)
+    runtime = _Runtime(file, name, optimized)
+    unfused = _executor(file, PLAIN, optimized=False) if optimized else None
     return Executor(
         name,
         runtime.run,
@@ -176,8 +182,8 @@ def _executor(source: Source, name: str, *, optimized: bool) -> Executor:
 class _Runtime:
     """The sessions of one model, made when they are first needed."""
 
-    def __init__(self, source: Source, name: str, optimized: bool) -> None:
-        self.source, self.name, self.optimized = source, name, optimized
+    def __init__(self, file: QdqFile, name: str, optimized: bool) -> None:
+        self.file, self.name, self.optimized = file, name, optimized
 
     def run(self, batch: Arrays) -> list[NDArray[np.float32]]:
         """Graph inputs -> graph outputs."""
@@ -194,7 +200,7 @@ class _Runtime:
 
     def network(self) -> Artifact:
         """What the file holds."""
-        return self._network
+        return self.file.network
 
     def optimizers(self, batch: Arrays, expected: Arrays) -> list[str]:
         """The optimizers without which the file gives the expected outputs."""
@@ -208,27 +214,19 @@ class _Runtime:
     def _real(self, outputs: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
         """Outputs as real values: codes dequantized."""
         kinds = self._session.get_outputs()
-        table = self._network.encodings if any(o.type in CODES for o in kinds) else {}
+        table = self.file.network.encodings if any(o.type in CODES for o in kinds) else {}
         return [
             table[o.name].dequantize(x) if _holds_codes(o, table) else np.asarray(x, np.float32)
             for o, x in zip(kinds, outputs, strict=True)
         ]
 
     @cached_property
-    def _network(self) -> Artifact:
-        return onnx_qdq.from_qdq(_load(self._model))
-
-    @cached_property
-    def _model(self) -> Path | onnx.ModelProto:
-        return self.source if isinstance(self.source, Path) else _load(self.source)
-
-    @cached_property
     def _session(self) -> Any:
         return self._opened()
 
     def _opened(self, disabled: Sequence[str] = ()) -> Any:
-        model = str(self._model) if isinstance(self._model, Path) else self._model.SerializeToString()
-        return self._open(model, disabled)
+        path = self.file.path
+        return self._open(self.file.model.SerializeToString() if path is None else str(path), disabled)
 
     @cached_property
     def _exposed(self) -> tuple[Any, dict[str, str], Table]:
@@ -237,8 +235,8 @@ class _Runtime:
         The codes become graph outputs, the floats around them do not: so the optimizer fuses DQ -> node -> Q as before.
         """
         model = onnx.ModelProto()
-        model.CopyFrom(_load(self._model))
-        table = self._network.encodings
+        model.CopyFrom(self.file.model)
+        table = self.file.network.encodings
         names = codes_of(model.graph, table)
         given = {value.name for value in model.graph.output}
         model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in given)
@@ -260,7 +258,7 @@ class _Runtime:
         feed = {i.name: self._fed(i, x) for i, x in zip(inputs, batch, strict=True)}
         fixed = {i.shape[0] for i in inputs if i.shape and isinstance(i.shape[0], int)}
         try:
-            if len(fixed) == 1 and fixed != {len(batch[0])} and fixed_batch(self._network.model) is None:
+            if len(fixed) == 1 and fixed != {len(batch[0])} and fixed_batch(self.file.network.model) is None:
                 return _in_batches(partial(session.run, outputs), feed, *fixed)
             return list(session.run(outputs, feed))
         except Exception as error:
@@ -268,13 +266,13 @@ class _Runtime:
 
     def _fed(self, value: Any, x: NDArray[Any]) -> NDArray[Any]:
         """What a graph input is given for real values."""
-        if value.type in CODES and _holds_codes(value, self._network.encodings):
-            return self._network.encodings[value.name].quantize(x).astype(CODES[value.type])
+        if value.type in CODES and _holds_codes(value, self.file.network.encodings):
+            return self.file.network.encodings[value.name].quantize(x).astype(CODES[value.type])
         return np.ascontiguousarray(x, DTYPES.get(value.type))
 
     @property
     def _where(self) -> str:
-        return str(self.source) if isinstance(self.source, Path) else self.name
+        return self.name if self.file.path is None else str(self.file.path)
 
 
 def options(*, optimized: bool) -> onnxruntime.SessionOptions:
