@@ -85,7 +85,7 @@ def _child(case: Case, folder: Path, place: Path) -> None:
     """Never returns."""
     status = 99
     try:
-        os.setsid()
+        os.setpgid(0, 0)  # not a session: some schedulers share the processors by session
         os.chdir(folder)
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)

@@ -163,7 +163,7 @@ def _started(folder: Path, arguments: list[str]) -> int:
         return process
     status = 99
     try:
-        os.setsid()
+        os.setpgid(0, 0)  # not a session: some schedulers share the processors by session
         os.chdir(folder)
         os.environ["TMPDIR"] = str(folder.parent)
         tempfile.tempdir = None
