@@ -163,6 +163,18 @@ def test_it_returns_what_the_users_network_returns():
     assert found["z"][0].shape == found["y"].shape
 
 
+def test_a_network_in_half_precision_is_simulated_in_float32():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()).to(torch.bfloat16).eval()
+    sim = QuantizationSimModel(nn.DataParallel(model), DUMMY.bfloat16())
+    sim.compute_encodings(lambda model: model(images().bfloat16()))
+    with torch.no_grad():
+        found = sim.model(images().bfloat16())
+        assert found.dtype is torch.float32
+        assert torch.equal(found, sim.model(images().bfloat16().float()))
+        assert torch.equal(found, sim.model(input=images().bfloat16()))
+    assert isinstance(sim.model, nn.Sequential)
+
+
 def test_the_report_names_every_quantizer(sim):
     lines = str(sim).splitlines()
     assert lines[0] == f"Quantized model: {len(sim.sites)} quantizers"

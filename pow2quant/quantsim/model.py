@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from pow2quant.adapters import aimet_config, aimet_encodings
 from pow2quant.adapters.aimet_members import MEMBERS
 from pow2quant.artifact import Artifact, Site
@@ -17,6 +20,7 @@ from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.config import QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError, NotCalibratedError
+from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.prepare import prepare
 from pow2quant.frontends.returned import like
 from pow2quant.quantsim import attributes, export, loading
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     import os
 
     from onnx import ModelProto
-    from torch import Tensor, nn
+    from torch import nn
 
 PLACEMENTS = ("pow2quant", "aimet")
 """Where quantizers may stand: ours, one per tensor, or AIMET's."""
@@ -98,8 +102,8 @@ class QuantizationSimModel(Members, ABC):
         self.frozen: frozenset[str] = frozenset()
         self.simulation: Simulation = simulation_of(network, example, self._plan, backend)
         self.simulation.model.to(device)
-        self._model = like(self.simulation.model, model)
-        self._model.register_forward_pre_hook(_refuse_without_encodings)
+        self._model = like(self.simulation.model, unwrapped(model))
+        self._model.register_forward_pre_hook(_checked, with_kwargs=True)
         self._show()
 
     def __getattr__(self, name: str) -> Any:
@@ -365,11 +369,15 @@ for _name in (
     setattr(_OnAimet, _name, _theirs(_name))
 
 
-def _refuse_without_encodings(model: nn.Module, _args: Any) -> None:
-    """As AIMET does. Raises NotCalibratedError, unless the model is being observed or has nothing to quantize."""
+def _checked(model: nn.Module, args: Any, kwargs: Any) -> Any:
+    """The arguments in float32, which the simulation computes in, whatever the user's network did.
+
+    Raises NotCalibratedError, as AIMET does, unless the model is being observed or has nothing to quantize.
+    """
     quantizers = [m for m in model.modules() if hasattr(m, "tap") and hasattr(m, "encoding")]
     if quantizers and not any(q.encoding is not None or q.tap is not None for q in quantizers):
         raise NotCalibratedError("the model has no encodings yet: call sim.compute_encodings or sim.load_encodings")
+    return pytree.tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs))
 
 
 @contextmanager
