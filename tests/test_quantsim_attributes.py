@@ -9,6 +9,8 @@ from torch import nn
 
 from pow2quant import QuantizationSimModel
 from pow2quant.errors import ConfigError
+from pow2quant.integer.certificate import certify
+from pow2quant.quantsim import check_accumulator_overflow
 from tests.aimet_flows.digits import accuracy, images, trained
 
 DUMMY = torch.zeros(1, 1, 8, 8)
@@ -180,6 +182,16 @@ def test_the_report_names_every_quantizer(sim):
     assert lines[0] == f"Quantized model: {len(sim.sites)} quantizers"
     assert [line.split()[0] for line in lines[1:]] == [s.name for s in sim.sites]
     assert lines[1].split()[1:] == ["8", "bits", "scale", "2^-7"]
+
+
+def test_accumulators_are_bounded_as_the_certificate_says(sim):
+    certified = {layer.node: layer.accumulator_max for layer in certify(sim.artifact(DUMMY)).layers}
+    for bits in (16, 32):
+        layer, share = check_accumulator_overflow(sim.model, 8, bits)
+        assert certified[layer] <= share * 2 ** (bits - 1) <= 2 * certified[layer]
+        assert (share > 1) == (bits == 16)
+    with pytest.raises(ConfigError, match="give the calibrated"):
+        check_accumulator_overflow(nn.Linear(1, 1))
 
 
 def test_a_quantized_network_is_refused(sim):

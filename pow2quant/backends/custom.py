@@ -80,6 +80,16 @@ class QuantizedLayer(nn.Module):
         self._known = None if results else (seen, wide)
         return wide
 
+    def largest_sum(self) -> float | None:
+        """No accumulator is beyond it, in units of s_in * s_w; None without the encodings of input and weight."""
+        source, own = self.source, self.weight_quantizer
+        if source is None or source.encoding is None or own is None or own.encoding is None:
+            return None
+        with torch.no_grad():
+            bias: Any = self.bias
+            bias = bias if bias is None or self.bias_quantizer is None else self.bias_quantizer(bias)
+            return _largest_sum(self.layer, own(self.weight), bias, source.encoding, own.encoding)
+
     def extra_repr(self) -> str:
         return repr(self.layer)
 

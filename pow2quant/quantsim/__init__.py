@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pow2quant.quantsim.checks import check_accumulator_overflow as check_accumulator_overflow
 from pow2quant.quantsim.model import QuantizationSimModel as QuantizationSimModel
 from pow2quant.quantsim.schemes import QuantScheme as QuantScheme
 
