@@ -39,10 +39,11 @@ from pow2quant.datasets import cifar10
 class Scene:
     """What a flow works with.
 
-    network: trained, prepared by AIMET's model preparer. train: images and labels. test: the images that are judged.
+    network: trained. prepared: the same, by AIMET's model preparer. train: images and labels. test: what is judged.
     """
 
     network: nn.Module
+    prepared: nn.Module
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     folder: Path
@@ -54,7 +55,7 @@ class Scene:
     def model(self, folded: bool = True) -> nn.Module:
         from aimet_torch.batch_norm_fold import fold_all_batch_norms
 
-        model = copy.deepcopy(self.network).eval()
+        model = copy.deepcopy(self.prepared).eval()
         if folded:
             fold_all_batch_norms(model, None, self.dummy)
         return model
@@ -93,7 +94,7 @@ def equalization(s: Scene, t: Tools) -> float:
 
 
 def adaround(s: Scene, t: Tools) -> float:
-    parameters = t["AdaroundParameters"](DataLoader(s.train[0][:256], 64), 4, default_num_iterations=100)
+    parameters = t["AdaroundParameters"](DataLoader(s.train[0][:256], 64), 4, default_num_iterations=40)
     model = t["Adaround"].apply_adaround(
         s.model(), s.dummy, parameters, path=str(s.folder), filename_prefix="adaround", default_param_bw=4
     )
@@ -123,7 +124,10 @@ def _train(s: Scene, model: nn.Module, steps: int) -> None:
 
 
 def training(s: Scene, t: Tools) -> float:
-    sim = t["QuantizationSimModel"](s.model(), s.dummy, quant_scheme="training_range_learning_with_tf_init")
+    from aimet_torch.common.defs import QuantScheme
+
+    scheme = QuantScheme.training_range_learning_with_tf_init
+    sim = t["QuantizationSimModel"](s.model(), s.dummy, quant_scheme=scheme)
     sim.compute_encodings(s.calibrate)
     _train(s, sim.model, 8)
     return s.accuracy(sim.model)
@@ -133,7 +137,7 @@ def batch_norm(s: Scene, t: Tools) -> float:
     from aimet_torch.batch_norm_fold import fold_all_batch_norms_to_scale
     from aimet_torch.bn_reestimation import reestimate_bn_stats
 
-    sim = t["QuantizationSimModel"](s.model(folded=False), s.dummy, config_file="default")
+    sim = t["QuantizationSimModel"](copy.deepcopy(s.network), s.dummy, config_file="default")
     sim.compute_encodings(s.calibrate)
     _train(s, sim.model, 4)
     reestimate_bn_stats(sim.model, DataLoader(s.train[0][:256], 64), 4, lambda model, x: model(x))
@@ -248,7 +252,7 @@ def main() -> None:
     images = train.__getitems__(list(range(512))), test.__getitems__(list(range(options.images)))
     network = models.build(options.network, weights=Path(options.weights)).eval()
     with tempfile.TemporaryDirectory() as folder:
-        scene = Scene(prepare_model(network), *images, Path(folder))
+        scene = Scene(network, prepare_model(network), *images, Path(folder))
         print(f"ResNet, first {options.images:,} test images, float {scene.accuracy(network):.2f} %\n")
         print("| flow | AIMET | ours, aimet | ours, custom |\n|---|---|---|---|")
         for name in options.flows:

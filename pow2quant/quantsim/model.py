@@ -109,7 +109,8 @@ class QuantizationSimModel(Members, ABC):
     def __getattr__(self, name: str) -> Any:
         if name in MEMBERS:
             raise AttributeError(f"{name}: {MEMBERS[name].custom}")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        missing = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(f'{missing}; AIMET\'s functions need backend="aimet"')
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
