@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,20 @@ def open_dataclasses(value: Any) -> bool:
     for kind in kinds:
         register_dataclass(kind)
     return bool(kinds)
+
+
+def regrown(before: Sequence[int], after: Sequence[int], shape: Sequence[int]) -> list[int]:
+    """What a reshape of `before` to `after` gives for another batch: `shape` differs from `before` in one dimension.
+
+    The result's dimension that grows is the one behind as many values. Raises ValueError where there is none.
+    """
+    grown = next(i for i, (a, b) in enumerate(zip(before, shape, strict=True)) if a != b)
+    values, result = math.prod(before[:grown]), list(after)
+    for i in range(len(after)):
+        if math.prod(after[:i]) == values and after[i] * shape[grown] % before[grown] == 0:
+            result[i] = after[i] * shape[grown] // before[grown]
+            return result
+    raise ValueError(f"{tuple(before)} becomes {tuple(after)}, which mixes the batch with other dimensions")
 
 
 def call_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

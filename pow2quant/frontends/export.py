@@ -83,11 +83,8 @@ def capture(model: nn.Module, batches: tuple[Any, Any]) -> tuple[ExportedProgram
     operations depend on data or on the batch size.
     """
     programs = [_export(model, batch) for batch in batches]
-    if any(_writes_into_views(p.graph) for p in programs):
-        with _quiet():
-            programs = [p.run_decompositions({}) for p in programs]
-    for program in programs:
-        program.graph.eliminate_dead_code()
+    written = any(_writes_into_views(p.graph) for p in programs)
+    programs = [_cleaned(p, written) for p in programs]
     first, second = programs
     names = [[str(n.target) for n in p.graph.nodes if n.op == "call_function"] for p in programs]
     if names[0] != names[1]:
@@ -96,6 +93,21 @@ def capture(model: nn.Module, batches: tuple[Any, Any]) -> tuple[ExportedProgram
             f"{len(names[1])} for {SIZES[1]}): it loops over the batch, or branches on it; write it for any batch size"
         )
     return first, second
+
+
+def captured(model: nn.Module, batch: Any) -> ExportedProgram:
+    """The network's operations for one batch. Raises as `capture` does."""
+    program = _export(model, batch)
+    return _cleaned(program, _writes_into_views(program.graph))
+
+
+def _cleaned(program: ExportedProgram, written: bool) -> ExportedProgram:
+    """Without operations that nothing reads. written: whether views are overwritten; then no operation does it."""
+    if written:
+        with _quiet():
+            program = program.run_decompositions({})
+    program.graph.eliminate_dead_code()
+    return program
 
 
 def _export(model: nn.Module, batch: Any) -> ExportedProgram:

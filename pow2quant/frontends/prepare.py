@@ -9,11 +9,13 @@ parameters stay shared. Dropout, identities and whatever else does nothing go (`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -23,11 +25,12 @@ from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.builder import Builder
 from pow2quant.frontends.checks import HALVES, Lockstep, close
 from pow2quant.frontends.containers import restore_containers
-from pow2quant.frontends.export import SIZES, capture, first_line, unwrapped
+from pow2quant.frontends.export import SIZES, capture, captured, first_line, unwrapped
+from pow2quant.frontends.fixed import in_parts, opened
 from pow2quant.frontends.idle import drop_idle
 from pow2quant.frontends.returned import RETURNED
 
-PREPARED, UNROLLED = "pow2quant_prepared", "pow2quant_unrolled"
+PREPARED, UNROLLED, FIXED = "pow2quant_prepared", "pow2quant_unrolled", "pow2quant_fixed"
 
 
 def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
@@ -44,14 +47,13 @@ def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
         raise ModelError(f"a {type(model).__name__} is no network; it must be a torch.nn.Module")
     _check_finite(model)
     model = unwrapped(model)
-    batches = tuple(_of_size(example, n) for n in SIZES)
-    programs = capture(model, (batches[0], batches[1]))
+    programs, batches, size = _captured(model, example)
     builder = Builder(model, programs, ROWS)
     network = builder.build()
-    _check_same(builder, network, model, batches)
+    _check_same(builder, network, model, batches, size)
     drop_idle(network)
     restore_containers(network, model)
-    network.meta |= {PREPARED: True, RETURNED: builder.returned, UNROLLED: builder.unrolled}
+    network.meta |= {PREPARED: True, RETURNED: builder.returned, UNROLLED: builder.unrolled, FIXED: size}
     return network
 
 
@@ -61,12 +63,38 @@ def unrolled(network: nn.Module) -> dict[str, int]:
     return found
 
 
+def fixed_batch(network: nn.Module) -> int | None:
+    """How many samples the user's network takes at a time, if no other number; the prepared network takes any."""
+    found: int | None = getattr(network, "meta", {}).get(FIXED)
+    return found
+
+
 def is_prepared(network: nn.Module) -> bool:
     """Whether `prepare` made it."""
     return isinstance(network, fx.GraphModule) and PREPARED in network.meta
 
 
-def _check_same(builder: Builder, network: fx.GraphModule, model: nn.Module, batches: tuple[Any, ...]) -> None:
+def _captured(
+    model: nn.Module, example: Any
+) -> tuple[tuple[ExportedProgram, ExportedProgram], tuple[Any, Any], int | None]:
+    """The network captured for two batches, these batches, and the batch size that its code holds, if it does."""
+    batches = _of_size(example, SIZES[0]), _of_size(example, SIZES[1])
+    try:
+        return capture(model, batches), batches, None
+    except UnsupportedModelError:
+        raise
+    except ModelError:
+        for size in (1, max((len(x) for x in inputs(example) if x.ndim), default=1)):
+            batches = _of_size(example, size), _of_size(example, 2 * size)
+            with suppress(Exception):  # the first error says it
+                first = captured(model, batches[0])
+                return (first, opened(first, inputs(batches[1]))), batches, size
+        raise
+
+
+def _check_same(
+    builder: Builder, network: fx.GraphModule, model: nn.Module, batches: tuple[Any, Any], fixed: int | None
+) -> None:
     """The claim of this file, checked on random data: the prepared network computes what the user's does.
 
     Each operation is compared on the captured network's own values, the whole network on one sample; on the way every
@@ -76,15 +104,15 @@ def _check_same(builder: Builder, network: fx.GraphModule, model: nn.Module, bat
     half = any(n.meta["val"].dtype in HALVES for n in builder.results if isinstance(n.meta.get("val"), Tensor))
     grown, rounded = (3e-2, 3e-2) if half else (1e-2, 1e-3)  # 16 bits lose more than that
     lockstep, whole = Lockstep(builder, network), Shapes(network)
-    one = pytree.tree_map(_first, batches[0])
+    one = batches[1] if fixed else pytree.tree_map(_first, batches[0])
     with torch.no_grad():
         lockstep.run(inputs(batches[0]))
         results = whole.results(inputs(one))
-        same = _agree(results, _returned(model, one), builder.outputs, grown)
+        same = _agree(results, _returned(model, one, fixed), builder.outputs, grown)
         if not same:
             captured = Lockstep(builder, network, which=1).run(inputs(batches[1]))
             same = _agree(
-                [captured[i] for i in builder.outputs], _returned(model, batches[1]), builder.outputs, rounded
+                [captured[i] for i in builder.outputs], _returned(model, batches[1], fixed), builder.outputs, rounded
             )
     if not same:
         raise UnsupportedModelError(
@@ -99,11 +127,15 @@ def _check_same(builder: Builder, network: fx.GraphModule, model: nn.Module, bat
             node.meta["dtype"] = several[1]
 
 
-def _returned(model: nn.Module, batch: Any) -> tuple[Tensor, ...]:
+def _returned(model: nn.Module, batch: Any, size: int | None) -> tuple[Tensor, ...]:
     """The tensors that the user's network returns for a batch, which stays as it is; none where it fails."""
-    args, kwargs = call_arguments(model, pytree.tree_map(_cloned, batch))
-    try:
+
+    def call(part: Any) -> tuple[Tensor, ...]:
+        args, kwargs = call_arguments(model, pytree.tree_map(_cloned, part))
         return inputs(model(*args, **kwargs))
+
+    try:
+        return in_parts(call, batch, size) if size else call(batch)
     except Exception:  # it ran on other batches: this one is a case of its own
         return ()
 

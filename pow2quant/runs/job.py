@@ -22,7 +22,8 @@ from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.errors import ConfigError, DataError
 from pow2quant.frontends.batches import inputs
 from pow2quant.frontends.export import unwrapped
-from pow2quant.frontends.prepare import prepare, unrolled
+from pow2quant.frontends.fixed import InParts
+from pow2quant.frontends.prepare import fixed_batch, prepare, unrolled
 from pow2quant.methods.auto import Trial
 from pow2quant.plugins import resolve
 from pow2quant.reading import Batches, Checked, Signature
@@ -129,6 +130,11 @@ class Job:
         flat = inputs(called)
         example = flat[0] if len(flat) == 1 else flat
         own = model if isinstance(called, Tensor) else Flat(model, called)
+        if size := fixed_batch(network):
+            progress.note(
+                f"the network takes batches of {size} only: it is called part by part; quantized it takes any"
+            )
+            own = InParts(own, size)
         if pixels is not None:
             own = Normalizing(own, pixels)
         return cls(config, data, own, network, example, task, progress, device or torch.device("cpu"), given)

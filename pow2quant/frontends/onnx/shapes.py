@@ -11,6 +11,7 @@ from onnx import helper
 from torch import Tensor
 from torch.nn import functional as F
 
+from pow2quant.frontends.batches import regrown
 from pow2quant.frontends.onnx.file import attribute
 from pow2quant.frontends.onnx.step import Row, Step, tensor
 
@@ -20,26 +21,14 @@ def _reshape(s: Step, x: Tensor, shape: Any = None) -> Tensor:
     if not s.attribute("allowzero", 0):
         wanted = [x.shape[i] if d == 0 else d for i, d in enumerate(wanted)]
     if s.fixed is not None and s.fixed[0] != tuple(x.shape):
-        return x.reshape(_with_batch(s.fixed, list(x.shape)))
+        return x.reshape(regrown(*s.fixed, x.shape))
     return x.reshape(wanted)
-
-
-def _with_batch(fixed: tuple[tuple[int, ...], tuple[int, ...]], shape: list[int]) -> list[int]:
-    """The result's shape for another batch: the one dimension that grew is found behind as many values as before."""
-    before, after = fixed
-    grown = next(i for i, (a, b) in enumerate(zip(before, shape, strict=True)) if a != b)
-    values, result = math.prod(before[:grown]), list(after)
-    for i in range(len(after)):
-        if math.prod(after[:i]) == values and after[i] * shape[grown] % before[grown] == 0:
-            result[i] = after[i] * shape[grown] // before[grown]
-            return result
-    raise ValueError(f"{before} becomes {after}, which mixes the batch with other dimensions")
 
 
 def _flatten(s: Step, x: Tensor) -> Tensor:
     axis = s.attribute("axis", 1)
     if s.fixed is not None and s.fixed[0] != tuple(x.shape):
-        return x.reshape(_with_batch(s.fixed, list(x.shape)))
+        return x.reshape(regrown(*s.fixed, x.shape))
     axis += x.ndim if axis < 0 else 0
     return x.flatten(1) if axis == 1 else x.reshape(math.prod(x.shape[:axis]), -1)
 
