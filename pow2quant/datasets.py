@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from pow2quant.config import DataConfig, from_file, is_in_file, users_code
 from pow2quant.errors import ConfigError, DataError
-from pow2quant.image_files import ImageFiles, classes_in, sizes
+from pow2quant.image_files import ImageFiles, UnlabelledFiles, classes_in, sizes
 from pow2quant.plugins import names, resolve
 from pow2quant.reading import check_labels, last_line
 from pow2quant.resizing import described, enlarging, sized
@@ -201,11 +201,13 @@ def cifar10(config: DataConfig) -> tuple[Images, Images, Images]:
 def imagefolder(config: DataConfig) -> tuple[Dataset[Any], Dataset[Any], Dataset[Any]]:
     """Image files in `path/{train, test or val}/CLASS/`, or in `path/CLASS/`: then every fifth file is for test.
 
+    Images that lie in `path` itself have no labels; all of them are for calibration and for test.
+
     The shorter side becomes `resize`, the central square of side `crop` is used; training crops at random places.
     """
     from torchvision import transforms as t
 
-    layout = "train/CLASS/*.jpg and test/ or val/ with the same classes, or CLASS/*.jpg without a split"
+    layout = "train/CLASS/*.jpg and test/ or val/ with the same classes, CLASS/*.jpg, or *.jpg without labels"
     path = _path(config, layout)
     mean, std = _normalization(config, 3)
     last = [_tensor, t.Normalize(mean.flatten().tolist(), std.flatten().tolist())]
@@ -224,6 +226,8 @@ def imagefolder(config: DataConfig) -> tuple[Dataset[Any], Dataset[Any], Dataset
         return calibration, train, test
     if (path / "train").is_dir() or tests:
         raise DataError(f"{path}: {'test/ or val/' if not tests else 'train/'} is missing; expected {layout}")
+    if not classes_in(path) and path.is_dir() and len(images := UnlabelledFiles(path, t.Compose(plain))):
+        return images, UnlabelledFiles(path, t.Compose(varied)), images
     images = folder(path, plain)
     kept, held_out = _split(images.targets)
     return Subset(images, kept), Subset(folder(path, varied), kept), Subset(images, held_out)
@@ -262,7 +266,10 @@ def _jittered(pixels: Tensor, margin: int = 4) -> Tensor:
 
 
 def _arrays(path: Path) -> Any:
-    """The arrays of a file: X of .npy; of .npz `train_x` and `test_x` (with `train_y`, `test_y`), or any columns."""
+    """The arrays of a file: X of .npy; of .npz `train_x` and `test_x` (with `train_y`, `test_y`), or any columns.
+
+    Either part of such a name may stand first, as in `x_train`.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
@@ -273,6 +280,8 @@ def _arrays(path: Path) -> Any:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # numpy and zipfile raise whatever they like about a damaged file
         raise DataError(f"{path}: not a file of arrays ({last_line(error)})") from None
+    parts = [f"{part}_{kind}" for part in ("train", "test") for kind in "xy"]
+    arrays = {next((n for n in parts if {*n.split("_")} == {*name.split("_")}), name): a for name, a in arrays.items()}
     if not {"train_x", "test_x"} <= arrays.keys():
         return arrays
     train, test = ([arrays[key] for key in (f"{part}_x", f"{part}_y") if key in arrays] for part in ("train", "test"))

@@ -72,6 +72,17 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         return blake2b("\n".join(lines).encode()).hexdigest()[:16]
 
 
+class UnlabelledFiles(ImageFiles):
+    """The images that lie in `root` itself, in the order of their names. Items are transformed images."""
+
+    def __init__(self, root: Path, transform: Callable[[Any], Any]) -> None:
+        self.root, self.transform = root, transform
+        self.files = [str(path) for path in sorted(root.iterdir()) if _is_image(path.name)]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(image(self.files[index]))
+
+
 def classes_in(root: Path) -> list[str]:
     """The names of the folders in `root`, sorted; none where it is no folder."""
     return sorted(p.name for p in root.iterdir() if p.is_dir() and not hidden(p.name)) if root.is_dir() else []
@@ -95,8 +106,11 @@ def _images(folder: Path) -> Iterator[str]:
         seen += len(folders) + len(files)
         if seen > MOST_ENTRIES:
             raise DataError(f"{folder}: has more than {MOST_ENTRIES:,} files")
-        named = (name for name in files if name.lower().endswith(EXTENSIONS) and not hidden(name))
-        yield from (os.path.join(root, name) for name in named)
+        yield from (os.path.join(root, name) for name in files if _is_image(name))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not hidden(name)
 
 
 def sizes(files: Sequence[str]) -> list[tuple[int, int]]:

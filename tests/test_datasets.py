@@ -337,9 +337,29 @@ def test_a_folder_without_a_split_is_split_by_class(tmp_path):
     assert torch.equal(all_of(plain.test)[0], torch.stack([transform(Image.open(tmp_path / name)) for name in names]))
 
 
+def test_images_without_classes_have_no_labels(tmp_path):
+    write_images(tmp_path, 7)
+    (tmp_path / ".hidden.png").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("no image")
+    data = datasets.load(DataConfig("imagefolder", str(tmp_path), batch_size=4, resize=16))
+    for part in (data.calibration, data.test):
+        found = list(part)
+        assert [targets for _, targets in found] == [None, None]
+        assert sum(len(images) for images, _ in found) == 7
+
+
+def test_arrays_may_be_named_as_keras_does(tmp_path):
+    x, y = np.random.default_rng(0).random((12, 1, 8, 8)).astype(np.float32), np.arange(12) % 3
+    np.savez(tmp_path / "keras.npz", x_train=x, y_train=y, x_test=x[:4], y_test=y[:4])
+    data = datasets.load(DataConfig(str(tmp_path / "keras.npz"), batch_size=4))
+    images, labels = next(iter(data.test))
+    assert torch.equal(images, torch.from_numpy(x[:4]))
+    assert labels.tolist() == y[:4].tolist()
+
+
 def test_wrong_folders_are_named_with_the_layout_they_should_have(tmp_path):
     config = DataConfig("imagefolder", str(tmp_path))
-    layout = "expected train/CLASS/*.jpg and test/ or val/ with the same classes, or CLASS/*.jpg without a split"
+    layout = "expected train/CLASS/*.jpg and test/ or val/ with the same classes, CLASS/*.jpg, or *.jpg without labels"
     assert complaint(config) == f"{tmp_path}: Couldn't find any class folder in {tmp_path}.; {layout}"
     write_images(tmp_path / "train" / "cat", 2)
     assert complaint(config) == f"{tmp_path}: test/ or val/ is missing; {layout}"
