@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -409,7 +410,7 @@ def test_containers_keep_their_type_and_their_numbers() -> None:
     "wrap",
     [
         nn.DataParallel,
-        torch.compile,
+        partial(torch.compile, backend="eager"),
         lambda net: net.half(),
         lambda net: net.to(torch.bfloat16),
         lambda net: nn.Sequential(nn.utils.parametrizations.weight_norm(net[0]), *net[1:]),
