@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from pow2quant.errors import UnsupportedModelError
+from pow2quant.frontends.modules import Normalize
 from pow2quant.frontends.onnx.network import read_network
 from pow2quant.frontends.onnx.rows import ROWS
 from pow2quant.frontends.prepare import prepare
@@ -84,3 +88,22 @@ def test_inputs_that_differ_in_their_first_dimension_are_one_line() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     with pytest.raises(UnsupportedModelError, match=r"first dimension \('x': open, 'state': 2\); it must be the batch"):
         read_network(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_normalize_by_parts_is_one_operation(dynamo: bool, tmp_path: Path) -> None:
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.normalize(self.layer(x))
+
+    torch.manual_seed(0)
+    model, x = Embedding().eval(), torch.randn(4, 6)
+    torch.onnx.export(model, (x[:1],), tmp_path / "m.onnx", dynamo=dynamo, verbose=False)
+    both = [prepare(network, x) for network in (model, read_network(tmp_path / "m.onnx"))]
+    assert [[type(module) for module in network.children()] for network in both] == [[nn.Linear, Normalize]] * 2
+    torch.testing.assert_close(both[1](x), both[0](x), rtol=0, atol=0)

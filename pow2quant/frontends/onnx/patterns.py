@@ -15,6 +15,9 @@ OWN = "pow2quant"
 """The domain of operations that ONNX does not have."""
 
 COMMUTES = ("Add", "Mul")
+FIRST_ONLY = ("Clip", "Expand", "ReduceL2", "ReduceMean")
+"""Operations of which a pattern names the first operand only; the rest are bounds, a shape or axes."""
+
 Pattern = Any
 """A name (any tensor, the same one wherever it stands), a number (a constant), or (operation, *operands)."""
 
@@ -30,6 +33,7 @@ _CUBES = [("Pow", "x", 3.0), ("Mul", ("Mul", "x", "x"), "x"), ("Mul", "x", ("Pow
 _TANH = [("Add", ("Tanh", ("Mul", ("Add", "x", ("Mul", cube, 0.044715)), (2 / np.pi) ** 0.5)), 1.0) for cube in _CUBES]
 _SHIFTED = [("Clip", ("Add", "x", 3.0), 0.0, 6.0)]
 _SIXTHS = [p for s in _SHIFTED for p in (("Div", s, 6.0), ("Mul", s, 1 / 6))]
+_LENGTH = ("Clip", ("ReduceL2", "x"), 1e-12, None)
 _CENTRED = ("Sub", "x", ("ReduceMean", "x"))
 _VARIANCES = [("ReduceMean", ("Pow", _CENTRED, 2.0)), ("ReduceMean", ("Mul", _CENTRED, _CENTRED))]
 
@@ -44,6 +48,7 @@ PATTERNS: list[tuple[str, dict[str, Any], list[Pattern]]] = [
     ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}, _SIXTHS),
     ("Gelu", {"approximate": "none"}, [p for e in _ERF for p in _products("x", 0.5, e)]),
     ("Gelu", {"approximate": "tanh"}, [p for e in _TANH for p in _products("x", 0.5, e)]),
+    ("LpNormalization", {"p": 2}, [("Div", "x", ("Expand", _LENGTH)), ("Div", "x", _LENGTH)]),
     ("LayerNormalization", {}, [
         ("Add", ("Mul", ("Div", _CENTRED, ("Sqrt", ("Add", v, "#eps"))), "#scale"), "#bias") for v in _VARIANCES
     ]),
@@ -77,7 +82,7 @@ class Matcher:
                 yield from self._operands(node, pattern, bound)
 
     def _operands(self, node: NodeProto, pattern: Pattern, bound: dict[str, str]) -> Iterator[dict[str, str]]:
-        wanted = pattern[1:2] if node.op_type in ("Clip", "ReduceMean") else pattern[1:]
+        wanted = pattern[1:2] if node.op_type in FIRST_ONLY else pattern[1:]
         given = list(node.input[: len(wanted)])
         if len(given) != len(wanted):
             return
@@ -96,9 +101,12 @@ class Matcher:
         if node.op_type == "HardSigmoid":
             return bool(abs(attribute(node, "alpha", 0.2) - 1 / 6) < 1e-6 and attribute(node, "beta", 0.5) == 0.5)
         if node.op_type == "Clip":
-            return bool(self._bounds(node) == pattern[2:])
+            pairs = zip(self._bounds(node), pattern[2:], strict=True)
+            return all(a == b if a is None or b is None else bool(np.isclose(a, b, 1e-6, 0)) for a, b in pairs)
+        if node.op_type == "ReduceL2":
+            return len(self.axes(node) or ()) == 1 and attribute(node, "keepdims", 1) == 1
         if node.op_type == "ReduceMean":
-            return self._axes(node) == [-1] and attribute(node, "keepdims", 1) == 1
+            return self.axes(node) == [-1] and attribute(node, "keepdims", 1) == 1
         return True
 
     def _bounds(self, node: NodeProto) -> tuple[float | None, ...]:
@@ -108,7 +116,8 @@ class Matcher:
             found[i] = None if value is None else float(value.reshape(()))
         return tuple(found)
 
-    def _axes(self, node: NodeProto) -> list[int] | None:
+    def axes(self, node: NodeProto) -> list[int] | None:
+        """Along which dimensions a reduction goes, where that is known."""
         axes = attribute(node, "axes")
         if axes is None and len(node.input) > 1 and node.input[1] in self.file.constants:
             axes = self.file.constants[node.input[1]].reshape(-1).tolist()
@@ -137,6 +146,11 @@ def _whole(file: OnnxFile, matcher: Matcher, node: NodeProto) -> NodeProto | Non
                         continue
                     attributes = {"axis": -1, "epsilon": float(file.constants[bound["#eps"]].reshape(()))}
                     inputs += [bound["#scale"], bound["#bias"]]
+                if operation == "LpNormalization":
+                    length = file.producers[node.input[1]]
+                    while length.op_type != "ReduceL2":
+                        length = file.producers[length.input[0]]
+                    attributes = {"p": 2, "axis": (matcher.axes(length) or [-1])[0]}
                 domain = OWN if operation == "Silu" else ""
                 return helper.make_node(operation, inputs, list(node.output), node.name, domain=domain, **attributes)
     return None
