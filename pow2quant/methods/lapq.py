@@ -156,16 +156,23 @@ class Lapq:
             return moved
 
         ticks = progress.track(range(self.evaluations), "lapq, Powell", self.evaluations)
+        still = np.zeros(len(coordinates))
+        before = least = loss(table, first)
+        best = still
 
         def counted(octaves: NDArray[np.float64]) -> float:
+            nonlocal best, least
             next(ticks, None)
-            return loss(at(octaves), first)
+            found = loss(at(octaves), first)
+            if found < least:
+                best, least = octaves.copy(), found
+            return found
 
         options = {"maxfev": self.evaluations, "xtol": XTOL, "ftol": FTOL}
         bounds = [(-REACH, REACH)] * len(coordinates)
-        found = minimize(counted, np.zeros(len(coordinates)), method="Powell", bounds=bounds, options=options)
-        progress.note(f"lapq: loss {loss(table, first):.5f} -> {float(found.fun):.5f}")
-        return at(found.x)
+        minimize(counted, still, method="Powell", bounds=bounds, options=options)
+        progress.note(f"lapq: loss {before:.5f} -> {least:.5f}")
+        return at(best)
 
 
 def completed(sim: Simulation, table: Mapping[str, Encoding]) -> Table:
