@@ -1,7 +1,8 @@
 """Commands that write, killed at random moments: what was there is whole, and the next run works and clears up.
 
 What the next run leaves has the bits of a run that was not killed: files are compared byte by byte, but for what says
-when, how long and where they were made. Everything that is computed is kept at once here, not after some seconds.
+when, how long, how often and where they were made. Everything that is computed is kept at once here, not after some
+seconds.
 """
 
 from __future__ import annotations
@@ -136,8 +137,8 @@ def undisturbed(good: Path, writer: Writer) -> Whole:
 
 
 COMPARED = {".onnx", ".encodings", ".safetensors", ".yaml", ".c", ".h", ".hex", ".npz", ".json"}
-TIMES = {"duration_seconds", "seconds", "latency", "environment"}
-"""Keys of documents that say when and how fast."""
+TIMES = {"duration_seconds", "seconds", "latency", "environment", "attempts"}
+"""Keys of documents that say when, how fast and how often."""
 
 
 def digests(folder: Path) -> dict[str, str]:
