@@ -79,7 +79,7 @@ def flags(command: str) -> frozenset[str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(shown):
         patch.setenv("COLUMNS", "200")  # or long flags are cut off
         status = main([command, "--help"])
-    found = re.findall(r"^[│\s*]*(--[a-z][a-z-]*)", shown.getvalue(), re.MULTILINE)
+    found = re.findall(r"^[│\s*]*(?:-\w, )?(--[a-z][a-z-]*)", shown.getvalue(), re.MULTILINE)
     return frozenset(found) if status == 0 else frozenset()
 
 

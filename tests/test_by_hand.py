@@ -96,7 +96,7 @@ def test_a_plan_checks_itself() -> None:
     assert (plan.weight, plan.output) == (TensorSpec(3, symmetric=True), None)
     for values, words in (
         ({"weight_bits": 40}, "plan.weight.bitwidth: 40 is not legal; legal: an integer from 2 to 16"),
-        ({"weight": TensorSpec(8, symmetric=False)}, "plan.weight.symmetric"),
+        ({"bias": TensorSpec(32, symmetric=False)}, "plan.bias.symmetric"),
         ({"overrides": (("a.*", {"output": TensorSpec(1, symmetric=False)}),)}, "plan.overrides.a.*.output.bitwidth"),
     ):
         with pytest.raises(ConfigError, match=words.replace("*", r"\*")):
@@ -118,7 +118,7 @@ def test_a_plan_checks_itself() -> None:
         (
             lambda sim: sim.calibrate([X, X[0]]),
             DataError,
-            "batch 1: is (1, 8, 8) float32, the example was (1, 1, 8, 8)",
+            "batch 1: has the shape (N, 8, 8), batches before it (N, 1, 8, 8)",
         ),
         (lambda sim: sim.calibrate([X.long()]), ModelError, "fails on calibration data of (16, 1, 8, 8) int64: "),
         (lambda sim: sim.calibrate([X[:, :, :5]]), ModelError, "fails on calibration data of (16, 1, 5, 8) float32: "),
