@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pow2quant.adapters import onnx_qdq
 from pow2quant.adapters.float_ops import to_float_ops
 from pow2quant.adapters.onnx_qdq.batch import fix_batch
 from pow2quant.artifact import Artifact
@@ -21,6 +20,7 @@ from pow2quant.frontends.onnx.network import read_network
 from pow2quant.saving import write
 from pow2quant.targets import of as target_of
 from pow2quant.validation.agreement import Executor
+from pow2quant.validation.files import opened
 
 Arrays = Sequence[NDArray[np.float32]]
 
@@ -67,7 +67,7 @@ def content(exported: torch.export.ExportedProgram) -> bytes:
 
 def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Executor]:
     """The QDQ file as a torch program, written, loaded again, and run one sample at a time."""
-    file = _File(onnx_qdq.from_qdq(onnx_qdq.load(model)))
+    file = _File(opened(model).network)
     return [Executor(NAME, file.run, file.tensors, network=lambda: file.network, measured=True)]
 
 

@@ -15,10 +15,10 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from pow2quant.adapters import onnx_qdq
 from pow2quant.adapters.qonnx import BEHIND, DOMAIN, from_qonnx, to_qonnx
 from pow2quant.errors import MissingExtraError
 from pow2quant.validation.agreement import Executor
+from pow2quant.validation.files import opened
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +40,7 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
         custom_op = import_module("qonnx.custom_op.registry").getCustomOp
     except ImportError as error:
         raise MissingExtraError(f"qonnx is not installed: pip install 'pow2quant[qonnx]' ({error})") from error
-    network = onnx_qdq.from_qdq(onnx_qdq.load(model))
+    network = opened(model).network
     graph, file = network.model.graph, File(to_qonnx(network), custom_op)
     inputs = [value.name for value in graph.input]
     activations = network.encodings.keys() - {tensor.name for tensor in graph.initializer}
