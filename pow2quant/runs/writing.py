@@ -136,7 +136,7 @@ def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[d
     pair = (folder / run_folder.FLOAT, folder / run_folder.ENCODINGS)
     limit = job.config.ptq.max_eval_batches
     judged = (FLOAT, f"{job.config.backend} {SIMULATION}", ort.OPTIMIZED)
-    worst = Worst(job.task)
+    worst = Worst(job.task) if job.config.report.statistics else None
     scores, left_out = Scores(job.task, judged, limit, job.sample(limit).total, worst), dict[str, str]()
     others = [
         replace(e, most=max(1, PATIENCE // e.work)) if e.work else e
@@ -144,7 +144,7 @@ def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[d
     ]
     agreements = compared(job, sim, artifact, certificate, others, limit, scores)
     report = _report(job, artifact, certificate, scores, agreements, folder, steps)
-    if job.config.report.statistics:
+    if worst is not None:
         _write_statistics(job, sim, artifact, worst, folder)
     timing = _latency(job, folder) if job.config.report.latency else None
     return report | {"validation_left_out": left_out, "latency": timing}, agreements
