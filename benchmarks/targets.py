@@ -2,6 +2,7 @@
 
     python benchmarks/targets.py --title "ResNet-20, CIFAR-10" --network models.py:cifar10_resnet20
         --weights resnet20.safetensors --data cifar10 --data-path DIR [--targets litert tract …] [--test-batches 16]
+        [--bits 8:16]
     python benchmarks/targets.py    # only writes the page again
 
 Every target is quantized for as `pow2quant ptq --target` does it, and its executors run on the test images. A row
@@ -17,28 +18,31 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from methods import add_network
+from methods import add_network, widths
 
 from pow2quant import targets
 from pow2quant.adapters import onnx_qdq
 from pow2quant.backends import fitting
-from pow2quant.backends.base import SILENT
+from pow2quant.backends.base import SILENT, Simulation, inputs
 from pow2quant.config import RunConfig, with_values
 from pow2quant.errors import MissingExtraError, Pow2QuantError
 from pow2quant.integer.certificate import certify
 from pow2quant.plugins import resolve
 from pow2quant.report.document import environment
-from pow2quant.runs.executors import SIMULATION, compared, executors
+from pow2quant.runs.executors import SIMULATION, compared, executors, runner
+from pow2quant.runs.job import Job
 from pow2quant.runs.scores import FLOAT, Scores
 from pow2quant.runs.writing import quantized
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- rows: written by benchmarks/targets.py -->\n", "<!-- end of rows -->"
 OWN = ("integer engine", "generated C")
-COLUMNS = ("target", "accuracy", "SQNR dB", "file", "executors", "images", "differing", "claim")
+COLUMNS = ("target", "accuracy", "SQNR dB", "forwards", "file", "executors", "images", "differing", "claim")
 DISTRIBUTIONS = ("ai-edge-litert", "tflite-micro", "openvino", "tract", "onnxruntime")
 
 
@@ -55,10 +59,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A network for a target. float_accuracy, accuracy: top-1 in per cent, of the float network and the simulation.
+    """A network for a target. widths: of weights and activations.
 
-    sqnr_db: of the logits. runs: of the executors that are there; absent: why others are not. bytes: of the file that
-    the runtime reads. seconds: of all. machine: with the versions of the runtimes.
+    float_accuracy, accuracy: top-1 in per cent, of the float network and the simulation. sqnr_db: of the logits. runs:
+    of the executors that are there; absent: why others are not. bytes: of the file that the runtime reads. seconds: of
+    all. machine: with the versions of the runtimes. cost: processor time of the simulation's forward, in forwards of
+    the float network.
     """
 
     network: str
@@ -72,9 +78,11 @@ class Row:
     bytes: int
     seconds: int
     machine: str
+    widths: str = "8:8"
+    cost: float = 0.0
 
 
-def measure(title: str, config: RunConfig, limit: int | None, slow: int) -> Row:
+def measure(title: str, bits: str, config: RunConfig, limit: int | None, slow: int) -> Row:
     """Quantizes for the configuration's target and runs its executors; the project's own ones on `slow` images."""
     started = time.monotonic()
     target = targets.load(config.target)
@@ -106,7 +114,22 @@ def measure(title: str, config: RunConfig, limit: int | None, slow: int) -> Row:
         bytes=size,
         seconds=round(time.monotonic() - started),
         machine=_machine(),
+        widths=bits,
+        cost=_cost(job, sim),
     )
+
+
+def _cost(job: Job, sim: Simulation) -> float:
+    """Processor time of the simulation on a batch, in forwards of the float network; the median of five, in turn."""
+    batch = [x.numpy() for x in inputs(next(iter(job.test(1)))[0])]
+    networks = [runner(network, job.device) for network in (job.model, sim.model)]
+    taken: list[list[float]] = [[], []]
+    for _ in range(5):
+        for run, seconds in zip(networks, taken, strict=True):
+            started = time.process_time()
+            run(batch)
+            seconds.append(time.process_time() - started)
+    return round(median(taken[1]) / median(taken[0]), 2)
 
 
 def _size(artifact: Any, target: targets.Target, folder: Path) -> int:
@@ -160,14 +183,26 @@ def rendered(rows: Iterable[Row]) -> str:
 def _lines(row: Row) -> list[str]:
     """A line for the executors of one outcome."""
     lines = []
+    weight, _, activation = row.widths.partition(":")
+    head = [
+        f"`{row.target}`" + f", W{weight}A{activation}" * (row.widths != "8:8"),
+        f"{row.accuracy:.2f} %",
+        f"{row.sqnr_db:.1f}",
+        f"{row.cost:.1f}" if row.cost else "",
+        f"{row.bytes:,}" if row.bytes else "",
+    ]
     for key in dict.fromkeys(_outcome(run) for run in row.runs):
         names = ", ".join(run.executor for run in row.runs if _outcome(run) == key)
         images, elements, differing, claim = key
-        head = ["", "", "", ""] if lines else [f"`{row.target}`", f"{row.accuracy:.2f} %", f"{row.sqnr_db:.1f}", ""]
-        head[3] = f"{row.bytes:,}" if not lines and row.bytes else ""
-        cells = [*head, names, f"{images:,}", f"{differing:,} of {elements:,}", claim.partition(" on ")[0]]
+        cells = [
+            *(head if not lines else [""] * len(head)),
+            names,
+            f"{images:,}",
+            f"{differing:,} of {elements:,}",
+            claim.partition(" on ")[0],
+        ]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines + [f"| | | | | {name} | | *absent* | |" for name in row.absent]
+    return lines + [f"| | | | | | {name} | | *absent* | |" for name in row.absent]
 
 
 def _outcome(run: Run) -> tuple[int, int, int, str]:
@@ -186,6 +221,7 @@ def main() -> None:
     parser.set_defaults(data="digits")
     parser.add_argument("--slow-images", type=int, default=64, help="so many for the integer engine and C")
     parser.add_argument("--targets", nargs="+", default=list(targets.presets()), metavar="TARGET")
+    parser.add_argument("--bits", nargs="+", default=["8:8"], metavar="W:A")
     parser.add_argument("--rows", type=Path, default=DOCS / "targets.json")
     parser.add_argument("--page", type=Path, default=DOCS / "targets.md")
     options = parser.parse_args()
@@ -199,18 +235,24 @@ def main() -> None:
         "data.batch_size": options.batch_size,
         "ptq.calibration_batches": options.calibration_batches,
     }
-    for name in options.targets if options.network else ():
+    for name, bits in product(options.targets, options.bits) if options.network else ():
         title = options.title or options.network.rpartition(":")[2]
-        if any((row.network, row.target) == (title, Path(name).stem) for row in load(options.rows)):
+        if any((row.network, row.target, row.widths) == (title, Path(name).stem, bits) for row in load(options.rows)):
             continue
         given = {key: value for key, value in values.items() if value is not None}
+        weight, activation = widths(bits)
+        plan = {"weight": weight, "output": activation, "input": max(8, activation or 8)}
         try:
-            config = with_values(RunConfig(), {"target": name, **given})
-            row = measure(title, config, options.test_batches, options.slow_images)
+            widened = {f"quantization.{role}.bitwidth": width for role, width in plan.items()}
+            config = with_values(RunConfig(), {"target": name, **widened, **given})
+            row = measure(title, bits, config, options.test_batches, options.slow_images)
         except Pow2QuantError as error:
-            print(f"{title}, {name}: {error}", flush=True)
+            print(f"{title}, {name}, {bits}: {error}", flush=True)
             continue
-        print(f"{title}, {name}: {row.accuracy:.2f} %, {[(r.executor, r.differing) for r in row.runs]}", flush=True)
+        print(
+            f"{title}, {name}, {bits}: {row.accuracy:.2f} %, {[(r.executor, r.differing) for r in row.runs]}",
+            flush=True,
+        )
         save(options.rows, [*load(options.rows), row])
     if options.page.exists():
         options.page.write_text(put(options.page, load(options.rows)), encoding="utf-8")
