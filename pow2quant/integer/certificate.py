@@ -38,7 +38,7 @@ import numpy as np
 from pow2quant.errors import NotPowerOfTwoError
 from pow2quant.functions import inside_definitions
 from pow2quant.integer.lattice import FLOAT64_EXACT, Lattice, NotProvedError
-from pow2quant.integer.proof import INT32_MAX, WEIGHTED, Tensors, _bias, _ends, _rows, judge
+from pow2quant.integer.proof import INT32_MAX, WEIGHTED, Tensors, bias_rows, judge, partial_sums, rows_of
 
 if TYPE_CHECKING:
     import onnx
@@ -221,14 +221,14 @@ def _raw(tensors: Tensors, node: onnx.NodeProto) -> tuple[int, ...]:
     low, high, zero = (int(v) for v in (encoding.grid.qmin, encoding.grid.qmax, encoding.zero_point))
     try:
         codes = Lattice(encoding.exponent, *(np.asarray(end, np.float64) for end in (min(low, 0), max(high, 0))))
-        exponents, integers = (_rows(node, values, weight) for values in tensors.on_grid(weight))
+        exponents, integers = (rows_of(node, values, weight) for values in tensors.on_grid(weight))
         unit = np.min([k.min(1) for k in exponents], axis=0).astype(np.int64)
         sums = []
         for n, k in zip(integers, exponents, strict=True):
-            products = Lattice(encoding.exponent + unit, *_ends(n, k - unit[:, None], codes))
+            products = Lattice(encoding.exponent + unit, *partial_sums(n, k - unit[:, None], codes))
             folded = -zero * np.ldexp(n.astype(np.float64), k - unit[:, None]).sum(1)
             if len(node.input) > 2 and node.input[2]:
-                folded = folded + _bias(tensors, node.input[2], products)
+                folded = folded + bias_rows(tensors, node.input[2], products)
             sums.append(np.atleast_2d((products + Lattice.of_integers(products.exponent, folded)).magnitude).max(0))
     except (NotProvedError, NotPowerOfTwoError):
         return ()

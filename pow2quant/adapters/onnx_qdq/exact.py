@@ -2,7 +2,7 @@
 
 The float model of an artifact keeps the standard's node, such as Softmax, which tools for targets understand; in a QDQ
 file operations on integers in float32, or in double, take its place. None of their results is rounded: sums, products
-and quotients stay within what the type holds exactly (`integer/proof.py` checks it), and what follows a division is a
+and quotients stay within what the type holds exactly (`integer/proof/` checks it), and what follows a division is a
 Floor that no rounding moves. The node that they replace stands in the last one's metadata.
 """
 

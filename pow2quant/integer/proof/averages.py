@@ -1,0 +1,102 @@
+"""Averages and sums over axes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pow2quant.integer.lattice import FLOAT32_EXACT, Lattice, NotProvedError
+from pow2quant.integer.nodes import attribute
+from pow2quant.integer.proof.elements import zero_point_of
+from pow2quant.integer.proof.tensors import Judged, Tensors
+
+if TYPE_CHECKING:
+    import onnx
+
+    from pow2quant.pow2_constraints import Encoding
+
+
+def average(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """Means: an exact sum, and a quotient that is rounded half to even however it is computed."""
+    x = tensors.encoded(node.input[0])
+    if attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0):
+        raise NotProvedError("executors disagree by what a window beyond the padding is divided")
+    counts = _counts(tensors, node)
+    total = x.times(max(counts))
+    total.require_exact("the sum", limit=tensors.limit)
+    target = tensors.target(node.output[0])
+    if all(n & (n - 1) == 0 for n in counts):
+        quotient = Lattice(total.exponent - (max(counts).bit_length() - 1), total.low, total.high)
+        (quotient + zero_point_of(target)).require_exact(
+            "the average, with the zero point in its unit,", total, tensors.limit
+        )
+        return total, quotient
+    if target is None:
+        raise NotProvedError(f"a quotient by {max(counts)} stays float", total)
+    for n in counts:
+        _require_sharp_quotient(n, x.times(n), target, total, _averages_wide(tensors, node))
+    return total, None
+
+
+def _averages_wide(tensors: Tensors, node: onnx.NodeProto) -> bool:
+    """Whether an average that is not proved in float32 is computed in float64."""
+    return tensors.limit > FLOAT32_EXACT and tensors.encodings[node.input[0]].grid.width > 8
+
+
+def _require_sharp_quotient(n: int, total: Lattice, target: Encoding, accumulator: Lattice, wide: bool) -> None:
+    """Raises NotProvedError unless S / n rounds alike by division and by reciprocal: see `certificate.py`.
+
+    wide: both in float64.
+    """
+    drop = int(target.exponent.max()) - int(total.exponent)
+    z, grid = target.zero_point, target.grid
+    codes = int(np.maximum(grid.qmax - z, z - grid.qmin).max()) + 1
+    reach = math.ldexp(float(total.magnitude.max()), -drop) / n
+    if n * 2.0 ** max(0, drop) * (min(codes, reach) + int(np.abs(z).max())) > (2**50 if wide else 2**21):
+        raise NotProvedError(f"quotients by {n} on {grid.width} bits are too fine for float32", accumulator)
+    sums = np.ldexp((np.arange(-codes, codes + 1) + 0.5) * n, drop)  # S * 2^-drop / n = m + 1/2
+    ties = sums[(sums == np.rint(sums)) & (total.low <= sums) & (sums <= total.high)]
+    real = np.float64 if wide else np.float32
+    quotients = ties / n, ties.astype(real) * (real(1) / real(n))
+    exact, product = (np.rint(np.ldexp(quotient, -drop)) for quotient in quotients)
+    if missed := int((exact != product).sum()):
+        raise NotProvedError(
+            f"{missed} exact ties round differently where 1/{n} is multiplied instead of divided by {n}", accumulator
+        )
+
+
+def total_of(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """Sums over some axes."""
+    total = tensors.encoded(node.input[0]).times(max(_counts(tensors, node)))
+    return total, total
+
+
+def _counts(tensors: Tensors, node: onnx.NodeProto) -> list[int]:
+    """By which numbers of values an average divides."""
+    if node.op_type == "AveragePool":
+        kernel = attribute(node, "kernel_shape", [])
+        pads = any(attribute(node, "pads", [0])) or attribute(node, "auto_pad", b"").startswith(b"SAME")
+        if attribute(node, "ceil_mode", 0) or (pads and not attribute(node, "count_include_pad", 0)):
+            return sorted({math.prod(window) for window in itertools.product(*(range(1, k + 1) for k in kernel))})
+        return [math.prod(kernel)]
+    shape = tensors.shapes.get(node.input[0])
+    if shape is None:
+        raise NotProvedError(f"the shape of {node.input[0]} is not known")
+    lengths = [shape[axis] for axis in _averaged_axes(tensors, node, len(shape))]
+    if None in lengths:
+        raise NotProvedError(f"how many values of {node.input[0]} are averaged is not known")
+    return [math.prod(filter(None, lengths))]
+
+
+def _averaged_axes(tensors: Tensors, node: onnx.NodeProto, rank: int) -> list[int]:
+    if node.op_type == "GlobalAveragePool":
+        return list(range(2, rank))
+    axes = attribute(node, "axes", None)
+    if axes is None and len(node.input) > 1 and node.input[1]:
+        axes = tensors.constants.get(node.input[1])
+        if axes is None:
+            raise NotProvedError(f"{node.input[1]} is computed, not constant")
+    return list(range(rank)) if axes is None else [int(axis) for axis in axes]

@@ -1,0 +1,59 @@
+"""Values that only move, and functions that executors compute in float."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pow2quant.integer.lattice import NotProvedError
+from pow2quant.integer.nodes import attribute
+from pow2quant.integer.proof.tensors import Judged, Tensors
+from pow2quant.operators import OPERATIONS, Values
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def moves(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """Operations that move or compare values: the result lies where the inputs lie, exactly."""
+    joined = OPERATIONS[node.op_type].values in (Values.JOINED, Values.CLIPPED)
+    moved: Sequence[str] = node.input if joined else node.input[:1]
+    if node.op_type == "Pad":
+        moved = [node.input[0], *node.input[2:3]]
+    try:
+        lattices = [tensors.lattice(name) for name in moved if name]
+    except NotProvedError:
+        return None, None  # a float tensor moves on as a float tensor
+    if not OPERATIONS[node.op_type].keeps_axes:
+        lattices = [lattice.collapsed() for lattice in lattices]
+    result = lattices[0]
+    for other in lattices[1:]:
+        result = result | other
+    return None, result
+
+
+def nothing(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """Operations whose result has no values to follow."""
+    return None, None
+
+
+def resize(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """Nearest neighbours, which move values."""
+    if attribute(node, "mode", b"nearest") != b"nearest":
+        raise NotProvedError("Resize interpolates in float32, each executor in its own way")
+    return moves(tensors, node)
+
+
+def function(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """A function without an integer definition."""
+    raise NotProvedError(f"function table: executors compute {node.op_type} in float32, each in its own way")
+
+
+def float_sums(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """Sums and quotients without an integer definition."""
+    raise NotProvedError(f"executors compute the sums and quotients of {node.op_type} in float32, each in its own way")
+
+
+def unknown(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """Any other operation."""
+    raise NotProvedError(f"nothing is known about {node.op_type}")
