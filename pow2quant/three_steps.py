@@ -48,7 +48,8 @@ def qat(
 ) -> Result | None:
     """The three steps from a configuration to a run's folder; checkpoints stand in `<output>.training` meanwhile.
 
-    resume: continues a run that was interrupted, to the bits of one that was not; without a checkpoint it starts.
+    resume: continues a run that was interrupted, to the bits of one that was not; without a checkpoint it starts. With
+    overwrite it also starts where the checkpoint is of another configuration.
     Started by `torchrun` it trains in all processes, and returns None in those that do not lead.
     Raises Pow2QuantError for everything that a user can correct, TrainingError when training diverges; then `output` is
     as it was before, and the checkpoints are kept.
@@ -77,7 +78,7 @@ def qat(
                 identity=configuration.dump(job.config),
                 progress=progress,
             )
-            trainer.run(resume)
+            trainer.run(resume, overwrite)
             if folder is None:
                 return None
             steps += [f"qat ({job.config.training.mode})", *_settle(job, sim), "export"]

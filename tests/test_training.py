@@ -377,6 +377,9 @@ def test_a_checkpoint_of_another_configuration_is_refused_and_the_difference_nam
     trainer_of(sim, data, network, replace(SHORT, epochs=1), folder=tmp_path, identity="a: 1\nb: 2").run()
     with pytest.raises(ConfigError, match=r"'b: 2', now 'b: 3'"):
         trainer_of(sim, data, network, SHORT, folder=tmp_path, identity="a: 1\nb: 3").run(resume=True)
+    other = simulated(network, data)
+    anew = trainer_of(other, data, network, replace(SHORT, epochs=1), folder=tmp_path, identity="a: 1\nb: 3")
+    assert [epoch.epoch for epoch in anew.run(resume=True, overwrite=True)] == [0, 1]
 
 
 @pytest.mark.parametrize(

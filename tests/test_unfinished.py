@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +17,11 @@ from torch import nn
 import pow2quant
 from pow2quant import config as configuration
 from pow2quant.errors import ConfigError, OutputError
+from pow2quant.progress import Within
 from pow2quant.runs import Job, unfinished
+from pow2quant.study import compare, sweep
 from pow2quant.study.search import search
+from tests.attacks import good
 
 T = TypeVar("T")
 FILES = ("model.onnx", "model_float.onnx", "model.encodings", "model.safetensors", "config.yaml")
@@ -25,19 +31,29 @@ class Killed(BaseException):
     """Stands for what ends a process."""
 
 
+def end() -> None:
+    raise Killed
+
+
+def kill() -> None:
+    """Ends this process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @dataclass
 class Watching:
     """Progress that ends the run at the n-th step of what has this title, and remembers what was said."""
 
     title: str = ""
     step: int = 0
+    end: Callable[[], None] = end
     said: list[str] = field(default_factory=list)
     steps: list[str] = field(default_factory=list)
 
     def track(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
         for number, item in enumerate(items):
             if title == self.title and number == self.step:
-                raise Killed
+                self.end()
             self.steps.append(title)
             yield item
 
@@ -147,6 +163,49 @@ def test_a_search_continues_where_it_was(tmp_path: Path, monkeypatch: pytest.Mon
     assert run("run", Watching()) == expected
     assert len(scores) == count, "what was measured is not measured again"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
+
+
+TIMES = {"duration_seconds", "attempts", "run"}
+
+
+def studied(method: str, runs: str | None, output: Path, progress: Watching) -> tuple[list[Any], list[bytes]]:
+    """What comes of two trials, without what says how long, how often and where; and the models of whole runs."""
+    base = configuration.load("quick.yaml")
+    study = compare.study(base, (), ["4:8"], [method], "0,1", runs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Within, "track", lambda _, *items: progress.track(*items))
+        for key in ("PAUSE", "SHARE"):
+            patch.setattr(unfinished, key, 0)
+        *_, rows = sweep.tried(study, output)
+    return (
+        [{key: value for key, value in row.items() if key not in TIMES} for row in rows],
+        [path.read_bytes() for name in FILES for path in sorted(output.glob(f"runs/*/{name}"))],
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "runs", "killed", "spared"),
+    [
+        ("adaround:iterations=20", None, ("adaround", 1), "adaround"),
+        ("none", "qat", ("epoch 2 of 2", 0), "epoch 1 of 2"),
+    ],
+)
+def test_another_process_continues_a_trial_whose_own_was_killed(
+    method: str, runs: str | None, killed: tuple[str, int], spared: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good.put(tmp_path, training__epochs=2)
+    monkeypatch.chdir(tmp_path)
+    whole, rest = Watching(), Watching()
+    expected = studied(method, runs, tmp_path / "whole", whole)
+    doomed = get_context("spawn").Process(
+        target=studied, args=(method, runs, tmp_path / "study", Watching(*killed, kill))
+    )
+    doomed.start()
+    doomed.join()
+    assert doomed.exitcode == -signal.SIGKILL
+    assert studied(method, runs, tmp_path / "study", rest) == expected
+    assert 0 < rest.steps.count(spared) < whole.steps.count(spared)
+    assert not [*tmp_path.rglob("*.unfinished"), *tmp_path.rglob("*.training")]
 
 
 @pytest.mark.parametrize(("error", "stays"), [(ConfigError, False), (OutputError, True), (Killed, True)])

@@ -90,13 +90,16 @@ def quantized(
     return job, job.quantized(), job.steps
 
 
-def score(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
-    """Quantizes as `ptq` does and evaluates the simulation on the test data; nothing is written or validated.
+def score(
+    config: RunConfig, progress: Progress = SILENT, kept: unfinished.Unfinished = unfinished.NOTHING
+) -> dict[str, Any]:
+    """Quantizes as `ptq` does and evaluates the simulation on the test data; nothing is exported or validated.
 
+    kept: where the simulation on its way is kept.
     Returns keys of report.json: `backend`, `pipeline_steps`, `task`, `metrics`, `evaluation`, the accuracies of the
     float network (`initial_…`) and of the simulation (`final_…`), `final_sqnr_db` and `evaluated_samples`.
     """
-    job, sim, steps = quantized(config, progress)
+    job, sim, steps = quantized(config, progress, kept=kept)
     limit = config.ptq.max_eval_batches
     scores = Scores(job.task, limit=limit, total=job.sample(limit).total)
     simulation = scores.watch(simulation_executor(sim, config.backend, job.device), noise=True)

@@ -255,7 +255,7 @@ def tried(
     url = storage or f"sqlite:///{(output / DATABASE).resolve()}"
     make = partial(Ledger, url, study.called, study.plan, study.fingerprint)
     ledger = make()
-    trials = Trials(study.base, study.plan, output / "runs", study.runs)
+    trials = Trials(study.base, study.plan, output / "runs" if study.runs else output, study.runs)
     write(output / STUDY, written(study).encode())
     done = sum(entry.state != "running" for entry in ledger.entries())
     total = len(study.plan)
@@ -270,6 +270,7 @@ def tried(
             progress.note(str(line))
         progress.note(_line(entry, total))
         yield [row_of(e) for e in ledger.entries()]
+    trials.clear()
     yield [row_of(e) for e in ledger.entries()]
 
 

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -24,6 +25,7 @@ from pow2quant.errors import OutputError, Pow2QuantError
 from pow2quant.plugins import resolve
 from pow2quant.progress import Within
 from pow2quant.report import summary
+from pow2quant.runs import unfinished
 from pow2quant.runs.chains import with_chain
 from pow2quant.study.ledger import Claim, Entry, Ledger, Plan
 from pow2quant.study.space import Combination, applied, settings
@@ -41,7 +43,8 @@ class Trials:
     """What every trial of a study has in common.
 
     base: what the settings of a trial are laid over. runs: `ptq` or `qat` makes a whole run of every trial, exported
-    and validated, in `folder`; None: networks are quantized and their simulation is evaluated.
+    and validated, in `folder`; None: networks are quantized and their simulation is evaluated. In `folder` is also what
+    a trial on its way has computed, so that another worker continues one whose worker was killed.
     """
 
     base: RunConfig
@@ -88,15 +91,21 @@ class Trials:
         from pow2quant import runs, three_steps
 
         progress = Within(progress.note, f"trial {claim.number + 1} of {len(self.plan)}")
-        if self.runs is None:
-            return runs.score(config, progress)
-        labels = "-".join(re.sub(r"[^\w.+]+", "_", str(label)) for label in claim.combination.values())
+        labels = "-".join(re.sub(r"[^\w.+]+", "_", str(label), flags=re.ASCII) for label in claim.combination.values())
         folder = self.folder / f"{claim.number:04}-{labels[:80]}"
-        make = runs.ptq if self.runs == "ptq" else three_steps.qat
+        if self.runs is None:
+            with unfinished.beside(folder) as kept:
+                return runs.score(config, progress, kept)
+        make = runs.ptq if self.runs == "ptq" else partial(three_steps.qat, resume=True)
         result = make(config, folder, overwrite=True, progress=progress)
         if result is None:
             raise OutputError(f"{folder}: another process of torchrun's leads")
         return {**result.report, "run": str(folder), "agrees": result.agrees}
+
+    def clear(self) -> None:
+        """Removes what trials have computed that failed, or that another worker finished elsewhere."""
+        for left in self.folder.glob("[0-9]*-*.unfinished"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def described(config: RunConfig) -> Row:

@@ -116,17 +116,15 @@ class Trainer:
         """The checkpoint's file."""
         return None if self.folder is None else self.folder / "checkpoint.safetensors"
 
-    def run(self, resume: bool = False) -> list[Epoch]:
+    def run(self, resume: bool = False, overwrite: bool = False) -> list[Epoch]:
         """Trains, and puts the weights and encodings of the last epoch, or of the best, into the simulation.
 
-        resume: continues from the checkpoint, if there is one. Returns what was measured, epoch by epoch.
+        resume: continues from the checkpoint, if there is one. overwrite: not from that of another configuration, which
+        is an error otherwise. Returns what was measured, epoch by epoch.
         Raises TrainingError when training diverges, FileFormatError for a checkpoint that cannot be used.
         """
         with self.training():
-            if resume and self.path is not None and self.path.is_file():
-                self._restore(checkpoint.load(self.path))
-                self.progress.note(f"resumed at epoch {self.epoch + 1}, batch {self.batch}")
-            else:
+            if not (resume and self._continued(overwrite)):
                 self._measure(None, 0.0)
                 self._save()
             while self.epoch < self.config.epochs and not self._is_over():
@@ -346,6 +344,19 @@ class Trainer:
             "generator": torch.get_rng_state(),
         }
         checkpoint.dump(self.path, state)
+
+    def _continued(self, overwrite: bool) -> bool:
+        """Whether there was a checkpoint to continue from."""
+        if self.path is None or not self.path.is_file():
+            return False
+        try:
+            self._restore(checkpoint.load(self.path))
+        except ConfigError:
+            if overwrite:
+                return False
+            raise
+        self.progress.note(f"resumed at epoch {self.epoch + 1}, batch {self.batch}")
+        return True
 
     def _restore(self, state: Any) -> None:
         """Raises ConfigError for a training of another configuration, FileFormatError for what is no training's."""
