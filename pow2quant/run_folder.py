@@ -19,6 +19,7 @@ from pow2quant.pow2_constraints import Encoding, IntGrid
 
 REPORT, CONFIG, STATE, CERTIFICATE = "report.json", "config.yaml", "model.safetensors", "certificate.json"
 STATISTICS = "statistics.json"
+SEARCH, STUDY, COMPARISON = "search.json", "study.json", "comparison.json"
 QDQ, FLOAT, ENCODINGS = "model.onnx", "model_float.onnx", "model.encodings"
 
 

@@ -30,8 +30,9 @@ from pow2quant import models
 from pow2quant.backends import samples
 from pow2quant.errors import FileFormatError
 from pow2quant.pow2_constraints import Encoding, IntGrid
-from pow2quant.report import comparison, graph, histograms, network, statistics
-from pow2quant.report.html import NOTHING, page_of, rebuild, render
+from pow2quant.report import comparison, graph, histograms, network, pages, statistics
+from pow2quant.report.html import page_of, render
+from pow2quant.report.page import NOTHING
 from pow2quant.runs import simulate, worst
 from pow2quant.tasks.classification import Classification
 from pow2quant.validation import latency
@@ -426,7 +427,7 @@ def test_thousands_of_tensors_are_no_problem():
 
 def test_a_page_is_rebuilt_from_the_file_beside_it(tmp_path: Path):
     (tmp_path / "report.json").write_text(json.dumps(REPORT))
-    assert rebuild(tmp_path).read_text(encoding="utf-8") == render(REPORT)
+    assert pages.rebuild(tmp_path)[0].read_text(encoding="utf-8") == render(REPORT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 
@@ -438,7 +439,7 @@ def test_the_files_beside_a_report_are_used(tmp_path: Path):
     assert page_of(tmp_path) == render(REPORT, STATISTICS, METRICS, "model: {}\n")
     (tmp_path / "statistics.json").write_text("[]")
     with pytest.raises(FileFormatError, match="not a report"):
-        rebuild(tmp_path)
+        pages.rebuild(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -462,7 +463,7 @@ def test_what_is_no_report_is_refused(tmp_path: Path, text: str | bytes | None):
         (tmp_path / "report.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     before = list(tmp_path.iterdir())
     with pytest.raises(FileFormatError, match=r"report\.json: "):
-        rebuild(tmp_path)
+        pages.rebuild(tmp_path)
     assert list(tmp_path.iterdir()) == before
 
 
@@ -649,28 +650,26 @@ def finished(folder: Path, **reports: dict[str, Any]) -> list[Path]:
 
 def test_runs_are_compared_on_one_page(tmp_path: Path):
     folders = finished(tmp_path, a={}, _b={"final_accuracy": 98.25, "pipeline_steps": ["calibrate", "gpfq", "export"]})
-    target = comparison.compare(folders, tmp_path / "both")
+    target = pages.compare(folders, tmp_path / "both")
     found = Page(target.read_text(encoding="utf-8"))
     assert "✓ No output element differs in any run" in found.text
     assert "Best top-1: _b, 98.25 %" in found.text
     same = "Measured on the same images: 1,280 of 10,000 images, a stratified sample, 10 of 10 classes"
     assert same in found.text
     head, first, second = found.tables["Runs"]
-    assert head[:4] == ["run", "bits", "methods", "float"]
+    assert head == [
+        "run",
+        "change against float (95 % interval)",
+        *("top-1", "float", "methods", "SQNR, dB", "ONNX file, KiB", "speed", "seconds"),
+    ]
     assert first == [
         "✓ a",
-        "W4",
-        "none",
-        "98.50 %",
-        "97.25 %",
-        "-1.25",
-        "-2.50 to +0.00",
-        "34.3",
-        "20.9 KiB",
-        "2.00\u00d7",
-        "14",
+        "-1.25 (-2.50 to +0.00)",
+        *("97.25 %", "98.50 %", "none", "34.3", "20.9", "2.00\u00d7", "14"),
     ]
-    assert second[:3] == ["✓ _b", "W4", "gpfq"]
+    assert second[:5] == ["✓ _b", "-0.25 (-2.50 to +0.00)", "98.25 %", "98.50 %", "gpfq"]
+    assert "The other one may be as good: its 95 % interval reaches this change" in found.text
+    assert {"../a/report.html", "../_b/report.html"}.isdisjoint(found.addresses), "there are no pages to link to"
     assert {"Signal to noise in dB along the network, a line for each run"} <= {
         *re.findall(r'aria-label="([^"]*)"', target.read_text(encoding="utf-8"))
     }
@@ -678,13 +677,14 @@ def test_runs_are_compared_on_one_page(tmp_path: Path):
 
 def test_runs_on_other_images_are_compared_by_their_change_alone(tmp_path: Path):
     few = REPORT["evaluation"] | {"images": 320, "sample": "cd", "classes": 9}
-    lucky = {"initial_accuracy": 99.5, "final_accuracy": 98.0, "evaluation": few}
-    text = Page(comparison.compare(finished(tmp_path, a={}, b=lucky), tmp_path / "both").read_text("utf-8")).text
+    sizes = {"float": 49693, "quantized": 30000}
+    lucky = {"initial_accuracy": 99.5, "final_accuracy": 98.0, "evaluation": few, "model_size_bytes": sizes}
+    text = Page(pages.compare(finished(tmp_path, a={}, b=lucky), tmp_path / "both").read_text("utf-8")).text
     assert "Best top-1" not in text
-    assert "Best change against float: a, -1.25 points" in text
+    assert "Best change against float: a, -1.25 (-2.50 to +0.00) points" in text
     assert "not measured on the same images: their values cannot be compared" in text
     assert "b: 320 of 10,000 images, a stratified sample, 9 of 10 classes" in text
-    assert "Change of top-1 against the size" in (tmp_path / "both" / "report.html").read_text("utf-8")
+    assert "top-1 against ONNX file, KiB" in (tmp_path / "both" / "report.html").read_text("utf-8")
 
 
 def test_a_run_that_differs_is_named_in_the_comparison(tmp_path: Path):
@@ -693,7 +693,7 @@ def test_a_run_that_differs_is_named_in_the_comparison(tmp_path: Path):
         "verdict": VERDICT | {"text": "DIFFERS: 2 of 12,800"},
         "model": "another",
     }
-    text = Page(comparison.compare(finished(tmp_path, a={}, b=wrong), tmp_path).read_text(encoding="utf-8")).text
+    text = Page(pages.compare(finished(tmp_path, a={}, b=wrong), tmp_path).read_text(encoding="utf-8")).text
     assert "✗ In 1 of 2 runs executors differ" in text
     assert "DIFFERS: 2 of 12,800" in text
 
@@ -701,9 +701,9 @@ def test_a_run_that_differs_is_named_in_the_comparison(tmp_path: Path):
 def test_what_is_missing_in_a_comparison_is_left_out(tmp_path: Path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "report.json").write_text("{}")
-    assert "Not validated." in Page(comparison.compare([tmp_path / "a"] * 2, tmp_path).read_text()).text
+    assert "Not validated." in Page(pages.compare([tmp_path / "a"] * 2, tmp_path).read_text()).text
     with pytest.raises(FileFormatError, match=r"b/report\.json"):
-        comparison.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+        pages.compare([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 

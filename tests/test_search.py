@@ -378,6 +378,11 @@ def test_search_writes_a_plan_that_ptq_repeats_to_the_bit(
     assert len((run / "sensitivity.csv").read_text().splitlines()) == 1 + 2 * 5
     assert json.loads((run / "search.json").read_text()) == found
     assert "Mixed precision" in (run / "report.html").read_text()
+    assert all(p["change_interval"][0] <= p["change"] <= p["change_interval"][1] for p in found["points"])
+    chosen = next(p for p in found["points"] if p["chosen"])
+    evaluation = json.loads((run / "report.json").read_text())["evaluation"]
+    assert chosen["change_interval"] == pytest.approx(evaluation["interval"])
+    assert f"{chosen['change']:+.2f} (" in (run / "search.html").read_text()
     if backend == "custom":
         assert main(["ptq", "--config", str(run / "plan.yaml"), "--output", str(again), "--quiet"]) == 0
         assert (again / "model.onnx").read_bytes() == (run / "model.onnx").read_bytes()

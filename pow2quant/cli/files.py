@@ -128,7 +128,7 @@ def export(
 
 @app.command(epilog="Example: pow2quant report runs/mine     or: pow2quant report runs/a runs/b --output runs/both")
 def report(
-    sources: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="DIR...")],
+    sources: Annotated[list[Path], typer.Argument(help="Folders of finished runs or studies.", metavar="DIR...")],
     output: Annotated[
         Path | None, Option(help="Folder to write; of several DIRs then one page that compares them.")
     ] = None,
@@ -139,15 +139,14 @@ def report(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Rebuilds report.html from a run's files; of several runs and with --output, one page that compares them."""
+    """Rebuilds the pages of a run or a study from its files; of several runs and with --output, one that compares."""
     console = console_of(verbose, quiet, as_json)
     idle(console, config, seed, device)
-    from pow2quant.report.comparison import compare
-    from pow2quant.report.html import rebuild
+    from pow2quant.report.pages import compare, rebuild
 
     if output is not None and len(sources) > 1:
         written = [str(compare(sources, output))]
     else:
-        written = [str(rebuild(source, output)) for source in sources]
+        written = [str(page) for source in sources for page in rebuild(source, output)]
     console.result({"written": written}, written)
     return 0

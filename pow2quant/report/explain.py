@@ -18,7 +18,8 @@ import numpy as np
 from pow2quant import run_folder, targets
 from pow2quant.errors import ConfigError, FileFormatError
 from pow2quant.pow2_constraints.arithmetic import ROUNDINGS, shift_round
-from pow2quant.report.html import power, read
+from pow2quant.report.page import read
+from pow2quant.report.scales import power
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -43,7 +43,7 @@ MARKERS = ("o", "s", "^", "D", "v")
 
 def training(epochs: Sequence[Mapping[str, Any]], lines: Mapping[str, float], metric: str = "", unit: str = "%") -> str:
     """Loss and a metric (top-1 accuracy where none is named) by epoch. lines: its values to compare with, by label."""
-    figure, (loss, accuracy) = _figure("training", 7.6, 2.9, columns=2)
+    figure, (loss, accuracy) = blank(7.6, 2.9, columns=2)
     trained = [e for e in epochs if e.get("loss") is not None]
     loss.plot([e["epoch"] for e in trained], [e["loss"] for e in trained], "o-", color=COLOURS["a"], markersize=3)
     loss.set_ylabel("training loss")
@@ -58,7 +58,7 @@ def training(epochs: Sequence[Mapping[str, Any]], lines: Mapping[str, float], me
     for axes in (loss, accuracy):
         axes.set_xlabel("epoch")
         _whole_numbers(axes)
-    return _svg(figure, "training")
+    return svg(figure, "training")
 
 
 MOST_NAMES = 40
@@ -70,11 +70,11 @@ def profile(series: Mapping[str, Sequence[float | None]], what: str, names: Sequ
 
     what: the axis' label. names: of the operations, which then stand at the axis, of long networks every n-th.
     """
-    figure, (axes,) = _figure("profile", 7.6, 3.4 if names else 2.7)
+    figure, (axes,) = blank(7.6, 3.4 if names else 2.7)
     for (name, values), colour, marker in zip(series.items(), SERIES, MARKERS, strict=False):
         points = [(i, v) for i, v in enumerate(values, 1) if v is not None]
         style: Any = {"marker": marker, "markersize": 3.5 if len(values) < 60 else 2, "color": COLOURS[colour]}
-        axes.plot([i for i, _ in points], [v for _, v in points], linewidth=1.2, label=_label(name), **style)
+        axes.plot([i for i, _ in points], [v for _, v in points], linewidth=1.2, label=plain(name), **style)
     axes.set_ylabel("signal to noise, dB")
     axes.set_xlabel(what)
     _whole_numbers(axes)
@@ -86,28 +86,16 @@ def profile(series: Mapping[str, Sequence[float | None]], what: str, names: Sequ
     axes.legend(
         fontsize=8, frameon=False, ncols=len(series), loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderpad=0
     )
-    return _svg(figure, "profile")
+    return svg(figure, "profile")
 
 
-def trade(points: Sequence[tuple[str, float, float]], x: str, y: str) -> str:
-    """Runs as points: (label, x, y)."""
-    figure, (axes,) = _figure("trade", 7.6, 3.0)
-    for i, (label, across, up) in enumerate(points):
-        colour, marker = COLOURS[SERIES[i % len(SERIES)]], MARKERS[i // len(SERIES) % len(MARKERS)]
-        axes.plot([across], [up], marker, color=colour, markersize=7, label=_label(label))
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.margins(0.12, 0.15)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _svg(figure, "trade")
-
-
-def _label(name: str) -> str:
+def plain(name: str) -> str:
     """A name as it stands in a legend, which leaves out what begins with an underscore."""
     return f"\u200b{name}"
 
 
-def _figure(name: str, width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def blank(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty figure of so many inches with axes side by side, without matplotlib's global state."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -133,25 +121,27 @@ def _whole_numbers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg(figure: Figure, name: str) -> str:
     """The figure as an `<svg>` element for a page: no header, no ids that nothing refers to, the page's colours."""
     import matplotlib
 
     for axes in figure.axes:
-        if legend := axes.get_legend():
-            for label in legend.get_texts():
-                label.set_color(COLOURS["ink"])
-                label.set_parse_math(False)
+        legend = axes.get_legend()
+        labels = legend.get_texts() if legend else []
+        for label in labels:
+            label.set_color(COLOURS["ink"])
+        for text in (*labels, *axes.texts):
+            text.set_parse_math(False)  # a dollar in a name would begin a formula
     content = StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(content, format="svg", transparent=True, metadata=nothing)
-    text = content.getvalue()
-    text = text[text.index("<svg") :].replace("xlink:href", "href")
+    drawn = content.getvalue()
+    drawn = drawn[drawn.index("<svg") :].replace("xlink:href", "href")
     for superfluous in SUPERFLUOUS:
-        text = re.sub(superfluous, "", text, flags=re.DOTALL)
-    used = set(re.findall(r"#([\w.-]+)", text))
-    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", text)
+        drawn = re.sub(superfluous, "", drawn, flags=re.DOTALL)
+    used = set(re.findall(r"#([\w.-]+)", drawn))
+    drawn = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else "", drawn)
     for colour, stands in COLOURS.items():
-        text = text.replace(stands, f"var(--{colour})")
-    return text.strip()
+        drawn = drawn.replace(stands, f"var(--{colour})")
+    return drawn.strip()

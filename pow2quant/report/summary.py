@@ -87,6 +87,24 @@ def leading(report: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return "sqnr", {"float": None, "quantized": report.get("final_sqnr_db"), "unit": "dB", "higher_is_better": True}
 
 
+def agrees(report: Mapping[str, Any]) -> bool | None:
+    """Whether no element differs; None where nothing was compared."""
+    counts = [agreement.get("differing") for agreement in report.get("validation") or []]
+    return not any(counts) if counts else None
+
+
+def widths(report: Mapping[str, Any]) -> str:
+    """`W4 A8`: the widths of weights and activations; nothing where the report does not say."""
+    roles = report.get("config") or {}
+    found = [(letter, roles[role]) for letter, role in (("W", "weight"), ("A", "output")) if role in roles]
+    return " ".join(f"{letter}{spec['bitwidth']}" if spec else f"{letter} float" for letter, spec in found)
+
+
+def measured_alike(samples: Sequence[str | None]) -> bool:
+    """Whether all were measured on the same images, by `evaluation.sample` of their reports."""
+    return len(set(samples)) == 1 and samples[0] is not None
+
+
 def change(value: float | None, low: float | None, high: float | None, unit: str) -> str:
     """`-0.25 (-1.01 to +0.51)`: a change and its 95 % interval, or one of the two; `-` for neither."""
 
@@ -148,8 +166,7 @@ def text(report: Mapping[str, Any], folder: Path) -> str:
 
 def html(report: Mapping[str, Any], folder: Path) -> str:
     """The same as HTML."""
-    agrees = not any(a["differing"] for a in report["validation"])
-    colour = "#2a7d2a" if agrees else "#b3261e"
+    colour = "#2a7d2a" if agrees(report) is not False else "#b3261e"
     lines = "".join(
         f"<div{f' style=color:{colour}' if label == 'verdict' else ''}><b>{label}</b>: {_safe(value)}</div>"
         for label, value in facts(report).items()

@@ -33,9 +33,9 @@ from pow2quant.runs.pixels import Normalizing, Pixels, take_bytes
 from pow2quant.runs.unfinished import NOTHING as NOTHING_KEPT
 from pow2quant.runs.unfinished import Unfinished, fingerprint_of
 from pow2quant.sampling import Sample, labels_at_hand, sample
-from pow2quant.tasks.base import Metric, Task
+from pow2quant.tasks.base import Counter, Metric, Task
 from pow2quant.tasks.choosing import task_of
-from pow2quant.tasks.judging import judged, leading
+from pow2quant.tasks.judging import counted, leading, value_of
 
 T = TypeVar("T")
 
@@ -178,9 +178,14 @@ class Job:
 
         Without targets that is the SQNR of its first output against the float network's, in dB.
         """
+        metric = metric or leading(self.task)
+        return value_of(metric, self.counted(model, metric))
+
+    def counted(self, model: nn.Module, metric: Metric) -> Counter:
+        """The metric's counter behind the test data."""
         tests = self.sample(self.config.ptq.max_eval_batches).batches
         batches = self.progress.track(tests, "evaluating", len(tests))
-        return judged(metric or leading(self.task), model, self.model, batches, self.device)
+        return counted(metric, model, self.model, batches, self.device)
 
     def parameters(self, sim: Simulation) -> dict[str, Tensor]:
         """The network's own parameters and buffers in the simulation, by name (a backend may have further ones)."""

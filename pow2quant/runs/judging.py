@@ -20,7 +20,7 @@ from pow2quant.report.verdict import Change, verdict
 from pow2quant.runs.job import Job
 from pow2quant.runs.pixels import Pixels
 from pow2quant.runs.scores import FLOAT, Scores
-from pow2quant.tasks.base import ONE_ANSWER, OneAnswer
+from pow2quant.tasks.base import ONE_ANSWER, Averaged, Counter, Metric, OneAnswer
 
 
 def judge(
@@ -75,6 +75,13 @@ def change_of(scores: Scores, executor: str) -> Change | None:
         constant=None if constant is None else 100 * float(constant.mean()),
         guesses=constant is not None and one is not None and _interval(one - 100 * constant, True)[0] <= 0,
     )
+
+
+def interval_of_change(before: Counter, after: Counter, metric: Metric) -> tuple[float, float] | None:
+    """95 % of the change of a metric that was counted on the same samples; None where it is no mean over them."""
+    if not (isinstance(before, Averaged) and isinstance(after, Averaged) and before.parts and after.parts):
+        return None
+    return _interval(after.factor * (after.per_sample() - before.per_sample()), metric.unit == "%")
 
 
 def _interval(differences: NDArray[np.float64], share: bool) -> tuple[float, float]:

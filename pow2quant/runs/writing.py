@@ -26,8 +26,8 @@ from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.integer.resources import resources
 from pow2quant.plugins import resolve
 from pow2quant.report import document, statistics
-from pow2quant.report.html import page_of
 from pow2quant.report.network import describe
+from pow2quant.report.pages import rebuild
 from pow2quant.runs import unfinished
 from pow2quant.runs.chains import with_chain
 from pow2quant.runs.choosing import decided
@@ -262,6 +262,6 @@ def _report(
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Writes report.json, and report.html of it and the files beside it."""
+    """Writes report.json, and the pages of it and the files beside it."""
     (folder / run_folder.REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(page_of(folder), encoding="utf-8")
+    rebuild(folder)

@@ -27,7 +27,7 @@ class Cell:
     other method has a better mean with this network and these widths. spread: None for one seed. failed: seeds without
     a result, which the means leave out. change, change_low, change_high: of the metric against float and the ends of
     its 95 % interval, means over seeds; measured on `images` of `of_images`, of `classes`. Top-1 and top-5 in per cent,
-    for classification.
+    for classification. Of whole runs: whether all agree, the first seed's folder, and the size of its ONNX file.
     """
 
     network: str
@@ -53,6 +53,9 @@ class Cell:
     of_images: int = 0
     classes: int | None = None
     best: bool = False
+    agrees: bool | None = None
+    run: str | None = None
+    file_bytes: int | None = None
 
     @property
     def quality(self) -> float:
@@ -125,6 +128,9 @@ def _cell(key: tuple[str, str, str], rows: Sequence[Row]) -> Cell:
         images=complete[0].get("images", 0),
         of_images=complete[0].get("of_images", 0),
         classes=complete[0].get("classes"),
+        agrees=all(r["agrees"] for r in complete) if "agrees" in complete[0] else None,
+        run=complete[0].get("run"),
+        file_bytes=complete[0].get("file_bytes"),
     )
 
 

@@ -10,22 +10,24 @@ from functools import partial
 from pathlib import Path
 
 from pow2quant import config as configuration
+from pow2quant import run_folder
 from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import Choice, RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.plugins import names
+from pow2quant.report import pages
 from pow2quant.saving import write
 from pow2quant.study.cells import Comparison, cells, csv_of, document, figures, file_name, key_of, markdown
 from pow2quant.study.ledger import Plan
 from pow2quant.study.loading import configurations, ignores_seeds, is_deterministic
 from pow2quant.study.space import Axis, applied, axis, combinations, settings
-from pow2quant.study.sweep import BEST, RESULTS, Stopped, Study, report, running_on, table, tried, write_best
+from pow2quant.study.sweep import BEST, RESULTS, Stopped, Study, running_on, table, tried, write_best
 from pow2quant.study.trials import Row
 
 METHODS = ("none", "output_mse+bias_correction", "gpfq")
 WIDTHS = ("8:8", "4:8", "4:4")
 AXES = ("network", "widths", "method", "seed")
-TABLE, MARKDOWN, SUMMARY = "comparison.csv", "comparison.md", "comparison.json"
+TABLE, MARKDOWN = "comparison.csv", "comparison.md"
 
 
 def study(
@@ -114,8 +116,7 @@ def compare(
 ) -> Comparison:
     """Runs what is left of a comparison and writes it into `output`: markdown, CSV, JSON and a figure per network.
 
-    The best configuration of each network as a file that `ptq --config` takes. Where trials are whole runs,
-    report.html compares the first seed of each configuration.
+    The best configuration of each network as a file that `ptq --config` takes. report.html shows all of them.
     """
     for rows in tried(study, output, storage=storage, jobs=jobs, progress=progress, stopped=stopped):
         write(output / RESULTS, table(rows, study.axes).encode())
@@ -123,14 +124,14 @@ def compare(
     found = Comparison(output, cells(rows), [str(r["error"]) for r in rows if r["state"] == "failed"])
     write(output / TABLE, csv_of(found.cells).encode())
     write(output / MARKDOWN, markdown(found).encode())
-    write(output / SUMMARY, json.dumps(document(found), indent=1).encode())
+    write(output / run_folder.COMPARISON, json.dumps(document(found), indent=1).encode())
     for name, picture in figures(found.cells):
         write(output / name, picture)
     first = {key_of(r): r for r in reversed(rows) if r["state"] == "complete"}
     for cell in found.best:
         name = BEST if len(found.best) == 1 else f"best_{file_name(cell.network)}.yaml"
         write_best(study, first[cell.network, cell.widths, cell.method], output / name)
-    report(list(reversed(first.values())), output)
+    pages.rebuild(output)
     return found
 
 

@@ -21,6 +21,7 @@ class Point:
     """A plan that was evaluated. kind: `uniform` (with the width) or `found`.
 
     accuracy: the metric times `sign`, so that more is better; top-1 in per cent where the task is classification.
+    interval: 95 % of the metric's change against the float network; None where it has none.
     """
 
     kind: str
@@ -29,6 +30,7 @@ class Point:
     loss: float
     costs: Mapping[str, float]
     sign: int = 1
+    interval: tuple[float, float] | None = None
 
     @property
     def value(self) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from pow2quant import config as configuration
@@ -28,12 +29,13 @@ from pow2quant.report import summary
 from pow2quant.runs import Job, Result, Simulated, finish, write_report
 from pow2quant.runs.chains import fixed, with_chain
 from pow2quant.runs.choosing import decided
-from pow2quant.runs.unfinished import NOTHING, Numbers, Unfinished, beside, fingerprint_of
+from pow2quant.runs.unfinished import NOTHING, Unfinished, beside, fingerprint_of
 from pow2quant.saving import write
 from pow2quant.study import costs, latency, limits
 from pow2quant.study.candidates import CANDIDATES, Group, Plan, configured, groups_of, sorted_names, uniform
 from pow2quant.study.costs import Chip, LayerShape
 from pow2quant.study.front import Point, draw, front, table
+from pow2quant.study.judging import Judge
 from pow2quant.study.limits import Request
 from pow2quant.study.program import Problem, Quantity
 from pow2quant.study.sensitivity import Measurement, Table
@@ -42,7 +44,7 @@ from pow2quant.tasks.base import Metric
 from pow2quant.tasks.judging import SQNR, leading
 from pow2quant.training.schedule import criterion_of
 
-PLAN, SEARCH, CHIP = "plan.yaml", "search.json", "latency.yaml"
+PLAN, CHIP = "plan.yaml", "latency.yaml"
 
 REFINEMENTS = 3
 """Plans between the cheapest that is accurate enough and the dearest that is not."""
@@ -102,7 +104,7 @@ def _with_intervals(document: dict[str, Any], evaluation: Mapping[str, Any]) -> 
 class Search:
     """A search at work.
 
-    problem: the integer program; its quantity `loss` comes with the sensitivities. numbers: what was measured, by name.
+    problem: the integer program; its quantity `loss` comes with the sensitivities. initial: the float network's metric.
     simulations: by role and candidate. points: by plan.
     """
 
@@ -116,8 +118,7 @@ class Search:
     initial: float
     random_state: torch.Tensor
     progress: Progress
-    metric: Metric
-    numbers: Numbers
+    judge: Judge
     simulations: dict[tuple[str, str], Simulation] = field(default_factory=dict)
     points: dict[tuple[str, ...], Point] = field(default_factory=dict)
 
@@ -137,8 +138,8 @@ class Search:
             raise ConfigError("candidates: nothing is left to choose; every tensor's width is decided by overrides")
         layers = costs.layers_of(job.network, placement, groups)
         metric = _metric(job, limits.metric_named(request.constraints))
-        numbers = unfinished.numbers(lambda: _fingerprint(job))
-        work = cls(request, job, groups, layers, Problem({}, {}), None, {}, 0.0, state, progress, metric, numbers)
+        judge = Judge(job, metric, unfinished.numbers(lambda: _fingerprint(job)))
+        work = cls(request, job, groups, layers, Problem({}, {}), None, {}, 0.0, state, progress, judge)
         work.chip = work._chip()
         names = {g.name: g.candidates for g in groups}
         try:
@@ -147,7 +148,7 @@ class Search:
             raise ConfigError(f"{config.search.latency_table}: {error}") from None
         work.problem = Problem(names, quantities)
         work._check_costs()
-        work.initial = numbers.get("float", lambda: work.sign * job.score(job.model, metric))
+        work.initial = work.sign * judge.original
         work._quantize()
         work.measure(config.search.sensitivity)
         return work
@@ -185,7 +186,7 @@ class Search:
     @property
     def sign(self) -> int:
         """What makes more of the metric better."""
-        return 1 if self.metric.higher_is_better else -1
+        return 1 if self.judge.metric.higher_is_better else -1
 
     @property
     def floor(self) -> float | None:
@@ -193,7 +194,7 @@ class Search:
         return limits.accuracy_floor(self.request.constraints, self.initial, self.sign)
 
     def _said(self, quality: float | None) -> str:
-        return "" if quality is None else self.metric.text(self.sign * quality)
+        return "" if quality is None else self.judge.metric.text(self.sign * quality)
 
     def document(self, chosen: Point) -> dict[str, Any]:
         """search.json."""
@@ -217,13 +218,18 @@ class Search:
             "activation_candidates": list(self.request.search.activation_candidates),
             "chip": None if self.chip is None else self.chip.name,
             "axis": self.request.axis,
-            "metric": self.metric.name,
-            "unit": self.metric.unit,
-            "higher_is_better": self.metric.higher_is_better,
+            "metric": self.judge.metric.name,
+            "unit": self.judge.metric.unit,
+            "higher_is_better": self.judge.metric.higher_is_better,
             "float_accuracy": self.sign * self.initial,
             "accuracy_floor": None if self.floor is None else self.sign * self.floor,
             "chosen": chosen.to_json(),
-            "points": [p.to_json() | {"on_front": p in undominated, "chosen": p == chosen} for p in points],
+            "points": [
+                p.to_json()
+                | {"change": round(p.value - self.sign * self.initial, 4), "change_interval": p.interval}
+                | {"on_front": p in undominated, "chosen": p == chosen}
+                for p in points
+            ],
             "plan": {name: chosen.plan[group] for name, group in by_site.items()},
             "layers": layers,
         }
@@ -233,7 +239,7 @@ class Search:
         points, axis = list(self.points.values()), self.request.axis
         texts = {
             **{name: best_text(configured(self.job.config, self.groups, chosen.plan), name) for name in (PLAN, BEST)},
-            SEARCH: json.dumps(document, indent=2) + "\n",
+            run_folder.SEARCH: json.dumps(document, indent=2) + "\n",
             "pareto.csv": table(points, axis, chosen),
             "sensitivity.csv": self._sensitivity_table(),
         }
@@ -241,7 +247,7 @@ class Search:
             texts[CHIP] = latency.dump(self.chip)
         for name, text in texts.items():
             write(folder / name, text.encode())
-        write(folder / "pareto.png", draw(points, axis, chosen, self.initial, self.floor, self.metric))
+        write(folder / "pareto.png", draw(points, axis, chosen, self.initial, self.floor, self.judge.metric))
 
     def _chip(self) -> Chip | None:
         if self.request.search.latency_table is not None:
@@ -290,7 +296,7 @@ class Search:
             plan = uniform(self.groups, role, name)
             self.simulations[role, name] = sim = self.quantized(self.job_of(plan), name=f"{role}-{name}")
             if role == "weight":
-                self._add(plan, f"uniform {name}", partial(self._score, sim))
+                self._add(plan, f"uniform {name}", partial(getattr, sim, "model"))
 
     def measure(self, metric: str) -> None:
         """Takes sensitivities by a metric as what is predicted to be lost."""
@@ -303,7 +309,7 @@ class Search:
         if isinstance(criterion, torch.nn.Module):
             criterion.to(device)
         measurement = Measurement(
-            self.groups, self.simulations, batches, criterion, job.config.seed, self.progress, self.numbers.get
+            self.groups, self.simulations, batches, criterion, job.config.seed, self.progress, self.judge.numbers.get
         )
         self.sensitivities = measurement.table(metric)
         loss = Quantity({name: _falling(list(row.values())) for name, row in self.sensitivities.items()}, {})
@@ -313,18 +319,14 @@ class Search:
     def _verify(self, plan: Plan) -> Point:
         key = tuple(plan.values())
         if key not in self.points:
-            self._add(plan, "found", lambda: self._score(self.quantized(self.job_of(plan))))
+            self._add(plan, "found", lambda: self.quantized(self.job_of(plan)).model)
         return self.points[key]
 
-    def _score(self, sim: Simulation) -> float:
-        return self.sign * replace(self.job, progress=SILENT).score(sim.model, self.metric)
-
-    def _add(self, plan: Plan, kind: str, score: Callable[[], float]) -> None:
-        accuracy = self.numbers.get(f"plan {' '.join(plan.values())}", score)
+    def _add(self, plan: Plan, kind: str, make: Callable[[], nn.Module]) -> None:
+        judged = self.judge.judged(f"plan {' '.join(plan.values())}", make)
         values = {name: self.problem.value(name, plan) for name in self.problem.quantities}
-        self.points[tuple(plan.values())] = Point(
-            kind, dict(plan), accuracy, values.pop("loss", 0.0), values, self.sign
-        )
+        loss, accuracy = values.pop("loss", 0.0), self.sign * judged.value
+        self.points[tuple(plan.values())] = Point(kind, dict(plan), accuracy, loss, values, self.sign, judged.interval)
 
     def _budgets(self) -> list[float]:
         """From the least that is possible to the most, or to the bound."""

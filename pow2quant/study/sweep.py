@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 
 from pow2quant import config as configuration
+from pow2quant import run_folder
 from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
-from pow2quant.report import comparison, summary
+from pow2quant.report import pages, summary
 from pow2quant.runs.job import absolute
 from pow2quant.saving import write
 from pow2quant.study.figures import figures
@@ -28,16 +29,13 @@ from pow2quant.study.loading import check_loading
 from pow2quant.study.space import MOST, Axis, Range, applied, axis, combinations, given, settings
 from pow2quant.study.trials import RUNS, Row, Trials, described, quality, work, work_in_processes
 
-RESULTS, SUMMARY, STUDY, DATABASE, BEST = "results.csv", "study.json", "study.yaml", "study.db", "best.yaml"
-
-MOST_RUNS = 50
-"""So many runs are compared on one page."""
+RESULTS, STUDY, DATABASE, BEST = "results.csv", "study.yaml", "study.db", "best.yaml"
 
 ENDING = (
     *("metric", "unit", "higher_is_better", "original", "quantized"),
     *("original_top1", "original_top5", "quantized_top1", "quantized_top5", "sqnr_db"),
     *("change", "change_low", "change_high", "images", "of_images", "classes", "sample", "preprocessing"),
-    *("agrees", "run"),
+    *("agrees", "run", "file_bytes"),
 )
 """Columns that come behind those that say what was tried."""
 
@@ -110,7 +108,7 @@ class Found:
     @property
     def alike(self) -> bool:
         """Whether all trials were measured on the same images."""
-        return comparison.measured_alike([r.get("sample") for r in self._complete])
+        return summary.measured_alike([r.get("sample") for r in self._complete])
 
     @property
     def evaluated(self) -> str:
@@ -284,13 +282,19 @@ def save(study: Study, rows: list[Row], output: Path) -> Found:
     """Writes study.json and draws the figures."""
     found = Found(output, rows, study.axes)
     best = found.finished[:1]
-    told = {"study": study.called, "trials": len(study.plan), "best": best[0] if best else None, "rows": rows}
-    write(output / SUMMARY, json.dumps(told, indent=1).encode())
+    told = {
+        "study": study.called,
+        "trials": len(study.plan),
+        "axes": study.axes,
+        "best": best[0] if best else None,
+        "rows": rows,
+    }
+    write(output / run_folder.STUDY, json.dumps(told, indent=1).encode())
     if best:
         write_best(study, best[0], output / BEST)
     for name, picture in figures(study.plan.grids, rows):
         write(output / name, picture)
-    report(found.finished, output)
+    pages.rebuild(output)
     return found
 
 
@@ -304,13 +308,6 @@ def write_best(study: Study, row: Row, file: Path) -> None:
 def best_text(config: RunConfig, name: str) -> str:
     """A configuration as a file that says what to do with it."""
     return f"# pow2quant ptq --config {name}    pow2quant qat --config {name}\n{configuration.dump(config)}"
-
-
-def report(rows: Sequence[Row], output: Path) -> None:
-    """Writes report.html, which compares the trials that are whole runs; at most so many as a page can show."""
-    runs = [Path(row["run"]) for row in rows if row.get("run")]
-    if len(runs) > 1:
-        comparison.compare(runs[:MOST_RUNS], output)
 
 
 def measured_on(row: Row) -> str:

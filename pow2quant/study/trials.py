@@ -138,7 +138,8 @@ def measured(report: Mapping[str, Any]) -> Row:
 
     metric, unit, higher_is_better: what it is; original, quantized: of the float network and the quantized one; where
     there are no targets, the SQNR of the outputs. change: of the metric, with its 95 % interval; images, of_images,
-    classes, sample: on what it was measured. Top-1 and top-5 beside them, in per cent, for classification.
+    classes, sample: on what it was measured. Top-1 and top-5 beside them, in per cent, for classification. Of whole
+    runs agrees, run (the folder) and file_bytes, the size of its ONNX file.
     """
     evaluation = report["evaluation"]
     name, values = summary.leading(report)
@@ -166,7 +167,9 @@ def measured(report: Mapping[str, Any]) -> Row:
         "change_low": low,
         "change_high": high,
     }
-    return row | {key: report[key] for key in ("agrees", "run") if key in report}
+    if "run" in report:
+        row |= {"agrees": report["agrees"], "run": report["run"], "file_bytes": report["model_size_bytes"]["quantized"]}
+    return row
 
 
 def quality(row: Row, column: str = "quantized") -> float | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pow2quant.tasks.base import Array, Metric, Outputs, Task
+from pow2quant.tasks.base import Array, Counter, Metric, Outputs, Task
 
 
 class Noise:
@@ -43,6 +43,22 @@ def leading(task: Task) -> Metric:
 
 
 @torch.no_grad()
+def counted(
+    metric: Metric,
+    run: Callable[..., Any],
+    exact: Callable[..., Any],
+    batches: Iterable[tuple[Any, Any]],
+    device: torch.device,
+) -> Counter:
+    """A metric's counter behind `run`, which is called with a batch's tensors; `exact` is the float network."""
+    counter = metric.counter()
+    for batch, targets in batches:
+        arguments = [x.to(device) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
+        aim = targets if metric is not SQNR else _tensors(exact(*arguments))[0]
+        counter.add([x.cpu().numpy() for x in _tensors(run(*arguments))], arrays_of(aim))
+    return counter
+
+
 def judged(
     metric: Metric,
     run: Callable[..., Any],
@@ -50,12 +66,12 @@ def judged(
     batches: Iterable[tuple[Any, Any]],
     device: torch.device,
 ) -> float:
-    """A metric of `run`, which is called with a batch's tensors; `exact` is the float network. 0 over no batches."""
-    counter = metric.counter()
-    for batch, targets in batches:
-        arguments = [x.to(device) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
-        aim = targets if metric is not SQNR else _tensors(exact(*arguments))[0]
-        counter.add([x.cpu().numpy() for x in _tensors(run(*arguments))], arrays_of(aim))
+    """The metric itself. 0 over no batches."""
+    return value_of(metric, counted(metric, run, exact, batches, device))
+
+
+def value_of(metric: Metric, counter: Counter) -> float:
+    """What a counter says; 0 over no batches."""
     value = counter.value()
     return (EQUAL_DB if metric is SQNR else 0.0) if value is None else value
 
