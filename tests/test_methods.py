@@ -48,8 +48,8 @@ def simulation(backend: str, plan: QuantPlan, bits: int) -> tuple[Simulation, li
     """The conformance suite's network: transposed, depthwise, shared and tied layers, two results."""
     if backend == "aimet":
         pytest.importorskip("aimet_torch", reason="the extra 'aimet' is not installed")
-    batches = [conformance._batch(), conformance._batch(4, 2)]
-    sim: Simulation = plugins.resolve("backends", backend)(conformance._prepared(), batches[0], narrow(plan, bits))
+    batches = [conformance.batch(), conformance.batch(4, 2)]
+    sim: Simulation = plugins.resolve("backends", backend)(conformance.prepared(), batches[0], narrow(plan, bits))
     sim.calibrate(batches)
     return sim, batches
 

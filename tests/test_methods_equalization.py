@@ -99,7 +99,7 @@ def test_groups_are_chains_and_residual_streams() -> None:
 
 def test_what_is_not_homogeneous_shared_or_concatenated_is_left_alone() -> None:
     """The conformance suite's network has Hardswish, Sigmoid, products, a tie and a module that is called twice."""
-    network = copy.deepcopy(conformance._prepared())
+    network = copy.deepcopy(conformance.prepared())
     found = [({str(n.target) for n in g.writers}, {str(n.target) for n in g.readers}) for g in groups(network)]
     assert found == [({"stem.0", "side"}, {"depthwise", "tied"}), ({"up"}, {"fc"})]
 

@@ -127,8 +127,8 @@ def test_what_finishes_a_walk_is_what_the_backend_computes(backend: str) -> None
     """From every layer on, to the last bit: two results, a concatenation, a module that is called twice."""
     if backend == "aimet":
         pytest.importorskip("aimet_torch", reason="the extra 'aimet' is not installed")
-    batches = [conformance._batch(), conformance._batch(4, 2)]
-    sim: Simulation = plugins.resolve("backends", backend)(conformance._prepared(), batches[0], conformance.LOW_BITS)
+    batches = [conformance.batch(), conformance.batch(4, 2)]
+    sim: Simulation = plugins.resolve("backends", backend)(conformance.prepared(), batches[0], conformance.LOW_BITS)
     sim.calibrate(batches)
     with torch.no_grad():
         expected = [sim.model(x) for x in batches]
@@ -201,8 +201,8 @@ def test_correction_belongs_to_the_chosen_encodings() -> None:
 
 
 def test_tensors_that_share_an_encoding_still_do() -> None:
-    batches = [conformance._batch(), conformance._batch(4, 2)]
-    sim: Simulation = plugins.resolve("backends", "custom")(conformance._prepared(), batches[0], conformance.LOW_BITS)
+    batches = [conformance.batch(), conformance.batch(4, 2)]
+    sim: Simulation = plugins.resolve("backends", "custom")(conformance.prepared(), batches[0], conformance.LOW_BITS)
     sim.calibrate(batches)
     before = sim.encodings()
     Lapq(loss="mse").apply(sim, batches)

@@ -50,8 +50,8 @@ def test_what_the_walk_computes_is_what_the_backend_computes(backend: str) -> No
     """To the last bit, also behind a layer that was changed on the way."""
     if backend == "aimet":
         pytest.importorskip("aimet_torch", reason="the extra 'aimet' is not installed")
-    batches = [conformance._batch(), conformance._batch(4, 2)]
-    sim = resolve("backends", backend)(conformance._prepared(), batches[0], conformance.LOW_BITS)
+    batches = [conformance.batch(), conformance.batch(4, 2)]
+    sim = resolve("backends", backend)(conformance.prepared(), batches[0], conformance.LOW_BITS)
     sim.calibrate(batches)
     for step in walk(sim, batches):
         if step.layer.module == "depthwise":

@@ -143,15 +143,13 @@ def plan(**changes: object) -> QuantPlan:
 def test_weights_lie_on_the_levels_of_each_channel_and_layers_of_8_bits_stay(rule: str, backend: str) -> None:
     if backend == "aimet":
         pytest.importorskip("aimet_torch")
-    batch = conformance._batch()
+    batch = conformance.batch()
     chosen = plan()
-    named = next(
-        y.module for y in resolve("backends", backend)(conformance._prepared(), batch, chosen).placement.layers
-    )
+    named = next(y.module for y in resolve("backends", backend)(conformance.prepared(), batch, chosen).placement.layers)
     assert chosen.weight is not None
     wide = {"weight": TensorSpec(8, symmetric=True, per_channel=True)}
     chosen = QuantPlan(chosen.weight, chosen.input, chosen.output, chosen.bias, ((named, wide),))
-    sim = resolve("backends", backend)(conformance._prepared(), batch, chosen)
+    sim = resolve("backends", backend)(conformance.prepared(), batch, chosen)
     sim.calibrate([batch])
     before = {y.module: sim.parameter(f"{y.module}.weight").detach().clone() for y in sim.placement.layers}
     Ternary(rule).apply(sim, [batch])
@@ -169,14 +167,14 @@ def test_weights_lie_on_the_levels_of_each_channel_and_layers_of_8_bits_stay(rul
 
 
 def test_one_scale_for_the_tensor_and_a_free_scale() -> None:
-    batch = conformance._batch()
-    sim = resolve("backends", "custom")(conformance._prepared(), batch, plan(per_channel=False))
+    batch = conformance.batch()
+    sim = resolve("backends", "custom")(conformance.prepared(), batch, plan(per_channel=False))
     sim.calibrate([batch])
     Ternary("twn").apply(sim, [batch])
     for layer in sim.placement.layers:
         assert layer.weight is not None
         assert len(sim.parameter(layer.weight.name).abs().unique()) <= 2
-    sim = resolve("backends", "custom")(conformance._prepared(), batch, plan(power_of_2=False))
+    sim = resolve("backends", "custom")(conformance.prepared(), batch, plan(power_of_2=False))
     sim.calibrate([batch])
     with pytest.raises(ConfigError, match=r"\.weight: ternary weights are powers of two"):
         Ternary().apply(sim, [batch])
