@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -107,6 +107,8 @@ def read(batch: Any, signature: Signature, where: str) -> tuple[Any, Any]:
 
     Raises DataError, which begins with `where`, for what cannot be an input: not finite, no tensor, bytes, no samples.
     """
+    if is_dataclass(batch):
+        batch = vars(batch)
     if isinstance(batch, Mapping):
         inputs, targets = _from_mapping(batch, signature, where)
     elif isinstance(batch, (tuple, list)):
@@ -114,6 +116,33 @@ def read(batch: Any, signature: Signature, where: str) -> tuple[Any, Any]:
     else:
         inputs, targets = batch, None
     return pytree.tree_map(lambda x: _input(x, where), inputs), _targets_of(targets, where)
+
+
+def target_of(item: Any) -> Any:
+    """The target of one sample of a data set, a plain number where it has one value; None where there is none."""
+    if isinstance(item, Mapping):
+        target = next((item[key] for key in TARGETS if key in item), None)
+    else:
+        target = item[-1] if isinstance(item, tuple | list) and len(item) > 1 else None
+    if isinstance(target, Tensor | np.ndarray) and np.size(target) == 1:
+        return target.reshape(-1)[0].item()
+    return target
+
+
+def is_array(x: Any) -> bool:
+    """Whether this is a tensor, or an array of any library that numpy can read: TensorFlow's, JAX's, pandas'."""
+    foreign = hasattr(x, "__array__") and hasattr(x, "shape") and not isinstance(x, np.generic)
+    return isinstance(x, (Tensor, np.ndarray)) or foreign
+
+
+def tensor_of(x: Any, where: str) -> Tensor:
+    """An array as a tensor. Raises DataError for one that does not hold numbers."""
+    if isinstance(x, Tensor):
+        return x
+    array = np.array(x, order="C")
+    if array.dtype.kind not in "fiub":
+        raise DataError(f"{where}: holds an array of {array.dtype}; expected numbers")
+    return torch.from_numpy(array)
 
 
 def check_has_values(x: Tensor, where: str) -> None:
@@ -148,12 +177,14 @@ def _from_mapping(batch: Mapping[str, Any], signature: Signature, where: str) ->
     if len(named) < signature.required:
         named = [] if signature.required > 1 else [next((key for key in INPUTS if key in batch), "")]
     if not named or not named[0]:
-        if signature.required > 1 or not all(isinstance(x, (Tensor, np.ndarray)) for x in batch.values()):
+        if signature.required > 1 or not all(map(is_array, batch.values())):
             raise DataError(
                 f"{where}: a dictionary with the keys {', '.join(map(str, batch))}; the network's arguments are "
                 f"{', '.join(signature.names) or 'unnamed'}: name the keys so"
             )
-        return dict(batch), None
+        aside = () if signature.names else TARGETS  # of `**kwargs`
+        targets = next((batch[key] for key in aside if key in batch), None)
+        return {key: x for key, x in batch.items() if key not in aside}, targets
     rest = {key: value for key, value in batch.items() if key not in named}
     known = [key for key in TARGETS if key in rest]
     targets = rest[known[0]] if known else next(iter(rest.values())) if len(rest) == 1 else rest or None
@@ -170,7 +201,7 @@ def _from_sequence(batch: Sequence[Any], signature: Signature, where: str) -> tu
     if isinstance(first, Mapping):
         inputs, other = _from_mapping(first, signature, where)
         batch = (inputs, other) if len(batch) == 1 and other is not None else (inputs, *batch[1:])
-    elif isinstance(first, (tuple, list)) and any(isinstance(x, (Tensor, np.ndarray)) for x in first):
+    elif isinstance(first, (tuple, list)) and any(map(is_array, first)):
         inputs = tuple(first)
     else:
         count = len(batch) - _has_labels(batch) if signature.variadic else signature.required
@@ -186,14 +217,13 @@ def _from_sequence(batch: Sequence[Any], signature: Signature, where: str) -> tu
 def _has_labels(batch: Sequence[Any]) -> bool:
     """Whether the last element looks like class indices."""
     last = batch[-1]
-    return len(batch) > 1 and isinstance(last, (Tensor, np.ndarray)) and last.ndim == 1
+    return len(batch) > 1 and is_array(last) and len(last.shape) == 1
 
 
 def _input(x: Any, where: str) -> Tensor:
-    if isinstance(x, np.ndarray) and x.dtype.kind in "fiub":
-        x = torch.from_numpy(np.array(x, order="C"))
-    if not isinstance(x, Tensor):
+    if not is_array(x):
         raise DataError(f"{where}: holds a {type(x).__name__} where the network takes a tensor (images: add ToTensor)")
+    x = tensor_of(x, where)
     check_has_values(x, where)
     tensor: Tensor = x.detach().cpu()
     if not tensor.ndim or not len(tensor):
@@ -213,8 +243,9 @@ def _targets_of(targets: Any, where: str) -> Any:
     """Arrays and lists of numbers as tensors on the CPU, of float32 or integers; all else as it is."""
 
     def tensor(x: Any) -> Any:
-        if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "fiub":
-            x = torch.from_numpy(np.array(x))
+        if (is_array(x) or isinstance(x, np.generic)) and not isinstance(x, Tensor):
+            x = np.array(x)
+            x = torch.from_numpy(x) if x.dtype.kind in "fiub" else x
         if not isinstance(x, Tensor):
             return x
         check_has_values(x, where)

@@ -25,7 +25,7 @@ from torch.utils.data import (
     TensorDataset,
 )
 
-from pow2quant.reading import TARGETS, Checked, data_error
+from pow2quant.reading import Checked, data_error, target_of
 from pow2quant.sources import Repeated
 
 Labels = NDArray[np.int64]
@@ -128,22 +128,12 @@ def _read(dataset: Any, name: str) -> list[Any]:
     found: list[Any] = []
     try:
         for index in range(len(dataset)):
-            found.append(_target(dataset[index]))
+            found.append(target_of(dataset[index]))
             if np.ndim(found[-1]) or isinstance(found[-1], float | str | Mapping | None):
                 return []
     except Exception as error:
         raise data_error(error, name) from error
     return found
-
-
-def _target(item: Any) -> Any:
-    if isinstance(item, Mapping):
-        target = next((item[key] for key in TARGETS if key in item), None)
-    else:
-        target = item[-1] if isinstance(item, tuple | list) and len(item) > 1 else None
-    if isinstance(target, Tensor | np.ndarray) and np.size(target) == 1:
-        return target.reshape(-1)[0].item()
-    return target
 
 
 def _whole(labels: Any, count: int) -> Labels | None:

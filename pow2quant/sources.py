@@ -1,13 +1,14 @@
 """Data in every form that people have them, as the batches of a run.
 
 A DataLoader or another iterable of batches; a torch Dataset, or a list of its items; arrays: `(X, y)`, `X`, or a
-dictionary of arrays; or a pair (calibration, evaluation) of any of these. What `reading.read` can read may be a batch.
+dictionary of arrays; or a pair (calibration, evaluation) of any of these, or `{"train": …, "test": …}`. What
+`reading.read` can read may be a batch.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, cast
@@ -18,13 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from pow2quant.errors import DataError
-from pow2quant.reading import Batches, Checked, Signature, check_has_values, data_error
+from pow2quant.reading import Batches, Checked, Signature, check_has_values, data_error, is_array, target_of, tensor_of
 
 SHUFFLE_SEED = 20240917
 """Orders the calibration images, whatever the run's seed: the same images calibrate every run."""
 
 MOST_CLASSES = 1_000_000
 """Of labels that say how many classes there are: a wrong column of a table would otherwise take all memory."""
+
+SPLITS = ("train", "training", "calibration"), ("test", "validation", "val", "valid", "eval")
+"""Keys of a dictionary with the data for calibration and training, and those for evaluation; the first one counts."""
 
 STREAMED = 100
 """So many batches are kept of what can be read once only, or has no length."""
@@ -62,7 +66,7 @@ def data_of(made: Any, name: str, batch_size: int, train_batch_size: int, worker
     """
     if isinstance(made, Data):
         return _checked(made, name)
-    parts: tuple[Any, ...] = tuple(made) if _is_parts(made) else (made,)
+    parts = _parts(made)
     parts = tuple(list(islice(part, STREAMED)) if isinstance(part, Iterator) else part for part in parts)
     parts = parts if len(parts) > 1 else parts * 2
     datasets = [_dataset(part) for part in parts]
@@ -92,44 +96,50 @@ def _length(dataset: Any, what: str) -> int:
         raise data_error(error, f"{what}: its length") from error
 
 
-def _is_parts(made: Any) -> bool:
-    """Whether these are (calibration, evaluation) or (calibration, training, test), and not one set of data."""
+def _parts(made: Any) -> tuple[Any, ...]:
+    """(calibration, evaluation), (calibration, training, test), or one set of data alone."""
+    if isinstance(made, Mapping):
+        found = [next((made[name] for name in names if name in made), None) for names in SPLITS]
+        return (made,) if any(part is None or is_array(part) for part in found) else tuple(found)
     if isinstance(made, list):
-        return len(made) in (2, 3) and all(isinstance(part, (DataLoader, Dataset)) for part in made)
-    return isinstance(made, tuple) and len(made) in (2, 3) and not any(_is_array(part) for part in made)
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, (Tensor, np.ndarray))
+        several = all(isinstance(part, (DataLoader, Dataset)) for part in made)
+    else:
+        several = isinstance(made, tuple) and not any(map(is_array, made))
+    return tuple(made) if several and len(made) in (2, 3) else (made,)
 
 
 def _dataset(part: Any) -> Any:
     """The part as something with items and a length, or None: then it is batches already."""
-    for table in (x for x in (part if isinstance(part, tuple) else (part,)) if hasattr(x, "to_numpy")):
-        raise DataError(f"data: a {type(table).__name__}; give its values: X.to_numpy('float32'), y.to_numpy()")
-    if _is_array(part):
-        return TensorDataset(torch.as_tensor(part))
-    if isinstance(part, tuple) and part and all(map(_is_array, part)):
+    if is_array(part):
+        return TensorDataset(tensor_of(part, "data"))
+    if isinstance(part, (tuple, list)) and part and all(map(is_array, part)) and _are_columns(part):
         return _arrays(part)
     if isinstance(part, Mapping):
-        return Columns({key: torch.as_tensor(value) for key, value in part.items() if _is_array(value)})
+        return Columns({key: tensor_of(value, f"data, {key}") for key, value in part.items() if is_array(value)})
     if isinstance(part, (list, tuple)):
         return part if part and _is_sample(part[0]) else None
     is_map = isinstance(part, Sized) and hasattr(part, "__getitem__")
     return part if is_map and not isinstance(part, (DataLoader, str)) else None
 
 
-def _arrays(part: tuple[Any, ...]) -> TensorDataset:
-    tensors = [torch.as_tensor(x) for x in part]
+def _are_columns(arrays: Sequence[Any]) -> bool:
+    """Whether arrays are of the same samples, `(X, y)`, and not batches: those are in a list, and of one shape."""
+    shapes = [x.shape for x in arrays]
+    return isinstance(arrays, tuple) or (len({s[:1] for s in shapes}) == 1 and len({len(s) for s in shapes}) > 1)
+
+
+def _arrays(part: Sequence[Any]) -> TensorDataset:
+    tensors = [tensor_of(x, "data") for x in part]
     if len({len(x) for x in tensors}) != 1:
         raise DataError(f"arrays of different lengths: {', '.join(str(len(x)) for x in tensors)}")
     return TensorDataset(*tensors)
 
 
 def _is_sample(item: Any) -> bool:
-    """Whether an item of a list is one sample, and not a batch: its last part is a plain number."""
-    last: Any = item[-1] if isinstance(item, (tuple, list)) and len(item) > 1 else None
-    return isinstance(last, (int, float, np.number)) or (_is_array(last) and not last.ndim)
+    """Whether an item of a list is one sample, and not a batch: its label is a plain number or text."""
+    parts = list(item.values()) if isinstance(item, Mapping) else item
+    last: Any = parts[-1] if isinstance(parts, (tuple, list)) and len(parts) > 1 else None
+    return isinstance(last, (int, float, str, np.number)) or (is_array(last) and not len(last.shape))
 
 
 @dataclass(frozen=True)
@@ -243,7 +253,7 @@ def _shape(dataset: Any, name: str) -> tuple[int, ...]:
     except Exception as error:
         raise data_error(error, name) from error
     first = item[0] if isinstance(item, (tuple, list)) and item else item
-    return tuple(first.shape) if _is_array(first) else ()
+    return tuple(first.shape) if is_array(first) else ()
 
 
 def _collated(items: Any) -> Any:
@@ -277,10 +287,10 @@ def _labels(dataset: Any) -> Any:
     if isinstance(dataset, TensorDataset):
         labels: Any = dataset.tensors[-1] if len(dataset.tensors) > 1 else None
     elif isinstance(dataset, list):
-        labels = [pair[-1] for pair in dataset]
+        labels = [target_of(item) for item in dataset]
     else:
         labels = getattr(dataset, "targets", None)
-    if labels is None or not len(labels) or not (_is_array(labels) or isinstance(labels[0], int)):
+    if labels is None or not len(labels) or not (is_array(labels) or isinstance(labels[0], int)):
         return None
     try:
         labels = torch.as_tensor(labels)

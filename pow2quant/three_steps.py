@@ -38,6 +38,11 @@ LINES = {"float": "float", "after PTQ": "ptq", "final": "quantized"}
 """What the curves of training are compared with: keys of a metric in report.json, by label."""
 
 
+def checkpoints_of(output: Path) -> Path:
+    """Where the checkpoints of a run are kept: `<output>.training`."""
+    return output.resolve().with_name(f"{output.resolve().name}.training")
+
+
 def qat(
     config: RunConfig,
     output: Path,
@@ -54,8 +59,7 @@ def qat(
     Raises Pow2QuantError for everything that a user can correct, TrainingError when training diverges; then `output` is
     as it was before, and the checkpoints are kept.
     """
-    started = time.monotonic()
-    checkpoints = output.resolve().with_name(f"{output.resolve().name}.training")
+    started, checkpoints = time.monotonic(), checkpoints_of(output)
     with joined(config.device) as processes:
         if processes.leads:
             _check_checkpoints(checkpoints, resume, overwrite)

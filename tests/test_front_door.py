@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,30 @@ class Stream(IterableDataset[Any]):
             yield torch.full((1, 8, 8), i / 16), i % 3
 
 
+class Array:
+    """As TensorFlow and JAX have them: numpy can read it."""
+
+    def __init__(self, of: Tensor) -> None:
+        self.of = of.numpy()
+        self.shape = self.of.shape
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return np.array(self.of, dtype)
+
+
+class Foreign:
+    """Batches of another library: no length, and arrays of its own."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([(Array(X[:8]), Array(Y[:8])), (Array(X[8:]), Array(Y[8:]))])
+
+
+@dataclass
+class Pair:
+    image: Tensor
+    label: Tensor
+
+
 X, Y = torch.rand(16, 1, 8, 8), torch.arange(16) % 3
 FORMS: dict[str, Any] = {
     "loader": lambda: DataLoader(TensorDataset(X, Y), 4),
@@ -99,6 +125,14 @@ FORMS: dict[str, Any] = {
     "half": lambda: [(X.half(), Y)],
     "bfloat16": lambda: [(X.bfloat16(), Y)],
     "samples": lambda: [(x, int(y)) for x, y in zip(X, Y, strict=True)],
+    "samples in dictionaries": lambda: [{"image": x, "label": int(y)} for x, y in zip(X, Y, strict=True)],
+    "array samples": lambda: [(x.numpy(), np.int64(y)) for x, y in zip(X, Y, strict=True)],
+    "columns in a list": lambda: [X.numpy(), Y.numpy()],
+    "arrays of another library": lambda: (Array(X), Array(Y)),
+    "batches of another library": Foreign,
+    "dataclasses": lambda: [Pair(X, Y)],
+    "a mapping that is no dict": lambda: [UserDict(image=X, label=Y)],
+    "splits": lambda: {"train": DataLoader(TensorDataset(X, Y), 4), "validation": (X[:0], Y[:0]), "test": (X, Y)},
     "dict loader": lambda: DataLoader(Dicts(), 4),
     "generator": lambda: ((X[i : i + 4], Y[i : i + 4]) for i in range(0, 16, 4)),
     "stream": lambda: DataLoader(Stream(), 4),
@@ -162,13 +196,6 @@ def test_inputs_and_targets_are_told_apart(batch: Any, signature: Signature, inp
     assert beside is None if targets is None else torch.equal(beside, targets)
 
 
-class Table:
-    """As far as it matters, a DataFrame."""
-
-    def to_numpy(self) -> Any:
-        return X.numpy()
-
-
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -182,7 +209,7 @@ class Table:
         ([(X, Y + 1)], "label 3 is no class; legal: 0 to 2"),
         ([{"picture": X, "name": "n"}], "a dictionary with the keys picture, name; the network's arguments are input"),
         ((X, Y[:3]), "arrays of different lengths: 16, 3"),
-        ((Table(), Y), "a Table; give its values: X.to_numpy('float32')"),
+        ((X, np.array(["a", "b"] * 8)), "holds an array of <U1; expected numbers"),
     ],
 )
 def test_data_that_cannot_be_used_are_one_line(data: Any, expected: str, mine: tuple[Path, dict[str, Any]]) -> None:
@@ -207,9 +234,17 @@ def test_data_that_cannot_be_used_are_one_line(data: Any, expected: str, mine: t
         ({"data": [X[:, 0, 0]]}, ModelError, "the network fails on a sample of (1, 8) float32"),
         ({"data": X, "metric": "top1"}, ConfigError, "metric: the data have no targets to compare with"),
         ({"data": list(X)}, ModelError, "a batch seems to be one sample: stack samples to (N, ...)"),
+        ({"data": (100 * X).long()}, ModelError, "the network seems to want floats, scaled as in training: x.float()"),
         ({"data": X.movedim(1, -1)}, ModelError, "the network seems to want the channels first: x.movedim(-1, 1)"),
         ({"model": nn.Linear(2, 2).state_dict()}, ConfigError, "load a state dict into the network"),
         ({"metric": lambda y, t: y.shapes}, ConfigError, "called with outputs and targets: AttributeError: 'Tensor'"),
+        (
+            {"metric": 7},
+            ConfigError,
+            "metric: 7 is not legal; legal: one of top1, a function, or an object",
+        ),
+        ({"metric": lambda y, t: {"a": 1, "b": 2}}, ConfigError, "gave 2 values (a, b); return one"),
+        ({"metric": lambda y, t: float("nan")}, ConfigError, "gave nan; a network cannot be judged by it"),
         ({"metric": lambda y: 1}, ConfigError, "called with outputs and targets: TypeError: "),
         ({"task": "detection"}, ConfigError, "task: detection has no metric of its own"),
         ({"task": "segmentation"}, DataError, "expected masks of class indices"),
@@ -233,6 +268,61 @@ def test_labels_as_people_write_them_are_the_same_classes(labels: Tensor, mine: 
     found = pow2quant.quantize(mine[1]["classifier"](), loaders, config=short, progress=False)
     assert found.report["task"] == "classification"
     assert found.report["evaluation"]["images"] == 5
+
+
+def test_a_table_of_pandas_is_its_values() -> None:
+    pandas = pytest.importorskip("pandas")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    table = pandas.DataFrame(np.random.default_rng(0).random((16, 4)), columns=list("abcd"))
+    found = quick(net, (table, pandas.Series(Y.numpy())))
+    plain = quick(net, (table.to_numpy(), Y))
+    assert (found.folder / "model.onnx").read_bytes() == (plain.folder / "model.onnx").read_bytes()
+    with pytest.raises(DataError, match="holds an array of object; expected numbers"):
+        quick(net, table.assign(a="text"))
+
+
+class ByName(nn.Module):
+    """Takes its inputs by name only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 3), nn.Linear(2, 3)
+
+    def forward(self, *, left: Tensor, right: Tensor) -> Tensor:
+        return torch.relu(self.a(left)) + self.b(right)
+
+
+class ByAnyName(ByName):
+    def forward(self, **given: Tensor) -> Tensor:
+        return super().forward(**given)
+
+
+def test_a_network_that_takes_its_inputs_by_name_only() -> None:
+    torch.manual_seed(0)
+    left, right = torch.rand(16, 5), torch.rand(16, 2)
+    named, any_name = ByName(), ByAnyName()
+    any_name.load_state_dict(named.state_dict())
+    columns = {"left": left, "right": right, "label": Y}
+    found = [quick(named, columns), quick(named, (left, right, Y)), quick(any_name, columns)]
+    for each in found:
+        assert (each.report["task"], each.agrees) == ("classification", True)
+        assert each.report["metrics"] == found[0].report["metrics"]
+        with torch.no_grad():
+            assert torch.equal(each.model(left, right), found[0].model(left, right))
+
+
+def test_of_several_targets_the_first_is_judged(mine: tuple[Path, dict[str, Any]]) -> None:
+    """As data sets have them that give an index or a file's name beside the label."""
+    net, numbers = mine[1]["classifier"](), torch.arange(16)
+    plain = quick(net, DataLoader(TensorDataset(X, Y), 8))
+    for extra in (numbers, numbers.float()):
+        found = quick(net, DataLoader(TensorDataset(X, Y, extra), 8))
+        assert (found.report["task"], found.report["metrics"]) == ("classification", plain.report["metrics"])
+    named = quick(net, [(X, Y, [f"{i}.png" for i in numbers])])
+    assert (named.report["task"], named.report["metrics"]) == ("classification", plain.report["metrics"])
+    judged = quick(net, DataLoader(TensorDataset(X, Y, numbers), 8), metric=lambda y, t: len(t))
+    assert judged.report["metrics"]["<lambda>"]["float"] == 2, "a metric of one's own gets them all"
 
 
 class Doubled:

@@ -173,10 +173,16 @@ def test_metrics_of_the_user(given: Any) -> None:
         assert counted(metric, y, t) == pytest.approx(float(np.abs(y - t).max()), rel=1e-5)
 
 
+def test_a_dictionary_with_one_number_is_that_number() -> None:
+    metric = metric_of(lambda outputs, targets: {"accuracy": torch.tensor(0.5)}, ())
+    assert counted(metric, np.zeros((4, 2)), np.zeros(4)) == 0.5
+
+
 def test_which_way_a_metric_is_good(tmp_path: Path) -> None:
     assert not metric_of(largest_error, ()).higher_is_better
     assert metric_of(largest, ()).higher_is_better
     assert not metric_of(Largest, ()).higher_is_better
+    assert not metric_of(nn.functional.cross_entropy, ()).higher_is_better
     (tmp_path / "own.py").write_text("def wrong(outputs, targets): return 1 / 0\ndef text(o, t): return 'much'\n")
     for name, expected in (("wrong", "own.py, line 1: ZeroDivisionError"), ("text", "gave a str, not a number")):
         counter = metric_of(f"{tmp_path / 'own.py'}:{name}", ()).counter()
@@ -322,3 +328,58 @@ def test_the_metric_can_be_chosen_from_python() -> None:
         expected = float((own.model(data[0])[:, 0] - data[1]).abs().max())
     assert own.report["metrics"]["largest_error"]["quantized"] == pytest.approx(expected, rel=1e-5)
     assert own.report["metrics"]["largest_error"]["higher_is_better"] is False
+
+
+def probabilities(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+    """Accuracy where targets are a probability per class."""
+    return float((outputs.argmax(1) == targets.argmax(1)).float().mean())
+
+
+TORCHMETRICS = {
+    "Accuracy": ((3,), lambda: torch.arange(16) % 3, lambda y, t: float((y.argmax(1) == t).float().mean())),
+    "torchmetrics:MulticlassAccuracy": (
+        (3,),
+        lambda: torch.arange(16) % 3,
+        lambda y, t: float(np.mean([(y.argmax(1)[t == c] == c).float().mean() for c in range(3)])),
+    ),
+    "torchmetrics:classification.Accuracy": ((3,), lambda: torch.rand(16, 3).softmax(1), probabilities),
+    "F1Score": (
+        (3,),
+        lambda: (torch.rand(16, 3) > 0.5).long(),
+        lambda y, t: float(f1_score(t, y > 0, average="micro")),
+    ),
+    "Accuracy ": ((1,), lambda: torch.arange(16) % 2, lambda y, t: float(((y[:, 0] > 0) == (t > 0)).float().mean())),
+    "JaccardIndex": (
+        (2, 8, 8),
+        lambda: (torch.rand(16, 8, 8) > 0.5).long().masked_fill(torch.rand(16, 8, 8) > 0.9, 255),
+        lambda y, t: float(jaccard_score(t[t < 255], y.argmax(1)[t < 255], average="macro")),
+    ),
+    "MeanAbsoluteError": ((4,), lambda: torch.rand(16, 4), lambda y, t: float((y - t).abs().mean())),
+}
+
+
+@pytest.mark.parametrize("name", TORCHMETRICS)
+def test_metrics_of_torchmetrics_by_name(name: str) -> None:
+    """They are made for the task: how many classes, which pixels are left out."""
+    pytest.importorskip("torchmetrics")
+    torch.manual_seed(0)
+    shape, targets, expected = TORCHMETRICS[name]
+    y, t = torch.randn(16, *shape), targets()
+    task = task_of(None, name.strip(), t, [shape])
+    metric, read = task.metrics[0], task.check(t, 16, "here")
+    assert counted(metric, y.numpy(), read.numpy()) == pytest.approx(expected(y, t), abs=1e-5)
+    assert metric.higher_is_better == (name != "MeanAbsoluteError")
+
+
+def test_a_run_is_judged_by_torchmetrics(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchmetrics")
+    report = run("ptq", "segmenter", "masks", "--metric", "torchmetrics:JaccardIndex")
+    values = report["metrics"]["JaccardIndex"]
+    assert report["metric"] == "JaccardIndex"
+    assert 100 * values["quantized"] == pytest.approx(report["metrics"]["miou"]["quantized"], abs=1e-3)
+    assert values["quantized"] == values["onnxruntime"]
+    found = run("search", "segmenter", "masks", "--metric", "JaccardIndex", "--constraint", "JaccardIndex=0.1")
+    assert found["search"]["metric"] == "JaccardIndex"
+    flags = ["--model", "mine.py:segmenter", "--data", "mine.py:masks", "--quiet", "--output", "q"]
+    assert main(["ptq", *flags, "--metric", "torchmetrics:Nothing"]) == 2
+    assert "torchmetrics has no 'Nothing'; known here: miou, pixel_accuracy" in capsys.readouterr().err

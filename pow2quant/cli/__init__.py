@@ -114,9 +114,9 @@ def _explained(error: BaseException, given: Sequence[str]) -> tuple[str, int]:
     from pow2quant.cli.crash import own_code, report
     from pow2quant.errors import Pow2QuantError
 
-    if signals.interrupted() or isinstance(
-        error, KeyboardInterrupt
-    ):  # while a library is imported, it may become another error
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted; {str(error) or 'nothing was written'}", INTERRUPTED
+    if signals.interrupted():  # while a library is imported, it may become another error
         return "interrupted; nothing was written", INTERRUPTED
     if isinstance(error, Pow2QuantError):
         return str(error), BAD_INPUT

@@ -126,9 +126,10 @@ def ptq(
     chosen = configured(config, values, recipe)
     console = console_of(verbose, quiet, as_json)
     from pow2quant import runs
+    from pow2quant.runs.unfinished import folder_of
 
     folder = output or fresh("ptq")
-    with continued(console, folder):
+    with continued(folder, folder_of(folder)):
         result = runs.quantize(config=chosen, output=folder, overwrite=overwrite, progress=console)
     show_run(console, result)
     return 0 if result.report["verdict"]["agrees"] else 1
@@ -215,14 +216,11 @@ def qat(
     chosen = configured(config, values, recipe)
     leads = os.environ.get("RANK", "0") == "0"
     console = console_of(verbose, quiet or not leads, as_json)
-    from pow2quant.three_steps import qat
+    from pow2quant.three_steps import checkpoints_of, qat
 
     folder = output or fresh("qat")
-    try:
+    with continued(folder, checkpoints_of(folder), "" if resume else " --resume"):
         result = qat(chosen, folder, resume=resume, overwrite=overwrite, progress=console)
-    except KeyboardInterrupt:
-        console.note(f"the same command with --output {folder} --resume continues")
-        raise
     if result is None:  # another process of torchrun's leads, and shows it
         return 0
     show_run(console, result)

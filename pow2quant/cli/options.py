@@ -199,15 +199,13 @@ def fresh(command: str) -> Path:
 
 
 @contextmanager
-def continued(console: Console, folder: Path) -> Iterator[None]:
-    """Says, when it is interrupted, how what has been computed already is used."""
+def continued(folder: Path, kept: Path, flags: str = "") -> Iterator[None]:
+    """Says, when it is interrupted, that what `kept` holds will be used. flags: that the next call needs too."""
     try:
         yield
     except KeyboardInterrupt:
-        from pow2quant.runs.unfinished import folder_of
-
-        if folder_of(folder).exists():
-            console.note(f"the same command with --output {folder} continues")
+        if kept.exists():
+            raise KeyboardInterrupt(f"the same command with --output {folder}{flags} continues") from None
         raise
 
 

@@ -135,10 +135,11 @@ def search(
     }
     chosen = configured(config, values, recipe)
     console = console_of(verbose, quiet, as_json)
+    from pow2quant.runs.unfinished import folder_of
     from pow2quant.study.search import search as run
 
     folder = output or fresh("search")
-    with continued(console, folder):
+    with continued(folder, folder_of(folder)):
         found = run(chosen, folder, overwrite=overwrite, progress=console)
     _show(console, found)
     show_run(console, found.result)

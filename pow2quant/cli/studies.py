@@ -39,6 +39,7 @@ from pow2quant.cli.options import (
     app,
     configured,
     console_of,
+    continued,
     pixels,
     quantization,
 )
@@ -139,11 +140,8 @@ def sweep(
 
     chosen = studies.chosen(file, base, grid or (), trials, sampler, runs, study)
     folder = output or Path("runs") / chosen.called
-    try:
+    with continued(folder, folder):
         found = studies.sweep(chosen, folder, storage=storage, jobs=jobs, progress=console, stopped=interrupted)
-    except KeyboardInterrupt:
-        console.note("the same command continues with what is left")
-        raise
     _show_trials(console, found)
     return 0 if found.finished else 1
 
@@ -242,7 +240,8 @@ def compare(
     bits = widths.split(",") if widths else comparison.WIDTHS
     chosen = comparison.study(base, networks, bits, methods, seeds, runs, study)
     folder = output or Path("runs") / chosen.called
-    found = comparison.compare(chosen, folder, storage=storage, jobs=jobs, progress=console, stopped=interrupted)
+    with continued(folder, folder):
+        found = comparison.compare(chosen, folder, storage=storage, jobs=jobs, progress=console, stopped=interrupted)
     console.table(cells.header(found.cells), [cells.cells_of(cell) for cell in found.cells])
     lines = ["", *(cells.sentence(cell) for cell in found.best)]
     lines += [cells.evaluated(found.cells)] if found.cells else []

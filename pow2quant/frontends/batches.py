@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,23 +51,31 @@ def call_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[
     """How `model` is called with a batch: positional and keyword arguments.
 
     A mapping whose keys are arguments of `forward` is passed by keyword, another one as the only argument; so is a list
-    that is longer than what `forward` takes by position.
+    that is longer than what `forward` takes by position. What a tuple has beyond that goes to keyword-only arguments.
     """
     if isinstance(batch, Mapping):
-        named = inspect.signature(model.forward).parameters.values()
+        named = _parameters(model)
         every = any(p.kind is p.VAR_KEYWORD for p in named)
         names = {p.name for p in named if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         if every or set(batch) <= names:
             return (), dict(batch)
         return (batch,), {}
-    if isinstance(batch, tuple) or (isinstance(batch, list) and len(batch) <= _positions(model)):
-        return tuple(batch), {}
-    return (batch,), {}
+    positions = _positions(model)
+    whole = isinstance(batch, tuple) or (isinstance(batch, list) and len(batch) <= positions)
+    values = tuple(batch) if whole else (batch,)
+    keywords = [p.name for p in _parameters(model) if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    if positions < len(values) <= positions + len(keywords):
+        return values[:positions], dict(zip(keywords, values[positions:], strict=False))
+    return values, {}
 
 
-def _positions(model: nn.Module) -> float:
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(model.forward).parameters.values())
+
+
+def _positions(model: nn.Module) -> int:
     """How many arguments `forward` takes by position."""
-    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    kinds = [p.kind for p in _parameters(model)]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
-        return float("inf")
+        return sys.maxsize
     return sum(k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds)

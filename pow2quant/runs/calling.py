@@ -17,6 +17,7 @@ from pow2quant.reading import Checked
 COMMON_CHANGES = {
     "a batch seems to be one sample: stack samples to (N, ...), or give a Dataset": lambda x: x[None],
     "the network seems to want the channels first: x.movedim(-1, 1)": lambda x: x.movedim(-1, 1),
+    "the network seems to want floats, scaled as in training: x.float()": lambda x: x.float(),
 }
 """What is often wrong with inputs, in words, and the change that shows it."""
 

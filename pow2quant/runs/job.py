@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -20,7 +21,7 @@ from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.pixels import fold_normalization
 from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.errors import ConfigError, DataError
-from pow2quant.frontends.batches import inputs
+from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.fixed import InParts
 from pow2quant.frontends.prepare import fixed_batch, prepare, unrolled
@@ -115,11 +116,17 @@ class Job:
         """
         data = data.with_parts(lambda part: replace(part, signature=Signature.of(model)))
         called, shapes, targets = first_call(model, data)
-        task = task_of(config.task, given.metric or config.metric, targets, shapes[1])
+        metric = given.metric or config.metric
+        several = isinstance(targets, tuple) and len(shapes[1]) == 1 and not (metric or config.training.criterion)
+        task = task_of(config.task, metric, targets[0] if several else targets, shapes[1])
         if task.name == "none" and config.task is None and targets is not None:
             progress.note("warning: the targets fit no task and are not used; --task or --metric say what they are")
-        data = data.with_parts(lambda part: replace(part, check=task.check, shapes=shapes[0]))
-        if task.name == "classification":
+        check = task.check
+        if several and task.name != "none":
+            progress.note(f"targets: the first of {len(targets)} is used")
+            check, data = partial(_check_first, task.check), replace(data, num_classes=0, class_names=())
+        data = data.with_parts(lambda part: replace(part, check=check, shapes=shapes[0]))
+        if task.name == "classification" and not several:
             _check_labels(data, max(2, shapes[1][0][-1]))
         pixels = Pixels.of(config) if config.data.input == "pixels" else None
         data = data if pixels is None else pixels.data(data)
@@ -129,7 +136,7 @@ class Job:
             progress.note(f"{name}: unrolled over {steps} steps, the length of the inputs; it takes no other length")
         flat = inputs(called)
         example = flat[0] if len(flat) == 1 else flat
-        own = model if isinstance(called, Tensor) else Flat(model, called)
+        own = model if isinstance(called, Tensor) and not call_arguments(model, called)[1] else Flat(model, called)
         if size := fixed_batch(network):
             progress.note(
                 f"the network takes batches of {size} only: it is called part by part; quantized it takes any"
@@ -223,6 +230,11 @@ def loaded(config: RunConfig, progress: Progress, given: Given = NOTHING) -> tup
     if given.model is None and config.model.name == "digits-cnn" and config.model.weights is None:
         _weights_of_digits(model, config, data, progress)
     return config, data, model
+
+
+def _check_first(check: Callable[[Any, int, str], Any], targets: Any, samples: int, where: str) -> Any:
+    """Of several targets, the first one as a task reads it."""
+    return check(targets[0], samples, where)
 
 
 def _check_labels(data: datasets.Data, outputs: int) -> None:

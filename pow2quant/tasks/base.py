@@ -62,7 +62,7 @@ class Task(Protocol):
 
     metrics: the first one leads. diagnostics: measured beside them, without a good direction. loss: the default
     criterion, a name that torch knows. A task may also have `answers(targets, outputs)`: of a batch the targets and the
-    outputs in words, for the report.
+    outputs in words, for the report; and `arguments`, with which metrics of torchmetrics are made for it.
     """
 
     @property

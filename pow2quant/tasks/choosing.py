@@ -8,7 +8,7 @@ from typing import Any
 from pow2quant.errors import ConfigError
 from pow2quant.plugins import names, resolve
 from pow2quant.tasks.base import Metric, Shapes, Task
-from pow2quant.tasks.own import metric_of
+from pow2quant.tasks.own import NONE, metric_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def task_of(name: str | None, metric: Any, targets: Any, shapes: Shapes) -> Task
         return task
     if targets is None or task.name == "none":
         raise ConfigError("metric: the data have no targets to compare with")
-    own = metric_of(metric, task.metrics)
+    own = metric_of(metric, task.metrics, getattr(task, "arguments", NONE))
     return Judged(task, (own, *(m for m in task.metrics if m.name != own.name)))
 
 

@@ -30,6 +30,11 @@ class Classification:
         return max(2, self.shapes[0][-1])
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """Of metrics of torchmetrics."""
+        return {"task": "binary" if self.shapes[0][-1] == 1 else "multiclass", "num_classes": self.classes}
+
+    @property
     def metrics(self) -> tuple[Metric, ...]:
         top1 = Metric("top1", partial(Averaged, hits, 100), unit="%", key="accuracy")
         top5 = Metric("top5", partial(Averaged, partial(hits, top=5), 100), unit="%", key="accuracy_top5")

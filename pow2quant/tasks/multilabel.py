@@ -22,6 +22,11 @@ class MultiLabel:
     diagnostics: tuple[Metric, ...] = ()
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """Of metrics of torchmetrics."""
+        return {"task": "multilabel", "num_labels": self.shapes[0][-1]}
+
+    @property
     def metrics(self) -> tuple[Metric, ...]:
         return (
             Metric("f1", F1, unit="%"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -20,57 +21,79 @@ from pow2quant.errors import ConfigError, MissingExtraError, Pow2QuantError
 from pow2quant.reading import last_line
 from pow2quant.tasks.base import Metric, Outputs
 
-SMALL_IS_GOOD = ("error", "loss", "mae", "mse", "rmse", "distance", "perplexity")
+NONE: Mapping[str, Any] = {}
+SMALL_IS_GOOD = ("error", "loss", "mae", "mse", "rmse", "distance", "divergence", "perplexity", "entropy", "nll")
 """A metric whose name holds one of these is better when it is smaller, where it does not say itself."""
 
 
-def metric_of(given: Any, known: tuple[Metric, ...]) -> Metric:
+def metric_of(given: Any, known: tuple[Metric, ...], arguments: Mapping[str, Any] = NONE) -> Metric:
     """The metric that is meant: one of the `known` by name, `torchmetrics:NAME`, `file.py:function`, or an object.
 
     An object has `update(outputs, targets)` and `compute()`, as those of torchmetrics; a function takes all outputs and
     all targets, as tensors, and returns a number. `higher_is_better`, an attribute of either, says which way is good.
+    arguments: what a class of torchmetrics is made with, as far as it takes it.
     Raises ConfigError for anything else.
     """
     by_name = {m.name: m for m in known}
     if isinstance(given, str) and given in by_name:
         return by_name[given]
-    name = given if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
-    thing = _named(given, by_name) if isinstance(given, str) else given
+    if isinstance(given, str):
+        name, thing = given, _named(given, by_name)
+    else:
+        name, thing = getattr(given, "__name__", type(given).__name__), given
     if isinstance(thing, type) or (inspect.isroutine(thing) and not inspect.signature(thing).parameters):
-        thing = _called(thing, name)
-    short = name.rpartition(":")[2]
+        thing = _called(thing, name, arguments)
+    short = name.rpartition(":")[2].rpartition(".")[2]
     higher = getattr(thing, "higher_is_better", None)
     if higher is None:
         higher = not any(word in short.lower() for word in SMALL_IS_GOOD)
     if callable(getattr(thing, "update", None)) and callable(getattr(thing, "compute", None)):
-        return Metric(short, lambda: Updated(copy.deepcopy(thing), name), bool(higher))
+        of_classes = type(thing).__module__.startswith("torchmetrics.classification")
+        kind = arguments.get("task", "") if of_classes else ""
+        return Metric(short, lambda: Updated(copy.deepcopy(thing), name, kind), bool(higher))
     if not callable(thing):
-        raise ConfigError(f"metric: {name} is a {type(thing).__name__}, neither a function nor an object that counts")
+        own = f"one of {', '.join(by_name) or 'none here'}"
+        raise ConfigError(
+            f"metric: {thing!r:.50} is not legal; legal: {own}, a function, or an object with update and compute"
+        )
     return Metric(short, lambda: Whole(thing, name), bool(higher))
 
 
-def _named(name: str, known: dict[str, Metric]) -> Any:
+def _named(name: str, known: Mapping[str, Metric]) -> Any:
     if is_in_file(name):
         return from_file(name, ConfigError)
-    short = name.removeprefix("torchmetrics:")
+    path = name.removeprefix("torchmetrics:")
     own = f"known here: {', '.join(known) or 'none'}; otherwise torchmetrics:NAME or file.py:function"
-    if short == name and not name[:1].isupper():
+    if path == name and not name[:1].isupper():
         raise ConfigError(f"metric: {name!r} is unknown; {own}")
+    package, _, short = path.rpartition(".")
     try:
-        torchmetrics = import_module("torchmetrics")
+        import_module("torchmetrics")
     except ImportError:
         raise MissingExtraError(f"metric: {name} is torchmetrics': pip install torchmetrics; {own}") from None
-    if not hasattr(torchmetrics, short):
-        raise ConfigError(f"metric: torchmetrics has no {short!r}; {own}")
-    return getattr(torchmetrics, short)
+    for place in (package,) if package else ("", *PLACES):
+        with suppress(ImportError, AttributeError):
+            return getattr(import_module(f"torchmetrics.{place}".rstrip(".")), short)
+    raise ConfigError(f"metric: torchmetrics has no {path!r}; {own}")
 
 
-def _called(make: Callable[[], Any], name: str) -> Any:
+PLACES = ("classification", "segmentation", "regression", "image", "detection")
+"""Packages of torchmetrics whose metrics need not be written with the package."""
+
+
+VACANT = (None, inspect.Parameter.empty)
+"""Defaults of arguments that wait for a value."""
+
+
+def _called(make: Callable[..., Any], name: str, arguments: Mapping[str, Any]) -> Any:
+    """An object of a class, or what a function without parameters returns."""
+    taken = inspect.signature(make).parameters
+    given = {key: value for key, value in arguments.items() if key in taken and taken[key].default in VACANT}
     try:
-        return make()
+        return make(**given)
     except Exception as error:
         raise ConfigError(
-            f"metric: {name} cannot be made without arguments ({error}); give a function in a file that returns one"
+            f"metric: {name} cannot be made ({last_line(error)}); give a function in a file that returns one"
         ) from error
 
 
@@ -99,24 +122,44 @@ def _outputs(outputs: Outputs) -> Any:
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
 
 
+def _as_classes(outputs: Any, targets: Any, kind: str) -> tuple[Any, Any]:
+    """As torchmetrics reads them: labels are integers, not probabilities, and one logit of two classes has no axis."""
+    if not (kind and isinstance(outputs, Tensor) and isinstance(targets, Tensor)):
+        return outputs, targets
+    if kind == "multiclass" and targets.shape == outputs.shape:
+        targets = targets.argmax(1)
+    if kind == "binary" and targets.shape == outputs.shape[:1] + outputs.shape[2:]:
+        outputs = outputs[:, 0]
+    return outputs, targets.long()
+
+
 def _number(value: Any, name: str) -> float:
+    """The number that a metric gave, alone or as the only value of a dictionary."""
+    if isinstance(value, Mapping):
+        if len(value) != 1:
+            raise ConfigError(f"metric: {name} gave {len(value)} values ({', '.join(map(str, value))}); return one")
+        (value,) = value.values()
     try:
-        return float(f"{float(value):.6g}")
-    except (TypeError, ValueError):
+        number = float(f"{float(value):.6g}")
+    except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"metric: {name} gave a {type(value).__name__}, not a number") from None
+    if not math.isfinite(number):
+        raise ConfigError(f"metric: {name} gave {number}; a network cannot be judged by it")
+    return number
 
 
 @dataclass
 class Updated:
-    """Counts with an object that has `update` and `compute`."""
+    """Counts with an object that has `update` and `compute`. kind: of classes, for torchmetrics; empty: none."""
 
     metric: Any
     name: str
+    kind: str = ""
     samples: int = 0
 
     def add(self, outputs: Outputs, targets: Any) -> None:
         with _users(self.name):
-            self.metric.update(_outputs(outputs), _tensors(targets))
+            self.metric.update(*_as_classes(_outputs(outputs), _tensors(targets), self.kind))
         self.samples += len(outputs[0])
 
     def value(self) -> float | None:

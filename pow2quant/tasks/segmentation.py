@@ -29,6 +29,13 @@ class Segmentation:
         return "BCEWithLogitsLoss" if self.shapes[0][0] == 1 else "CrossEntropyLoss"
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """Of metrics of torchmetrics: for logits (N, C, …)."""
+        classes = self.shapes[0][0]
+        of_two = "binary" if classes == 1 else "multiclass"
+        return {"task": of_two, "num_classes": max(2, classes), "ignore_index": LEFT_OUT}
+
+    @property
     def metrics(self) -> tuple[Metric, ...]:
         return (
             Metric("miou", partial(Confusion, miou), unit="%"),
