@@ -23,6 +23,9 @@ from pow2quant.foreign import check_is_file
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """How the names of images end; those of torchvision's ImageFolder."""
 
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+"""Pillow's names of what such files hold, whatever they are called; for others Pillow may start programs."""
+
 MOST_ENTRIES = 20_000_000
 """Files and folders below one class's folder; ImageNet has 1,300."""
 
@@ -120,9 +123,9 @@ def sizes(files: Sequence[str]) -> list[tuple[int, int]]:
     found = []
     for index in np.unique(np.linspace(0, len(files) - 1, min(len(files), ENOUGH)).astype(int)):
         try:
-            with Image.open(check_is_file(files[index], DataError)) as opened:
+            with Image.open(check_is_file(files[index], DataError), formats=FORMATS) as opened:
                 found.append(opened.size)
-        except (DataError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except Exception:
             continue  # reading the image itself will say what is wrong
     return found
 
@@ -137,14 +140,16 @@ def image(path: str) -> Any:
 
     check_is_file(path, DataError)
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             raw, depth = _stored(opened)
             if depth == 8 and opened.mode in SHALLOW:
                 return opened.convert("RGB")
             return (
                 _colours(path, raw) if raw in TWO_BYTES and opened.tile[1:] == [] else _deep(opened, raw, depth, path)
             )
-    except (OSError, SyntaxError, ValueError, TypeError, RuntimeError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow fail in every way there is
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise DataError(f"{path}: not a readable image ({reason})") from None
 
@@ -168,7 +173,7 @@ def _colours(path: str, raw: str) -> Tensor:
 
     found = []
     for order in "BL":
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             name = raw[:-1] + order
             opened.tile = [
                 tile._replace(args=(name, *tile.args[1:]) if isinstance(tile.args, tuple) else name)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +23,10 @@ from pow2quant import run_folder
 from pow2quant.backends.base import SILENT, Progress, Simulation, inputs
 from pow2quant.backends.calibration import with_room_for_bias
 from pow2quant.config import RunConfig
-from pow2quant.errors import OutputError
-from pow2quant.runs import Job, Result, Simulated, finish, quantized, write_report
+from pow2quant.errors import OutputError, TrainingError
+from pow2quant.runs import Job, Result, Simulated, finish, quantized, unfinished, write_report
 from pow2quant.runs.chains import to_train
 from pow2quant.runs.quantizing import BACKEND, BITS, Temporary, requested
-from pow2quant.runs.unfinished import Unfinished
 from pow2quant.training import curves
 from pow2quant.training.learning import Learning
 from pow2quant.training.module import QatModel
@@ -65,7 +64,7 @@ def qat(
             _check_checkpoints(checkpoints, resume, overwrite)
         staged = run_folder.staged(output, overwrite) if processes.leads else nullcontext()
         with staged as folder:
-            kept = Unfinished(checkpoints if processes.leads else None)
+            kept = unfinished.Unfinished(checkpoints if processes.leads else None)
             job, sim, steps = quantized(config, progress, default=to_train(config), kept=kept)
             ptq_accuracy = job.score(sim.model)
             trainer = Trainer(
@@ -82,7 +81,8 @@ def qat(
                 identity=configuration.dump(job.config),
                 progress=progress,
             )
-            trainer.run(resume, overwrite)
+            with _nothing_left_before(trainer):
+                trainer.run(resume, overwrite)
             if folder is None:
                 return None
             steps += [f"qat ({job.config.training.mode})", *_settle(job, sim), "export"]
@@ -100,7 +100,7 @@ def qat(
             if (checkpoints / curves.BOARD).is_dir():
                 shutil.copytree(checkpoints / curves.BOARD, folder / curves.BOARD)
             write_report(folder, report)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    _remove(checkpoints)
     return Result(output, report, tuple(agreements), Simulated(sim, job.example))
 
 
@@ -153,7 +153,28 @@ def _check_checkpoints(folder: Path, resume: bool, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(f"{folder}: holds an unfinished run; continue with --resume, or start anew with --overwrite")
-    shutil.rmtree(folder)
+    _remove(folder)
+
+
+def _remove(checkpoints: Path) -> None:
+    if not checkpoints.is_symlink():
+        shutil.rmtree(checkpoints / curves.BOARD, ignore_errors=True)
+    unfinished.remove(checkpoints)
+
+
+@contextmanager
+def _nothing_left_before(trainer: Trainer) -> Iterator[None]:
+    """An error before the first batch is done leaves no checkpoint; one of a training that diverges is kept."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except (Exception, SystemExit):
+        if len(trainer.history) == 1 and not trainer.batch and trainer.path is not None:
+            trainer.path.unlink(missing_ok=True)
+            with suppress(OSError):  # what the methods have computed is there
+                trainer.path.parent.rmdir()
+        raise
 
 
 def _settle(job: Job, sim: Simulation) -> list[str]:

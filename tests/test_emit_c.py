@@ -410,6 +410,12 @@ def test_no_compiler_is_an_error_that_says_so(tmp_path, monkeypatch):
         c99.executors(tmp_path / "model.onnx")
 
 
+def test_a_compiler_for_another_machine_is_named(monkeypatch):
+    monkeypatch.setenv("CC", "true")
+    with pytest.raises(UnsupportedModelError, match="true makes no library that this machine can load"):
+        c99.Library(lower(OPERATIONS["gemm"]()), QUICK).run([np.zeros((2, 12), np.uint8)])
+
+
 def test_codes_of_another_shape_are_refused():
     library = c99.Library(lower(OPERATIONS["gemm"]()), QUICK)
     with pytest.raises(DataError, match=r"x: codes of shape \(11,\) per sample, not \(12,\)"):

@@ -139,8 +139,25 @@ def test_an_unfinished_run_is_resumed_or_replaced_but_never_lost(weights, tmp_pa
     with pytest.raises(OutputError, match=r"run\.training: holds an unfinished run; continue with --resume"):
         qat(configured(weights), folder)
     assert (checkpoints / "checkpoint.safetensors").read_bytes() == b"something"
+    (checkpoints / "mine.txt").touch()
     run_of(configured(weights, ptq__max_eval_batches=1, training__epochs=1), folder, overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "run.training"}
+    assert [p.name for p in checkpoints.iterdir()] == ["mine.txt"]
+
+
+def test_what_fails_before_it_has_begun_leaves_no_checkpoint(weights, tmp_path):
+    (tmp_path / "wrong.py").write_text("def loss(*_):\n    return 3\n")
+    with pytest.raises(ConfigError, match=r"training\.criterion"):
+        qat(configured(weights, training__criterion=f"{tmp_path}/wrong.py:loss"), tmp_path / "run")
+    assert not (tmp_path / "run.training").exists()
+
+
+@pytest.mark.parametrize("size", ["x", "", "0", "-1", "2"])
+def test_variables_of_torchrun_that_make_no_sense_are_named(size, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is '.*unset WORLD_SIZE"):
+        qat(configured(weights), tmp_path / "run")
 
 
 def test_users_own_parts_and_a_wrong_one(weights, tmp_path):

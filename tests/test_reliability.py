@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pow2quant import cli, config, datasets, foreign, models, prepare
+from pow2quant import cli, config, datasets, foreign, image_files, models, prepare
 from pow2quant.cli import listing, main
 from pow2quant.config import DataConfig
 from pow2quant.errors import ConfigError, DataError, FileFormatError, WeightsError
@@ -79,6 +79,14 @@ def test_what_is_no_image_is_named(make: Callable[[Path], None], tmp_path: Path)
     make(tmp_path / "test" / "a")
     with pytest.raises(DataError, match=r"0\.png"):
         list(datasets.load(chosen).test)
+
+
+def test_what_pillow_would_start_a_program_for_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(DataError, match=r"0\.png: not a readable image \(cannot identify"):
+        image_files.image(str(tmp_path / "0.png"))
 
 
 def test_links_in_folders_of_images_lead_nowhere(tmp_path: Path) -> None:

@@ -208,6 +208,15 @@ def test_another_process_continues_a_trial_whose_own_was_killed(
     assert not [*tmp_path.rglob("*.unfinished"), *tmp_path.rglob("*.training")]
 
 
+def test_files_of_the_users_own_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "run.unfinished"
+    folder.mkdir()
+    (folder / "mine.txt").touch()
+    with unfinished.beside(tmp_path / "run") as kept:
+        kept.numbers(lambda: "").get("one", lambda: 1.5)
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+
+
 @pytest.mark.parametrize(("error", "stays"), [(ConfigError, False), (OutputError, True), (Killed, True)])
 def test_what_would_come_again_leaves_nothing(error: type[BaseException], stays: bool, tmp_path: Path) -> None:
     """A full disk may be another time; a configuration that cannot be will not."""

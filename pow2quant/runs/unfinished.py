@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,6 +32,8 @@ PAUSE = 5.0
 SHARE = 20
 """Writing takes at most one part in so many of the time."""
 
+KEPT, NUMBERS = ".safetensors", "numbers.json"
+
 Parameters = Callable[[Simulation], Mapping[str, Tensor]]
 """The network's own parameters and buffers in a simulation."""
 
@@ -45,11 +46,11 @@ class Unfinished:
 
     def simulation(self, name: str, fingerprint: Callable[[], str], parameters: Parameters) -> Kept:
         """A simulation on its way. fingerprint: what it depends on; called only where something is read or written."""
-        return Kept(self._path(f"{name}.safetensors"), fingerprint, parameters)
+        return Kept(self._path(f"{name}{KEPT}"), fingerprint, parameters)
 
     def numbers(self, fingerprint: Callable[[], str]) -> Numbers:
         """Numbers that were measured."""
-        return Numbers(self._path("numbers.json"), fingerprint)
+        return Numbers(self._path(NUMBERS), fingerprint)
 
     def _path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name
@@ -73,9 +74,18 @@ def beside(output: Path) -> Iterator[Unfinished]:
     except OutputError:  # a full disk, for instance
         raise
     except Pow2QuantError:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         raise
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Removes such a folder, but for what else lies in it: a user may have a folder of this name."""
+    with suppress(OSError):
+        if not folder.is_symlink():
+            for file in (*folder.glob(f"*{KEPT}"), *folder.glob(".*.partial"), folder / NUMBERS):
+                file.unlink(missing_ok=True)
+            folder.rmdir()
 
 
 class _Pace:

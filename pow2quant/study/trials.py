@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -105,7 +104,7 @@ class Trials:
     def clear(self) -> None:
         """Removes what trials have computed that failed, or that another worker finished elsewhere."""
         for left in self.folder.glob("[0-9]*-*.unfinished"):
-            shutil.rmtree(left, ignore_errors=True)
+            unfinished.remove(left)
 
 
 def described(config: RunConfig) -> Row:

@@ -77,19 +77,26 @@ class Processes:
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """This process among those that `torchrun` started, or alone. device: cpu (gloo) or cuda (nccl, a GPU for each)."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
+    """This process among those that `torchrun` started, or alone. device: cpu (gloo) or cuda (nccl, a GPU for each).
+
+    Raises ConfigError where the variables that torchrun sets are not there or make no sense.
+    """
+    given = os.environ.get("WORLD_SIZE", "1")
+    if given == "1":
         yield Processes()
         return
-    if device.startswith("cuda"):
-        if ":" in device or not torch.cuda.is_available():
-            raise ConfigError(
-                f"device: {device!r} cannot be used by torchrun's processes; legal: cpu, or cuda with GPUs"
-            )
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if device.startswith("cuda") and (":" in device or not torch.cuda.is_available()):
+        raise ConfigError(f"device: {device!r} cannot be used by torchrun's processes; legal: cpu, or cuda with GPUs")
     try:
-        yield Processes(distributed.get_rank(), size)
+        if device.startswith("cuda"):
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    except (ValueError, LookupError, RuntimeError) as error:
+        raise ConfigError(
+            f"WORLD_SIZE is {given!r}, so torchrun's other processes are expected, but cannot be joined: {error}; "
+            "start with torchrun, or unset WORLD_SIZE"
+        ) from None
+    try:
+        yield Processes(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()

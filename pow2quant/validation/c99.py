@@ -141,7 +141,12 @@ class Library:
                 Path(folder, name).write_text(text, encoding="utf-8")
             library = Path(folder, "model.so")
             build(Path(folder, source), library, (*self.flags, "-shared", "-fPIC"))
-            return ctypes.CDLL(str(library))
+            try:
+                return ctypes.CDLL(str(library))
+            except OSError:  # a compiler for another machine
+                raise UnsupportedModelError(
+                    f"{compiler()} makes no library that this machine can load; set CC to another compiler"
+                ) from None
 
 
 def build(source: Path, target: Path, flags: Sequence[str]) -> None:

@@ -146,7 +146,8 @@ def _kind(status: int, out: str, err: str, folder: Path, silent: bool) -> tuple[
         return "leaked", line
     if any("<script>alert(1)" in text for text in _texts(folder, "*.html")):
         return "injected", line
-    if any(LEFT.fullmatch(path.name) for path in folder.rglob("*")):
+    left = [path for path in folder.rglob("*") if LEFT.fullmatch(path.name)]
+    if any(status != 2 or path.suffix != ".training" for path in left):  # what --resume continues stays
         return "leftover", line
     if status in (0, 1):
         return "accepted", line
