@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.scores import gather_scores
 
 Shape = tuple[int, ...]
 
@@ -81,12 +82,12 @@ RESHAPES = (m.Reshape, nn.Flatten)
 
 
 def drop_idle(network: fx.GraphModule) -> None:
-    """Drops them, in place; every node has its `shape` and `free` in `meta`.
+    """Drops them, in place, and what stands in front of a softmax; every node has its `shape` and `free` in `meta`.
 
     One between an input and an output stays, and so does one that makes a second output of another. The names of those
     that go are in `network.meta[DROPPED]`.
     """
-    dropped: list[str] = []
+    dropped = gather_scores(network)
     for node in list(network.graph.nodes):
         source = _same_value(network, node) if node.op == "call_module" else None
         if source is None:

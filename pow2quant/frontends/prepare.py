@@ -190,8 +190,16 @@ def _check_finite(model: nn.Module) -> None:
             raise ModelError(f"{name}: is on the device 'meta' and has no values; load the weights first")
         if tensor.layout is not torch.strided:
             raise ModelError(f"{name}: its layout is {tensor.layout}; only dense weights can be quantized (to_dense())")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        known = torch.isnan(tensor).logical_not() if _may_be_mask(model, name) else torch.isfinite(tensor)
+        if not known.all():
             raise WeightsError(f"{name}: the weights hold NaN or infinity")
+
+
+def _may_be_mask(model: nn.Module, name: str) -> bool:
+    """Whether a tensor is a buffer of the user's own: a mask of an attention holds minus infinity."""
+    owner, _, key = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return key in module._buffers and not isinstance(module, nn.modules.batchnorm._NormBase)
 
 
 def _of_size(example: Any, n: int) -> Any:

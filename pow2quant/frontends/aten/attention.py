@@ -6,33 +6,35 @@ import math
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, fx
+from torch import fx, nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.builder import Builder, Handler
 
 
 def _attention(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    """softmax(q k^T * scale + mask) v. query, key, value: (N, …, T, C). The factor belongs to the softmax."""
+    """softmax(q k^T * scale + mask) v. query, key, value: (N, …, T, C). See `scores` for what the softmax takes in."""
     scale = 1 / math.sqrt(b.shape(a.query)[-1]) if a.scale is None else float(a.scale)
     query, key, value = (b.operand(node, x) for x in (a.query, a.key, a.value))
     rank = b.rank(a.key)
     transposed = b.call(node, m.Permute((*range(rank - 2), rank - 1, rank - 2)), key)
     scores = b.call(node, m.MatMul(), query, transposed)
-    weights = b.call(node, m.MaskedSoftmax(-1, scale, _mask(b, node, a)), scores, kind="softmax")
-    return b.call(node, m.MatMul(), weights, value)
+    scores = _masked(b, node, a, b.call(node, m.Scale(scale), scores))
+    return b.call(node, m.MatMul(), b.call(node, nn.Softmax(-1), scores), value)
 
 
-def _mask(b: Builder, node: fx.Node, a: SimpleNamespace) -> Tensor | None:
-    """What is added to the scores, or None."""
+def _masked(b: Builder, node: fx.Node, a: SimpleNamespace, scores: fx.Node) -> fx.Node:
+    """The scores with the mask, if there is one."""
     if a.is_causal:
-        return torch.full((b.shape(a.query)[-2], b.shape(a.key)[-2]), -torch.inf).triu(1)
+        hidden = torch.ones(b.shape(a.query)[-2], b.shape(a.key)[-2]).triu(1).bool()
+        return b.call(node, m.Masked(hidden, -torch.inf), scores)
     if a.attn_mask is None:
-        return None
+        return scores
     if b.is_data(a.attn_mask):
         raise b.unsupported(node, "attention with a mask that is computed from the inputs")
-    mask = b.tensor(node, a.attn_mask)
-    return torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.float()
+    if a.attn_mask.meta["val"].dtype == torch.bool:
+        return b.call(node, m.Masked(~b.tensor(node, a.attn_mask), -torch.inf), scores)
+    return b.call(node, m.Add(), scores, b.operand(node, a.attn_mask))
 
 
 ROWS: dict[str, Handler] = {"scaled_dot_product_attention": _attention}

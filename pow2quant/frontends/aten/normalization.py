@@ -5,53 +5,16 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.aten.layers import ROWS as LAYERS
 from pow2quant.frontends.aten.layers import equip
 from pow2quant.frontends.builder import Builder, Handler, arguments, operation
 
-HIDES = -1e3
-"""A mask that adds this, or less, takes a value out of a softmax."""
-
 
 def _softmax(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    """With the masks in front of it: minus infinity has no code, so nothing is rounded between."""
-    x, factor, mask = _unmasked(b, node, a.self)
-    if mask is None:
-        return b.call(node, nn.Softmax(int(a.dim)), b.operand(node, a.self))
-    return b.call(node, m.MaskedSoftmax(int(a.dim), factor, mask), b.operand(node, x), kind="softmax")
-
-
-def _unmasked(b: Builder, node: fx.Node, x: Any) -> tuple[Any, float, Tensor | None]:
-    """What stands in front of masks and factors: (tensor, factor, mask), x = factor * tensor + mask."""
-    factor, mask = 1.0, None
-    while isinstance(x, fx.Node) and x.op == "call_function" and len(x.users) == 1:
-        name, a = operation(x), arguments(x)
-        added = _added(b, node, x, name, a)
-        number = b.number(a.other) if name in ("mul", "div") and b.is_data(a.self) else None
-        if added is not None:
-            mask = factor * added if mask is None else mask + factor * added
-        elif number:
-            factor = factor * number if name == "mul" else factor / number
-        else:
-            break
-        x = a.self
-    return x, factor, mask
-
-
-def _added(b: Builder, node: fx.Node, x: fx.Node, name: str, a: SimpleNamespace) -> Tensor | None:
-    """The mask that an operation adds, or None."""
-    if name not in ("masked_fill", "add") or not b.is_data(a.self) or b.shape(a.self) != b.shape(x):
-        return None
-    if name == "masked_fill" and not b.is_data(a.mask) and (b.number(a.value) or 0) <= HIDES:
-        return torch.zeros(()).masked_fill(b.tensor(node, a.mask).bool(), -torch.inf)
-    if name == "add" and isinstance(a.other, fx.Node) and not b.is_data(a.other) and a.alpha == 1:
-        value = b.tensor(node, a.other).float()
-        return value if bool((value <= HIDES).any()) else None
-    return None
+    return b.call(node, nn.Softmax(int(a.dim)), b.operand(node, a.self))
 
 
 def _log_softmax(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:

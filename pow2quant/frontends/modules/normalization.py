@@ -117,7 +117,7 @@ class MaskedSoftmax(Exact):
 
     The latter where the mask holds nothing but 0 and what takes values out, and leaves something of every row.
 
-    mask: broadcasts against x; -inf, or anything below -2^100, takes a value out. None: there is none.
+    mask: broadcasts against x; what it adds takes a value out where no value of x makes up for it. None: there is none.
     """
 
     def __init__(self, dim: int, factor: float = 1.0, mask: Tensor | None = None) -> None:
@@ -139,7 +139,8 @@ class MaskedSoftmax(Exact):
             return None
         keep = None
         if self.mask is not None:
-            taken_out = self.mask.cpu() <= LOWEST
+            apart = self.factor * (int(encoding.grid.qmax) - int(encoding.grid.qmin)) * 2.0 ** int(encoding.exponent)
+            taken_out = self.mask.cpu() <= -apart - ENOUGH
             keep = (~taken_out).numpy()
             if bool((self.mask.cpu()[~taken_out] != 0).any()) or keep.ndim > len(shape):
                 return None
@@ -158,6 +159,9 @@ class MaskedSoftmax(Exact):
 
 LOWEST = -(2.0**100)
 """What stands for minus infinity in a mask."""
+
+ENOUGH = 20
+"""exp(-ENOUGH) is 0 in every table of exponentials."""
 
 
 class Normalize(Rounded):

@@ -49,6 +49,7 @@ PATTERNS: list[tuple[str, dict[str, Any], list[Pattern]]] = [
     ("Gelu", {"approximate": "none"}, [p for e in _ERF for p in _products("x", 0.5, e)]),
     ("Gelu", {"approximate": "tanh"}, [p for e in _TANH for p in _products("x", 0.5, e)]),
     ("LpNormalization", {"p": 2}, [("Div", "x", ("Expand", _LENGTH)), ("Div", "x", _LENGTH)]),
+    ("Identity", {}, [("Where", ("IsNaN", "x"), 0.0, "x")]),
     ("LayerNormalization", {}, [
         ("Add", ("Mul", ("Div", _CENTRED, ("Sqrt", ("Add", v, "#eps"))), "#scale"), "#bias") for v in _VARIANCES
     ]),
@@ -129,7 +130,7 @@ def recognize(file: OnnxFile) -> None:
     _fold_bias(file)
     matcher = Matcher(file)
     for i, node in enumerate(file.nodes):
-        if node.op_type in ("Add", "Mul", "Div"):
+        if node.op_type in ("Add", "Mul", "Div", "Where"):
             whole = _whole(file, matcher, node)
             if whole is not None:
                 file.nodes[i] = whole

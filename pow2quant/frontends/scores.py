@@ -1,0 +1,138 @@
+"""What stands in front of a softmax becomes part of it: positive factors, and constant masks that take values out.
+
+Attention is softmax(q k^T / sqrt(C) + mask) v. The factor stands on q, on the product, or half of it on q and half on
+k, as the code or the exporter of a file has it; as part of the softmax nothing is rounded there, and the codes are the
+same in each case. Minus infinity has no code.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from pow2quant.frontends import modules as m
+from pow2quant.frontends.modules.normalization import LOWEST
+
+MOVES = (m.Permute, m.Reshape, m.Slice, nn.Flatten)
+"""Modules through which a factor can be pulled."""
+
+HIDES = -1e3
+"""A mask that adds this, or less, takes a value out of a softmax."""
+
+ROUNDING = 2**-20
+"""How far products of rounded factors are from the factor that was meant, relative to it."""
+
+
+def gather_scores(network: fx.GraphModule) -> list[str]:
+    """Changes the network in place, every node with its `shape` in `meta`; gives the names of the modules that go."""
+    gone: list[str] = []
+    for node in list(network.graph.nodes):
+        module = _module(network, node)
+        if isinstance(module, m.MatMul):
+            _join_factors(network, node, gone)
+        elif isinstance(module, (m.Softmax, m.MaskedSoftmax)):
+            factor, mask = getattr(module, "factor", 1.0), getattr(module, "mask", None)
+            softmax = _gathered(network, node, int(module.dim or 0), factor, mask, gone)
+            if softmax.factor != factor or softmax.mask is not None:
+                network.set_submodule(str(node.target), softmax.eval())
+    return gone
+
+
+def _gathered(
+    network: fx.GraphModule, node: fx.Node, dim: int, factor: float, mask: Tensor | None, gone: list[str]
+) -> m.MaskedSoftmax:
+    """softmax(factor * x + mask) with what is in front of x."""
+    while True:
+        source = node.all_input_nodes[0]
+        added = _added(network, source)
+        if added is not None and _leaves_something(added[1], len(source.meta["shape"]), dim):
+            scaled = factor * added[1]
+            mask = scaled if mask is None else mask + scaled
+            _drop(network, source, added[0], gone)
+        elif (number := _factor(network, source)) is not None:
+            factor *= number
+            _drop(network, source, source.all_input_nodes[0], gone)
+        else:
+            factor = _meant(network, source, factor * _pulled(network, source, gone))
+            return m.MaskedSoftmax(dim, factor, mask)
+
+
+def _added(network: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
+    """(the operand, the mask) of a node that adds a mask that takes values out, and that nothing else reads."""
+    module = _module(network, node)
+    if len(node.users) != 1:
+        return None
+    if isinstance(module, m.Masked) and module.value <= HIDES:
+        fill = -math.inf if module.value == -math.inf else LOWEST
+        source, mask = node.all_input_nodes[0], torch.zeros(module.mask.shape).masked_fill(module.mask, fill)
+    elif isinstance(module, (m.Add, m.Sub)):
+        constants = [x for x in node.all_input_nodes if isinstance(_module(network, x), m.Constant)]
+        if len(constants) != 1 or (isinstance(module, m.Sub) and node.args[0] in constants):
+            return None
+        source = next(x for x in node.all_input_nodes if x not in constants)
+        held: Any = _module(network, constants[0])
+        mask = held.value.detach() if isinstance(module, m.Add) else -held.value.detach()
+    else:
+        return None
+    hides = bool((mask <= HIDES).any()) and source.meta["shape"] == node.meta["shape"]
+    return (source, mask) if hides else None
+
+
+def _leaves_something(mask: Tensor, rank: int, dim: int) -> bool:
+    """Whether no row has minus infinity alone: its softmax would not be a number."""
+    return bool(torch.isfinite(mask[(None,) * (rank - mask.ndim)]).any(dim).all())
+
+
+def _factor(network: fx.GraphModule, node: fx.Node) -> float | None:
+    """The positive number that a node multiplies its operand by, if nothing else reads it."""
+    module = _module(network, node)
+    if len(node.users) != 1 or not isinstance(module, m.Scale) or float(module.offset):
+        return None
+    return float(module.factor) if 0 < float(module.factor) < math.inf else None
+
+
+def _pulled(network: fx.GraphModule, node: fx.Node, gone: list[str]) -> float:
+    """The product of the factors behind moves and matrix products; these go."""
+    number = _factor(network, node)
+    if number is not None:
+        source = node.all_input_nodes[0]
+        _drop(network, node, source, gone)
+        return number * _pulled(network, source, gone)
+    module, operands = _module(network, node), node.all_input_nodes
+    through = isinstance(module, MOVES) or (isinstance(module, m.MatMul) and len(operands) == 2)
+    return math.prod(_pulled(network, x, gone) for x in operands) if through and len(node.users) == 1 else 1.0
+
+
+def _join_factors(network: fx.GraphModule, node: fx.Node, gone: list[str]) -> None:
+    """x * a @ y * b, as attention is exported, becomes one factor behind the product."""
+    operands = node.all_input_nodes
+    if len(operands) != 2 or any(_factor(network, x) is None for x in operands):
+        return
+    scale = m.Scale(_meant(network, node, math.prod(_pulled(network, x, gone) for x in operands)))
+    target = gone.pop()
+    network.set_submodule(target, scale.eval())
+    with network.graph.inserting_after(node):
+        behind = network.graph.call_module(target, (node,))
+    behind.meta = dict(node.meta)
+    node.replace_all_uses_with(behind, lambda user: user is not behind)
+
+
+def _meant(network: fx.GraphModule, scores: fx.Node, factor: float) -> float:
+    """1 / sqrt(C) where the factor of a product over C values is that up to rounding; else the factor."""
+    if not isinstance(_module(network, scores), m.MatMul):
+        return factor
+    root = 1 / math.sqrt(scores.all_input_nodes[0].meta["shape"][-1])
+    return root if abs(factor - root) <= ROUNDING * root else factor
+
+
+def _module(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return network.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _drop(network: fx.GraphModule, node: fx.Node, source: fx.Node, gone: list[str]) -> None:
+    node.replace_all_uses_with(source)
+    network.graph.erase_node(node)
+    gone.append(str(node.target))
