@@ -3,13 +3,15 @@
     python benchmarks/preparation.py [--layers 12] [--size 512] [--channels 24] [--batch 2] [--model NAME]
 
 The network is a chain of 3x3 convolutions with ReLU, or the one that --model names. Memory is how far the process grows
-above what it held before the call, at its peak; seconds are those of one thread. `prepare` compares the network with
-its capture on two samples and on one, whatever the batch is.
+above what it held before the call, at its peak, where every freed tensor goes back to the system at once (else what the
+allocator keeps for later counts, too, by the order of the calls). Seconds are those of one thread. `prepare` compares
+the network with its capture on two samples and on one, whatever the batch is.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,9 @@ from torch import nn
 
 from pow2quant import prepare
 from pow2quant.models import build
+
+MMAP_THRESHOLD = -3
+"""Of glibc's mallopt: from which size on memory comes from the system, and goes back when it is freed."""
 
 
 def chain(layers: int, channels: int) -> nn.Module:
@@ -49,6 +54,7 @@ def main() -> None:
     parser.add_argument("--model", help="a name as for `pow2quant ptq --model`")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)
     model = build(options.model).eval() if options.model else chain(options.layers, options.channels)
     x = torch.randn(options.batch, 3, options.size, options.size)
 

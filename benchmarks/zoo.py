@@ -39,6 +39,7 @@ from pow2quant import QuantPlan, prepare, simulate
 from pow2quant.adapters import onnx_qdq
 from pow2quant.config import from_file
 from pow2quant.errors import ModelError, Pow2QuantError
+from pow2quant.frontends.export import in_eval_mode, module_of
 from pow2quant.integer.certificate import certify
 from pow2quant.plugins import resolve
 from pow2quant.runs.executors import simulation_executor
@@ -66,6 +67,7 @@ def batch(shapes: tuple[tuple[int, ...], ...], kind: str, count: int, seed: int)
 
 def with_statistics(model: nn.Module, inputs: Any) -> nn.Module:
     """Sets every batch norm's statistics to those of one batch, where the network can be run in training mode."""
+    model = module_of(model)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
@@ -76,7 +78,7 @@ def with_statistics(model: nn.Module, inputs: Any) -> nn.Module:
             model(*(inputs if isinstance(inputs, tuple) else (inputs,))) if norms else None
     except Exception:  # a network that takes no batch of this size is judged by `prepare`
         pass
-    return model.eval()
+    return in_eval_mode(model)
 
 
 def try_one(network: tuple[str, Any, Any, str], options: argparse.Namespace) -> dict[str, Any]:

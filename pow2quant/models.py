@@ -20,6 +20,8 @@ from pow2quant.checkpoints import fitted, state_dict
 from pow2quant.config import from_file, is_in_file, users_code
 from pow2quant.errors import ModelError, WeightsError
 from pow2quant.foreign import check_is_file
+from pow2quant.frontends.checks import is_mask
+from pow2quant.frontends.export import in_eval_mode, module_of
 from pow2quant.frontends.onnx.network import read_network
 from pow2quant.plugins import names, resolve
 
@@ -107,7 +109,7 @@ def build(name: str, *, num_classes: int | None = None, weights: str | Path | No
     elif is_in_file(name):
         factory = from_file(name, ModelError)
         with users_code(name, ModelError):
-            model = _call(factory, num_classes)
+            model = module_of(_call(factory, num_classes))
     elif name in names("models"):
         model = _call(resolve("models", name), num_classes)
     else:
@@ -120,7 +122,7 @@ def build(name: str, *, num_classes: int | None = None, weights: str | Path | No
     if weights is not None:
         load_weights(model, weights)
     check_finite(model.state_dict(), name)
-    return model.eval()
+    return in_eval_mode(model)
 
 
 def _is_text(name: str) -> bool:
@@ -149,13 +151,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def check_finite(state: Mapping[str, Any], source: str) -> None:
-    """Raises WeightsError, naming the tensor, when a parameter or buffer holds NaN or infinity."""
+    """Raises WeightsError, naming the tensor, when one holds NaN or infinity and is no mask."""
     for name, value in state.items():
         if isinstance(value, Tensor):
             _check_has_values(name, value, source)
         if isinstance(value, Tensor) and value.is_floating_point():
             wrong = int((~torch.isfinite(value)).sum())
-            if wrong:
+            if wrong and not is_mask(value):
                 raise WeightsError(f"{source}: {name} holds NaN or infinity in {wrong} of {value.numel()} values")
 
 

@@ -50,6 +50,11 @@ def fingerprint(value: Tensor) -> tuple[Any, ...]:
 HALVES = (torch.float16, torch.bfloat16)
 
 
+def is_mask(value: Tensor) -> bool:
+    """Whether all that is not finite in a table is minus infinity: attention adds such masks."""
+    return value.ndim > 1 and not bool((torch.isnan(value) | (value == math.inf)).any())
+
+
 class Lockstep:
     """Runs the captured network, and beside each of its operations the prepared nodes that stand for it.
 
@@ -66,19 +71,18 @@ class Lockstep:
         self.users: dict[fx.Node, Any] = {}
         self._kept = set(network.graph.nodes)
 
-    def run(self, batch: tuple[Tensor, ...]) -> list[Tensor]:
-        """Compares on one batch of the capture's size; returns what the captured network returns.
+    def run(self, batch: list[Tensor]) -> list[Tensor]:
+        """Compares on one batch of the capture's size, which is used up; returns what the captured network returns.
 
         Raises UnsupportedModelError, naming the operation.
         """
-        given = iter(batch)
         returned: list[Tensor] = []
         last, last_prepared = self._last_uses()
         for node, twin in zip(self.builder.programs[0].graph.nodes, self.captured.nodes, strict=True):
             if node.op == "placeholder" and node in self.builder.results:
-                value = next(given).clone()
+                self.users[twin] = value = batch.pop(0)
                 self._set(self.builder.results[node], value)
-                self.users[twin] = value
+                del value
             elif node in self.builder.made:
                 self._step(node, twin)
             elif node.op == "output":

@@ -14,7 +14,7 @@ import operator as py
 import re
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,18 @@ LONGEST_REASON = 400
 WRAPPERS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
 
+def module_of(model: Any) -> Any:
+    """The module of an exported program; anything else as it is."""
+    return model.module() if isinstance(model, ExportedProgram) else model
+
+
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    """The network in eval mode, unless torch.export has fixed the mode of it."""
+    with contextlib.suppress(NotImplementedError):
+        model.eval()
+    return model
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """A float32 copy on the CPU, in eval mode, without DataParallel and torch.compile around it.
 
@@ -59,10 +71,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = copy.deepcopy(model, _computed_parameters(model))
-            if not isinstance(model, fx.GraphModule):
-                model.eval()
-            return model.float().cpu()
+            return in_eval_mode(copy.deepcopy(model, _computed_parameters(model))).float().cpu()
     except Exception as error:  # a user's __deepcopy__ may raise anything
         raise ModelError(f"the network cannot be copied: {first_line(error)}") from error
 
@@ -76,7 +85,7 @@ def _computed_parameters(model: nn.Module) -> dict[int, Tensor]:
     return {id(x): x.detach().clone() for x in held if x.grad_fn is not None}
 
 
-def capture(model: nn.Module, batches: tuple[Any, Any]) -> tuple[ExportedProgram, ExportedProgram]:
+def capture(model: nn.Module, batches: Iterable[Any]) -> tuple[ExportedProgram, ExportedProgram]:
     """The network's operations for two batches of different sizes; both graphs have the same nodes in the same order.
 
     Raises ModelError when the network fails on the batches, UnsupportedModelError (with the user's line) when its
@@ -122,6 +131,7 @@ def _export(model: nn.Module, batch: Any) -> ExportedProgram:
         raise UnsupportedModelError(
             f"the network cannot be captured by torch.export{_user_line(error)}: {first_line(error)} {what}"
         ) from error
+    program.example_inputs = None  # they may be large
     _inline(program.graph_module)
     return program
 

@@ -23,9 +23,9 @@ from pow2quant.errors import ModelError, UnsupportedModelError, WeightsError
 from pow2quant.frontends.aten import ROWS
 from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.builder import Builder
-from pow2quant.frontends.checks import HALVES, Lockstep, close
+from pow2quant.frontends.checks import HALVES, Lockstep, close, is_mask
 from pow2quant.frontends.containers import restore_containers
-from pow2quant.frontends.export import SIZES, capture, captured, first_line, unwrapped
+from pow2quant.frontends.export import SIZES, capture, captured, first_line, module_of, unwrapped
 from pow2quant.frontends.fixed import in_parts, opened
 from pow2quant.frontends.idle import drop_idle
 from pow2quant.frontends.returned import RETURNED
@@ -41,19 +41,18 @@ def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
     Raises UnsupportedModelError (node, source line, what can be done), WeightsError for weights that are not finite,
     ModelError when the network fails on the example.
     """
-    if isinstance(model, torch.export.ExportedProgram):
-        model = model.module()
+    model = module_of(model)
     if not isinstance(model, nn.Module):
         raise ModelError(f"a {type(model).__name__} is no network; it must be a torch.nn.Module")
     _check_finite(model)
     model = unwrapped(model)
-    programs, batches, size = _captured(model, example)
+    programs, sizes, fixed = _captured(model, example)
     builder = Builder(model, programs, ROWS)
     network = builder.build()
-    _check_same(builder, network, model, batches, size)
+    _check_same(builder, network, model, example, sizes, fixed)
     drop_idle(network)
     restore_containers(network, model)
-    network.meta |= {PREPARED: True, RETURNED: builder.returned, UNROLLED: builder.unrolled, FIXED: size}
+    network.meta |= {PREPARED: True, RETURNED: builder.returned, UNROLLED: builder.unrolled, FIXED: fixed}
     return network
 
 
@@ -76,24 +75,27 @@ def is_prepared(network: nn.Module) -> bool:
 
 def _captured(
     model: nn.Module, example: Any
-) -> tuple[tuple[ExportedProgram, ExportedProgram], tuple[Any, Any], int | None]:
-    """The network captured for two batches, these batches, and the batch size that its code holds, if it does."""
-    batches = _of_size(example, SIZES[0]), _of_size(example, SIZES[1])
+) -> tuple[tuple[ExportedProgram, ExportedProgram], tuple[int, int], int | None]:
+    """The network captured for two batch sizes, these sizes, and the one that its code holds, if it does."""
     try:
-        return capture(model, batches), batches, None
+        return capture(model, (_of_size(example, size) for size in SIZES)), SIZES, None
     except UnsupportedModelError:
         raise
     except ModelError:
         for size in (1, max((len(x) for x in inputs(example) if x.ndim), default=1)):
-            batches = _of_size(example, size), _of_size(example, 2 * size)
             with suppress(Exception):  # the first error says it
-                first = captured(model, batches[0])
-                return (first, opened(first, inputs(batches[1]))), batches, size
+                first = captured(model, _of_size(example, size))
+                return (first, opened(first, inputs(_of_size(example, 2 * size)))), (size, 2 * size), size
         raise
 
 
 def _check_same(
-    builder: Builder, network: fx.GraphModule, model: nn.Module, batches: tuple[Any, Any], fixed: int | None
+    builder: Builder,
+    network: fx.GraphModule,
+    model: nn.Module,
+    example: Any,
+    sizes: tuple[int, int],
+    fixed: int | None,
 ) -> None:
     """The claim of this file, checked on random data: the prepared network computes what the user's does.
 
@@ -104,16 +106,15 @@ def _check_same(
     half = any(n.meta["val"].dtype in HALVES for n in builder.results if isinstance(n.meta.get("val"), Tensor))
     grown, rounded = (3e-2, 3e-2) if half else (1e-2, 1e-3)  # 16 bits lose more than that
     lockstep, whole = Lockstep(builder, network), Shapes(network)
-    one = batches[1] if fixed else pytree.tree_map(_first, batches[0])
     with torch.no_grad():
-        lockstep.run(inputs(batches[0]))
+        lockstep.run([*inputs(_of_size(example, sizes[0]))])
+        one = _of_size(example, sizes[1] if fixed else 1)
         results = whole.results(inputs(one))
         same = _agree(results, _returned(model, one, fixed), builder.outputs, grown)
         if not same:
-            captured = Lockstep(builder, network, which=1).run(inputs(batches[1]))
-            same = _agree(
-                [captured[i] for i in builder.outputs], _returned(model, batches[1], fixed), builder.outputs, rounded
-            )
+            captured = Lockstep(builder, network, which=1).run([*inputs(_of_size(example, sizes[1]))])
+            wanted = _returned(model, _of_size(example, sizes[1]), fixed)
+            same = _agree([captured[i] for i in builder.outputs], wanted, builder.outputs, rounded)
     if not same:
         raise UnsupportedModelError(
             "the network does not compute the same when it is captured: what forward does depends on more than its "
@@ -145,10 +146,6 @@ def _agree(results: Sequence[Tensor], returned: Sequence[Tensor], outputs: Seque
     return len(returned) > max(outputs) and all(
         close(x, returned[i], tolerance) for x, i in zip(results, outputs, strict=True)
     )
-
-
-def _first(x: Any) -> Any:
-    return x[:1] if isinstance(x, Tensor) and x.ndim else x
 
 
 class Shapes(fx.Interpreter):
@@ -190,16 +187,9 @@ def _check_finite(model: nn.Module) -> None:
             raise ModelError(f"{name}: is on the device 'meta' and has no values; load the weights first")
         if tensor.layout is not torch.strided:
             raise ModelError(f"{name}: its layout is {tensor.layout}; only dense weights can be quantized (to_dense())")
-        known = torch.isnan(tensor).logical_not() if _may_be_mask(model, name) else torch.isfinite(tensor)
-        if not known.all():
+        mask = not isinstance(tensor, nn.Parameter) and is_mask(tensor)
+        if not mask and not torch.isfinite(tensor).all():
             raise WeightsError(f"{name}: the weights hold NaN or infinity")
-
-
-def _may_be_mask(model: nn.Module, name: str) -> bool:
-    """Whether a tensor is a buffer of the user's own: a mask of an attention holds minus infinity."""
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
-    return key in module._buffers and not isinstance(module, nn.modules.batchnorm._NormBase)
 
 
 def _of_size(example: Any, n: int) -> Any:

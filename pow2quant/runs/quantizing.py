@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.export import ExportedProgram
 
 from pow2quant import config as configuration
 from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
+from pow2quant.frontends.export import module_of
 from pow2quant.models import PYTHON
 from pow2quant.progress import Bars
 from pow2quant.runs.chosen import methods_of_argument
@@ -29,7 +31,7 @@ BITS, BACKEND = "w8a8", "custom"
 
 
 def quantize(
-    model: nn.Module | str | os.PathLike[str] | None = None,
+    model: nn.Module | ExportedProgram | str | os.PathLike[str] | None = None,
     data: Any = None,
     bits: str = BITS,
     methods: Any = None,
@@ -48,8 +50,8 @@ def quantize(
     `pow2quant ptq` is a configuration and this call: both give the same bits.
 
     Args:
-        model: an `nn.Module` (left as it is), the path of a float ONNX file, or a name as for `--model`. Default: the
-            embedded network, on its own data.
+        model: an `nn.Module` (left as it is), an `ExportedProgram`, the path of a float ONNX file, or a name as for
+            `--model`. Default: the embedded network, on its own data.
         data: a DataLoader or another iterable of batches, a Dataset, arrays `(X, y)`, a name as for `--data`, or a pair
             (calibration, evaluation) of these. A batch is a tensor or an array, `(x, y)`, or a dictionary; targets are
             only needed for a metric.
@@ -95,6 +97,7 @@ def requested(
 
     Raises ConfigError for what is not legal.
     """
+    model = module_of(model)
     chosen, own = methods_of_argument(methods)
     base = _base(config)
     values = (
