@@ -1,12 +1,15 @@
-"""Five kinds of job, as a person has them: a network and its data, in a file; and a float ONNX file without labels."""
+"""Kinds of job, as a person has them: a network and its data, in a file; and a float ONNX file without labels."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper, save
+
+from pow2quant.cli import main
 
 SOURCE = """
 import torch
@@ -37,6 +40,8 @@ def classifier():
 def segmenter(): return seeded(lambda: nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)))
 def regressor(): return seeded(lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 1)))
 def two(): return seeded(TwoInputs)
+def tagger(): return seeded(lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 4)))
+def denoiser(): return seeded(lambda: nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 1)))
 
 
 def images(n=24): return torch.rand(n, 1, 8, 8)
@@ -46,7 +51,14 @@ def masked(): return seeded(lambda: loader(images(), torch.randint(0, 2, (24, 8,
 def numbers(): return seeded(lambda: loader(torch.rand(24, 5), torch.rand(24)))
 def pairs(): return seeded(lambda: loader(torch.rand(24, 5), torch.rand(24, 3), torch.randint(0, 4, (24,))))
 def unlabelled(): return seeded(lambda: loader(images()))
+def several(): return seeded(lambda: loader(images(), torch.randint(0, 2, (24, 3))))
+def soft(): return seeded(lambda: loader(images(), torch.rand(24, 3).softmax(1)))
+def tokens(): return seeded(lambda: loader(torch.rand(24, 6, 5), torch.randint(-1, 4, (24, 6))))
+def clean(): return seeded(lambda: loader(images(), images()))
 """
+
+
+QUICK = {"report": {"statistics": False, "latency": False}, "ptq": {"calibration_batches": 2}}
 
 
 class Kind(NamedTuple):
@@ -80,9 +92,27 @@ KINDS = {
 }
 
 
+FURTHER = {
+    "several labels": Kind("classifier", "several", "multi-label", "f1"),
+    "soft labels": Kind("classifier", "soft", "classification", "top1"),
+    "tokens": Kind("tagger", "tokens", "segmentation", "miou"),
+    "images": Kind("denoiser", "clean", "image-to-image", "psnr"),
+}
+
+
+def command(name: str, kind: Kind, mine: Path, output: Path, *more: str) -> dict[str, Any]:
+    """Runs a command on a kind; returns the JSON document that it leaves."""
+    arguments = ["--model", kind.model_in(mine), "--data", kind.data_in(mine), "--config", str(mine / "quick.yaml")]
+    assert main([name, *arguments, "--output", str(output), "--quiet", *more]) == 0
+    document = {"compare": "comparison.json", "sweep": "study.json"}.get(name, "report.json")
+    found: dict[str, Any] = json.loads((output / document).read_text())
+    return found
+
+
 def write(folder: Path) -> Path:
-    """Writes `mine.py` and `net.onnx` into a folder; returns it."""
+    """Writes `mine.py`, `net.onnx` and `quick.yaml` into a folder; returns it."""
     (folder / "mine.py").write_text(SOURCE)
+    (folder / "quick.yaml").write_text(json.dumps(QUICK))
     random = np.random.default_rng(0)
     weights = {"w": (6, 1, 3, 3), "b": (6,), "v": (3, 6), "c": (3,)}
     graph = helper.make_graph(

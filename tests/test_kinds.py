@@ -15,26 +15,14 @@ from pow2quant.backends.base import SILENT
 from pow2quant.cli import main
 from pow2quant.plugins import names, resolve
 from pow2quant.runs import quantized
-from tests.kinds import KINDS, Kind, write
+from tests.kinds import KINDS, QUICK, command, write
 
-QUICK = {"report": {"statistics": False, "latency": False}, "ptq": {"calibration_batches": 2}}
 FILES = ("model.onnx", "model_float.onnx", "model.encodings", "model.safetensors")
 
 
 @pytest.fixture(scope="module")
 def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write(tmp_path_factory.mktemp("mine"))
-    (folder / "quick.yaml").write_text(json.dumps(QUICK))
-    return folder
-
-
-def command(name: str, kind: Kind, mine: Path, output: Path, *more: str) -> dict[str, Any]:
-    """Runs a command on a kind; returns the JSON document that it leaves."""
-    arguments = ["--model", kind.model_in(mine), "--data", kind.data_in(mine), "--config", str(mine / "quick.yaml")]
-    assert main([name, *arguments, "--output", str(output), "--quiet", *more]) == 0
-    document = {"compare": "comparison.json", "sweep": "study.json"}.get(name, "report.json")
-    found: dict[str, Any] = json.loads((output / document).read_text())
-    return found
+    return write(tmp_path_factory.mktemp("mine"))
 
 
 @pytest.fixture(scope="module")

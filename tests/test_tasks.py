@@ -305,7 +305,14 @@ def test_losses_that_fit_and_losses_that_do_not() -> None:
     assert torch.equal(loss_of(nn.CrossEntropyLoss(ignore_index=255), scores, masks), plain)
     without = loss_of(nn.CrossEntropyLoss(ignore_index=0), scores, masks)
     assert torch.equal(without, nn.functional.cross_entropy(scores, masks.clamp(min=0), ignore_index=0))
+    wide = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(1))
+    first, last = (loss_of(nn.CrossEntropyLoss(), s, masks) for s in (wide, wide.movedim(1, -1)))
+    assert torch.equal(first, last), "tokens have their classes in the last dimension"
+    one, marks = scores[:, :1], torch.tensor([[0, 1, -100], [1, -100, 1]])
+    counted = nn.functional.binary_cross_entropy_with_logits(one[:, 0][marks >= 0], marks[marks >= 0].float())
+    assert torch.equal(loss_of(nn.BCEWithLogitsLoss(), one, marks), counted)
     assert float(loss_of(nn.MSELoss(), torch.ones(4, 1), torch.zeros(4))) == 1
+    assert float(loss_of(nn.MSELoss(), torch.ones(4), torch.full((4,), -100.0))) == 101**2, "numbers are numbers"
     with pytest.raises(ConfigError, match=r"training\.criterion: BCEWithLogitsLoss does not fit the data"):
         loss_of(nn.BCEWithLogitsLoss(), logits, torch.zeros(4, dtype=torch.long))
 

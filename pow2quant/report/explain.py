@@ -152,11 +152,9 @@ def lines(explained: Explanation) -> Iterator[str]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return read(path)
-    except OSError as error:
+    except FileFormatError as error:
         hint = "; it is written unless report.statistics is false" if path.name == run_folder.STATISTICS else ""
-        raise FileFormatError(
-            f"{path}: cannot be read: {error.strerror}{hint}; give a finished run's folder"
-        ) from error
+        raise FileFormatError(f"{error}{hint}; give a finished run's folder") from error
     except (TypeError, ValueError) as error:
         raise FileFormatError(f"{path}: not a file of pow2quant: {error}") from error
 

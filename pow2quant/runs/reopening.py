@@ -40,7 +40,7 @@ def responses(
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]:
     """Labels (N,), and the logits of the float network and of the simulation, (N, classes), batch by batch.
 
-    Raises ConfigError where the task is not classification.
+    Raises ConfigError where the task is not classification, and for one logit of two classes.
     """
     if job.task.name != "classification":
         raise ConfigError(f"task: {job.task.name} has no logits of classes; this is for classification")
@@ -48,7 +48,10 @@ def responses(
     for batch, labels in batches:
         arrays = [x.numpy() for x in inputs(batch)]
         indices = labels.argmax(1) if labels.ndim == 2 else labels
-        yield indices.numpy(), exact(arrays)[0], quantized(arrays)[0]
+        logits = exact(arrays)[0], quantized(arrays)[0]
+        if logits[0].shape[1:] == (1,):
+            raise ConfigError("the network has one logit for two classes; this compares logits of classes")
+        yield indices.numpy(), *logits
 
 
 def load_parameters(own: dict[str, Tensor], parameters: dict[str, NDArray[Any]], path: Path) -> None:

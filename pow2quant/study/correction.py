@@ -30,6 +30,9 @@ from pow2quant.validation import ort
 
 CORRECTION, RECORD, FOLDED = "correction.safetensors", "correction.json", "model_corrected.onnx"
 ALPHAS, CLUSTERS = (0.2, 0.4, 0.6, 0.8, 1.0), (1, 4, 16)
+MEMBERS = 4
+"""So many images have the clusters that are tried by default, on average."""
+
 MARGIN = 2.0
 """A gain of less than so many standard errors is called none."""
 
@@ -71,9 +74,9 @@ def correct(
     present = [f for f in (CORRECTION, RECORD, FOLDED) if (folder / f).exists()]
     if present and not overwrite:
         raise OutputError(f"{folder / present[0]}: exists already; --overwrite replaces it")
-    fitting, tests, classes = _both(run, config, limits, progress)
-    every = candidates(alphas or ALPHAS, clusters or CLUSTERS, _dims(dims, classes))
+    fitting, tests = _both(run, config, limits, progress)
     _, exact, quantized = _joined(fitting)
+    every = candidates(alphas or ALPHAS, clusters or _clusters(exact), _dims(dims, exact.shape[1]))
     found = judged(quantized, exact, every, seed)
     taken = best(found).candidate
     record: dict[str, Any] = {"fitted_images": len(exact), "candidates": [_plain(j) for j in found]}
@@ -144,12 +147,12 @@ def analyse(
     """
     saved = run / CORRECTION
     given = bool(alphas or clusters or dims)
-    fitting, tests, classes = _both(run, config, limits, progress)
+    fitting, tests = _both(run, config, limits, progress)
     if not given and saved.is_file():
         corrections = [cat.load(saved)]
     else:
         _, exact, quantized = _joined(fitting)
-        every = candidates(alphas or ALPHAS, clusters or CLUSTERS, _dims(dims, classes))
+        every = candidates(alphas or ALPHAS, clusters or _clusters(exact), _dims(dims, exact.shape[1]))
         if not given:
             every = [best(judged(quantized, exact, every, seed)).candidate]
             every = [c if c.alpha else Candidate(0.0, 1, 1) for c in every]
@@ -179,14 +182,14 @@ def _subject(run: Path) -> Subject:
 
 def _both(
     run: Path, config: RunConfig | None, limits: tuple[int | None, int | None], progress: Progress
-) -> tuple[Iterator[Triple], Iterator[Triple], int]:
-    """Labels and logits of the calibration images and of the test images, as they are asked for; and the classes."""
+) -> tuple[Iterator[Triple], Iterator[Triple]]:
+    """Labels and logits of the calibration images and of the test images, as they are asked for."""
     job, sim = runs.reopened(run, config, progress)
     ptq = job.config.ptq
     fit, test = limits[0] or ptq.calibration_batches, limits[1] or ptq.max_eval_batches
     size = min(len(job.data.calibration), fit or len(job.data.calibration))
     calibration = progress.track(islice(job.data.calibration, size), "logits of the calibration images", size)
-    return runs.responses(job, sim, calibration), runs.responses(job, sim, job.test(test)), job.data.num_classes
+    return runs.responses(job, sim, calibration), runs.responses(job, sim, job.test(test))
 
 
 def _joined(batches: Iterable[Triple]) -> Triple:
@@ -199,6 +202,11 @@ def _joined(batches: Iterable[Triple]) -> Triple:
             f"the network's output has shape {quantized.shape[1:]} for an image; logits have one number for each class"
         )
     return labels, exact, quantized
+
+
+def _clusters(fitted: Logits) -> Sequence[int]:
+    """The default: as many as have some images each, of those that are fitted to."""
+    return [count for count in CLUSTERS if MEMBERS * count <= len(fitted)] or CLUSTERS[:1]
 
 
 def _dims(dims: Sequence[int], classes: int) -> Sequence[int]:

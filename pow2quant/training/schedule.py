@@ -60,13 +60,7 @@ def loss_of(criterion: Criterion, results: Any, targets: Any) -> Tensor:
     Raises ConfigError where the criterion cannot take such results and targets.
     """
     if isinstance(criterion, nn.Module):
-        results = results[0] if isinstance(results, (tuple, list)) else results
-        of_one = isinstance(targets, Tensor) and targets.shape != results.shape and targets.numel() == results.numel()
-        if of_one and isinstance(criterion, ELEMENTWISE):
-            targets = targets.reshape(results.shape).to(results.dtype)
-        ignored = getattr(criterion, "ignore_index", None)  # what data sets leave out is LEFT_OUT by now
-        if isinstance(ignored, int) and isinstance(targets, Tensor) and not targets.is_floating_point():
-            targets = targets.masked_fill(targets == LEFT_OUT, ignored)
+        results, targets = _fitted(criterion, results[0] if isinstance(results, (tuple, list)) else results, targets)
     what = type(criterion).__name__ if isinstance(criterion, nn.Module) else getattr(criterion, "__name__", "it")
     try:
         loss = criterion(results, targets)
@@ -79,6 +73,22 @@ def loss_of(criterion: Criterion, results: Any, targets: Any) -> Tensor:
         got = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ConfigError(f"training.criterion: {what} gave {got}; the loss of a batch is one float in a tensor")
     return loss.reshape(())
+
+
+def _fitted(criterion: nn.Module, results: Tensor, targets: Any) -> tuple[Tensor, Any]:
+    """Results and targets as a loss of torch takes them; what data sets leave out is LEFT_OUT by now."""
+    if not isinstance(targets, Tensor):
+        return results, targets
+    if isinstance(criterion, ELEMENTWISE) and targets.numel() == results.numel():
+        left_out = (targets == LEFT_OUT).reshape(results.shape) & (not targets.is_floating_point())
+        targets = targets.reshape(results.shape).to(results.dtype)
+        return (results[~left_out], targets[~left_out]) if left_out.any() else (results, targets)
+    ignored = getattr(criterion, "ignore_index", None)
+    if isinstance(ignored, int) and not targets.is_floating_point():
+        targets = targets.masked_fill(targets == LEFT_OUT, ignored)
+        if targets.shape == results.shape[:-1] != results.shape[:1] + results.shape[2:]:
+            results = results.movedim(-1, 1)  # tokens have their classes in the last dimension
+    return results, targets
 
 
 ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCEWithLogitsLoss, nn.BCELoss)
