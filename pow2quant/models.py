@@ -116,22 +116,10 @@ def build(name: str, *, num_classes: int | None = None, weights: str | Path | No
         raise _unknown(name)
     if not isinstance(model, nn.Module):
         raise ModelError(f"{name}: made a {type(model).__name__}, not a torch.nn.Module")
-    for module, _ in model.named_modules():
-        if not _is_text(module):
-            raise ModelError(f"{name}: the module's name {module!r} holds what no file can hold")
     if weights is not None:
         load_weights(model, weights)
     check_finite(model.state_dict(), name)
     return in_eval_mode(model)
-
-
-def _is_text(name: str) -> bool:
-    """Whether UTF-8 has it, without halves of surrogates."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -46,7 +46,7 @@ class Sample:
 def labels_at_hand(batches: Checked) -> Labels | None:
     """The class index of each sample, where the data say so without being read; in the order of their items."""
     loader = _loader(batches)
-    found = None if loader is None else _at_hand(loader.dataset)
+    found = None if loader is None else _told(loader.dataset)
     return None if found is None else _whole(found, len(loader.dataset))
 
 
@@ -104,8 +104,16 @@ def _identity(dataset: Any, chosen: Sequence[int]) -> str | None:
 
 def _labels(dataset: Any, name: str) -> Labels | None:
     """The label of each item: those at hand, else read item by item; None where they are no class indices."""
-    found = _at_hand(dataset)
+    found = _told(dataset)
     return _whole(_read(dataset, name) if found is None else found, len(dataset))
+
+
+def _told(dataset: Any) -> Any:
+    """As `_at_hand`; None where what the data set has is of no use, as reading its items will say."""
+    try:
+        return _at_hand(dataset)
+    except Exception:  # sparse labels, lists in lists, indices of a subset that are too large: a user's objects
+        return None
 
 
 def _at_hand(dataset: Any) -> Any:

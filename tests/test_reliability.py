@@ -14,11 +14,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from pow2quant import cli, config, datasets, foreign, image_files, models, prepare
+from pow2quant import cli, config, datasets, foreign, image_files, models, prepare, sampling
 from pow2quant.cli import listing, main
 from pow2quant.config import DataConfig
-from pow2quant.errors import ConfigError, DataError, FileFormatError, WeightsError
+from pow2quant.errors import ConfigError, DataError, FileFormatError, ModelError, WeightsError
+from pow2quant.reading import Checked
 from pow2quant.training import checkpoint, schedule
 from tests.attacks import files, good
 
@@ -49,6 +51,10 @@ def test_json_has_a_depth() -> None:
         with pytest.raises(ValueError, match="deep"):
             foreign.parsed(text)
     assert foreign.parsed("[" * 99 + "]" * 99)
+
+
+class Ragged(TensorDataset):
+    targets = ([1], [1, 2], [])
 
 
 def picture(path: Path, number: int = 0) -> None:
@@ -138,6 +144,27 @@ def test_a_network_without_values_is_refused(made: str, tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(f"from torch import nn\ndef net():\n    return {made}\n")
     with pytest.raises(WeightsError, match="has no"):
         models.build(f"{tmp_path / 'net.py'}:net")
+
+
+@pytest.mark.parametrize("name", ["\0", "a\0b", "\ud800"])
+def test_names_that_no_file_can_hold_are_refused(name: str) -> None:
+    network = nn.Sequential()
+    network.add_module(name, nn.Linear(2, 2))
+    with pytest.raises(ModelError, match="holds what no file can hold"):
+        prepare(network, torch.rand(1, 2))
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        TensorDataset(torch.rand(3, 2), torch.arange(3).to_sparse()),
+        TensorDataset(torch.rand(3, 2), torch.arange(3, device="meta")),
+        Subset(TensorDataset(torch.rand(3, 2), torch.arange(3)), [0, 7]),
+        Ragged(torch.rand(3, 2)),
+    ],
+)
+def test_labels_of_no_use_are_not_at_hand(dataset: Any) -> None:
+    assert sampling.labels_at_hand(Checked(DataLoader(dataset), "it")) is None
 
 
 NAMES = ("in", "class", "lambda", 'a"b', "a'b", "a\nb", "\\", "*/", "{x}", "1", "名", "$(x)")

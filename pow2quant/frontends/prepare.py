@@ -8,6 +8,7 @@ parameters stay shared. Dropout, identities and whatever else does nothing go (`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -44,6 +45,7 @@ def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
     model = module_of(model)
     if not isinstance(model, nn.Module):
         raise ModelError(f"a {type(model).__name__} is no network; it must be a torch.nn.Module")
+    _check_names(model)
     _check_finite(model)
     model = unwrapped(model)
     programs, sizes, fixed = _captured(model, example)
@@ -175,6 +177,13 @@ class Shapes(fx.Interpreter):
 
 def _cloned(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) else x
+
+
+def _check_names(model: nn.Module) -> None:
+    """Raises ModelError for a name that is no text, with a null byte or half of a surrogate pair."""
+    for name, _ in [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]:
+        if re.search("[\0\ud800-\udfff]", name):
+            raise ModelError(f"the name {name!r} in the network holds what no file can hold")
 
 
 def _check_finite(model: nn.Module) -> None:
