@@ -21,27 +21,33 @@ MOST_DEPTH = 100
 
 
 def check_is_file(path: str | os.PathLike[str], error: type[Pow2QuantError] = FileFormatError) -> Path:
-    """The path of a regular file, or of a link to one. Raises `error` for everything else.
+    """The path of a regular file that holds something, or of a link to one. Raises `error` for everything else.
 
-    A pipe would wait for ever, and a device has no end.
+    A pipe would wait for ever, a device has no end, and files of /proc, which call themselves empty, may do either.
     """
+    if not _size(path, error):
+        raise error(f"{path}: cannot be read: is empty")
+    return Path(path)
+
+
+def _size(path: str | os.PathLike[str], error: type[Pow2QuantError]) -> int:
     try:
-        mode = os.stat(path).st_mode
+        found = os.stat(path)
     except (OSError, ValueError) as reason:  # ValueError: a null byte
         what = "no such file" if isinstance(reason, FileNotFoundError) else getattr(reason, "strerror", None) or reason
         raise error(f"{path}: cannot be read: {what}") from None
-    if not stat.S_ISREG(mode):
-        raise error(
-            f"{path}: cannot be read: is {'a folder' if stat.S_ISDIR(mode) else 'no file, but a pipe or a device'}"
-        )
-    return Path(path)
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "no file, but a pipe or a device"
+        raise error(f"{path}: cannot be read: is {what}")
+    return found.st_size
 
 
 def text(path: str | os.PathLike[str], most: int, error: type[Pow2QuantError] = FileFormatError) -> str:
     """A file of at most so many bytes as UTF-8 text. Raises `error`, naming the file, for everything else."""
-    file = check_is_file(path, error)
+    if not _size(path, error):
+        return ""
     try:
-        with file.open("rb") as opened:
+        with open(path, "rb") as opened:
             content = opened.read(most + 1)
     except OSError as reason:
         raise error(f"{path}: cannot be read: {reason.strerror}") from None

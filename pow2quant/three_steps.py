@@ -39,7 +39,7 @@ LINES = {"float": "float", "after PTQ": "ptq", "final": "quantized"}
 
 def checkpoints_of(output: Path) -> Path:
     """Where the checkpoints of a run are kept: `<output>.training`."""
-    return output.resolve().with_name(f"{output.resolve().name}.training")
+    return unfinished.folder_of(output, ".training")
 
 
 def qat(

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from pow2quant import cli, config, datasets, foreign, image_files, models, prepare, sampling
 from pow2quant.cli import listing, main
 from pow2quant.config import DataConfig
-from pow2quant.errors import ConfigError, DataError, FileFormatError, ModelError, WeightsError
+from pow2quant.errors import ConfigError, DataError, FileFormatError, ModelError, OutputError, WeightsError
 from pow2quant.reading import Checked
+from pow2quant.runs import unfinished
 from pow2quant.training import checkpoint, schedule
 from tests.attacks import files, good
 
@@ -44,6 +45,27 @@ def test_what_is_no_file_is_not_opened(make: Callable[[Path], None], tmp_path: P
     for read in (config.load, lambda p: models.load_weights(nn.Linear(1, 1), p), checkpoint.load):
         with pytest.raises((ConfigError, WeightsError, FileFormatError), match=r"is a folder|a pipe or a device"):
             read(tmp_path / "it")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
+def test_files_of_the_system_are_not_opened(tmp_path: Path) -> None:
+    """/proc/kmsg is a regular file, of no size, that waits for ever."""
+    for name in ("kmsg", "self/environ"):
+        with pytest.raises(FileFormatError, match="is empty"):
+            foreign.check_is_file(f"/proc/{name}")
+        assert foreign.text(f"/proc/{name}", 100) == ""
+
+
+@pytest.mark.parametrize("command", ["ptq", "qat", "sweep --grid seed=1", "search --constraint size=1MB"])
+def test_an_output_that_goes_round_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert main([*command.split(), "--output", str(tmp_path / "loop")]) == 2
+    assert "loop: " in capsys.readouterr().err
+
+
+def test_nothing_is_beside_the_root() -> None:
+    with pytest.raises(OutputError, match="/: cannot be written"):
+        unfinished.folder_of(Path("/"))
 
 
 def test_json_has_a_depth() -> None:

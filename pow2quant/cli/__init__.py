@@ -130,6 +130,8 @@ def _explained(error: BaseException, given: Sequence[str]) -> tuple[str, int]:
         if error.filename is None:
             _give_up_stdout()
         return f"{error.filename or 'the result cannot be written'}: {error.strerror}", BAD_INPUT
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # before Python 3.13
+        return f"{str(error).removeprefix('Symlink loop from ')}: links go round", BAD_INPUT
     if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
         return f"not enough memory: {str(error)[:200] or 'smaller batches or a smaller network need less'}", BAD_INPUT
     file = report(error, given)

@@ -60,9 +60,13 @@ NOTHING = Unfinished()
 """Nothing is kept."""
 
 
-def folder_of(output: Path) -> Path:
-    """Where what was computed for an output is kept: `<output>.unfinished`."""
-    return output.resolve().with_name(f"{output.resolve().name}.unfinished")
+def folder_of(output: Path, suffix: str = ".unfinished") -> Path:
+    """Where what was computed for an output is kept, beside it. Raises OutputError where nothing can be beside it."""
+    try:
+        target = output.resolve()
+        return target.with_name(f"{target.name}{suffix}")
+    except (ValueError, RuntimeError):  # the root; links that go round, before Python 3.13
+        raise OutputError(f"{output}: cannot be written: no folder can stand there") from None
 
 
 @contextmanager
