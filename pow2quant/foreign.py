@@ -68,16 +68,18 @@ def parsed(content: str | bytes, nan: bool = True) -> Any:
         found = json.loads(content, parse_constant=None if nan else _no_number)
     except RecursionError:
         raise ValueError(f"lists or objects are more than {MOST_DEPTH} deep") from None
-    _check_depth(found, MOST_DEPTH)
+    _check_depth(found)
     return found
 
 
-def _check_depth(value: Any, left: int) -> None:
-    if not left:
-        raise ValueError(f"lists or objects are more than {MOST_DEPTH} deep")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        if isinstance(item, dict | list):
-            _check_depth(item, left - 1)
+def _check_depth(value: Any) -> None:
+    level = [[value]]
+    for _ in range(MOST_DEPTH + 1):
+        items = (item for each in level for item in (each.values() if type(each) is dict else each))
+        level = [item for item in items if type(item) in (dict, list)]
+        if not level:
+            return
+    raise ValueError(f"lists or objects are more than {MOST_DEPTH} deep")
 
 
 def _no_number(constant: str) -> NoReturn:

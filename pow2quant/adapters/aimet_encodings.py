@@ -332,10 +332,13 @@ class _Entry:
         return self[key]
 
     def flag(self, key: str) -> bool:
-        text = str(self[key])  # 1.0.0 has true, 0.6.1 "True"
-        if text not in ("True", "False"):
-            self.refuse(key, f"must be True or False, got {text!r}")
-        return text == "True"
+        return self.flags(key, [self[key]]) == {True}
+
+    def flags(self, key: str, values: list[Any]) -> set[bool]:
+        texts = set(map(str, values))  # 1.0.0 has true, 0.6.1 "True"
+        if not texts <= {"True", "False"}:
+            self.refuse(key, f"must be True or False, got {min(texts - {'True', 'False'})!r:.80}")
+        return {text == "True" for text in texts}
 
     def numbers(self, key: str) -> NDArray[np.float64]:
         value = self[key]
@@ -349,18 +352,14 @@ class _Entry:
     def integers(self, key: str) -> NDArray[np.int64]:
         numbers = self.numbers(key)
         if (numbers != np.rint(numbers)).any() or (np.abs(numbers) > 1 << 32).any():
-            self.refuse(key, f"must be whole numbers of at most 32 bits, got {self[key]!r}")
+            self.refuse(key, f"must be whole numbers of at most 32 bits, got {self[key]!r:.80}")
         return numbers.astype(np.int64)
 
-    def number(self, key: str) -> float:
-        value = self.numbers(key)
+    def integer(self, key: str) -> int:
+        value = self.integers(key)
         if value.ndim:
             self.refuse(key, f"must be one number, got {self[key]!r:.80}")
-        return float(value)
-
-    def integer(self, key: str) -> int:
-        self.number(key)
-        return int(self.integers(key))
+        return int(value)
 
 
 if TYPE_CHECKING:
@@ -369,25 +368,34 @@ if TYPE_CHECKING:
 
 def _from_0_6_1(entry: _Entry, exact: Exact | None, axis: int) -> Encoding | None:
     content = entry.fields if isinstance(entry.fields, list) else [entry.fields]
-    channels = [_Entry(entry.where, fields) for fields in content]
-    if not channels:
+    if not content:
         entry.refuse("list of encodings", "is empty")
-    if _is_float(channels[0], "bitwidth"):
+    if _is_float(_Entry(entry.where, content[0]), "bitwidth"):
         return None
-    for channel in channels:
-        _refuse_keys(channel, ("zero_point_shift", "rows_per_block"))
-    bits = tuple(channel.integer("bitwidth") for channel in channels)
-    scale = np.array([channel.number("scale") for channel in channels])
-    offset = np.array([channel.integer("offset") for channel in channels])
-    symmetric = {channel.flag("is_symmetric") for channel in channels} == {True}
+    channels = _by_key(entry.where, content, ("bitwidth", "scale", "offset", "is_symmetric"))
+    for fields in content:
+        _refuse_keys(_Entry(entry.where, fields), ("zero_point_shift", "rows_per_block"))
+    bits = channels.integers("bitwidth").tolist()
+    scale, offset = channels.numbers("scale"), channels.integers("offset")
     return _encoding(
-        scale if len(channels) > 1 else scale[0],
+        scale if len(content) > 1 else scale[0],
         offset,
-        bits if len(set(bits)) > 1 else bits[0],
-        symmetric,
+        tuple(bits) if len(set(bits)) > 1 else bits[0],
+        channels.flags("is_symmetric", channels["is_symmetric"]) == {True},
         exact,
         axis,
     )
+
+
+def _by_key(where: str, channels: list[Any], keys: tuple[str, ...]) -> _Entry:
+    """The fields of several channels as one entry of lists, which are checked at once."""
+    try:
+        return _Entry(where, {key: [fields[key] for fields in channels] for key in keys})
+    except (KeyError, TypeError):
+        for fields in channels:
+            for key in keys:
+                _Entry(where, fields)[key]  # the error that names what is missing
+        raise
 
 
 def _from_1_0_0(entry: _Entry, exact: Exact | None, axis: int) -> Encoding | None:

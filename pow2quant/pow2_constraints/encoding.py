@@ -82,12 +82,12 @@ class Encoding:
         wrong = ~(np.isfinite(scale) & (scale > 0))
         if wrong.any():
             raise EncodingError(f"scale must be positive and finite, got {scale[wrong][0]}")
-        zero_point, low, high = (np.broadcast_to(v, scale.shape) for v in (zero_point, self.grid.qmin, self.grid.qmax))
+        low, high = self.grid.qmin, self.grid.qmax
         wrong = ~((zero_point >= low) & (zero_point <= high) & (zero_point == np.rint(zero_point)))
         if wrong.any():
-            ends = f"[{low[wrong][0]}, {high[wrong][0]}]"
-            raise EncodingError(f"zero point {zero_point[wrong][0]} is not an integer of the grid {ends}")
-        zero_point = np.array(zero_point, np.int64)
+            value, low, high = (np.broadcast_to(v, wrong.shape)[wrong][0] for v in (zero_point, low, high))
+            raise EncodingError(f"zero point {value} is not an integer of the grid [{low}, {high}]")
+        zero_point = np.full(scale.shape, zero_point, np.int64)
         scale.flags.writeable = zero_point.flags.writeable = False
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "zero_point", zero_point)

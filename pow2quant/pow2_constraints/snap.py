@@ -88,8 +88,10 @@ class Format:
 
     def encoding(self, scale: ArrayLike, zero_point: ArrayLike = 0) -> Encoding:
         """Builds the encoding from arrays (C,); without a channel axis, C is 1 and the arrays become scalars."""
-        s, z = np.asarray(scale, np.float32), np.broadcast_to(np.asarray(zero_point, np.int64), np.shape(scale))
-        return Encoding(s, z, self.grid, self.axis) if self.axis is not None else Encoding(s[0], z[0], self.grid)
+        s, z = np.asarray(scale, np.float32), np.asarray(zero_point, np.int64)
+        if self.axis is None:
+            s, z = s[0], z[0] if z.ndim else z
+        return Encoding(s, z, self.grid, self.axis)
 
 
 def choose(rule: str, observed: Observed, form: Format) -> Encoding:
@@ -181,7 +183,10 @@ def _covering_exponent(low: Floats, high: Floats, grid: IntGrid) -> Ints:
     # At k the extent has more than 2^(bits - 1) steps and at most 2^bits, so the answer is k, k + 1 or k + 2.
     k = np.where(extent > 0, ceil_exponent(extent) - np.asarray(grid.bits), LOWEST)
     for _ in range(2):
-        k = k + ~_fits(low, high, k, grid)
+        fits = _fits(low, high, k, grid)
+        if fits.all():
+            break
+        k = k + ~fits
     return k
 
 

@@ -66,9 +66,10 @@ def quantizer_class() -> type:
         def set_legacy_encodings(self, encodings: list[dict[str, Any]]) -> None:
             """Takes a file's encodings, and warns where a scale is none of 2^k."""
             super().set_legacy_encodings(encodings)
-            free = [e["scale"] for e in encodings if np.frexp(np.float32(e.get("scale", 1)))[0] != 0.5]
-            if free:
-                text = f"{self.place}: scale {free[0]!r} is not a power of two; the smallest that covers is taken"
+            scales = np.asarray([e.get("scale", 1) for e in encodings], np.float32)
+            free = scales[np.frexp(scales)[0] != 0.5]
+            if free.size:
+                text = f"{self.place}: scale {float(free[0])!r} is not a power of two; the smallest that covers is taken"
                 warnings.warn(text, stacklevel=2)
 
     ConstrainedQuantizer.__qualname__ = ConstrainedQuantizer.__name__
