@@ -256,6 +256,11 @@ def _summary(parameters: Table, activations: Table) -> dict[str, Any]:
 
 def read(document: Any, source: str, axes: Mapping[str, int]) -> Table:
     """`loads`, of what a file's text says."""
+    return {name: e for name, e in read_all(document, source, axes).items() if e is not None}
+
+
+def read_all(document: Any, source: str, axes: Mapping[str, int]) -> dict[str, Encoding | None]:
+    """`read`, with None for the tensors that the file says to be float."""
     if not isinstance(document, dict):
         raise FileFormatError(f"{source}: expected an object at the top, got {type(document).__name__}")
     version = document.get("version", VERSIONS[0])  # what `save_encodings_to_json` writes names no version
@@ -265,7 +270,7 @@ def read(document: Any, source: str, axes: Mapping[str, int]) -> Table:
     producer = document.get("producer")
     if isinstance(producer, dict) and producer.get("package") == PACKAGE:  # which states every axis but 0
         axes = {}
-    table: Table = {}
+    table: dict[str, Encoding | None] = {}
     for name, read, content in _entries(document, source):
         entry = _Entry(f"{source}: {name}", content)
         if name in table:
@@ -274,8 +279,7 @@ def read(document: Any, source: str, axes: Mapping[str, int]) -> Table:
             encoding = read(entry, exact.get(name), axes.get(name, 0))
         except EncodingError as error:
             raise FileFormatError(f"{entry.where}: {error}") from error
-        if encoding is not None:
-            table[name] = encoding
+        table[name] = encoding
     return table
 
 

@@ -74,6 +74,13 @@ class _Constants:
         return self.finish(x)
 
 
+def _straight_through(x: Tensor, constants: _Constants) -> Tensor:
+    if torch._C._get_tracing_state():  # which knows no functions of Python's
+        return constants.finish(constants.codes(x))
+    quantized: Tensor = _StraightThrough.apply(x, constants)
+    return quantized
+
+
 class FakeQuantize(nn.Module):
     """The quantizer of one site. Without an encoding, or with `encoding = None`, values pass unchanged.
 
@@ -116,8 +123,8 @@ class FakeQuantize(nn.Module):
         constants = self._constants
         if constants is None or constants.device != x.device or constants.ndim != x.ndim:
             constants = self._constants = _Constants(self._encoding, x.ndim, x.device, self.rounding)
-        if torch.is_grad_enabled() and x.requires_grad:
-            quantized: Tensor = _StraightThrough.apply(x, constants)
+        if (torch.is_grad_enabled() and x.requires_grad) or torch._C._get_tracing_state():
+            quantized = _straight_through(x, constants)
         elif self.caches and self.tap is None and x.device.type == "cpu" and not _infers(x):
             quantized = self._cached(x, constants)
         elif self.overwrites and self.tap is None and not x.requires_grad:
@@ -131,7 +138,7 @@ class FakeQuantize(nn.Module):
         quantized = single = x.float()
         if self._encoding is not None:
             constants = _Constants(self._encoding, x.ndim, x.device, self.rounding)
-            quantized = _StraightThrough.apply(x, constants).float()
+            quantized = _straight_through(x, constants).float()
         return quantized if self.tap is None else self.tap(self.site, single, quantized)
 
     def _cached(self, x: Tensor, constants: _Constants) -> Tensor:

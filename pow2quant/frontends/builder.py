@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import operator as py
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,9 @@ from pow2quant.frontends import modules as m
 from pow2quant.frontends import operators
 from pow2quant.frontends.export import overwrites, source_line
 from pow2quant.frontends.returned import Returned
+
+DROPOUT = "pow2quant_dropout"
+"""Where a node's `meta` keeps through which dropouts its operands pass in training: (name, module), by operand."""
 
 Parts = Callable[[fx.Node, int], fx.Node]
 """One of an operation's several results: (the node that asks for it, which) -> it in the prepared graph."""
@@ -71,6 +74,7 @@ class Builder:
         self.outputs: list[int] = []
         self.returned: Returned | None = None
         self.unrolled: dict[str, int] = {}
+        self.dropouts: dict[fx.Node, tuple[str, nn.Module]] = {}
         self._current: list[fx.Node] = []
         self._held: dict[fx.Node, fx.Node] = {}
         self._layers: set[str] = set()
@@ -97,6 +101,7 @@ class Builder:
             else:
                 self._current = self.made[node] = []
                 self._convert(node)
+        self._mark_dropouts()
         network = fx.GraphModule(self.modules, self.graph).eval()
         network.graph.eliminate_dead_code()
         network.delete_all_unused_submodules()
@@ -209,6 +214,23 @@ class Builder:
             assert isinstance(written, fx.Node)
             self.new[written] = result
 
+    def _mark_dropouts(self) -> None:
+        for node, dropout in self.dropouts.items():
+            for reader in self._readers(node):
+                for index, operand in enumerate(reader.all_input_nodes):
+                    if operand is self.results[node]:
+                        reader.meta.setdefault(DROPOUT, {}).setdefault(index, []).append(dropout)
+
+    def _readers(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The prepared nodes that were written for the readers of a captured one, also behind what does nothing."""
+        for user in node.users:
+            if user.op == "output":
+                yield next(iter(reversed(self.graph.nodes)))
+            elif self.made.get(user):
+                yield from self.made[user]
+            elif self.results.get(user) is self.results[node]:
+                yield from self._readers(user)
+
     def _part(self, node: fx.Node) -> fx.Node:
         source, index = node.args[0], node.args[1]
         assert isinstance(source, fx.Node)
@@ -278,6 +300,10 @@ class Builder:
             count += 1
         self.taken.add(f"{name}_{count}")
         return f"{name}_{count}"
+
+    def drop_out(self, node: fx.Node, module: nn.Module) -> None:
+        """Notes a dropout, which a prepared network does not have: see `DROPOUT`."""
+        self.dropouts[node] = self._name(node, "dropout"), module.eval()
 
     def is_data(self, value: Any) -> bool:
         """Whether an argument is computed from the network's inputs."""

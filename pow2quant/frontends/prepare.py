@@ -32,6 +32,7 @@ from pow2quant.frontends.idle import drop_idle
 from pow2quant.frontends.returned import RETURNED
 
 PREPARED, UNROLLED, FIXED = "pow2quant_prepared", "pow2quant_unrolled", "pow2quant_fixed"
+DROPOUTS = "pow2quant_dropouts"
 
 
 def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
@@ -55,6 +56,7 @@ def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
     drop_idle(network)
     restore_containers(network, model)
     network.meta |= {PREPARED: True, RETURNED: builder.returned, UNROLLED: builder.unrolled, FIXED: fixed}
+    network.meta[DROPOUTS] = tuple(name for name, _ in builder.dropouts.values())
     return network
 
 
@@ -67,6 +69,12 @@ def unrolled(network: nn.Module) -> dict[str, int]:
 def fixed_batch(network: nn.Module) -> int | None:
     """How many samples the user's network takes at a time, if no other number; the prepared network takes any."""
     found: int | None = getattr(network, "meta", {}).get(FIXED)
+    return found
+
+
+def dropouts(network: nn.Module) -> tuple[str, ...]:
+    """What the user's dropouts are called that a prepared network does not have; see `builder.DROPOUT`."""
+    found: tuple[str, ...] = getattr(network, "meta", {}).get(DROPOUTS, ())
     return found
 
 

@@ -52,6 +52,17 @@ class Quantizer:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f'{self.site.name}: {name}: only quantizers of backend="aimet" have it')
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("_sim", "site", "bitwidth", "symmetric"):
+            raise AttributeError(f'{self.site.name}: {name} cannot be set; only quantizers of backend="aimet" have it')
+        super().__setattr__(name, value)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The fake-quantized x. Raises ConfigError without an encoding."""
+        if self._encoding is None:
+            raise ConfigError(f"{self.site.name}: has no encoding yet")
+        return torch.from_numpy(self._encoding.fake_quantize(x.detach().cpu().numpy())).to(x.device)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Quantizer) and (self.site, self.sim) == (other.site, other.sim)
 
@@ -237,6 +248,15 @@ def _inputs(node: fx.Node, quantized: Mapping[str, Site]) -> list[Site | None]:
     sources: list[Any] = list(node.args)
     found = [quantized.get(s.name) if getattr(s, "op", "") == "placeholder" else None for s in sources]
     return found or [None]
+
+
+def refuse_replaced(model: nn.Module) -> None:
+    """Raises ConfigError for a module whose quantizers' places were replaced as a whole, which would change nothing."""
+    for name, module in model.named_modules():
+        places = [isinstance(vars(module).get(kind), Slots) for kind in SLOTS]
+        if any(places) and not all(places):
+            kind = SLOTS[places.index(False)]
+            raise ConfigError(f'{name}.{kind} was replaced; set its items, or use backend="aimet"')
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

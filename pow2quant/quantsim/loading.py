@@ -11,7 +11,7 @@ from onnx import ModelProto
 
 from pow2quant import foreign
 from pow2quant.adapters import onnx_qdq
-from pow2quant.artifact import Site, Table
+from pow2quant.artifact import Site
 from pow2quant.backends.placement import Placement
 from pow2quant.errors import EncodingError, FileFormatError, NotPowerOfTwoError
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose
@@ -56,15 +56,15 @@ def onnx_model(model: ModelProto | str | os.PathLike[str] | None, encodings: Any
 
 
 def by_site(
-    table: Table,
+    table: Mapping[str, Encoding | None],
     network: fx.GraphModule,
     placement: Placement,
     roles: Collection[str],
     strict: bool,
     source: str,
     model: Callable[[], ModelProto | None],
-) -> dict[Site, tuple[str, Encoding]]:
-    """The file's name and encoding for every site. A tensor's own entry counts more than one that passes it on.
+) -> dict[Site, tuple[str, Encoding | None]]:
+    """The file's name and encoding for every site, None for float. A tensor's own entry counts more than one passed on.
 
     model: reads the ONNX file, where names are not ours. Raises EncodingError for an entry of no site, where strict.
     """
@@ -74,7 +74,7 @@ def by_site(
     onnx = model() if unknown else None
     if onnx is not None:
         places |= onnx_places(network, placement, onnx)
-    found: dict[Site, tuple[int, str, Encoding]] = {}
+    found: dict[Site, tuple[int, str, Encoding | None]] = {}
     for name, encoding in table.items():
         site, distance = places.get(name, (None, 0))
         if site is None and name not in biases and strict:
@@ -100,8 +100,10 @@ def fitted(
         low, high = (np.atleast_1d(v).astype(np.float32) for v in (encoding.minimum, encoding.maximum))
         form = Format(encoding.grid.bits, encoding.grid.signed, True, encoding.axis)
         encoding = choose("minmax", Observed(low, high, np.stack([low, high], 1)), form)
+    channels = 1 if axis is None else network.get_parameter(site.name).shape[axis]
+    if encoding.axis is not None and encoding.scale.size != channels:
+        raise EncodingError(f"{name}: {encoding.scale.size} scales for {channels} channels")
     if axis is not None and encoding.axis is None:
-        channels = network.get_parameter(site.name).shape[axis]
         scales = np.full(channels, encoding.scale, np.float32)
         return Encoding(scales, np.full(channels, encoding.zero_point, np.int64), encoding.grid, axis)
     return encoding

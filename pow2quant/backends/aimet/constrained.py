@@ -69,8 +69,8 @@ def quantizer_class() -> type:
             scales = np.asarray([e.get("scale", 1) for e in encodings], np.float32)
             free = scales[np.frexp(scales)[0] != 0.5]
             if free.size:
-                text = f"{self.place}: scale {float(free[0])!r} is not a power of two; the smallest that covers is taken"
-                warnings.warn(text, stacklevel=2)
+                scale = f"{self.place}: scale {float(free[0])!r}"
+                warnings.warn(f"{scale} is not a power of two; the smallest that covers is taken", stacklevel=2)
 
     ConstrainedQuantizer.__qualname__ = ConstrainedQuantizer.__name__
     return ConstrainedQuantizer

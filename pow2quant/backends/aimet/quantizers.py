@@ -204,5 +204,9 @@ def nearest_power_of_two(x: Tensor) -> Tensor:
     The bits of a float32 are its exponent over its fraction: adding 1 less 0x3504F4, the fraction of the first float32
     above sqrt(2), carries into the exponent from there on.
     """
+    if torch._C._get_tracing_state():  # which cannot see a tensor's bits: a constant
+        values = np.atleast_1d(x.clamp_min(2.0**-100).cpu().numpy()).view(np.int32)
+        powers = ((values + (0x800000 - 0x3504F4)) & -0x800000).view(np.float32)
+        return torch.from_numpy(powers).view(x.shape).to(x.device)
     bits = x.clamp_min(2.0**-100).view(torch.int32)
     return ((bits + (0x800000 - 0x3504F4)) & -0x800000).view(torch.float32)

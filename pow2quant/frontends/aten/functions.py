@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.builder import Builder, Handler
@@ -25,6 +27,17 @@ def unary(make: Callable[[SimpleNamespace], nn.Module], kind: str | None = None)
 
 def _same(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return b.operand(node, given(a))
+
+
+def _dropout(kind: type[nn.Module]) -> Handler:
+    """It does nothing in eval mode; the builder keeps it for those who train, as the user's module where it is one."""
+
+    def row(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+        users = b.module(node)
+        b.drop_out(node, copy.copy(users) if isinstance(users, _DropoutNd) else kind(float(a.p)))
+        return b.operand(node, given(a))
+
+    return row
 
 
 def _cast(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
@@ -141,10 +154,14 @@ ROWS: dict[str, Handler] = {
     "remainder": _by_number(m.Remainder, "a remainder of a division"),
     "floor_divide": _by_number(m.FloorDivide, "a division that is rounded down"),
     **dict.fromkeys(("to", "type_as", "_to_copy"), _cast),
+    "dropout": _dropout(nn.Dropout),
+    "alpha_dropout": _dropout(nn.AlphaDropout),
+    "feature_dropout": _dropout(nn.Dropout2d),
+    "feature_alpha_dropout": _dropout(nn.FeatureAlphaDropout),
     **dict.fromkeys(
         (
-            *("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "native_dropout"),
-            *("contiguous", "clone", "detach", "alias", "lift_fresh_copy", "view_as_real_copy", "positive"),
+            *("native_dropout", "contiguous", "clone", "detach", "alias", "lift_fresh_copy"),
+            *("view_as_real_copy", "positive"),
         ),
         _same,
     ),

@@ -1,0 +1,56 @@
+"""The encodings in `sim.model.state_dict()`, as AIMET's quantizers have theirs there."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pow2quant.backends.fake_quant import FakeQuantize
+from pow2quant.pow2_constraints import Encoding, IntGrid
+
+if TYPE_CHECKING:
+    from torch import nn
+
+KEY = "encoding"
+"""Behind a quantizer's name, the key of its encoding in a state."""
+
+
+def keep(model: nn.Module) -> None:
+    """Makes the encodings part of a model's state. A state without them, of a float network, changes none."""
+    model.register_state_dict_post_hook(_write)
+    model.register_load_state_dict_pre_hook(_read)
+
+
+def _quantizers(model: nn.Module, prefix: str) -> dict[str, FakeQuantize]:
+    found = ((name, module) for name, module in model.named_modules() if isinstance(module, FakeQuantize))
+    return {f"{prefix}{name}.{KEY}": module for name, module in found}
+
+
+def _write(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key, quantizer in _quantizers(model, prefix).items():
+        state[key] = _to_tensor(quantizer.encoding)
+
+
+def _read(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key, quantizer in _quantizers(model, prefix).items():
+        if key in state:
+            quantizer.encoding = _from_tensor(state.pop(key))
+
+
+def _to_tensor(e: Encoding | None) -> Tensor:
+    """JSON as bytes: a state is loaded without running code, and safetensors takes it."""
+    fields = e and {"scale": e.scale.tolist(), "zero_point": e.zero_point.tolist(), "axis": e.axis, **vars(e.grid)}
+    return torch.frombuffer(bytearray(json.dumps(fields).encode()), dtype=torch.uint8)
+
+
+def _from_tensor(state: Tensor) -> Encoding | None:
+    fields = json.loads(bytes(state.tolist()))
+    if fields is None:
+        return None
+    grid = IntGrid(fields["bits"], fields["signed"], fields["narrow"])
+    scale, zero_point = np.array(fields["scale"], np.float32), np.array(fields["zero_point"], np.int64)
+    return Encoding(scale, zero_point, grid, fields["axis"])

@@ -1,0 +1,190 @@
+"""`sim.model` on `custom` in training, and what of it would otherwise differ from AIMET without a word."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pow2quant import QuantizationSimModel
+from pow2quant.backends import aimet
+from pow2quant.errors import ConfigError, EncodingError
+
+X = torch.randn(16, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Dropout as a module of two kinds, as a function, and at the end; batch norm folded and on its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout2d(0.5), nn.ReLU())
+        self.fc = nn.Linear(64, 8)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.25))
+
+    def forward(self, x):
+        x = torch.flatten(self.features(self.norm(x).neg().neg()), 1)
+        y = self.fc(F.dropout(x, 0.125, self.training))
+        return y + self.head(y)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def calibrated(network, **options):
+    sim = QuantizationSimModel(network, X[:1], **options)
+    sim.compute_encodings(lambda model: model(X))
+    return sim
+
+
+@pytest.fixture
+def sim(network):
+    return calibrated(network)
+
+
+def run(sim):
+    with torch.no_grad():
+        return sim.model(X)
+
+
+def dropouts(model):
+    return {name: m.p for name, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd)}
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "aimet", "placement": "pow2quant"}], ids=["custom", "aimet"])
+def test_dropout_drops_in_training_mode_only(network, options):
+    if options:
+        pytest.importorskip("aimet_torch", reason="the extra 'aimet' is not installed")
+    with aimet.quiet():
+        sim = calibrated(network, **options)
+    assert dropouts(sim.model) == {"features.2": 0.5, "head.1": 0.25, "dropout": 0.125}
+    expected = run(sim)
+    sim.model.train()
+    assert not torch.equal(run(sim), run(sim))
+    for name in dropouts(sim.model):  # each of them does it alone
+        for other in dropouts(sim.model):
+            sim.model.get_submodule(other).p = 0.5 * (other == name)
+        assert not torch.equal(run(sim), run(sim)), name
+    sim.model.eval()
+    assert torch.equal(run(sim), expected)
+
+
+def test_dropout_is_not_exported(sim, tmp_path):
+    import onnx
+
+    sim.onnx.export(X[:1], tmp_path / "m.onnx")
+    assert "Dropout" not in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+
+
+def test_dropout_of_two_in_a_row_and_of_the_result():
+    network = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Identity(), nn.Dropout(0.5)).eval()
+    sim = QuantizationSimModel(network, X[:1, 0, 0])
+    sim.compute_encodings(lambda model: model(X[:, 0, 0]))
+    sim.model.train()
+    share = float((sim.model(X[:, 0, 0]) == 0).float().mean())
+    assert 0.65 < share < 0.85
+
+
+def test_what_cannot_drop_here_is_said_once():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.MultiheadAttention(6, 2, dropout=0.5, batch_first=True)
+
+        def forward(self, x):
+            return self.inner(x, x, x)[0]
+
+    sim = QuantizationSimModel(Attention().eval(), X[:1, 0])
+    sim.compute_encodings(lambda model: model(X[:, 0]))
+    sim.model.train()
+    with pytest.warns(UserWarning, match="in training, inner drop nothing here"):
+        sim.model(X[:, 0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sim.model(X[:, 0])
+
+
+def test_batch_norm_answers_that_it_is_folded(network, sim):
+    assert [type(m).__name__ for m in sim.model.features][1:] == ["FoldedBatchNorm", "Dropout2d", "ReLU"]
+    for found in (sim.model.features[1], sim.model.norm.batch_norm, copy.deepcopy(sim.model).features[1]):
+        assert isinstance(found.eval(), nn.modules.batchnorm._BatchNorm)
+        for use in (lambda m: m.running_mean, lambda m: m.weight, lambda m: setattr(m, "momentum", 0.1)):
+            with pytest.raises(AttributeError, match=r'(features\.1|norm): batch norm is folded.*backend="aimet"'):
+                use(found)
+    assert "FoldedBatchNorm(features.1)" in repr(sim.model)
+    with pytest.raises(AttributeError, match=r"features\.1: batch norm is folded"):
+        sim.model.features.load_state_dict(network.features.state_dict(), strict=False)
+
+
+def test_aimets_batch_norm_reestimation_is_refused(sim):
+    pytest.importorskip("aimet_torch", reason="the extra 'aimet' is not installed")
+    from aimet_torch.bn_reestimation import reestimate_bn_stats
+
+    with pytest.raises(AttributeError, match="batch norm is folded, it has no running_mean"):
+        reestimate_bn_stats(sim.model, [X], 1)
+
+
+def test_a_state_has_the_encodings(network, sim, tmp_path):
+    torch.save(sim.model.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    fresh, other = QuantizationSimModel(network, X[:1], default_param_bw=4), calibrated(network)
+    other.compute_encodings(lambda model: model(5 * X))
+    for loaded in (fresh, other):
+        loaded.model.load_state_dict(state)
+        assert loaded.simulation.encodings() == sim.simulation.encodings()
+        assert torch.equal(run(loaded), run(sim))
+    plain = {k: v for k, v in state.items() if not k.endswith(".encoding")}
+    fresh.model.load_state_dict(plain)  # of a float network: encodings stay
+    assert torch.equal(run(fresh), run(sim))
+
+
+def test_what_a_quantizer_cannot_take_is_an_error(sim):
+    quantizer = sim.model.fc.param_quantizers["weight"]
+    for name in ("signed", "qmax", "use_strict_symmetric"):
+        with pytest.raises(AttributeError, match=rf'fc\.weight: {name} cannot be set.*backend="aimet"'):
+            setattr(quantizer, name, True)
+    weight = sim.model.fc.weight
+    assert torch.equal(quantizer(weight), sim.model.fc.weight_quantizer(weight))
+    sim.model.fc.output_quantizers = nn.ModuleList([None])
+    with pytest.raises(ConfigError, match=r"fc\.output_quantizers was replaced"):
+        run(sim)
+
+
+def test_float_entries_stay_float(network, sim, tmp_path):
+    activations, parameters = sim.get_activation_param_encodings()
+    parameters["fc.weight"] = [{"bitwidth": 16, "dtype": "float"}]
+    document = {"activation_encodings": activations, "param_encodings": parameters}
+    sim.load_encodings(document)
+    assert sim.model.fc.param_quantizers["weight"] is None
+    sim.compute_encodings(lambda model: model(X))
+    assert sim.model.fc.param_quantizers["weight"] is None
+    everything = {"activation_encodings": {}, "param_encodings": {"fc.weight": parameters["fc.weight"]}}
+    with pytest.raises(EncodingError, match="all entries are float"):
+        sim.load_encodings(everything)
+
+
+def test_a_file_of_another_number_of_channels_is_named(sim):
+    _, parameters = sim.get_activation_param_encodings()
+    document = {"activation_encodings": {}, "param_encodings": {"fc.weight": parameters["fc.weight"][:3]}}
+    with pytest.raises(EncodingError, match=r"fc\.weight: 3 scales for 8 channels"):
+        sim.load_encodings(document)
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "aimet"}], ids=["custom", "aimet"])
+def test_pytorchs_exporter_traces_the_simulation(network, options, tmp_path):
+    import onnx
+
+    if options:
+        pytest.importorskip("aimet_torch", reason="the extra 'aimet' is not installed")
+    with aimet.quiet():
+        sim = calibrated(network, **options)
+        traced = torch.jit.trace(sim.model, X, check_trace=False)
+        torch.onnx.export(sim.model, (X,), str(tmp_path / "m.onnx"), dynamo=False)
+    assert torch.equal(traced(X), run(sim))
+    assert "Round" in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
