@@ -73,7 +73,7 @@ def parsed(content: str | bytes, nan: bool = True) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-    level = [[value]]
+    level: list[Any] = [[value]]
     for _ in range(MOST_DEPTH + 1):
         items = (item for each in level for item in (each.values() if type(each) is dict else each))
         level = [item for item in items if type(item) in (dict, list)]
