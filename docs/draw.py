@@ -174,7 +174,39 @@ def zero_points() -> str:
     return picture(440, 206, "Rounding half to even before and after an even and an odd zero point is added", *parts)
 
 
-PICTURES = {"shift": shift, "lattice": lattice, "placement": placement, "zero-points": zero_points}
+def method() -> str:
+    """Which method: questions from top to bottom, answers to the right."""
+    parts: list[str] = []
+
+    def block(x: int, y: int, colour: str, *words: str) -> None:
+        parts.append(box(x, y, 178, 48, colour))
+        first = y + 29 - 9 * (len(words) - 1)
+        parts.extend(text(x + 89, first + 18 * i, w, 12.5) for i, w in enumerate(words))
+
+    def step(points: str, x: int, y: int, word: str) -> None:
+        parts.append(line(points, FAINT, arrow=True))
+        parts.append(text(x, y, word, 12.5, fill=FAINT))
+
+    questions = ["Is the accuracy kept?"], ["Weights of 8 bits?"], ["Activations of 8 bits?"], ["Minutes to spend?"]
+    for row, words in enumerate(questions):
+        y = 10 + 92 * row
+        block(10, y, ORANGE, *words)
+        step(f"M188 {y + 24}H236", 211, y + 17, "yes")
+        step(f"M99 {y + 48}V{y + 90}", 112, y + 74, "no")
+    block(238, 10, GREEN, "Stop; or fewer bits:", "pow2quant search")
+    block(238, 102, ORANGE, "Depthwise layers", "or ReLU6?")
+    step("M416 126H464", 440, 142, "yes")
+    block(466, 102, GREEN, "equalize, output_mse,", "bias_correction")
+    step("M416 126C450 126 430 72 464 72", 424, 88, "no")
+    block(466, 40, GREEN, "more calibration data;", "see the weakest layer")
+    block(238, 194, GREEN, "auto; or output_mse,", "adaround, bias_correction")
+    block(238, 286, GREEN, "auto; or output_mse,", "qdrop, bias_correction")
+    block(10, 378, GREEN, "pow2quant qat", "--mode full")
+    label = "Which method: the questions and answers that the list below has in words"
+    return picture(654, 436, label, *parts)
+
+
+PICTURES = {"shift": shift, "lattice": lattice, "placement": placement, "zero-points": zero_points, "method": method}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():

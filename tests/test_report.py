@@ -151,7 +151,7 @@ STATISTICS: dict[str, Any] = {
     },
 }
 METRICS = {"epochs": [{"epoch": i, "loss": 1 / i if i else None, "accuracy": 90.0 + i} for i in range(4)]}
-VOID = {"meta", "br", "hr", "img", "input", "link"}
+VOID = {"meta", "br", "wbr", "hr", "img", "input", "link"}
 
 
 class Page(HTMLParser):

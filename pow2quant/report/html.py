@@ -130,6 +130,7 @@ def _accuracies(report: Mapping[str, Any]) -> Iterator[tuple[str, float, float |
 def _scores(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
     """The table of a task that is not classification; None without metrics."""
     header, rows = summary.scores(report)
+    header = [header[0], *(f"{name}#" for name in header[1:])]
     return (header, rows) if rows and report.get("initial_accuracy") is None else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ T = TypeVar("T")
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 NOTHING = "\u2013"
 """Stands where a report does not say."""
@@ -52,7 +54,7 @@ def _environment() -> Environment:
         "signed": "{:+.4g}".format,
     }
     environment.filters |= {name: stated(filter) for name, filter in filters.items()}
-    environment.filters |= {"plain": stated(repr, ""), "shortened": shortened, "stem": stem}
+    environment.filters |= {"plain": stated(repr, ""), "shortened": shortened, "stem": stem, "breakable": _breakable}
     return environment
 
 
@@ -85,6 +87,13 @@ def shortened(text: str, most: int) -> str:
     """Its beginning and its end, where it is longer than `most`."""
     head = most // 3
     return text if len(text) <= most else f"{text[:head]}…{text[head + 1 - most :]}"
+
+
+def _breakable(name: str) -> Markup:
+    """A module's name that may be broken behind its dots and underscores."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))
 
 
 def _number(value: Any, digits: int | None = None) -> str:
