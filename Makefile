@@ -30,7 +30,7 @@ endef
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo shell test check sbom dist ptq ptq-aimet qat qat-full qat-aimet bench docs docker lock clean clean-data
+.PHONY: help demo shell test check sbom dist ptq ptq-aimet qat qat-full qat-aimet bench docs gallery docker lock clean clean-data
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ dist: $(VENV)/installed-dev ## Build source distribution and wheel; the wheel ha
 
 docs: $(VENV)/installed-dev ## Build the documentation, warnings as errors (site/)
 	$(BIN)/mkdocs build --strict
+
+gallery: $(VENV)/installed-dev ## Build the gallery of the documentation, all of it or ARGS='widths vit' (docs/gallery/)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/gallery.py $(ARGS)
 
 docker: ## Build the image pow2quant:VERSION (ENGINE=podman, ARGS='--build-arg EXTRAS=aimet')
 	$(or $(ENGINE),$(error docker, podman or buildah has to be there and to work)) build $(ARGS) \

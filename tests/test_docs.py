@@ -29,7 +29,7 @@ SNIPPETS_RUN_BY = {
     "examples/plugin_backend/pow2quant_numpy.py": "tests/conformance/test_example.py",
     "examples/plugin_backend/test_it.py": "tests/conformance/test_example.py",
 }
-MOST_NOT_EXECUTED = 6
+MOST_NOT_EXECUTED = 7
 COMMANDS = [c.name or c.callback.__name__ for c in application().registered_commands if c.callback]
 
 
@@ -89,6 +89,21 @@ def test_few_blocks_are_not_executed_and_their_flags_exist() -> None:
         for words, _ in documents.commands(block):
             if words[0] == "pow2quant":
                 assert documents.unknown_flags(words) == [], f"{name(page)}, line {block.line}"
+
+
+def test_the_gallery_has_the_page_of_each_of_its_commands() -> None:
+    gallery = module(DOCS / "gallery.py")
+    names = [name for name, _ in gallery.commands()]
+    assert len(names) == 5
+    assert sorted(names) == sorted(path.stem for path in (DOCS / "gallery").iterdir())
+    assert {"where.py", "ternary.yaml", "vit.py"} <= {name for name, _ in gallery.files()}
+    text = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    for name in names:
+        page = (DOCS / "gallery" / f"{name}.html").read_text(encoding="utf-8")
+        assert f"(gallery/{name}.html)" in text
+        assert "default-src 'none'" in page, "it loads nothing"
+        assert not re.search(r"/tmp/|/home/|/root/|\w:\\\\", page), "it names no folder of a machine"
+        assert len(page) < 400_000
 
 
 @pytest.mark.parametrize("path", sorted(set(SNIPPETS_RUN_BY.values())))

@@ -18,6 +18,7 @@ import pow2quant
 from pow2quant.cli import main
 from pow2quant.errors import ConfigError, DataError
 from pow2quant.plugins import names, resolve
+from pow2quant.runs.judging import interval_of_change
 from pow2quant.study import limits
 from pow2quant.tasks.base import Metric
 from pow2quant.tasks.choosing import task_of
@@ -69,6 +70,32 @@ def test_metrics_of_labels_and_masks() -> None:
     assert counted(found["pixel_accuracy"], logits, masks) == pytest.approx(100 * (masks == named)[seen].mean())
     last = np.moveaxis(logits, 1, -1)  # tokens have their classes in the last dimension
     assert counted(metrics_of("segmentation", (5, 4, 3))["miou"], last, masks) == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_interval_of_a_ratio_of_sums_is_that_of_resampled_images() -> None:
+    masks = rng.integers(0, 3, (60, 6, 6))
+    before = np.where(rng.random(masks.shape) < 0.9, masks, rng.integers(0, 3, masks.shape))
+    worse = rng.random((60, 1, 1)) * 0.4  # some images lose much, some nothing
+    after = np.where(rng.random(masks.shape) < worse, (before + 1) % 3, before)
+    metric = metrics_of("segmentation", (3, 6, 6))["miou"]
+    counters = []
+    for named in (before, after):
+        counters.append(metric.counter())
+        for part in np.array_split(np.arange(60), 4):
+            counters[-1].add([np.moveaxis(np.eye(3)[named[part]], -1, 1)], masks[part])
+    found = interval_of_change(*counters, metric)
+    assert found is not None
+    change = counters[1].value() - counters[0].value()
+    assert sum(found) / 2 == pytest.approx(change, abs=1e-3)
+
+    def score(named: Any, chosen: Any) -> float:
+        return 100 * jaccard_score(masks[chosen].ravel(), named[chosen].ravel(), average="macro")
+
+    drawn = [rng.integers(0, 60, 60) for _ in range(300)]
+    spread = np.std([score(after, c) - score(before, c) for c in drawn])
+    assert found[1] - found[0] == pytest.approx(2 * 1.96 * spread, rel=0.2)
+    same = interval_of_change(counters[0], counters[0], metric)
+    assert same == (0.0, 0.0)
 
 
 def test_metrics_of_numbers_and_images() -> None:

@@ -90,10 +90,10 @@ def shortened(text: str, most: int) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """A module's name that may be broken behind its dots and underscores."""
+    """A name that may be broken behind dots, underscores and plus signs."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))
+    return Markup(re.sub(r"([._+])", r"\1<wbr>", str(escape(name))))
 
 
 def _number(value: Any, digits: int | None = None) -> str:

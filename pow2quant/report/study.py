@@ -82,6 +82,7 @@ def render(study: Study, output: Path) -> str:
     axis = forest.axis_of(shown) if one_metric else None
     facts = [name for name in FORMATS if any(p.facts.get(name) is not None for p in shown)]
     settings = _varied(shown)
+    columns = [name for name in settings if not all(str(p.settings.get(name)) in p.name for p in shown)]
     return page(
         "study.html.j2",
         study=study,
@@ -91,7 +92,7 @@ def render(study: Study, output: Path) -> str:
                 "bar": bar,
                 "best": any(p is b for b in best),
                 "good": id(p) in good,
-                "settings": [p.settings.get(name) for name in settings],
+                "settings": [p.settings.get(name) for name in columns],
                 "facts": [(p.facts.get(name), _written(name, p.facts.get(name))) for name in facts],
                 "link": _link(p.folder, output),
             }
@@ -104,7 +105,7 @@ def render(study: Study, output: Path) -> str:
         evaluated=dict.fromkeys(p.evaluated for p in shown),
         axis=axis,
         heads=[f"{name}#" for name in facts],
-        settings=settings,
+        columns=columns,
         agree=[p.agrees for p in shown],
         intervals=any(p.low is not None for p in shown),
         trades=list(_trades(shown, column, facts)) if one_metric and len(shown) > 1 else [],

@@ -19,7 +19,6 @@ def evaluation_of(job: Job, scores: Scores, change: Change | None, **executors: 
     executors: by the names under which `intervals` has the leading metric of each, beside `float`.
     """
     known = {key: scores.per_sample(name) for key, name in {"float": FLOAT, **executors}.items()}
-    share = bool(scores.task.metrics) and scores.task.metrics[0].unit == "%"
     sample = job.sample(scores.limit)
     return {
         "images": scores.samples,
@@ -27,15 +26,17 @@ def evaluation_of(job: Job, scores: Scores, change: Change | None, **executors: 
         "classes": len(scores.classes) or None,
         "of_classes": job.data.num_classes or None,
         "interval": None if change is None or change.interval is None else list(change.interval),
-        "intervals": {key: None if values is None else interval_of(values, share) for key, values in known.items()},
+        "intervals": {
+            key: None if values is None else interval_of(values, scores.hits) for key, values in known.items()
+        },
         "sample": sample.images or scores.digest.hexdigest(),
         "preprocessing": [*job.data.notes, *(f"warning: {text}" for text in job.data.warnings)],
     }
 
 
-def interval_of(values: NDArray[np.float64], share: bool) -> list[float]:
-    """The 95 % interval of the mean of (N,) values. share: whether they are per cent, from 0 to 100."""
-    if share:
+def interval_of(values: NDArray[np.float64], hits: bool) -> list[float]:
+    """The 95 % interval of the mean of (N,) values. hits: whether they are shares, from 0 to 100 %."""
+    if hits:
         return [round(100 * end, 4) for end in wilson(float(values.mean()) / 100, len(values))]
     mean, error = paired(values)
     return [float(f"{mean + sign * NORMAL_95 * error:.6g}") for sign in (-1, 1)]

@@ -20,7 +20,7 @@ from pow2quant.report.verdict import Change, verdict
 from pow2quant.runs.job import Job
 from pow2quant.runs.pixels import Pixels
 from pow2quant.runs.scores import FLOAT, Scores
-from pow2quant.tasks.base import ONE_ANSWER, Averaged, Counter, Metric, OneAnswer
+from pow2quant.tasks.base import ONE_ANSWER, Averaged, Counter, Metric, OneAnswer, Ratios
 
 
 def judge(
@@ -62,14 +62,13 @@ def change_of(scores: Scores, executor: str) -> Change | None:
         return None
     answer = scores.counters[FLOAT].get(ONE_ANSWER)
     constant = answer.per_sample() if isinstance(answer, OneAnswer) else None
-    share = metric.unit == "%"
     return Change(
         metric=metric.name,
         unit=metric.unit,
         higher_is_better=metric.higher_is_better,
         before=before,
         after=after,
-        interval=None if one is None or other is None else _interval(other - one, share),
+        interval=None if one is None or other is None else _interval(other - one, scores.hits),
         samples=scores.samples,
         total=scores.total or scores.samples,
         constant=None if constant is None else 100 * float(constant.mean()),
@@ -79,14 +78,15 @@ def change_of(scores: Scores, executor: str) -> Change | None:
 
 def interval_of_change(before: Counter, after: Counter, metric: Metric) -> tuple[float, float] | None:
     """95 % of the change of a metric that was counted on the same samples; None where it is no mean over them."""
-    if not (isinstance(before, Averaged) and isinstance(after, Averaged) and before.parts and after.parts):
+    if not (isinstance(before, Averaged | Ratios) and isinstance(after, Averaged | Ratios) and after.parts):
         return None
-    return _interval(after.factor * (after.per_sample() - before.per_sample()), metric.unit == "%")
+    hits = isinstance(after, Averaged) and metric.unit == "%"
+    return _interval(after.factor * (after.per_sample() - before.per_sample()), hits)
 
 
-def _interval(differences: NDArray[np.float64], share: bool) -> tuple[float, float]:
-    """Of the mean, 95 %. share: whether they are per cent of samples (at most 100), not numbers of any size."""
-    if share:
+def _interval(differences: NDArray[np.float64], hits: bool) -> tuple[float, float]:
+    """Of the mean, 95 %. hits: whether they are shares of samples, at most 100 %, not numbers of any size."""
+    if hits:
         low, high = interval(differences / 100)
         return round(100 * low, 4), round(100 * high, 4)
     mean, error = paired(differences)

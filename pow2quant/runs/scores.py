@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pow2quant.frontends.batches import inputs
 from pow2quant.runs.worst import Worst
-from pow2quant.tasks.base import Averaged, Counter, Metric, Task
+from pow2quant.tasks.base import Averaged, Counter, Metric, Ratios, Task
 from pow2quant.tasks.judging import Noise, arrays_of
 from pow2quant.validation.agreement import Executor
 
@@ -119,8 +119,16 @@ class Scores:
         """What one of the task's diagnostics says of an executor; None where the task has no such."""
         return next((self.value(executor, m) for m in self.task.diagnostics if m.name == name), None)
 
+    @property
+    def hits(self) -> bool:
+        """Whether the leading metric is a mean of shares of its samples, in per cent."""
+        metric = self.task.metrics[0] if self.task.metrics else None
+        return metric is not None and metric.unit == "%" and isinstance(metric.counter(), Averaged)
+
     def per_sample(self, executor: str) -> NDArray[np.float64] | None:
-        """The leading metric of each sample, (N,), where it is a mean of them; in the metric's unit."""
+        """Values of samples, (N,), whose mean is the leading metric, in its unit; None where there are none."""
         leading = self.task.metrics[0].name if self.task.metrics else ""
         counter = self.counters.get(executor, {}).get(leading)
-        return counter.factor * counter.per_sample() if isinstance(counter, Averaged) and counter.parts else None
+        return (
+            counter.factor * counter.per_sample() if isinstance(counter, Averaged | Ratios) and counter.parts else None
+        )

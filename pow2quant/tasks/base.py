@@ -127,6 +127,41 @@ class Averaged:
         return np.concatenate(self.parts)
 
 
+@dataclass
+class Ratios:
+    """A sum over samples by another, the mean over columns (classes), times `factor`.
+
+    of: of a batch (outputs, targets) the parts (N, C) of both sums. Columns whose lower sum is 0 do not count.
+    """
+
+    of: Callable[[Outputs, Any], tuple[Array, Array]]
+    factor: float = 100.0
+    parts: list[tuple[Array, Array]] = field(default_factory=list)
+
+    def add(self, outputs: Outputs, targets: Any) -> None:
+        self.parts.append(self.of(outputs, targets))
+
+    def value(self) -> float | None:
+        if not self.parts:
+            return None
+        upper, lower = (np.sum([part[i].sum(0) for part in self.parts], 0) for i in (0, 1))
+        counted = lower > 0
+        return round(self.factor * float((upper[counted] / lower[counted]).mean()), 4) if counted.any() else None
+
+    def per_sample(self) -> Array:
+        """Values of samples, (N,), whose mean is the ratio without the factor: it, linearized at all of them.
+
+        v_i = r + N mean_c((a_ic - r_c b_ic) / B_c) of parts a and b, sums B, ratios r_c with mean r: the delta method
+        (Cochran, Sampling Techniques, 1977, section 6.3), by which the variance of r is that of a mean of v.
+        """
+        upper, lower = (np.concatenate([part[i] for part in self.parts]).astype(np.float64) for i in (0, 1))
+        counted = lower.sum(0) > 0
+        upper, lower = upper[:, counted], lower[:, counted]
+        ratios = upper.sum(0) / lower.sum(0)
+        values: Array = ratios.mean() + len(upper) * ((upper - ratios * lower) / lower.sum(0)).mean(1)
+        return values
+
+
 def tensor_of(targets: Any, where: str, expected: str) -> Tensor:
     """The targets, if they are a tensor. Raises DataError that says what was expected."""
     if not isinstance(targets, Tensor):

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from pow2quant.tasks.base import Array, Averaged, Metric, Outputs, Shapes, tensor_of, wrong
+from pow2quant.tasks.base import Array, Averaged, Metric, Outputs, Ratios, Shapes, tensor_of, wrong
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class MultiLabel:
     @property
     def metrics(self) -> tuple[Metric, ...]:
         return (
-            Metric("f1", F1, unit="%"),
+            Metric("f1", partial(Ratios, overlaps), unit="%"),
             Metric("label_accuracy", partial(Averaged, right, 100), unit="%"),
         )
 
@@ -61,16 +60,8 @@ def right(outputs: Outputs, targets: Array) -> Array:
     return found
 
 
-class F1:
-    """2 TP / (2 TP + FP + FN) over all samples and classes, in per cent."""
-
-    def __init__(self) -> None:
-        self.both = self.either = 0
-
-    def add(self, outputs: Outputs, targets: Array) -> None:
-        named, meant = predicted(outputs[0]), targets > 0.5
-        self.both += int(np.logical_and(named, meant).sum())
-        self.either += int(named.sum()) + int(meant.sum())
-
-    def value(self) -> float | None:
-        return round(200 * self.both / self.either, 4) if self.either else None
+def overlaps(outputs: Outputs, targets: Array) -> tuple[Array, Array]:
+    """2 TP and 2 TP + FP + FN of each sample over all classes, (N, 1)."""
+    named, meant = predicted(outputs[0]), targets > 0.5
+    both, either = (named & meant).sum(1, keepdims=True), named.sum(1, keepdims=True) + meant.sum(1, keepdims=True)
+    return 2 * both, either

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from pow2quant.errors import DataError
-from pow2quant.tasks.base import Array, Metric, Outputs, Shapes, tensor_of, wrong
+from pow2quant.tasks.base import Array, Metric, Outputs, Ratios, Shapes, tensor_of, wrong
 
 IGNORED, LEFT_OUT = 255, -100
 """The class of pixels that do not count, besides negative ones; and how the losses of torch know it."""
@@ -38,8 +38,8 @@ class Segmentation:
     @property
     def metrics(self) -> tuple[Metric, ...]:
         return (
-            Metric("miou", partial(Confusion, miou), unit="%"),
-            Metric("pixel_accuracy", partial(Confusion, pixel_accuracy), unit="%"),
+            Metric("miou", partial(Ratios, unions), unit="%"),
+            Metric("pixel_accuracy", partial(Ratios, right_pixels), unit="%"),
         )
 
     def check(self, targets: Any, samples: int, where: str) -> Any:
@@ -70,25 +70,6 @@ class Segmentation:
         return not masks.is_floating_point() or bool(((masks == 0) | (masks == 1)).all())
 
 
-class Confusion:
-    """How often a pixel of one class is named as another: a matrix (C, C), and a number that follows from it."""
-
-    def __init__(self, of: Any) -> None:
-        self.of = of
-        self.matrix = np.zeros((0, 0), np.int64)
-
-    def add(self, outputs: Outputs, targets: Array) -> None:
-        named, classes = named_classes(outputs[0], targets)
-        if not self.matrix.size:
-            self.matrix = np.zeros((classes, classes), np.int64)
-        counted = (targets >= 0) & (targets < classes)
-        pairs = targets[counted].astype(np.int64) * classes + named[counted]
-        self.matrix += np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
-
-    def value(self) -> float | None:
-        return round(100 * self.of(self.matrix), 4) if self.matrix.any() else None
-
-
 def named_classes(logits: Array, targets: Array) -> tuple[Array, int]:
     """The class of each pixel, and how many classes there are."""
     axis = 1 if logits.shape[:1] + logits.shape[2:] == targets.shape else logits.ndim - 1
@@ -97,13 +78,23 @@ def named_classes(logits: Array, targets: Array) -> tuple[Array, int]:
     return logits.argmax(axis), logits.shape[axis]
 
 
-def miou(matrix: Array) -> float:
-    """Intersection over union, the mean over the classes that occur in masks or results."""
-    both = np.diag(matrix)
-    either = matrix.sum(0) + matrix.sum(1) - both
-    return float((both[either > 0] / either[either > 0]).mean())
+def unions(outputs: Outputs, targets: Array) -> tuple[Array, Array]:
+    """Intersection and union of masks and results, (N, C) pixels of each sample and class."""
+    named, classes = named_classes(outputs[0], targets)
+    counted = (targets >= 0) & (targets < classes)
+
+    def pixels(of: Array, where: Array) -> Array:
+        sample = np.arange(len(targets)).reshape(-1, *(1,) * (targets.ndim - 1))
+        found = (sample * classes + of.astype(np.int64))[where]
+        return np.bincount(found, minlength=len(targets) * classes).reshape(len(targets), classes)
+
+    both = pixels(targets, counted & (named == targets))
+    return both, pixels(targets, counted) + pixels(named, counted) - both
 
 
-def pixel_accuracy(matrix: Array) -> float:
-    """The share of pixels whose class is right."""
-    return float(np.diag(matrix).sum() / matrix.sum())
+def right_pixels(outputs: Outputs, targets: Array) -> tuple[Array, Array]:
+    """How many pixels have the right class, and how many count, (N, 1)."""
+    named, classes = named_classes(outputs[0], targets)
+    counted = ((targets >= 0) & (targets < classes)).reshape(len(targets), -1)
+    right = counted & (named == targets).reshape(len(targets), -1)
+    return right.sum(1, keepdims=True), counted.sum(1, keepdims=True)

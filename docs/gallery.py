@@ -1,0 +1,64 @@
+"""Builds the gallery: `python docs/gallery.py [NAME …]` runs the commands of docs/gallery.md, all or the named ones.
+
+The page that a command writes becomes docs/gallery/NAME.html. The files that commands need stand in the pages FILES.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+FILES = ("gallery.md", "howto/tasks.md", "howto/ternary.md")
+PAGES = ("search.html", "report.html")
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """(name, words) of each command; its name is that of its output."""
+    text = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line)
+            yield Path(words[words.index("--output") + 1]).name, words
+
+
+def files() -> Iterator[tuple[str, str]]:
+    """(name, text) of the files in the pages: blocks that begin with `# NAME`."""
+    for page in FILES:
+        text = (DOCS / page).read_text(encoding="utf-8")
+        for block in re.findall(r"^```(?:python|yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            if named := re.match(r"# (\S+\.(?:py|yaml))\n", block):
+                yield named[1], block
+
+
+def build(name: str, words: list[str], folder: Path) -> None:
+    """Runs a command in a folder and keeps the page that it writes, without the names of that folder and machine."""
+    environment = {**os.environ, "PYTHONPATH": str(DOCS.parent)}
+    subprocess.run([sys.executable, "-m", *words], cwd=folder, env=environment, check=True)
+    output = folder / words[words.index("--output") + 1]
+    page = next(output / page for page in PAGES if (output / page).is_file())
+    text = page.read_text(encoding="utf-8").replace(f"{folder}/", "")
+    text = text.replace(platform.platform(), f"{platform.system()} {platform.machine()}")
+    (DOCS / "gallery" / f"{name}.html").write_text(text, encoding="utf-8")
+
+
+def main(names: list[str]) -> None:
+    """Builds the named studies, or all."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder).resolve()
+        for name, text in files():
+            (where / name).write_text(text, encoding="utf-8")
+        for name, words in commands():
+            if not names or name in names:
+                build(name, words, where)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
