@@ -102,6 +102,15 @@ def test_a_metric_without_an_interval_says_so(tmp_path: Path) -> None:
     assert "may be as good" not in page
 
 
+def test_what_is_no_number_is_shown_and_not_drawn(tmp_path: Path) -> None:
+    nan = dict.fromkeys(("quantized", "change", "change_low", "change_high"), float("nan"))
+    page = written(tmp_path, [row(0, 2, 0.0) | nan, row(1, 4, -0.5), row(2, 8, 0.0)])
+    assert names(page) == ["bitwidth 8", "bitwidth 4", "bitwidth 2"]
+    assert "Parallel coordinates" in page
+    assert names(written(tmp_path, [row(i, i, 0.0) | nan for i in (2, 4)])) == ["bitwidth 4", "bitwidth 2"]
+    assert text(written(tmp_path, [{"trial": 0, "state": "failed", "error": "broken"}])).count("broken") == 1
+
+
 def test_without_targets_the_noise_is_compared(tmp_path: Path) -> None:
     none = dict.fromkeys(("original", "change", "change_low", "change_high")) | {"metric": "sqnr", "unit": "dB"}
     page = written(tmp_path, [row(i, bits, 0.0, quantized=6.0 * bits) | none for i, bits in enumerate((2, 8))])

@@ -53,7 +53,7 @@ class Axis:
 
 def axis_of(points: Sequence[Point]) -> Axis | None:
     """The axis of the points' changes; None where none is known."""
-    known = [p for p in points if p.change is not None and math.isfinite(p.change)]
+    known = [p for p in points if p.is_drawn("change")]
     if not known:
         return None
     originals = [abs(p.original) for p in known if p.original]
@@ -67,7 +67,7 @@ def axis_of(points: Sequence[Point]) -> Axis | None:
 def bars(points: Sequence[Point], axis: Axis) -> Iterator[Bar | None]:
     """The drawing of each point; None where its change is not known."""
     for point in points:
-        if point.change is None or not math.isfinite(point.change):
+        if point.change is None or not point.is_drawn("change"):
             yield None
             continue
         low, high = _ends(point)

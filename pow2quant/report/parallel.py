@@ -29,7 +29,7 @@ class Column:
 def column(name: str, values: Sequence[Any]) -> Column:
     """Numbers stand by their size (logarithms where they span more than two decades), words evenly, in their order."""
     known = [v for v in values if v is not None]
-    if all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in known):
+    if known and all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in known):
         return _numbers(name, values, sorted(set(known)))
     words = list(dict.fromkeys(map(str, known)))
     place = {word: 1 - (i + 0.5) / len(words) for i, word in enumerate(words)}
@@ -62,7 +62,7 @@ def _apart(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
 def draw(columns: Sequence[Column], points: Sequence[Point], last: str, title: str, good: set[int]) -> str:
     """SVG. last: `change` or `value` of the points, the last axis. good: the points, by id, that have colour."""
     figure, (axes,) = figures.blank(7.6, 3.6)
-    known = [(i, p) for i, p in enumerate(points) if getattr(p, last) is not None]
+    known = [(i, p) for i, p in enumerate(points) if p.is_drawn(last)]
     ends = _ends(points, last, [float(getattr(p, last)) for _, p in known])
     ranked = sorted(known, key=lambda pair: -(pair[1].gain(last) or 0.0))
     spread = min(0.5, 0.06 * len(ranked))

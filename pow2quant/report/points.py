@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,11 @@ class Point:
     def float_text(self) -> str:
         """The float network's metric as it is written."""
         return summary.number(self.original, self.unit)
+
+    def is_drawn(self, column: str) -> bool:
+        """Whether a column (`value`, `change`) has a number, and a finite one."""
+        value: float | None = getattr(self, column)
+        return value is not None and math.isfinite(value)
 
     def gain(self, column: str) -> float | None:
         """A column (`value`, `change`) so that more is better."""

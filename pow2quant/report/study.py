@@ -177,7 +177,7 @@ def _trades(found: Sequence[Point], column: str, facts: Sequence[str]) -> Any:
 
     shown = _column_shown(found, column)
     for name in facts:
-        own = [p for p in found if p.facts.get(name) is not None and getattr(p, shown) is not None]
+        own = [p for p in found if p.facts.get(name) is not None and p.is_drawn(shown)]
         if name in COSTS and len({p.facts[name] for p in own}) > 1:
             yield name, Markup(trade.draw(own, name, shown))
 
@@ -193,6 +193,9 @@ def _parallel(
     from markupsafe import Markup
 
     shown = _column_shown(found, column)
+    found = [p for p in found if p.is_drawn(shown)]
+    if len(found) < 2:
+        return None
     last = summary.WORDS.get(found[0].metric, found[0].metric)
     title = f"change of {last}" if shown == "change" else last
     names = [n for n in facts if n in (points.SQNR, *COSTS) and len({p.facts.get(n) for p in found}) > 1]
