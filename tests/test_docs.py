@@ -128,6 +128,19 @@ def test_commands_and_flags_in_sentences_exist(page: Path) -> None:
                 assert re.split(r"[ =]", code)[0].replace("_", "-") in anywhere, f"{name(page)}: {code}"
 
 
+def test_the_way_to_a_first_verdict_is_read_and_typed_in_five_minutes() -> None:
+    """At 200 words and 200 characters a minute: slow readers, slow typists, nothing pasted."""
+    page = (DOCS / "howto" / "five-minutes.md").read_text(encoding="utf-8")
+    steps = page[: page.index("## How long it takes")]
+    words = len(re.findall(r"[^\W_]+(?:['./:_-]+[^\W_]+)*", steps))
+    typed = sum(len(b.text.strip()) for b in documents.blocks(DOCS / "howto" / "five-minutes.md"))
+    seconds = round(60 * (words + typed) / 200)
+    assert seconds < 300
+    said = re.sub(r"\s+", " ", page)
+    assert f"{words} words to read, code included, and {typed} characters to type" in said
+    assert f"{seconds // 60} minutes {seconds % 60} seconds at 200 words and 200 characters a minute" in said
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Strict: a page that the navigation lacks, a link or an anchor that leads nowhere, are warnings too."""
     pytest.importorskip("mkdocs", reason="the extra 'docs' is not installed")
