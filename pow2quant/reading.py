@@ -38,12 +38,13 @@ class Batches(Protocol):
 class Signature:
     """What a network is called with. names: of its arguments, in order; required: how many have no default.
 
-    variadic: it takes any number (`*args`).
+    variadic: it takes any number (`*args`). whole: a dictionary or list of tensors is its only argument, as it is.
     """
 
     names: tuple[str, ...] = ()
     required: int = 1
     variadic: bool = False
+    whole: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> Signature:
@@ -173,6 +174,9 @@ def last_line(error: BaseException) -> str:
 
 
 def _from_mapping(batch: Mapping[str, Any], signature: Signature, where: str) -> tuple[Any, Any]:
+    if signature.whole or not (signature.names or signature.variadic):  # `forward(batch)`, `forward(**batch)`
+        targets = next((batch[key] for key in TARGETS if key in batch), None)
+        return {key: x for key, x in batch.items() if key not in TARGETS}, targets
     named = [n for i, n in enumerate(signature.names) if n in batch and (i < signature.required or n not in TARGETS)]
     if len(named) < signature.required:
         named = [] if signature.required > 1 else [next((key for key in INPUTS if key in batch), "")]
@@ -182,9 +186,7 @@ def _from_mapping(batch: Mapping[str, Any], signature: Signature, where: str) ->
                 f"{where}: a dictionary with the keys {', '.join(map(str, batch))}; the network's arguments are "
                 f"{', '.join(signature.names) or 'unnamed'}: name the keys so"
             )
-        aside = () if signature.names else TARGETS  # of `**kwargs`
-        targets = next((batch[key] for key in aside if key in batch), None)
-        return {key: x for key, x in batch.items() if key not in aside}, targets
+        return dict(batch), None
     rest = {key: value for key, value in batch.items() if key not in named}
     known = [key for key in TARGETS if key in rest]
     targets = rest[known[0]] if known else next(iter(rest.values())) if len(rest) == 1 else rest or None
@@ -202,7 +204,7 @@ def _from_sequence(batch: Sequence[Any], signature: Signature, where: str) -> tu
         inputs, other = _from_mapping(first, signature, where)
         batch = (inputs, other) if len(batch) == 1 and other is not None else (inputs, *batch[1:])
     elif isinstance(first, (tuple, list)) and any(map(is_array, first)):
-        inputs = tuple(first)
+        inputs = list(first) if signature.whole else tuple(first)
     else:
         count = len(batch) - _has_labels(batch) if signature.variadic else signature.required
         if len(batch) < count:

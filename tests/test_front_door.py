@@ -312,6 +312,50 @@ def test_a_network_that_takes_its_inputs_by_name_only() -> None:
             assert torch.equal(each.model(left, right), found[0].model(left, right))
 
 
+class Whole(nn.Module):
+    """Takes a batch as it is, in one argument: by key, or by place."""
+
+    def __init__(self, *keys: Any) -> None:
+        super().__init__()
+        self.keys, self.body = keys, nn.Linear(5, 3)
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.body(sum(torch.relu(batch[key]) for key in self.keys))
+
+
+def test_a_network_that_takes_a_whole_batch() -> None:
+    torch.manual_seed(0)
+    x, z = torch.rand(16, 5), torch.randn(16, 5)
+    ways = {
+        "a known key": (Whole("image"), [{"image": x, "label": Y}], [{"image": x}]),
+        "two keys": (Whole("image", "more"), {"image": x, "more": z, "label": Y}, [{"image": x, "more": z}]),
+        "a dictionary and labels": (Whole("image"), [({"image": x}, Y)], [{"image": x}]),
+        "a list and labels": (Whole(0, 1), [([x, z], Y)], [[x, z]]),
+    }
+    for way, (net, data, called) in ways.items():
+        found = quick(net, data)
+        assert (found.report["task"], found.agrees) == ("classification", True), way
+        with torch.no_grad():
+            top1 = 100 * float((net(*called).argmax(1) == Y).double().mean())
+        assert found.report["metrics"]["top1"]["float"] == pytest.approx(top1, abs=1e-3), way
+
+
+def test_a_network_under_autocast_is_compared_in_float32() -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return torch.relu(self.body(x))
+
+    torch.manual_seed(0)
+    net, x = Cast(), torch.rand(16, 5)
+    assert net(x).dtype == torch.bfloat16
+    assert quick(net, (x, Y)).agrees
+
+
 def test_of_several_targets_the_first_is_judged(mine: tuple[Path, dict[str, Any]]) -> None:
     """As data sets have them that give an index or a file's name beside the label."""
     net, numbers = mine[1]["classifier"](), torch.arange(16)

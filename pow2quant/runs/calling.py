@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 from pow2quant import datasets
 from pow2quant.errors import DataError, ModelError
 from pow2quant.frontends.batches import call_arguments, inputs
-from pow2quant.reading import Checked
+from pow2quant.reading import Checked, Signature
 
 COMMON_CHANGES = {
     "a batch seems to be one sample: stack samples to (N, ...), or give a Dataset": lambda x: x[None],
@@ -22,12 +23,34 @@ COMMON_CHANGES = {
 """What is often wrong with inputs, in words, and the change that shows it."""
 
 
-def first_call(model: nn.Module, data: datasets.Data) -> tuple[Any, tuple[Any, Any], Any]:
-    """The first calibration sample as the network is called with it, the shapes of inputs and outputs, and targets.
+class Called(NamedTuple):
+    """A network's first call. data: read as the network takes them; sample: one, as it is called with it.
 
-    Shapes are those of one sample, without the batch; targets those of the first test batch.
+    shapes: of one sample of the inputs and of the outputs, without the batch. targets: of the first test batch.
+    """
+
+    data: datasets.Data
+    sample: Any
+    shapes: tuple[list[tuple[int, ...]], list[tuple[int, ...]]]
+    targets: Any
+
+
+def first_call(model: nn.Module, data: datasets.Data) -> Called:
+    """Calls a network with the first calibration sample: by the arguments of `forward`, else with the batch as it is.
+
     Raises DataError for data that are empty, ModelError when the network fails on the sample.
     """
+    signature = Signature.of(model)
+    try:
+        return _called(model, data, signature)
+    except ModelError as error:
+        with suppress(ModelError, DataError):
+            return _called(model, data, replace(signature, whole=True))
+        raise error
+
+
+def _called(model: nn.Module, data: datasets.Data, signature: Signature) -> Called:
+    data = data.with_parts(lambda part: replace(part, signature=signature))
     first = next(cast(Checked, data.calibration).structured(), None)
     if first is None:
         raise DataError("the calibration data are empty")
@@ -39,8 +62,8 @@ def first_call(model: nn.Module, data: datasets.Data) -> tuple[Any, tuple[Any, A
         raise ModelError(f"the network fails on a sample of {described(sample)}: {reason}") from error
     if not outputs:
         raise ModelError("the network returns no tensor")
-    targets = next((targets for _, targets in data.test), None)
-    return sample, ([tuple(x.shape[1:]) for x in inputs(sample)], [tuple(x.shape[1:]) for x in outputs]), targets
+    shapes = [tuple(x.shape[1:]) for x in inputs(sample)], [tuple(x.shape[1:]) for x in outputs]
+    return Called(data, sample, shapes, next((targets for _, targets in data.test), None))
 
 
 def described(batch: Any) -> str:

@@ -81,7 +81,7 @@ def runner(model: nn.Module, device: torch.device) -> Callable[[Arrays], list[ND
     def run(batch: Arrays) -> list[NDArray[np.float32]]:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             result = model(*(torch.from_numpy(np.asarray(x)).to(device) for x in batch))
-        return [r.cpu().numpy() for r in inputs(result)]
+        return [(r.float() if r.is_floating_point() else r).cpu().numpy() for r in inputs(result)]
 
     return run
 

@@ -27,7 +27,7 @@ from pow2quant.frontends.fixed import InParts
 from pow2quant.frontends.prepare import fixed_batch, prepare, unrolled
 from pow2quant.methods.auto import Trial
 from pow2quant.plugins import resolve
-from pow2quant.reading import Batches, Checked, Signature
+from pow2quant.reading import Batches, Checked
 from pow2quant.runs.calling import Flat, first_call
 from pow2quant.runs.computing import be_exact, device_of
 from pow2quant.runs.pixels import Normalizing, Pixels, take_bytes
@@ -114,8 +114,7 @@ class Job:
 
         batches: rewrites see at most so many; None: all that calibrate.
         """
-        data = data.with_parts(lambda part: replace(part, signature=Signature.of(model)))
-        called, shapes, targets = first_call(model, data)
+        data, called, shapes, targets = first_call(model, data)
         metric = given.metric or config.metric
         several = isinstance(targets, tuple) and len(shapes[1]) == 1 and not (metric or config.training.criterion)
         task = task_of(config.task, metric, targets[0] if several else targets, shapes[1])

@@ -82,4 +82,6 @@ def arrays_of(targets: Any) -> Array | Any:
 
 
 def _tensors(results: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(results) if isinstance(x, Tensor)]
+    """The tensors of a result; bfloat16, of a network under autocast, as float32."""
+    tensors = (x for x in pytree.tree_leaves(results) if isinstance(x, Tensor))
+    return [x.float() if x.is_floating_point() else x for x in tensors]
