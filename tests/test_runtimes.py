@@ -19,14 +19,14 @@ from pow2quant.runs.executors import simulation_executor
 from pow2quant.validation.agreement import compare
 from tests.target_networks import NETWORKS
 
-RUNTIMES = ("litert", "tflite-micro", "openvino", "tract", "onnxruntime-web", "qonnx")
+RUNTIMES = ("litert", "tflite-micro", "openvino", "tract", "onnxruntime-web", "qonnx", "executorch")
 PARTS = {("openvino", "Signal")}
 """OpenVINO 2026.4's mean over one dimension of maps is wrong, by up to 245 LSB."""
 KINDS = [field.name for field in fields(targets.Roundings)]
 COARSE = ("qonnx",)
 """Symmetric targets: their grids are coarser, so that few halves are met, and no Concat here moves (the last kind)."""
 WRONG = [
-    *product(("litert", "tflite-micro", "tract"), KINDS),
+    *product(("litert", "tflite-micro", "tract", "executorch"), KINDS),
     ("openvino", "products"),
     ("onnxruntime-web", "products"),
     *product(("qonnx",), KINDS[:-1]),
@@ -68,7 +68,7 @@ def test_a_runtime_gives_the_bits_of_its_targets_simulation(runtime, network, tm
         assert agreement.claim == "observed on 16 inputs"
 
 
-@pytest.mark.parametrize("runtime", ["litert", "tract", "onnxruntime-web"])
+@pytest.mark.parametrize("runtime", ["litert", "tract", "onnxruntime-web", "executorch"])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_one_file_with_tied_sums_is_exact_everywhere(runtime, network, tmp_path):
     for agreement in agreements(runtime, targets.load("portable"), network, tmp_path):

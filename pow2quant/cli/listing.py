@@ -106,7 +106,12 @@ ALSO = (
 EXTRAS = {
     ("backends", "aimet"): ("aimet_torch", "aimet"),
     ("exporters", "coreml"): ("coremltools", "coreml"),
+    ("exporters", "executorch"): ("executorch", "executorch"),
+    ("exporters", "hls4ml"): ("hls4ml", "hls4ml"),
     ("exporters", "tflite"): ("ai_edge_litert", "litert"),
+    ("validators", "esp-ppq"): ("esp_ppq", "esp-ppq"),
+    ("validators", "executorch"): ("executorch", "executorch"),
+    ("validators", "hls4ml"): ("hls4ml", "hls4ml"),
     ("validators", "litert"): ("ai_edge_litert", "litert"),
     ("validators", "openvino"): ("openvino", "openvino"),
     ("validators", "qonnx"): ("qonnx", "qonnx"),

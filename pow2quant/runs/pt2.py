@@ -23,6 +23,8 @@ from pow2quant.validation.agreement import Executor
 from pow2quant.validation.files import opened
 
 Arrays = Sequence[NDArray[np.float32]]
+Start = Callable[[torch.export.ExportedProgram], Callable[..., Any]]
+"""A program -> a function of its inputs that returns its output, or the sequence of them."""
 
 FILE = "model.pt2"
 NAME = "torch program"
@@ -67,15 +69,20 @@ def content(exported: torch.export.ExportedProgram) -> bytes:
 
 def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Executor]:
     """The QDQ file as a torch program, written, loaded again, and run one sample at a time."""
-    file = _File(opened(model).network)
-    return [Executor(NAME, file.run, file.tensors, network=lambda: file.network, measured=True)]
+    return [executor(model, NAME, _loaded)]
+
+
+def executor(model: Path, name: str, start: Start) -> Executor:
+    """A QDQ file as a torch program in a runtime. start: a program for one sample -> what runs it."""
+    file = _File(opened(model).network, start)
+    return Executor(name, file.run, file.tensors, network=lambda: file.network, measured=True)
 
 
 class _File:
     """A network's programs: as it is exported, and with every quantized activation as an output."""
 
-    def __init__(self, network: Artifact) -> None:
-        self.network = network
+    def __init__(self, network: Artifact, start: Start) -> None:
+        self.network, self.start = network, start
         self.activations = sorted(network.encodings.keys() - {t.name for t in network.model.graph.initializer})
 
     def run(self, batch: Arrays) -> list[NDArray[np.float32]]:
@@ -88,11 +95,11 @@ class _File:
 
     @cached_property
     def _plain(self) -> Callable[..., Any]:
-        return _loaded(program(self.network, 1))
+        return self.start(program(self.network, 1))
 
     @cached_property
     def _traced(self) -> Callable[..., Any]:
-        return _loaded(program(self.network, 1, self.activations))
+        return self.start(program(self.network, 1, self.activations))
 
 
 def _loaded(exported: torch.export.ExportedProgram) -> Callable[..., Any]:
