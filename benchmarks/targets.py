@@ -43,7 +43,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- rows: written by benchmarks/targets.py -->\n", "<!-- end of rows -->"
 OWN = ("integer engine", "generated C")
 COLUMNS = ("target", "accuracy", "SQNR dB", "forwards", "file", "executors", "images", "differing", "claim")
-DISTRIBUTIONS = ("ai-edge-litert", "tflite-micro", "openvino", "tract", "onnxruntime", "executorch", "hls4ml", "esp-ppq")
+RUNTIMES = ("ai-edge-litert", "tflite-micro", "openvino", "tract", "onnxruntime", "executorch", "hls4ml", "esp-ppq")
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _machine() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     found = []
-    for name in DISTRIBUTIONS:
+    for name in RUNTIMES:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
