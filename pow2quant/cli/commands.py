@@ -7,49 +7,15 @@ from typing import Annotated
 
 import typer
 
-from pow2quant.cli.options import (
-    ActivationBits,
-    AsJson,
-    Backend,
-    Budget,
-    CalibrationBatches,
-    Classes,
-    ConfigFile,
-    Crop,
-    DataPath,
-    DataSet,
-    Device,
-    EncodingsVersion,
-    EvalBatches,
-    Input,
-    Mean,
-    Methods,
-    MetricName,
-    Model,
-    Option,
-    Output,
-    Overwrite,
-    PerTensor,
-    Quiet,
-    Recipe,
-    Resize,
-    Seed,
-    Std,
-    Target,
-    Task,
-    Verbose,
-    WeightBits,
-    Weights,
-    app,
-    configured,
-    console_of,
-    continued,
-    fresh,
-    pixels,
-    quantization,
-    within,
-)
+from pow2quant.cli.given import Given, taking
+from pow2quant.cli.options import Option, app, continued
 from pow2quant.cli.showing import show_run
+
+QUANTIZING = (
+    *("model", "weights", "weight_bits", "activation_bits", "method", "budget", "target", "encodings_version"),
+    *("output", "overwrite"),
+)
+"""Flags of both, beside those that every command has."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -71,64 +37,21 @@ def _common(
 @app.command(
     epilog="Example: pow2quant ptq --model torchvision:resnet18 --weights r18.pth --data imagefolder --data-path imgs/"
 )
+@taking(*QUANTIZING)
 def ptq(
-    backend: Backend = None,
-    task: Task = None,
-    metric: MetricName = None,
-    model: Model = None,
-    weights: Weights = None,
-    num_classes: Classes = None,
-    data: DataSet = None,
-    data_path: DataPath = None,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    taken: Input = None,
+    given: Given,
     batch_size: Annotated[int | None, Option(help="Images per batch.")] = None,
-    weight_bits: WeightBits = None,
-    activation_bits: ActivationBits = None,
-    per_tensor: PerTensor = False,
-    max_calibration_batches: CalibrationBatches = None,
-    max_eval_batches: EvalBatches = None,
-    method: Methods = None,
-    budget: Budget = None,
-    target: Target = None,
-    encodings_version: EncodingsVersion = None,
-    recipe: Recipe = None,
-    config: ConfigFile = None,
-    output: Output = None,
-    overwrite: Overwrite = False,
-    seed: Seed = None,
-    device: Device = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
 ) -> int:
     """Post-training quantization: calibrate, snap every scale to 2^k, export, validate in onnxruntime, report.
 
     Without flags: the embedded network on scikit-learn's digits.
     """
-    values = {
-        "data.batch_size": batch_size,
-        **quantization(backend, model, weights, num_classes, data, data_path, weight_bits, activation_bits, per_tensor),
-        **pixels(resize, crop, mean, std, taken),
-        "ptq.calibration_batches": max_calibration_batches,
-        "ptq.max_eval_batches": max_eval_batches,
-        "ptq.methods": within(budget, method),
-        "target": target,
-        "encodings_version": encodings_version,
-        "task": task,
-        "metric": metric,
-        "seed": seed,
-        "device": device,
-    }
-    chosen = configured(config, values, recipe)
-    console = console_of(verbose, quiet, as_json)
+    chosen = given.configured({"data.batch_size": batch_size})
+    console = given.console()
     from pow2quant import runs
     from pow2quant.runs.unfinished import folder_of
 
-    folder = output or fresh("ptq")
+    folder, overwrite = given.folder("ptq"), given.flags["overwrite"]
     with continued(folder, folder_of(folder)):
         result = runs.quantize(config=chosen, output=folder, overwrite=overwrite, progress=console)
     show_run(console, result)
@@ -136,23 +59,9 @@ def ptq(
 
 
 @app.command(epilog="Example: pow2quant qat --weight-bits 4 --epochs 10 --output runs/mine; after a crash add --resume")
+@taking(*QUANTIZING)
 def qat(
-    backend: Backend = None,
-    task: Task = None,
-    metric: MetricName = None,
-    model: Model = None,
-    weights: Weights = None,
-    num_classes: Classes = None,
-    data: DataSet = None,
-    data_path: DataPath = None,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    taken: Input = None,
-    weight_bits: WeightBits = None,
-    activation_bits: ActivationBits = None,
-    per_tensor: PerTensor = False,
+    given: Given,
     mode: Annotated[
         str | None, Option(help="weights: activations stay float in training; full: for less than 8 bits.")
     ] = None,
@@ -170,31 +79,15 @@ def qat(
         bool, Option("--no-final-ptq", help="Keep the activations' encodings of before training.")
     ] = False,
     resume: Annotated[bool, Option("--resume", help="Continue the interrupted run of this --output.")] = False,
-    max_calibration_batches: CalibrationBatches = None,
-    max_eval_batches: EvalBatches = None,
-    method: Methods = None,
-    budget: Budget = None,
-    target: Target = None,
-    encodings_version: EncodingsVersion = None,
-    recipe: Recipe = None,
-    config: ConfigFile = None,
-    output: Output = None,
-    overwrite: Overwrite = False,
-    seed: Seed = None,
-    device: Device = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
 ) -> int:
     """Quantization-aware training: PTQ, training with quantized weights, PTQ of the activations; then as `ptq`.
 
     Checkpoints stand beside the run's folder until it is finished. Several processes: torchrun --nproc-per-node N -m
     pow2quant qat ... Everything else that can be chosen is under `training:` in --config.
     """
-    if resume and output is None:
+    if resume and given.flags["output"] is None:
         raise typer.BadParameter("needs the --output of the run that was interrupted", param_hint="'--resume'")
-    values = {
-        **quantization(backend, model, weights, num_classes, data, data_path, weight_bits, activation_bits, per_tensor),
+    own = {
         "training.mode": mode,
         "training.epochs": epochs,
         "training.learning_rate": learning_rate,
@@ -202,23 +95,13 @@ def qat(
         "training.criterion": loss,
         "training.distillation": distillation,
         "training.final_ptq": False if no_final_ptq else None,
-        **pixels(resize, crop, mean, std, taken),
-        "ptq.calibration_batches": max_calibration_batches,
-        "ptq.max_eval_batches": max_eval_batches,
-        "ptq.methods": within(budget, method),
-        "target": target,
-        "encodings_version": encodings_version,
-        "task": task,
-        "metric": metric,
-        "seed": seed,
-        "device": device,
     }
-    chosen = configured(config, values, recipe)
+    chosen = given.configured(own)
     leads = os.environ.get("RANK", "0") == "0"
-    console = console_of(verbose, quiet or not leads, as_json)
+    console = given.console(quiet=not leads)
     from pow2quant.three_steps import checkpoints_of, qat
 
-    folder = output or fresh("qat")
+    folder, overwrite = given.folder("qat"), given.flags["overwrite"]
     with continued(folder, checkpoints_of(folder), "" if resume else " --resume"):
         result = qat(chosen, folder, resume=resume, overwrite=overwrite, progress=console)
     if result is None:  # another process of torchrun's leads, and shows it

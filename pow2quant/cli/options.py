@@ -104,61 +104,6 @@ IdleDevice = Annotated[str | None, Option("--device", hidden=True)]
 IdleConfig = Annotated[Path | None, Option("--config", hidden=True)]
 
 
-def quantization(
-    backend: str | None,
-    model: str | None,
-    weights: str | None,
-    num_classes: int | None,
-    data: str | None,
-    data_path: str | None,
-    weight_bits: int | None,
-    activation_bits: int | None,
-    per_tensor: bool,
-) -> dict[str, Any]:
-    """What flags say about the network, its data and its widths, by key of the configuration."""
-    return {
-        "backend": backend,
-        "model.name": model,
-        "model.weights": weights,
-        "model.num_classes": num_classes,
-        "data.dataset": data,
-        "data.path": data_path,
-        "quantization.weight.bitwidth": weight_bits,
-        "quantization.output.bitwidth": activation_bits,
-        "quantization.input.bitwidth": None if activation_bits is None else max(8, activation_bits),
-        "quantization.weight.per_channel": False if per_tensor else None,
-    }
-
-
-def pixels(
-    resize: int | None, crop: int | None, mean: str | None, std: str | None, taken: str | None = None
-) -> dict[str, Any]:
-    """The keys of the configuration that say what is done to images."""
-    return {
-        "data.input": taken,
-        "data.resize": resize,
-        "data.crop": crop,
-        "data.mean": None if mean is None else _numbers("--mean", mean),
-        "data.std": None if std is None else _numbers("--std", std),
-    }
-
-
-def _numbers(flag: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{text}: expected numbers, as in 0.5,0.5,0.5", param_hint=f"'{flag}'") from None
-
-
-def within(budget: float | None, methods: list[str] | None) -> list[Any] | None:
-    """The methods as a configuration has them; `auto` with its budget in minutes. None where none is named."""
-    if budget is None:
-        return list(methods) if methods else None
-    if not methods or "auto" not in methods:
-        raise typer.BadParameter("is for --method auto", param_hint="'--budget'")
-    return [{"auto": {"minutes": budget}} if name == "auto" else name for name in methods]
-
-
 def configured(file: Path | None, values: dict[str, Any], recipe: str | None = None) -> RunConfig:
     """The configuration of a file or a recipe, or the default, with the flags that were given laid over it."""
     from pow2quant import config

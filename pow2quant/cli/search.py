@@ -5,44 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from pow2quant.cli.console import Console
-from pow2quant.cli.options import (
-    ActivationBits,
-    AsJson,
-    Backend,
-    CalibrationBatches,
-    Classes,
-    ConfigFile,
-    Crop,
-    DataPath,
-    DataSet,
-    Device,
-    EncodingsVersion,
-    EvalBatches,
-    Input,
-    Mean,
-    Methods,
-    MetricName,
-    Model,
-    Option,
-    Output,
-    Overwrite,
-    PerTensor,
-    Quiet,
-    Recipe,
-    Resize,
-    Seed,
-    Std,
-    Task,
-    Verbose,
-    Weights,
-    app,
-    configured,
-    console_of,
-    continued,
-    fresh,
-    pixels,
-    quantization,
-)
+from pow2quant.cli.given import Given, taking
+from pow2quant.cli.options import Option, app, continued
 from pow2quant.cli.showing import show_run
 
 if TYPE_CHECKING:
@@ -50,7 +14,9 @@ if TYPE_CHECKING:
 
 
 @app.command(epilog="Example: pow2quant search --objective size --constraint accuracy_drop=1% --candidates 2,4,8")
+@taking("model", "weights", "activation_bits", "method", "encodings_version", "output", "overwrite")
 def search(
+    given: Given,
     objective: Annotated[
         str | None,
         Option(
@@ -79,46 +45,13 @@ def search(
     latency_table: Annotated[
         str | None, Option(help="YAML of a chip; without it, a latency is measured in onnxruntime, on one thread.")
     ] = None,
-    backend: Backend = None,
-    task: Task = None,
-    metric: MetricName = None,
-    model: Model = None,
-    weights: Weights = None,
-    num_classes: Classes = None,
-    data: DataSet = None,
-    data_path: DataPath = None,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    taken: Input = None,
-    activation_bits: ActivationBits = None,
-    per_tensor: PerTensor = False,
-    max_calibration_batches: CalibrationBatches = None,
-    max_eval_batches: EvalBatches = None,
-    method: Methods = None,
-    encodings_version: EncodingsVersion = None,
-    recipe: Recipe = None,
-    config: ConfigFile = None,
-    output: Output = None,
-    overwrite: Overwrite = False,
-    seed: Seed = None,
-    device: Device = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
 ) -> int:
     """Mixed precision: chooses every weight's width, and every activation's on request; then as `ptq`.
 
     Sensitivities of single tensors go into an integer program; its plans are verified by quantizing and evaluating
     them. The plan that is chosen stands in plan.yaml, which `ptq --config` and `qat --config` take.
     """
-    values = {
-        **quantization(backend, model, weights, num_classes, data, data_path, None, activation_bits, per_tensor),
-        **pixels(resize, crop, mean, std, taken),
-        "ptq.calibration_batches": max_calibration_batches,
-        "ptq.max_eval_batches": max_eval_batches,
-        "ptq.methods": method or None,
+    own = {
         "search.objective": objective,
         "search.constraints": constraint or None,
         "search.candidates": _listed(candidates),
@@ -127,18 +60,13 @@ def search(
         "search.sensitivity_batches": max_sensitivity_batches,
         "search.points": points,
         "search.latency_table": latency_table,
-        "encodings_version": encodings_version,
-        "task": task,
-        "metric": metric,
-        "seed": seed,
-        "device": device,
     }
-    chosen = configured(config, values, recipe)
-    console = console_of(verbose, quiet, as_json)
+    chosen = given.configured(own)
+    console = given.console()
     from pow2quant.runs.unfinished import folder_of
     from pow2quant.study.search import search as run
 
-    folder = output or fresh("search")
+    folder, overwrite = given.folder("search"), given.flags["overwrite"]
     with continued(folder, folder_of(folder)):
         found = run(chosen, folder, overwrite=overwrite, progress=console)
     _show(console, found)

@@ -8,41 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pow2quant.cli.options import (
-    ActivationBits,
-    AsJson,
-    Backend,
-    CalibrationBatches,
-    Classes,
-    ConfigFile,
-    Crop,
-    DataPath,
-    DataSet,
-    Device,
-    EvalBatches,
-    Input,
-    Mean,
-    Methods,
-    MetricName,
-    Model,
-    Option,
-    PerTensor,
-    Quiet,
-    Recipe,
-    Resize,
-    Seed,
-    Std,
-    Task,
-    Verbose,
-    WeightBits,
-    Weights,
-    app,
-    configured,
-    console_of,
-    continued,
-    pixels,
-    quantization,
-)
+from pow2quant.cli.given import Given, taking
+from pow2quant.cli.options import Option, app, continued
 
 if TYPE_CHECKING:
     from pow2quant.cli.console import Console
@@ -73,7 +40,9 @@ SHOWN = 10
 @app.command(
     epilog="Example: pow2quant sweep --method gpfq --grid quantization.weight.bitwidth=2..8 --jobs 2 --output runs/bits"
 )
+@taking("model", "weights", "weight_bits", "activation_bits", "method")
 def sweep(
+    given: Given,
     file: Annotated[Path | None, typer.Argument(help="A study's YAML: base, grids, trials.", metavar="STUDY")] = None,
     grid: Grids = None,
     trials: Annotated[
@@ -84,57 +53,15 @@ def sweep(
     storage: Storage = None,
     study: StudyName = None,
     runs: Runs = None,
-    backend: Backend = None,
-    task: Task = None,
-    metric: MetricName = None,
-    model: Model = None,
-    weights: Weights = None,
-    num_classes: Classes = None,
-    data: DataSet = None,
-    data_path: DataPath = None,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    taken: Input = None,
-    weight_bits: WeightBits = None,
-    activation_bits: ActivationBits = None,
-    per_tensor: PerTensor = False,
-    max_calibration_batches: CalibrationBatches = None,
-    max_eval_batches: EvalBatches = None,
-    method: Methods = None,
-    recipe: Recipe = None,
-    config: ConfigFile = None,
     output: StudyOutput = None,
-    seed: Seed = None,
-    device: Device = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
 ) -> int:
     """Tries configuration keys over a grid, or draws them by a sampler: a table, figures, and the best trial.
 
     Trials quantize and evaluate the simulation; --runs makes whole runs. The same command again continues where it was
     interrupted, and several machines can work on one study through --storage.
     """
-    base = configured(
-        config,
-        {
-            **quantization(
-                backend, model, weights, num_classes, data, data_path, weight_bits, activation_bits, per_tensor
-            ),
-            **pixels(resize, crop, mean, std, taken),
-            "ptq.calibration_batches": max_calibration_batches,
-            "ptq.max_eval_batches": max_eval_batches,
-            "ptq.methods": method or None,
-            "task": task,
-            "metric": metric,
-            "seed": seed,
-            "device": device,
-        },
-        recipe,
-    )
-    console = console_of(verbose, quiet, as_json)
+    base = given.configured({})
+    console = given.console()
     from pow2quant.cli.signals import interrupted
     from pow2quant.study import sweep as studies
 
@@ -177,7 +104,9 @@ def _show_trials(console: Console, found: Any) -> None:
 
 
 @app.command(epilog="Example: pow2quant compare --method none --method gpfq --widths 8:8,4:8 --seeds 0..2 --jobs 2")
+@taking()
 def compare(
+    given: Given,
     method: Annotated[
         list[str] | None, Option(help="A chain of methods, a+b, or none; repeatable. --config has their parameters.")
     ] = None,
@@ -189,28 +118,7 @@ def compare(
     storage: Storage = None,
     study: StudyName = None,
     runs: Runs = None,
-    backend: Backend = None,
-    task: Task = None,
-    metric: MetricName = None,
-    num_classes: Classes = None,
-    data: DataSet = None,
-    data_path: DataPath = None,
-    resize: Resize = None,
-    crop: Crop = None,
-    mean: Mean = None,
-    std: Std = None,
-    taken: Input = None,
-    per_tensor: PerTensor = False,
-    max_calibration_batches: CalibrationBatches = None,
-    max_eval_batches: EvalBatches = None,
-    recipe: Recipe = None,
-    config: ConfigFile = None,
     output: StudyOutput = None,
-    seed: Seed = None,
-    device: Device = None,
-    verbose: Verbose = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
 ) -> int:
     """Compares methods at several bit widths on several networks: mean and spread over seeds, the best by name.
 
@@ -218,18 +126,8 @@ def compare(
     """
     if weights and len(weights) != len(model or [""]):
         raise typer.BadParameter("give one for each --model, in the same order", param_hint="'--weights'")
-    values = {
-        **quantization(backend, None, None, num_classes, data, data_path, None, None, per_tensor),
-        **pixels(resize, crop, mean, std, taken),
-        "ptq.calibration_batches": max_calibration_batches,
-        "ptq.max_eval_batches": max_eval_batches,
-        "task": task,
-        "metric": metric,
-        "seed": seed,
-        "device": device,
-    }
-    base = configured(config, values, recipe)
-    console = console_of(verbose, quiet, as_json)
+    base = given.configured({})
+    console = given.console()
     from pow2quant.cli.signals import interrupted
     from pow2quant.study import cells
     from pow2quant.study import compare as comparison
