@@ -115,6 +115,11 @@ def test_a_learned_scale_under_the_constraint_and_free(scale: float, after: floa
     """theta + 0.4 is still nearest to the exponent that it was."""
     before = Encoding(np.float32(scale), np.int64(2), IntGrid(4, signed=False))
     learned = LearnedScale(before, torch.device("cpu"))
+    for theta in (1e20, -1e20, float("nan")):
+        learned.theta.data.fill_(theta)
+        with pytest.raises(ConfigError, match="lower lr_activation"):
+            learned.encoding()
+    learned.reset()
     assert learned.encoding().scale == pytest.approx(scale)
     with torch.no_grad():
         learned.theta += 0.4

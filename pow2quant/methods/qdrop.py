@@ -16,6 +16,7 @@ from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import SILENT, UNMARKED, Batch, Marks, Progress, Simulation
 from pow2quant.backends.calibration import observe
 from pow2quant.backends.fake_quant import learned
+from pow2quant.errors import ConfigError
 from pow2quant.methods.reconstruction import (
     Quantize,
     Step,
@@ -39,6 +40,7 @@ from pow2quant.methods.rounding import (
     write_weights,
 )
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose, power_of_two
+from pow2quant.pow2_constraints.arithmetic import EXPONENTS
 
 HEAD_STEM_BITS = 8
 
@@ -72,6 +74,8 @@ class LearnedScale:
 
     def _exponent(self) -> float:
         theta = float(self.theta.detach())
+        if not EXPONENTS[0] <= theta <= EXPONENTS[-1]:  # NaN is not, either
+            raise ConfigError(f"qdrop: learning has taken an activation's scale to 2^{theta:g}; lower lr_activation")
         return round(theta) if self._before.is_power_of_two else theta
 
 
