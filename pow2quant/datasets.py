@@ -285,7 +285,10 @@ def _arrays(path: Path) -> Any:
     if not {"train_x", "test_x"} <= arrays.keys():
         return arrays
     train, test = ([arrays[key] for key in (f"{part}_x", f"{part}_y") if key in arrays] for part in ("train", "test"))
-    return tuple(TensorDataset(*map(torch.from_numpy, part)) for part in (train, test))
+    try:
+        return tuple(TensorDataset(*map(torch.from_numpy, part)) for part in (train, test))
+    except (AssertionError, TypeError, ValueError) as error:  # dates, text; more images than labels
+        raise DataError(f"{path}: not images and labels as numbers, one of each ({last_line(error)})") from None
 
 
 def _cifar_archive(path: Path) -> tuple[Batch, Batch]:

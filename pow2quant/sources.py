@@ -284,18 +284,18 @@ def _classes(train: Any, test: Any) -> tuple[str, ...]:
 
 def _labels(dataset: Any) -> Any:
     """All labels of a data set that has them at hand, integers (N,); otherwise None."""
-    if isinstance(dataset, TensorDataset):
-        labels: Any = dataset.tensors[-1] if len(dataset.tensors) > 1 else None
-    elif isinstance(dataset, list):
-        labels = [target_of(item) for item in dataset]
-    else:
-        labels = getattr(dataset, "targets", None)
-    if labels is None or not len(labels) or not (is_array(labels) or isinstance(labels[0], int)):
-        return None
     try:
+        if isinstance(dataset, TensorDataset):
+            labels: Any = dataset.tensors[-1] if len(dataset.tensors) > 1 else None
+        elif isinstance(dataset, list):
+            labels = [target_of(item) for item in dataset]
+        else:
+            labels = getattr(dataset, "targets", None)
+        if labels is None or not len(labels) or not (is_array(labels) or isinstance(labels[0], int)):
+            return None
         labels = torch.as_tensor(labels)
         check_has_values(labels, "labels")
-    except (DataError, RuntimeError, TypeError, ValueError):  # what they are is said when they are read
+    except Exception:  # what a user's objects are is said when they are read
         return None
     return labels if labels.ndim == 1 and not labels.is_floating_point() else None
 

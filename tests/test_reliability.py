@@ -10,13 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from pow2quant import cli, config, datasets, foreign, image_files, models, prepare, sampling
+from pow2quant import cli, config, datasets, foreign, image_files, models, prepare, sampling, sources
 from pow2quant.cli import listing, main
 from pow2quant.config import DataConfig
 from pow2quant.errors import ConfigError, DataError, FileFormatError, ModelError, OutputError, WeightsError
@@ -76,7 +77,7 @@ def test_json_has_a_depth() -> None:
 
 
 class Ragged(TensorDataset):
-    targets = ([1], [1, 2], [])
+    targets: Any = ([1], [1, 2], [])
 
 
 def picture(path: Path, number: int = 0) -> None:
@@ -166,6 +167,30 @@ def test_a_network_without_values_is_refused(made: str, tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(f"from torch import nn\ndef net():\n    return {made}\n")
     with pytest.raises(WeightsError, match="has no"):
         models.build(f"{tmp_path / 'net.py'}:net")
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (np.zeros((4, 1, 8, 8), "M8[s]"), np.arange(4)),
+        (np.zeros((4, 1, 8, 8), "U3"), np.arange(4)),
+        (np.zeros((4, 1, 8, 8), np.float32), np.zeros(4, [("a", "i4")])),
+        (np.zeros((4, 1, 8, 8), np.float32), np.arange(3)),
+    ],
+)
+def test_arrays_that_are_no_images_and_labels_are_refused(images: Any, labels: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", train_x=images, train_y=labels, test_x=images, test_y=labels)
+    with pytest.raises(DataError, match=r"x\.npz: not images and labels as numbers, one of each"):
+        datasets.load(DataConfig(str(tmp_path / "x.npz")))
+
+
+@pytest.mark.parametrize("targets", [3, {}, {1: 2}, object(), [object()], "abc"])
+def test_targets_that_are_no_labels_are_not_looked_at(targets: Any) -> None:
+    dataset = Ragged(torch.rand(3, 2))
+    dataset.targets = targets
+    assert sources._labels(Subset(dataset, [0])) is None
+    assert sources._labels(dataset) is None
+    assert sampling.labels_at_hand(Checked(DataLoader(dataset), "it")) is None
 
 
 @pytest.mark.parametrize("name", ["\0", "a\0b", "\ud800"])
