@@ -188,3 +188,44 @@ def test_pytorchs_exporter_traces_the_simulation(network, options, tmp_path):
         torch.onnx.export(sim.model, (X,), str(tmp_path / "m.onnx"), dynamo=False)
     assert torch.equal(traced(X), run(sim))
     assert "Round" in {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+
+
+@pytest.mark.parametrize(
+    "scheme", ["training_range_learning_with_tf_init", "training_range_learning_with_tf_enhanced_init"]
+)
+def test_ranges_are_trained_under_the_schemes_that_say_so(network, scheme, tmp_path):
+    sim = calibrated(network, quant_scheme=scheme)
+    before, weights = sim.simulation.encodings(), sim.model.fc.weight.detach().clone()
+    ranges = list(sim.model.learned_ranges)
+    optimizer = torch.optim.Adam(sim.model.parameters(), 0.2)
+    assert {id(p) for p in ranges} <= {id(p) for p in optimizer.param_groups[0]["params"]}
+    sim.model.train()
+    for _ in range(6):
+        optimizer.zero_grad()
+        (sim.model(X) - 4).square().mean().backward()
+        assert all(p.grad is not None for p in (*ranges, *sim.model.parameters()))
+        optimizer.step()
+    sim.model.eval()
+    changed = sim.encodings()
+    assert any(changed[name] != before[name] for name in before if not name.endswith("bias"))
+    assert not torch.equal(sim.model.fc.weight, weights)
+    assert all(e.is_power_of_two for e in changed.values())
+    for layer in sim.simulation.placement.layers:
+        at = [changed[site.name].exponent for site in (layer.input, layer.weight, layer.bias)]
+        assert (at[0] + at[1] == at[2]).all()
+    other = calibrated(network, quant_scheme=scheme)
+    other.model.load_state_dict(sim.model.state_dict())
+    assert other.encodings() == changed
+    assert torch.equal(run(other), run(sim))
+    again = copy.deepcopy(sim)
+    assert torch.equal(run(again), run(sim))
+    assert len(again.model.learned_ranges) == len(ranges)
+
+
+def test_frozen_ranges_are_not_trained_and_other_schemes_keep_all(network):
+    sim = calibrated(network, quant_scheme="training_range_learning_with_tf_init")
+    sim.model.fc.param_quantizers["weight"].allow_overwrite(False)
+    sim.compute_encodings(lambda model: model(X))
+    names = [name for name, _ in sim.model.named_parameters() if name.startswith("learned_ranges")]
+    assert len(names) == len([s for s in sim.sites if s.role != "bias"]) - 1
+    assert not hasattr(calibrated(network).model, "learned_ranges")

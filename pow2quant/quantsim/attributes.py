@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pow2quant.artifact import Site
+from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import Simulation
 from pow2quant.config import TensorSpec
 from pow2quant.errors import ConfigError
@@ -31,6 +31,7 @@ class Owner(Protocol):
     simulation: Simulation
     frozen: frozenset[str]
 
+    def encodings(self) -> Table: ...
     def spec(self, site: Site) -> TensorSpec: ...
     def planned(self, site: Site) -> TensorSpec | None: ...
     def is_quantized(self, site: Site) -> bool: ...
@@ -86,7 +87,7 @@ class Quantizer:
 
     @property
     def _encoding(self) -> Encoding | None:
-        return self.sim.simulation.encodings().get(self.site.name)
+        return self.sim.encodings().get(self.site.name)
 
     @property
     def bitwidth(self) -> int:

@@ -35,6 +35,7 @@ class Exported(Protocol):
 
     @property
     def quant_args(self) -> dict[str, Any]: ...
+    def encodings(self) -> Table: ...
     def artifact(self, example: Any) -> Artifact: ...
     def derive_biases(self) -> None: ...
 
@@ -156,7 +157,7 @@ def torch_named(sim: Exported) -> str:
     sim.derive_biases()
     placement = sim.simulation.placement
     parameters = {s.name for s in placement.sites if s.role in ("weight", "bias")}
-    table = without_biases(sim.simulation.encodings(), parameters)
+    table = without_biases(sim.encodings(), parameters)
     plain = json.loads(aimet_encodings.dumps(table, parameters & table.keys(), "0.6.1"))
     activations: dict[str, dict[str, dict[str, Any]]] = {}
     for node in sim.simulation.network.graph.nodes:

@@ -103,8 +103,9 @@ class Files(Members):
         }
         for site in [site for site, (_, encoding) in free.items() if encoding is None]:
             self.change(site, None)
-        self.simulation.load((self.simulation.encodings() if partial else {}) | fitted)
+        self.simulation.load((self.encodings() if partial else {}) | fitted)
         self.derive_biases()
+        self.encodings()
         self._mark(fitted, requires_grad, allow_overwrite)
 
     def save_encodings_to_json(self, path: str | os.PathLike[str], filename_prefix: str) -> None:

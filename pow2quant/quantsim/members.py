@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pow2quant.artifact import Site
+from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import Simulation
 from pow2quant.config import QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose, is_chooser
 from pow2quant.quantsim import attributes
+from pow2quant.quantsim.ranges import Ranges
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +26,7 @@ class Members:
 
     simulation: Simulation
     frozen: frozenset[str]
+    ranges: Ranges | None
     _plan: QuantPlan
     _changes: dict[Site, TensorSpec | None]
 
@@ -37,6 +39,12 @@ class Members:
     def sites(self) -> Sequence[Site]:
         """What is quantized now."""
         return self.simulation.sites
+
+    def encodings(self) -> Table:
+        """The encodings by site name, those of ranges that are trained as they are now."""
+        if self.ranges is not None:
+            self.ranges.follow()
+        return self.simulation.encodings()
 
     def quantizers(self) -> Iterator[Any]:
         """All quantizers but those of biases, which follow from others."""
@@ -69,7 +77,7 @@ class Members:
 
     def fold_param_quantizers(self) -> None:
         """Puts all weights that have an encoding on their grids, for good."""
-        table = self.simulation.encodings()
+        table = self.encodings()
         with torch.no_grad():
             for site in (s for s in self.sites if s.role == "weight" and s.name in table):
                 weight = self.simulation.parameter(site.name)
@@ -94,7 +102,7 @@ class Members:
     def take_range(self, site: Site, low: Any, high: Any) -> None:
         """Gives a site the smallest scale that covers a range: numbers, or one per channel."""
         encoding = covering(self.spec(site), low, high, self.axis(site))
-        self.simulation.load(self.simulation.encodings() | {site.name: encoding})
+        self.simulation.load(self.encodings() | {site.name: encoding})
         self.derive_biases()
 
     def freeze(self, names: Collection[str], fixed: bool) -> None:
@@ -103,7 +111,7 @@ class Members:
 
     def change(self, site: Site, spec: TensorSpec | None) -> None:
         """Quantizes a site in another way, or not at all. A range that it has is kept, with the smallest 2^k."""
-        had = self.simulation.encodings().get(site.name)
+        had = self.encodings().get(site.name)
         self._changes[site] = spec
         try:
             self._replan()
@@ -115,7 +123,7 @@ class Members:
 
     def derive_biases(self) -> None:
         """Biases take the lattice s_in * s_w of the encodings as they are now, if none is missing."""
-        table = self.simulation.encodings()
+        table = self.encodings()
         if all(s.name in table for s in self.sites if s.role != "bias"):
             self.simulation.calibrate((), {"bias"})
 

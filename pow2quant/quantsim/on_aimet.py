@@ -42,6 +42,9 @@ class OnAimet(PreparedSim):
     def _show(self) -> None:
         """AIMET's modules show their quantizers themselves."""
 
+    def _trained(self) -> None:
+        """AIMET's quantizers train their ranges themselves."""
+
     def _configured(
         self, network: Any, plan: QuantPlan, example: Batch, config_file: str, bits: dict[str, int]
     ) -> QuantPlan:

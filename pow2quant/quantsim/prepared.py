@@ -23,6 +23,7 @@ from pow2quant.quantsim.checks import refuse_quantized
 from pow2quant.quantsim.files import Files
 from pow2quant.quantsim.members import summary
 from pow2quant.quantsim.names import onnx_types, readers
+from pow2quant.quantsim.ranges import Ranges
 from pow2quant.quantsim.running import checked, in_eval_mode
 from pow2quant.quantsim.schemes import QuantScheme, chooser_of, plan_of
 from pow2quant.runs import simulation_of
@@ -74,6 +75,7 @@ class PreparedSim(Files):
         self._model.register_forward_pre_hook(checked, with_kwargs=True)
         state.keep(self._model)
         self._show()
+        self.ranges = self._trained()
 
     def __getattr__(self, name: str) -> Any:
         if name in MEMBERS:
@@ -84,9 +86,11 @@ class PreparedSim(Files):
     def __setstate__(self, members: dict[str, Any]) -> None:
         self.__dict__.update(members)
         self._show()
+        self.ranges = self._trained()
+        self.encodings()
 
     def __str__(self) -> str:
-        table = self.simulation.encodings()
+        table = self.encodings()
         rows = [f"{s.name:40} {self.spec(s).bits:2} bits  {summary(table.get(s.name))}" for s in self.sites]
         return "\n".join([f"Quantized model: {len(rows)} quantizers", *rows])
 
@@ -117,7 +121,7 @@ class PreparedSim(Files):
             forward_pass_callback(self.model, *given)
             yield from ()
 
-        before = self.simulation.encodings()
+        before = self.encodings()
         fixed = self.frozen
         roles = {s.role for s in self.sites if s.name not in fixed} | {"bias"}
         held = {name: e for name, e in before.items() if name in fixed}
@@ -127,6 +131,7 @@ class PreparedSim(Files):
             if not held.items() <= table.items():
                 self.simulation.load(table | held)
                 self.derive_biases()
+            self.encodings()
         except BaseException:
             self.simulation.load(before)
             raise
@@ -138,6 +143,10 @@ class PreparedSim(Files):
 
         make_known(FakeQuantize)
         attributes.attach(self)
+
+    def _trained(self) -> Ranges | None:
+        name = str(getattr(self.quant_scheme, "name", self.quant_scheme))
+        return Ranges(self, self._model) if name.startswith("training_range_learning") else None
 
     def _configured(
         self, network: Any, plan: QuantPlan, example: Batch, config_file: str, bits: dict[str, int]

@@ -15,6 +15,9 @@ from pow2quant.pow2_constraints import Encoding, IntGrid
 if TYPE_CHECKING:
     from torch import nn
 
+RANGES = "learned_ranges"
+"""The parameters of ranges that are trained, in a model."""
+
 KEY = "encoding"
 """Behind a quantizer's name, the key of its encoding in a state."""
 
@@ -33,12 +36,16 @@ def _quantizers(model: nn.Module, prefix: str) -> dict[str, FakeQuantize]:
 def _write(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     for key, quantizer in _quantizers(model, prefix).items():
         state[key] = _to_tensor(quantizer.encoding)
+    for key in [key for key in state if key.startswith(f"{prefix}{RANGES}.")]:  # they follow from the encodings
+        del state[key]
 
 
 def _read(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for key, quantizer in _quantizers(model, prefix).items():
         if key in state:
             quantizer.encoding = _from_tensor(state.pop(key))
+    for index, parameter in enumerate(getattr(model, RANGES, ())):
+        state[f"{prefix}{RANGES}.{index}"] = parameter.detach()
 
 
 def _to_tensor(e: Encoding | None) -> Tensor:

@@ -1,0 +1,107 @@
+"""Ranges that are trained with `sim.model` on `custom`, for the schemes `training_range_learning_…` (TQT)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pow2quant.backends.base import Simulation
+from pow2quant.training.exponents import Exponents
+
+if TYPE_CHECKING:
+    from pow2quant.artifact import Site, Table
+
+
+class Trained(Protocol):
+    """The simulation whose ranges are trained; see `members.Members`."""
+
+    simulation: Simulation
+    frozen: frozenset[str]
+
+    @property
+    def sites(self) -> Sequence[Site]: ...
+    def derive_biases(self) -> None: ...
+
+
+class Ranges:
+    """The exponents of a simulation as parameters of its model, `sim.model.learned_ranges`; zero points stay.
+
+    They are there as soon as there are encodings. In training mode values are quantized with gradients for them (see
+    `training.exponents`). What an optimizer has made of them holds from the next call of the model on, and in what is
+    read, saved and exported. Frozen encodings are not trained, and a copy of the model alone trains none.
+    """
+
+    def __init__(self, sim: Trained, model: nn.Module) -> None:
+        self._sim, self._model = weakref.ref(sim), model
+        self._exponents: Exponents | None = None
+        self._known: Table = {}
+        self._values = torch.empty(0)
+        self._taps = ExitStack()
+        model.register_forward_pre_hook(_Hook(self._enter))
+        model.register_forward_hook(_Hook(self._leave), always_call=True)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+    def follow(self) -> None:
+        """Takes over the encodings where these were changed, else what an optimizer has made of the parameters."""
+        sim = self._sim()
+        if sim is None:
+            return
+        table = {name: e for name, e in sim.simulation.encodings().items() if name not in sim.frozen}
+        names = [s.name for s in sim.sites if s.role != "bias" and s.name in table]
+        if self._exponents is None or any(self._known.get(name) is not table[name] for name in names):
+            self._start(sim, names)
+        elif not torch.equal(self._exponents.values, self._values):
+            self._exponents.advance()
+            self._take(sim, self._exponents)
+
+    def _start(self, sim: Trained, names: list[str]) -> None:
+        named = [name for name in names if sim.simulation.placement.leader(name) in names]
+        if named:
+            self._exponents = Exponents(sim.simulation, named, "tqt")
+            self._model.learned_ranges = nn.ParameterList(self._exponents.parameters())
+            self._take(sim, self._exponents)
+
+    def _take(self, sim: Trained, exponents: Exponents) -> None:
+        self._values = exponents.values.clone()
+        sim.simulation.load(sim.simulation.encodings() | exponents.table())
+        self._known = sim.simulation.encodings()
+        sim.derive_biases()
+
+    def _enter(self) -> None:
+        sim = self._sim()
+        self.follow()
+        if sim is not None and self._exponents is not None and self._model.training and torch.is_grad_enabled():
+            self._taps.enter_context(sim.simulation.intercept(self._quantize))
+
+    def _leave(self) -> None:
+        self._taps.close()
+
+    def _quantize(self, site: Site, x: Tensor, quantized: Tensor) -> Tensor:
+        exponents = self._exponents
+        if exponents is None or site.name not in exponents:
+            return quantized
+        return exponents.quantize(site.name, x, shares_batch=site.role != "weight")
+
+
+class _Hook:
+    """What is done around a call. In a copy of the model it does nothing."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self._act = act
+
+    def __call__(self, *_: Any) -> None:
+        self._act()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
+
+
+def _nothing() -> None:
+    pass
