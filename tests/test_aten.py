@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from pow2quant import prepare
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends import modules as m
+from tests.prepared import outcome
 
 Function = Callable[..., Any]
 
@@ -48,6 +49,7 @@ MAPS: dict[str, Function] = {
     "normalize": lambda x: F.normalize(x, dim=1), "log_softmax": lambda x: F.log_softmax(x, 1),
     "masked softmax": lambda x: F.softmax((x / 2).masked_fill(torch.eye(6) > 0, -torch.inf), -1),
     "softmax with a bias": lambda x: F.softmax(x * 0.3 + torch.full((6, 6), -1e9).triu(1), -1),
+    "cdist": lambda x: torch.cdist(x, x[:, :, :3] * 2), "cdist to rows": lambda x: torch.cdist(x, torch.eye(6), p=1),
     "cosine_similarity": lambda x: F.cosine_similarity(x, x * 2 + 1), "group_norm": lambda x: F.group_norm(x, 2),
     "instance_norm": F.instance_norm, "rms_norm": lambda x: F.rms_norm(x, (6,)),
     "local_response_norm": nn.LocalResponseNorm(3), "lp_pool": lambda x: F.lp_pool2d(x, 2, 2),
@@ -163,6 +165,30 @@ def test_embedding(module):
     network = prepare(module.eval(), torch.randint(0, 50, (2, 6)))
     (placeholder,) = [n for n in network.graph.nodes if n.op == "placeholder"]
     assert placeholder.meta["dtype"] == torch.int64
+
+
+TOKENS = {
+    "one_hot": lambda x: F.one_hot(x, 50).float(),
+    "equal to a range": lambda x: (x.int().unsqueeze(-1) == torch.arange(50, dtype=torch.int32)).float(),
+    "no padding": lambda x: (x != 0).unsqueeze(-1).float(),
+    "a number first": lambda x: (x <= 20).unsqueeze(-1).float(),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_integers_are_compared_with_constants(name, tmp_path):
+    batches = [(torch.randint(0, 50, (2, 6)),) for _ in range(2)]
+    found = outcome(prepare(Calls(TOKENS[name]).eval(), batches[0]), batches, tmp_path)
+    assert found["onnxruntime, no optimization"] == found["onnxruntime, all optimizations"] == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [(lambda x: (x[:, 1:] == x[:, :-1]).float(), "both computed"), (lambda x: (x > 0.5).float(), "other numbers")],
+)
+def test_other_comparisons_of_integers_are_named(function, names):
+    with pytest.raises(UnsupportedModelError, match=names):
+        prepare(Calls(function).eval(), torch.randint(0, 50, (2, 6)))
 
 
 def test_bilinear_layer():

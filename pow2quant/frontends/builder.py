@@ -309,6 +309,12 @@ class Builder:
         """Whether an argument is computed from the network's inputs."""
         return isinstance(value, fx.Node) and value not in self.constants
 
+    def counts(self, value: Any) -> bool:
+        """Whether an argument is integers that count, such as tokens: they have no scale."""
+        dtype, made = value.meta["val"].dtype, self.modules.get(str(self.new[value].target))
+        whole = not dtype.is_floating_point and not dtype.is_complex and dtype.itemsize > 1
+        return whole and not isinstance(made, m.CompareIntegers)
+
     def operand(self, node: fx.Node, value: Any) -> fx.Node:
         """A tensor argument in the prepared graph; a constant one becomes a module that holds it."""
         if isinstance(value, fx.Node) and value in self.new:

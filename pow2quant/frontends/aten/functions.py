@@ -45,7 +45,7 @@ def _cast(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     before, after = (n.meta["val"].dtype for n in (given(a), node))
     if before.is_floating_point and not after.is_floating_point:
         raise b.unsupported(node, f"a cast to {after}")
-    if after.is_floating_point and not before.is_floating_point and before.itemsize > 1:
+    if after.is_floating_point and b.counts(given(a)):
         raise b.unsupported(node, f"a cast of integers, {before}, to {after}")
     return b.operand(node, given(a))
 

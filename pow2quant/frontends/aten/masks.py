@@ -17,6 +17,9 @@ MIRRORED = {"Greater": "Less", "GreaterOrEqual": "LessOrEqual", "Less": "Greater
 def _compare(relation: str) -> Handler:
     def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         number, x, kind = b.number(a.other), a.self, relation
+        data = next(v for v in (a.self, a.other) if b.is_data(v))
+        if b.counts(data):
+            return _compare_integers(b, node, relation, a)
         if number is None and b.number(a.self) is not None:
             number, x, kind = b.number(a.self), a.other, MIRRORED.get(relation, relation)
         if number is not None:
@@ -25,6 +28,25 @@ def _compare(relation: str) -> Handler:
         return b.call(node, m.Compare(relation, 0.0), difference)
 
     return handler
+
+
+def _compare_integers(b: Builder, node: fx.Node, relation: str, a: SimpleNamespace) -> fx.Node:
+    """Of integers that count (tokens), with constants."""
+    x, other, kind = a.self, a.other, relation
+    if not b.is_data(x):
+        x, other, kind = other, x, MIRRORED.get(relation, relation)
+    if b.is_data(other):
+        raise b.unsupported(node, "a comparison of integers that are both computed from the inputs")
+    values = b.tensor(node, other) if isinstance(other, fx.Node) else torch.tensor(other)
+    if not torch.equal(values, values.long()):
+        raise b.unsupported(node, "a comparison of integers with other numbers")
+    return b.call(node, m.CompareIntegers(kind, values), b.operand(node, x), kind="compare")
+
+
+def _one_hot(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    shape = [-1 if free else d for d, free in zip(b.shape(a.self), b.free(a.self), strict=True)]
+    column = b.call(node, m.Reshape([*shape, 1]), b.operand(node, a.self))
+    return b.call(node, m.CompareIntegers("Equal", torch.arange(b.shape(node)[-1])), column, kind="one_hot")
 
 
 def _not_equal(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
@@ -82,4 +104,5 @@ ROWS: dict[str, Handler] = {
     **dict.fromkeys(("logical_and", "bitwise_and", "__and__"), _and),
     **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _or),
     "where": _where, "masked_fill": _masked_fill, "tril": _triangle(torch.tril), "triu": _triangle(torch.triu),
+    "one_hot": _one_hot,
 }  # fmt: skip

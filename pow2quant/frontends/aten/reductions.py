@@ -52,6 +52,23 @@ def _norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return b.call(node, m.Norm(dims, keepdim, int(order)), x)
 
 
+def _cdist(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """The norms of all differences of rows: (…, P, C), (…, R, C) -> (…, P, R)."""
+    first, second = (_unsqueezed(b, node, x, at) for x, at in ((a.x1, -2), (a.x2, -3)))
+    difference = b.call(node, m.Sub(), first, second)
+    if a.p not in (1, 2):
+        raise b.unsupported(node, f"distances of order {a.p}; 1 and 2 are supported")
+    return b.call(node, m.Norm([b.rank(node)], False, int(a.p)), difference)
+
+
+def _unsqueezed(b: Builder, node: fx.Node, x: fx.Node, at: int) -> fx.Node:
+    if not b.is_data(x):
+        return b.hold(node, b.tensor(node, x).unsqueeze(at))
+    shape = [-1 if free else d for d, free in zip(b.shape(x), b.free(x), strict=True)]
+    shape.insert(len(shape) + 1 + at, 1)
+    return b.call(node, m.Reshape(shape), b.operand(node, x))
+
+
 def _extreme(of_one: type[m.Reduction], of_two: type[nn.Module]) -> Handler:
     """max and min: of two tensors; along a dimension, with its places; or of everything."""
 
@@ -112,7 +129,7 @@ ROWS: dict[str, Handler] = {
     "maximum": _extreme(m.Largest, m.Maximum), "minimum": _extreme(m.Least, m.Minimum),
     "fmax": _extreme(m.Largest, m.Maximum), "fmin": _extreme(m.Least, m.Minimum),
     "var": _spread(root=False), "std": _spread(root=True),
-    "linalg_vector_norm": _norm, "norm": _norm,
+    "linalg_vector_norm": _norm, "norm": _norm, "cdist": _cdist,
     "logsumexp": _reduction(m.LogSumExp), "prod": _reduction(m.Product),
     "argmax": _arg(1), "argmin": _arg(-1), "topk": _topk, "cumsum": _cumsum,
 }  # fmt: skip

@@ -29,7 +29,7 @@ from pow2quant.frontends.modules.arithmetic import (
     Sum,
     Variance,
 )
-from pow2quant.frontends.modules.constants import ArgMax, Constant, Embedding, Expand
+from pow2quant.frontends.modules.constants import ArgMax, CompareIntegers, Constant, Embedding, Expand
 from pow2quant.frontends.modules.exact import Exact
 from pow2quant.frontends.modules.functions import (
     ELU,
@@ -106,6 +106,7 @@ __all__ = [
     "Choose",
     "Clamp",
     "Compare",
+    "CompareIntegers",
     "Concat",
     "Constant",
     "ConstantPad",

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pow2quant.frontends.modules.functions import RELATIONS
+
 
 class Constant(nn.Module):
     """A tensor that is an operand, such as a position embedding; it has an encoding like any other tensor.
@@ -45,6 +47,26 @@ class Embedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.embedding(input, self.weight)
+
+
+class CompareIntegers(nn.Module):
+    """1 where an integer is equal to, larger, less, … than a constant one, else 0. relation: ONNX's name of it.
+
+    values: integers of any shape that broadcasts against the operand.
+    """
+
+    def __init__(self, relation: str, values: Tensor) -> None:
+        super().__init__()
+        self.relation = relation
+        self.register_buffer("values", values.detach().clone().long())
+
+    values: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return RELATIONS[self.relation](x, self.values).float()
+
+    def extra_repr(self) -> str:
+        return f"{self.relation}, shape={tuple(self.values.shape)}"
 
 
 class ArgMax(nn.Module):

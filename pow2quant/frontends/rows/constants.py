@@ -6,6 +6,9 @@ from pow2quant.frontends import modules as m
 from pow2quant.frontends.writing import Formula, Node, OnnxGraph, Operator, Rows, formula
 from pow2quant.operators import Kind
 
+FLOAT, INT64 = 1, 7
+"""ONNX's numbers of element types."""
+
 
 def _constant(module: m.Constant, node: Node, graph: OnnxGraph) -> None:
     """Nothing to compute: the initializer is the result."""
@@ -28,9 +31,15 @@ def _argmax(f: Formula, module: m.ArgMax, x: str) -> str:
     return f("ArgMax", x, axis=module.dim, keepdims=int(module.keepdim))
 
 
+def _compare_integers(f: Formula, module: m.CompareIntegers, x: str) -> str:
+    values = f.integers(module.values.cpu().numpy())
+    return f("Cast", f(module.relation, f("Cast", x, to=INT64), values), to=FLOAT)
+
+
 ROWS: Rows = {
     m.Constant: Operator("Constant", _constant, stored="value", integers=True, proved=True),
     m.Expand: Operator("Expand", _expand, integers=True, proved=True),
     m.Embedding: Operator("Gather", _embedding, stored="weight", own=Kind.COMPUTE, integers=True, proved=True),
+    m.CompareIntegers: Operator("Cast", formula(_compare_integers)),
     m.ArgMax: Operator("ArgMax", formula(_argmax), proved=True),
 }
