@@ -22,10 +22,6 @@ from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 from pow2quant.targets import Target
 from pow2quant.targets.rules import require_operation, require_tensor
 
-FUSES_WITH_CLIP = (m.Add, m.Sub, m.Mul, m.Scale)
-"""Beside the weighted operations: those that share one quantizer with a ReLU behind them."""
-
-
 ALIGNED = (m.Add, m.Sub, m.Concat, m.Maximum, m.Minimum)
 """Operations that bring their operands to one scale."""
 
@@ -215,8 +211,8 @@ def _fused_into_reader(network: fx.GraphModule, node: fx.Node, kind: Kind) -> bo
     """Whether the node's only reader is a ReLU-like operation, which then holds the quantizer of both."""
     if node.op != "call_module" or len(node.users) != 1:
         return False
-    fusable = kind is Kind.WEIGHTED or isinstance(network.get_submodule(str(node.target)), FUSES_WITH_CLIP)
-    reader = next(iter(node.users))
+    row, reader = operator(network.get_submodule(str(node.target))), next(iter(node.users))
+    fusable = kind is Kind.WEIGHTED or (row is not None and row.clipped)
     return fusable and reader.op == "call_module" and _kind(network.get_submodule(str(reader.target))) is Kind.CLIP
 
 

@@ -53,6 +53,7 @@ class Operator:
 
     own: how the module treats encodings, where that is not what the operation does.
     stored: the parameter whose values the result has; it is stored on the result's grid.
+    clipped: it shares one quantizer with a ReLU or Clip behind it, as layers do.
     integers: the engine and C compute it, on integers alone. proved: the certificate proves that every executor gives
     the same result, where sums stay within its bounds; where it does not, the claim is "observed".
     """
@@ -61,6 +62,7 @@ class Operator:
     emit: Emit
     stored: str | None = None
     own: Kind | None = None
+    clipped: bool = False
     integers: bool = False
     proved: bool = False
 

@@ -76,9 +76,9 @@ def _mean(module: m.Mean, node: Node, graph: OnnxGraph) -> None:
 
 
 ROWS: Rows = {
-    m.Add: Operator("Add", plain("Add"), integers=True, proved=True),
-    m.Sub: Operator("Sub", plain("Sub"), integers=True, proved=True),
-    m.Mul: Operator("Mul", plain("Mul"), integers=True, proved=True),
+    m.Add: Operator("Add", plain("Add"), clipped=True, integers=True, proved=True),
+    m.Sub: Operator("Sub", plain("Sub"), clipped=True, integers=True, proved=True),
+    m.Mul: Operator("Mul", plain("Mul"), clipped=True, integers=True, proved=True),
     m.MatMul: Operator("MatMul", plain("MatMul"), integers=True, proved=True),
     m.Div: Operator("Div", formula(_div)),
     m.Maximum: Operator("Max", plain("Max"), integers=True, proved=True),

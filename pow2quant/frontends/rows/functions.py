@@ -72,5 +72,5 @@ ROWS: Rows = {
     m.ELU: Operator("Elu", _elu, integers=True, proved=True),
     m.LeakyReLU: Operator("LeakyRelu", _leaky_relu, integers=True, proved=True),
     nn.PReLU: Operator("PRelu", _prelu, integers=True),
-    m.Scale: Operator("Mul", _scale, integers=True, proved=True),
+    m.Scale: Operator("Mul", _scale, clipped=True, integers=True, proved=True),
 }
