@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import keyword
 import operator as py
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,11 +16,11 @@ from torch.utils import _pytree as pytree
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends import modules as m
 from pow2quant.frontends import operators
+from pow2quant.frontends.captured import arguments, operation, scope, unsupported
+from pow2quant.frontends.dropouts import DROPOUT
 from pow2quant.frontends.export import overwrites, source_line
+from pow2quant.frontends.naming import Names
 from pow2quant.frontends.returned import Returned
-
-DROPOUT = "pow2quant_dropout"
-"""Where a node's `meta` keeps through which dropouts its operands pass in training: (name, module), by operand."""
 
 Parts = Callable[[fx.Node, int], fx.Node]
 """One of an operation's several results: (the node that asks for it, which) -> it in the prepared graph."""
@@ -38,9 +36,6 @@ BY_SHAPE = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_
 
 LIKE_OTHER = frozenset({"type_as", "expand_as", "view_as", "reshape_as"})
 """Operations of which the second operand's shape and type count, not its values."""
-
-COMPOSED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Transformer, nn.TransformerEncoderLayer)
-"""Modules of PyTorch's own that are more than one operation."""
 
 
 class Builder:
@@ -65,25 +60,22 @@ class Builder:
         self.made: dict[fx.Node, list[fx.Node]] = {}
         self.results: dict[fx.Node, fx.Node] = {}
         self.constants: dict[fx.Node, Any] = {}
-        self.keys: dict[fx.Node, str] = {}
         self.weighted: set[fx.Node] = set()
         self.twins: dict[fx.Node, fx.Node] = {}
         self.state = frozenset(model.state_dict())
-        self.users_modules = dict(model.named_modules(remove_duplicate=False))
-        self.taken = set(self.users_modules)
+        self.names = Names(model, self.modules)
         self.outputs: list[int] = []
         self.returned: Returned | None = None
         self.unrolled: dict[str, int] = {}
         self.dropouts: dict[fx.Node, tuple[str, nn.Module]] = {}
         self._current: list[fx.Node] = []
         self._held: dict[fx.Node, fx.Node] = {}
-        self._layers: set[str] = set()
 
     def build(self) -> fx.GraphModule:
         """The prepared network, without shapes. Raises UnsupportedModelError, naming the user's line."""
         first, second = self.programs
         specs = {s.arg.name: s for s in first.graph_signature.input_specs}
-        self._layers = self._find_layers(first.graph, specs)
+        self.names.read(first.graph, specs)
         for node, twin in zip(first.graph.nodes, second.graph.nodes, strict=True):
             self.twins[node] = twin
             if node.op == "placeholder":
@@ -108,18 +100,6 @@ class Builder:
         network.recompile()
         return network
 
-    def _find_layers(self, graph: fx.Graph, specs: Mapping[str, InputSpec]) -> set[str]:
-        """The modules that become layers of their own name: nothing can be put inside them."""
-        found = set()
-        for node in graph.nodes:
-            if node.op == "placeholder" and specs[node.name].kind is not InputKind.USER_INPUT:
-                self.keys[node] = str(specs[node.name].target)
-            owner = self.users_modules.get(scope(node)) if node.op == "call_function" else None
-            if owner is not None and [*owner.parameters(recurse=False), *owner.buffers(recurse=False)]:
-                weight = getattr(arguments(node), "weight", None)
-                found |= {self.owner(node, weight) or ""} if isinstance(weight, fx.Node) else set()
-        return found - {""}
-
     # -- nodes -------------------------------------------------------------------------------------------------------
 
     def _placeholder(self, node: fx.Node, twin: fx.Node, spec: InputSpec) -> None:
@@ -137,7 +117,6 @@ class Builder:
             value = first.constants[key] if key in first.constants else first.state_dict[key]
             value = value.clone() if isinstance(value, Tensor) else value
         self.constants[node] = self.constants[twin] = value
-        self.keys[node] = key
         if key in self.state:
             self.weighted.add(node)
 
@@ -268,7 +247,7 @@ class Builder:
         if hasattr(module, "inplace"):
             module.inplace = False  # type: ignore[assignment]
         kind = kind or type(module).__name__.lower()
-        target = _writable(self._name(node, kind) if name is None else self._free(name))
+        target = self.names.of(node, kind) if name is None else self.names.free(name)
         if not isinstance(module, m.BATCH_NORMS):
             operators.check(module, f"{target}{source_line(node)}")
         self.modules[target] = module.eval()
@@ -276,34 +255,9 @@ class Builder:
         self._current.append(made)
         return made
 
-    def _name(self, node: fx.Node, kind: str) -> str:
-        path = scope(node)
-        owner = self.users_modules.get(path)
-        if owner is not None and path and _is_one_operation(owner) and not list(owner.parameters(recurse=False)):
-            return self._free(path)
-        while path in self._layers:
-            path = path.rpartition(".")[0]
-        base, count = f"{path}.{kind}" if path else kind, 0
-        name = base
-        while name in self.taken or name in self.modules:
-            count += 1
-            name = f"{base}_{count}"
-        self.taken.add(name)
-        return name
-
-    def _free(self, name: str) -> str:
-        """The name, or, where it is taken by an earlier call, the name with a number."""
-        if name not in self.modules:
-            return name
-        count = 1
-        while f"{name}_{count}" in self.taken:
-            count += 1
-        self.taken.add(f"{name}_{count}")
-        return f"{name}_{count}"
-
     def drop_out(self, node: fx.Node, module: nn.Module) -> None:
         """Notes a dropout, which a prepared network does not have: see `DROPOUT`."""
-        self.dropouts[node] = self._name(node, "dropout"), module.eval()
+        self.dropouts[node] = self.names.of(node, "dropout"), module.eval()
 
     def is_data(self, value: Any) -> bool:
         """Whether an argument is computed from the network's inputs."""
@@ -330,12 +284,12 @@ class Builder:
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The user's module in whose forward a captured node stands."""
-        return self.users_modules.get(scope(node))
+        return self.names.users.get(scope(node))
 
     def _hold(self, node: fx.Node, value: fx.Node) -> fx.Node:
         if value not in self._held:
-            name = self.keys.get(value)
-            name = None if name is None or name in self.taken else name
+            name = self.names.keys.get(value)
+            name = None if name is None or name in self.names.taken else name
             self._held[value] = self.hold(node, self.tensor(node, value), name)
         return self._held[value]
 
@@ -387,17 +341,7 @@ class Builder:
 
     def owner(self, node: fx.Node, weight: Any) -> str | None:
         """The name for a layer: the module that has `weight`, if that holds no other modules."""
-        path = scope(node)
-        owner = self.users_modules.get(path)
-        held = self.constants.get(weight)
-        if owner is not None and path and (_is_one_operation(owner) or _is_layer(owner)):
-            return path
-        own = [] if owner is None or not path or _children(owner) else owner.parameters(recurse=False)
-        if any(p is held for p in own):
-            return path
-        path = self.keys.get(weight, "").rpartition(".")[0]
-        owner = self.users_modules.get(path)
-        return path if path and owner is not None and not _children(owner) else None
+        return self.names.owner(node, weight, self.constants.get(weight))
 
     @staticmethod
     def shape(node: Any) -> tuple[int, ...]:
@@ -419,60 +363,5 @@ class Builder:
             raise self.unsupported(node, f"more than one dimension grows with the batch: {self.shape(node)}")
         return tuple(shape)
 
-    def unsupported(self, node: fx.Node, why: str) -> UnsupportedModelError:
-        """The error for a captured node, with the user's module and line."""
-        where = scope(node)
-        return UnsupportedModelError(
-            f"{f'{where}: ' if where else ''}{node.name}{source_line(node)}: {why}. Write it with supported operations "
-            "(`pow2quant list --operators`) or keep this part outside the network."
-        )
-
-
-def operation(node: fx.Node) -> str:
-    """The name of an operation without namespace, overload and the mark of writing in place."""
-    packet = getattr(node.target, "overloadpacket", None)
-    name = str(packet).rpartition(".")[2] if packet is not None else getattr(node.target, "__name__", str(node.target))
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
-
-
-def arguments(node: fx.Node) -> SimpleNamespace:
-    """All arguments of an operation by the names of its schema."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return SimpleNamespace(args=node.args, **node.kwargs)
-    names = [a.name for a in schema.arguments]
-    values: dict[str, Any] = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    values |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    return SimpleNamespace(**values)
-
-
-def scope(node: fx.Node) -> str:
-    """The user's module in whose forward a captured node stands."""
-    stack: Mapping[str, tuple[str, Any]] = node.meta.get("nn_module_stack") or {}
-    paths: Sequence[str] = [path for path, _ in stack.values()]
-    return str(paths[-1]).partition("@")[0] if paths else ""
-
-
-def _is_one_operation(module: nn.Module) -> bool:
-    """Whether a module is PyTorch's own for one operation, a subclass that computes as it does, or says that it is."""
-    if getattr(module, "one_operation", False) and not _children(module):
-        return True
-    forward = type(module).forward
-    own = getattr(forward, "__module__", "") or ""
-    return own.startswith("torch.nn.") and not isinstance(module, COMPOSED) and not _children(module)
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Whether a module is a subclass of a convolution or linear layer, whatever its forward does to the weight."""
-    return isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and not _children(module)
-
-
-def _writable(name: str) -> str:
-    """A module's name as Python code can write it: the graph's code is `self.layer1.conv(x)`."""
-    parts = [re.sub(r"[\"'\\\n\r\t]", "_", part) for part in name.split(".")]
-    return ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in parts)
-
-
-def _children(module: nn.Module) -> list[str]:
-    """The names of the modules inside, without those that compute a parameter."""
-    return [name for name, _ in module.named_children() if name != "parametrizations"]
+    unsupported = staticmethod(unsupported)
+    """See `captured.unsupported`."""

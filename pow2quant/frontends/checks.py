@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from pow2quant.errors import ModelError, UnsupportedModelError
-from pow2quant.frontends.builder import Builder, operation, scope
+from pow2quant.frontends.builder import Builder
+from pow2quant.frontends.captured import operation, scope
 from pow2quant.frontends.export import first_line, overwrites, source_line
 
 

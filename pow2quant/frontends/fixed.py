@@ -14,7 +14,7 @@ from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
 from pow2quant.frontends.batches import regrown
-from pow2quant.frontends.builder import operation
+from pow2quant.frontends.captured import operation
 
 RESHAPED = frozenset({"view", "reshape", "_unsafe_view"})
 EXPANDED = frozenset({"expand"})

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.builder import DROPOUT
+from pow2quant.frontends.dropouts import bypass
 from pow2quant.frontends.scores import gather_scores
 
 Shape = tuple[int, ...]
@@ -96,12 +96,7 @@ def drop_idle(network: fx.GraphModule) -> None:
         returned = next(n for n in network.graph.nodes if n.op == "output").all_input_nodes
         if node in returned and (source.op == "placeholder" or source in returned):
             continue
-        for user in node.users:
-            for dropouts in node.meta.get(DROPOUT, {}).values():
-                index = user.all_input_nodes.index(node)
-                user.meta.setdefault(DROPOUT, {}).setdefault(index, [])[:0] = dropouts
-        node.replace_all_uses_with(source)
-        network.graph.erase_node(node)
+        bypass(network.graph, node, source)
         dropped.append(str(node.target))
     network.graph.eliminate_dead_code()
     network.delete_all_unused_submodules()

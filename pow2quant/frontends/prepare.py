@@ -73,7 +73,7 @@ def fixed_batch(network: nn.Module) -> int | None:
 
 
 def dropouts(network: nn.Module) -> tuple[str, ...]:
-    """What the user's dropouts are called that a prepared network does not have; see `builder.DROPOUT`."""
+    """What the user's dropouts are called that a prepared network does not have; see `dropouts.DROPOUT`."""
     found: tuple[str, ...] = getattr(network, "meta", {}).get(DROPOUTS, ())
     return found
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.dropouts import DROPOUT, bypass
 from pow2quant.frontends.modules.normalization import LOWEST
 
 MOVES = (m.Permute, m.Reshape, m.Slice, nn.Flatten)
@@ -116,7 +117,7 @@ def _join_factors(network: fx.GraphModule, node: fx.Node, gone: list[str]) -> No
     network.set_submodule(target, scale.eval())
     with network.graph.inserting_after(node):
         behind = network.graph.call_module(target, (node,))
-    behind.meta = dict(node.meta)
+    behind.meta = {key: value for key, value in node.meta.items() if key != DROPOUT}
     node.replace_all_uses_with(behind, lambda user: user is not behind)
 
 
@@ -133,6 +134,5 @@ def _module(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 
 def _drop(network: fx.GraphModule, node: fx.Node, source: fx.Node, gone: list[str]) -> None:
-    node.replace_all_uses_with(source)
-    network.graph.erase_node(node)
+    bypass(network.graph, node, source)
     gone.append(str(node.target))

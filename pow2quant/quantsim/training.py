@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pow2quant.frontends.builder import DROPOUT
 from pow2quant.frontends.containers import restore_containers
+from pow2quant.frontends.dropouts import DROPOUT
 from pow2quant.frontends.modules import BATCH_NORMS
 from pow2quant.frontends.prepare import dropouts
 

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.aten.layers import equip
-from pow2quant.frontends.builder import Builder, Handler, Parts, scope
+from pow2quant.frontends.builder import Builder, Handler, Parts
+from pow2quant.frontends.captured import scope
 
 
 @dataclass
