@@ -49,6 +49,9 @@ MAPS: dict[str, Function] = {
     "normalize": lambda x: F.normalize(x, dim=1), "log_softmax": lambda x: F.log_softmax(x, 1),
     "masked softmax": lambda x: F.softmax((x / 2).masked_fill(torch.eye(6) > 0, -torch.inf), -1),
     "softmax with a bias": lambda x: F.softmax(x * 0.3 + torch.full((6, 6), -1e9).triu(1), -1),
+    "einsum of three": lambda x: torch.einsum("nchw,ncw,hk->nkc", x, x[:, :, 0], torch.ones(6, 2)),
+    "einsum with dots": lambda x: torch.einsum("...hw,...kw->...hk", x, x * 2),
+    "einsum of rows with dots": lambda x: torch.einsum("...w,wk", x, torch.eye(6)[:, :4]),
     "cdist": lambda x: torch.cdist(x, x[:, :, :3] * 2), "cdist to rows": lambda x: torch.cdist(x, torch.eye(6), p=1),
     "cosine_similarity": lambda x: F.cosine_similarity(x, x * 2 + 1), "group_norm": lambda x: F.group_norm(x, 2),
     "instance_norm": F.instance_norm, "rms_norm": lambda x: F.rms_norm(x, (6,)),
@@ -167,18 +170,18 @@ def test_embedding(module):
     assert placeholder.meta["dtype"] == torch.int64
 
 
-TOKENS = {
+INTEGERS = {
     "one_hot": lambda x: F.one_hot(x, 50).float(),
     "equal to a range": lambda x: (x.int().unsqueeze(-1) == torch.arange(50, dtype=torch.int32)).float(),
     "no padding": lambda x: (x != 0).unsqueeze(-1).float(),
-    "a number first": lambda x: (x <= 20).unsqueeze(-1).float(),
+    "a number first": lambda x: (torch.tensor(20) >= x).unsqueeze(-1).float(),
 }
 
 
-@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("name", INTEGERS)
 def test_integers_are_compared_with_constants(name, tmp_path):
     batches = [(torch.randint(0, 50, (2, 6)),) for _ in range(2)]
-    found = outcome(prepare(Calls(TOKENS[name]).eval(), batches[0]), batches, tmp_path)
+    found = outcome(prepare(Calls(INTEGERS[name]).eval(), batches[0]), batches, tmp_path)
     assert found["onnxruntime, no optimization"] == found["onnxruntime, all optimizations"] == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from types import SimpleNamespace
 
 from torch import fx
@@ -13,21 +14,35 @@ from pow2quant.frontends.builder import Builder, Handler
 
 
 def _einsum(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    """Of one or two operands."""
-    inputs, _, output = a.equation.replace(" ", "").partition("->")
-    names = inputs.split(",")
-    if not output:
-        output = "".join(sorted(c for c in set(inputs) - {","} if inputs.count(c) == 1))
-    plain = "." not in a.equation and all(len(set(n)) == len(n) for n in names)
-    if len(names) not in (1, 2) or not plain:
-        raise b.unsupported(node, f"einsum({a.equation!r}): one or two operands, without dots and diagonals")
+    """Of one operand, or two by two from the left."""
+    names, output = _letters(b, a)
+    if any(len(set(n)) < len(n) for n in names):
+        raise b.unsupported(node, f"einsum({a.equation!r}): a diagonal")
     operands = [b.operand(node, t) for t in a.tensors]
     sizes = {c: (b.shape(t)[i], b.free(t)[i]) for n, t in zip(names, a.tensors, strict=True) for i, c in enumerate(n)}
     if len(names) == 1:
         return _permuted(b, node, *_summed(b, node, operands[0], names[0], output), output)
-    for i, other in ((0, 1), (1, 0)):
-        operands[i], names[i] = _summed(b, node, operands[i], names[i], output + names[other])
-    return _product(b, node, operands, names, output, sizes)
+    while len(names) > 1:
+        read = output + "".join(names[2:])
+        kept = "".join(c for c in dict.fromkeys(names[0] + names[1]) if c in read) if names[2:] else output
+        for i, other in ((0, 1), (1, 0)):
+            operands[i], names[i] = _summed(b, node, operands[i], names[i], kept + names[other])
+        operands[:2], names[:2] = [_product(b, node, operands[:2], names[:2], kept, sizes)], [kept]
+    return operands[0]
+
+
+def _letters(b: Builder, a: SimpleNamespace) -> tuple[list[str], str]:
+    """What the dimensions of the operands and of the result are called; dots become letters, the last ones first."""
+    inputs, arrow, output = a.equation.replace(" ", "").partition("->")
+    unused = [c for c in string.ascii_letters if c not in a.equation]
+    names, longest = [], ""
+    for name, tensor in zip(inputs.split(","), a.tensors, strict=True):
+        dots = "".join(unused[: b.rank(tensor) - len(name.replace("...", ""))])[::-1] if "..." in name else ""
+        names.append(name.replace("...", dots))
+        longest = max(longest, dots, key=len)
+    if not arrow:
+        output = longest + "".join(sorted(c for c in set(inputs) - set(",.") if inputs.count(c) == 1))
+    return names, output.replace("...", longest)
 
 
 Sizes = dict[str, tuple[int, bool]]

@@ -1,0 +1,10 @@
+"""Small networks of kinds that people write and that `benchmarks/zoo.py` is not known for: exact, or refused in a line.
+
+python benchmarks/zoo.py benchmarks/odd_networks.py --results odd.jsonl --page docs/odd-networks.md
+"""
+
+from __future__ import annotations
+
+from odd import ZOO, attention, code, formulas, sequences, vision
+
+__all__ = ["ZOO", "attention", "code", "formulas", "sequences", "vision"]
