@@ -214,8 +214,10 @@ def test_ranges_are_trained_under_the_schemes_that_say_so(network, scheme, tmp_p
         at = [changed[site.name].exponent for site in (layer.input, layer.weight, layer.bias)]
         assert (at[0] + at[1] == at[2]).all()
     other = calibrated(network, quant_scheme=scheme)
+    held = list(other.model.learned_ranges)  # by an optimizer
     other.model.load_state_dict(sim.model.state_dict())
     assert other.encodings() == changed
+    assert all(a is b for a, b in zip(held, other.model.learned_ranges, strict=True))
     assert torch.equal(run(other), run(sim))
     again = copy.deepcopy(sim)
     assert torch.equal(run(again), run(sim))
@@ -228,4 +230,12 @@ def test_frozen_ranges_are_not_trained_and_other_schemes_keep_all(network):
     sim.compute_encodings(lambda model: model(X))
     names = [name for name, _ in sim.model.named_parameters() if name.startswith("learned_ranges")]
     assert len(names) == len([s for s in sim.sites if s.role != "bias"]) - 1
+    sim.model.fc.param_quantizers["weight"].allow_overwrite(True)
+    sim.model.fc.param_quantizers["weight"] = None
+    sim.model.train()(X).sum().backward()
+    with torch.no_grad():
+        for parameter in sim.model.learned_ranges:
+            parameter += 0.75
+    run(sim)
+    assert "fc.weight" not in sim.encodings()
     assert not hasattr(calibrated(network).model, "learned_ranges")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -126,7 +127,7 @@ class PreparedSim(Files):
         roles = {s.role for s in self.sites if s.name not in fixed} | {"bias"}
         held = {name: e for name, e in before.items() if name in fixed}
         try:
-            with in_eval_mode(self.model):
+            with in_eval_mode(self.model), nullcontext() if self.ranges is None else self.ranges.resting():
                 table = self.simulation.calibrate(while_observing(), ALL & roles)
             if not held.items() <= table.items():
                 self.simulation.load(table | held)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -41,31 +41,45 @@ class Ranges:
         self._exponents: Exponents | None = None
         self._known: Table = {}
         self._values = torch.empty(0)
-        self._taps = ExitStack()
+        self._taps, self._rests = ExitStack(), False
         model.register_forward_pre_hook(_Hook(self._enter))
         model.register_forward_hook(_Hook(self._leave), always_call=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Within it, while encodings are chosen, nothing is taken over."""
+        self._rests = True
+        try:
+            yield
+        finally:
+            self._rests = False
+
     def follow(self) -> None:
         """Takes over the encodings where these were changed, else what an optimizer has made of the parameters."""
         sim = self._sim()
-        if sim is None:
+        if sim is None or self._rests:
             return
-        table = {name: e for name, e in sim.simulation.encodings().items() if name not in sim.frozen}
-        names = [s.name for s in sim.sites if s.role != "bias" and s.name in table]
-        if self._exponents is None or any(self._known.get(name) is not table[name] for name in names):
-            self._start(sim, names)
-        elif not torch.equal(self._exponents.values, self._values):
+        table = sim.simulation.encodings()
+        names = {s.name for s in sim.sites if s.role != "bias" and s.name in table} - sim.frozen
+        names = {name for name in names if sim.simulation.placement.leader(name) in names}
+        held = set(self._exponents or ())
+        if names != held or any(self._known[name] is not table[name] for name in names):
+            self._start(sim, table, [name for name in table if name in names])
+        elif self._exponents is not None and not torch.equal(self._exponents.values, self._values):
             self._exponents.advance()
             self._take(sim, self._exponents)
 
-    def _start(self, sim: Trained, names: list[str]) -> None:
-        named = [name for name in names if sim.simulation.placement.leader(name) in names]
-        if named:
-            self._exponents = Exponents(sim.simulation, named, "tqt")
-            self._model.learned_ranges = nn.ParameterList(self._exponents.parameters())
+    def _start(self, sim: Trained, table: Table, names: list[str]) -> None:
+        held = {name: self._known[name].scale.shape for name in self._exponents or ()}
+        if self._exponents is not None and held == {name: table[name].scale.shape for name in names}:
+            self._exponents.restart(table)
+        else:
+            self._exponents = Exponents(sim.simulation, names, "tqt") if names else None
+            self._model.learned_ranges = nn.ParameterList(self._exponents.parameters() if self._exponents else [])
+        if self._exponents is not None:
             self._take(sim, self._exponents)
 
     def _take(self, sim: Trained, exponents: Exponents) -> None:

@@ -66,6 +66,11 @@ class _Part(NamedTuple):
     parameter: nn.Parameter
 
 
+def _part(place: slice, encoding: Encoding, parameter: nn.Parameter) -> _Part:
+    low, high = (float(q - encoding.zero_point.flat[0]) for q in (encoding.grid.qmin, encoding.grid.qmax))
+    return _Part(place, encoding, low, high, parameter)
+
+
 class Exponents:
     """The exponents of a simulation's sites as parameters; zero points stay those of calibration.
 
@@ -94,10 +99,8 @@ class Exponents:
         for name, size in sizes.items():
             place = slice(start, start + size)
             start += size
-            encoding = table[name]
-            low, high = (float(q - encoding.zero_point.flat[0]) for q in (encoding.grid.qmin, encoding.grid.qmax))
-            parameter = nn.Parameter(self.values[place].view(encoding.scale.shape))
-            self._parts[name] = _Part(place, encoding, low, high, parameter)
+            parameter = nn.Parameter(self.values[place].view(table[name].scale.shape))
+            self._parts[name] = _part(place, table[name], parameter)
         self._leaders = leaders
         self.refresh()
 
@@ -185,6 +188,19 @@ class Exponents:
         if bool(self.frozen.all()):
             for parameter in self.parameters():
                 parameter.requires_grad_(False)
+        self.refresh()
+
+    @torch.no_grad()
+    def restart(self, table: Table) -> None:
+        """Starts anew from other encodings of the same sites and shapes; the parameters stay the same objects."""
+        for name, part in self._parts.items():
+            exponents = torch.from_numpy(table[name].exponent.ravel().astype(np.float32))
+            self.calibrated[part.place] = exponents.to(self.calibrated)
+            self._parts[name] = _part(part.place, table[name], part.parameter)
+        self.values.copy_(self.rule.middle(torch.zeros_like(self.calibrated)))
+        self.frozen.zero_()
+        self.average.copy_(self.calibrated)
+        self.frequency.zero_()
         self.refresh()
 
     def table(self, k: Tensor | None = None) -> Table:
