@@ -40,7 +40,20 @@ class Maps(nn.Module):
         return self.last(self.second(y).flatten(1))
 
 
-NETWORKS = {"Maps": Maps, "Signal": Signal}
+class Mean(nn.Module):
+    """One mean over whole maps of two dimensions."""
+
+    shape = (2, 4, 4)
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(2, 3, 1), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)).mean((2, 3)))
+
+
+NETWORKS = {"Maps": Maps, "Signal": Signal, "Mean": Mean}
 
 
 def quantized(network, rounding=None):

@@ -61,21 +61,22 @@ def export_hls4ml(artifact: Artifact, folder: Path) -> Path:
 class Layers:
     """A program as hls4ml's list of layers.
 
-    outputs: tensors to give in place of the network's outputs. orders: of every tensor's values.
+    outputs: tensors to give in place of the network's outputs. Of every tensor, names: its layer; shapes: the layer's,
+    without the batch and channels first; orders: of its values in hls4ml.
     """
 
     def __init__(self, program: Program, outputs: Sequence[str] | None = None) -> None:
         self.program = program
         self.outputs = list(program.outputs if outputs is None else outputs)
         self.names: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.orders: dict[str, Order] = {}
         self.layers: list[dict[str, Any]] = []
         self.precisions: dict[str, Any] = {}
         for name in program.inputs:
             tensor = program.tensors[name]
-            shape = [*tensor.shape[1:], tensor.shape[0]] if len(tensor.shape) > 1 else list(tensor.shape)
-            self.orders[name] = _channels_last(tensor.shape)
-            self.names[name] = self.add("InputLayer", [], {"result": fixed(tensor)}, input_shape=shape)
+            self.shapes[name], self.orders[name] = tensor.shape, _channels_last(tensor.shape)
+            self.names[name] = self.add("InputLayer", [], {"result": fixed(tensor)}, input_shape=_shape(tensor.shape))
         for step in program.steps:
             writer = WRITERS.get(type(step))
             if writer is None:
@@ -89,9 +90,8 @@ class Layers:
             hls4ml: Any = import_module("hls4ml")
         except ImportError as error:
             raise MissingExtraError(f"hls4ml is not installed: pip install 'pow2quant[hls4ml]' ({error})") from error
-        config = hls4ml.utils.config.create_config(
-            output_dir=str(folder), project_name=PROJECT, backend="Vitis", write_weights_txt=False
-        )
+        options = {"backend": "Vitis", "write_weights_txt": False}
+        config = hls4ml.utils.config.create_config(output_dir=str(folder), project_name=PROJECT, **options)
         wide = {"Precision": {"default": "ap_fixed<32,16>"}, "ReuseFactor": 1, "Strategy": "Latency"}
         config["HLSConfig"] = {"Model": wide, "LayerName": {n: {"Precision": p} for n, p in self.precisions.items()}}
         starts = [layer["name"] for layer in self.layers if layer["class_name"] == "InputLayer"]
@@ -108,11 +108,11 @@ class Layers:
         return name
 
     def put(
-        self, step: Any, kind: str, inputs: list[str], precision: dict[str, str], order: Order, **attributes: Any
+        self, step: Any, kind: str, inputs: list[str], precision: dict[str, str], shape: tuple[int, ...], **rest: Any
     ) -> None:
-        """The layer of a step, and the ReLU that is fused into it."""
+        """The layer of a step, and the ReLU that is fused into it. shape: of its result, a map or a row."""
         result = self.program.tensors[step.output]
-        name = self.add(kind, inputs, {**precision, "result": fixed(result)}, **attributes)
+        name = self.add(kind, inputs, {**precision, "result": fixed(result)}, **rest)
         rule: Requantization | None = getattr(step, "requantization", None)
         if rule is not None and (rule.low, rule.high) != (result.low, result.high):
             activations = {(0, result.high): "relu", (0, math.ldexp(6, -result.exponent)): "relu6"}
@@ -120,7 +120,8 @@ class Layers:
                 raise _refused(step, f"clips codes to {rule.low} to {rule.high}; hls4ml has ReLU and ReLU6")
             kind = activations[rule.low, rule.high]
             name = self.add("Activation", [name], {"result": fixed(result)}, activation=kind, n_in=result.size)
-        self.names[step.output], self.orders[step.output] = name, order
+        self.names[step.output] = name
+        self.shapes[step.output], self.orders[step.output] = shape, _channels_last(shape)
 
     def copy(self, name: str) -> str:
         """A tensor's layer for output alone; it is wider, as equal types would be joined."""
@@ -128,10 +129,12 @@ class Layers:
         wider = _type(tensor.encoding.grid.width + 1, tensor.exponent)
         return self.add("Activation", [self.names[name]], {"result": wider}, activation="linear", n_in=tensor.size)
 
-    def reshaped(self, name: str, shape: list[int]) -> str:
-        """A tensor's layer in another shape; its values stay where they are."""
+    def shaped(self, name: str, shape: tuple[int, ...]) -> str:
+        """A tensor's layer in a shape, channels first as in the program; its values stay where they are."""
+        if self.shapes[name] == shape:
+            return self.names[name]
         precision = {"result": fixed(self.program.tensors[name])}
-        return self.add("Reshape", [self.names[name]], precision, target_shape=shape)
+        return self.add("Reshape", [self.names[name]], precision, target_shape=_shape(shape))
 
 
 def fixed(tensor: Tensor) -> str:
@@ -174,10 +177,10 @@ def _dense(layers: Layers, step: Dense) -> None:
     if layers.program.tensors[name].size != step.weight.shape[1]:
         raise _refused(step, "a linear layer over the last of several dimensions")
     types, weight, bias = _products(layers, step)
-    row = layers.reshaped(name, [layers.program.tensors[name].size])
+    row = layers.shaped(name, (layers.program.tensors[name].size,))
     data = {"weight_data": weight[:, layers.orders[name]].T.copy(), "bias_data": bias}
     sizes = {"n_in": weight.shape[1], "n_out": len(weight)}
-    layers.put(step, "Dense", [row], types, np.arange(len(weight)), **sizes, **data)
+    layers.put(step, "Dense", [row], types, (len(weight),), **sizes, **data)
 
 
 def _convolution(layers: Layers, step: Convolution) -> None:
@@ -217,9 +220,8 @@ def _maximum(layers: Layers, step: Maximum) -> None:
     x = layers.program.tensors[step.inputs[0]]
     channels = x.size // math.prod(step.window.size)
     pool = dict(zip(("pool_height", "pool_width"), step.window.kernel, strict=True))
-    order, inputs = _channels_last((channels, *step.window.result)), [_map(layers, step, channels)]
-    types = {"accum": fixed(x)}
-    layers.put(step, "MaxPooling2D", inputs, types, order, n_filt=channels, **pool, **_places(step.window))
+    types, shape, inputs = {"accum": fixed(x)}, (channels, *step.window.result), [_map(layers, step, channels)]
+    layers.put(step, "MaxPooling2D", inputs, types, shape, n_filt=channels, **pool, **_places(step.window))
 
 
 def _windowed(
@@ -238,8 +240,9 @@ def _windowed(
     sizes = {"n_chan": kernel.shape[2], "n_filt": len(bias)}
     filters = dict(zip(("filt_height", "filt_width"), step.window.kernel, strict=True))
     data = {key: kernel.copy(), "bias_data": bias}
-    order = _channels_last((len(bias), *step.window.result))
-    layers.put(step, kind, inputs, types, order, **sizes, **filters, **data, **_places(step.window))
+    layers.put(
+        step, kind, inputs, types, (len(bias), *step.window.result), **sizes, **filters, **data, **_places(step.window)
+    )
 
 
 def _map(layers: Layers, step: Any, channels: int) -> str:
@@ -247,9 +250,7 @@ def _map(layers: Layers, step: Any, channels: int) -> str:
     name = step.inputs[0]
     if not np.array_equal(layers.orders[name], _channels_last((channels, *step.window.size))):
         raise _refused(step, "reads a map that was reshaped")
-    if len(layers.program.tensors[name].shape) == 3:
-        return layers.names[name]
-    return layers.reshaped(name, [*step.window.size, channels])
+    return layers.shaped(name, (channels, *step.window.size))
 
 
 def _places(window: Window) -> dict[str, Any]:
@@ -264,22 +265,21 @@ def _sum(layers: Layers, step: Sum) -> None:
     a, b = (layers.program.tensors[name] for name in step.inputs)
     if a.constant is not None or b.constant is not None or a.shape != b.shape:
         raise _refused(step, "a sum with a constant, or of two shapes")
-    order, other = (layers.orders[name] for name in step.inputs)
-    if not np.array_equal(order, other):
-        raise _refused(step, "a sum of a map and of one that was reshaped")
-    layers.put(
-        step,
-        "Merge",
-        [layers.names[name] for name in step.inputs],
-        {},
-        order,
-        op="subtract" if step.subtracts else "add",
-    )
+    shape = layers.shapes[step.inputs[0]]
+    if not all(np.array_equal(layers.orders[name], _channels_last(shape)) for name in step.inputs):
+        raise _refused(step, "a sum of what was reshaped")
+    inputs = [layers.shaped(name, shape) for name in step.inputs]
+    layers.put(step, "Merge", inputs, {}, shape, op="subtract" if step.subtracts else "add")
 
 
 def _view(layers: Layers, step: View) -> None:
-    layers.names[step.output] = layers.names[step.inputs[0]]
-    layers.orders[step.output] = layers.orders[step.inputs[0]]
+    source = step.inputs[0]
+    layers.names[step.output] = layers.names[source]
+    layers.shapes[step.output], layers.orders[step.output] = layers.shapes[source], layers.orders[source]
+
+
+def _shape(shape: tuple[int, ...]) -> list[int]:
+    return [*shape[1:], shape[0]]
 
 
 def _channels_last(shape: tuple[int, ...]) -> Order:
