@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -63,12 +64,14 @@ def content(program: torch.export.ExportedProgram) -> bytes:
     exir = _package("executorch.exir")
     xnnpack = _package("executorch.backends.xnnpack.partition.xnnpack_partitioner")
     with_int8 = in_int8(program)
-    try:
-        lowered = exir.to_edge_transform_and_lower(with_int8, partitioner=[xnnpack.XnnpackPartitioner()])
-        return bytes(lowered.to_executorch().buffer)
-    except Exception as error:  # whatever its passes raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedModelError(f"ExecuTorch: the network cannot be converted: {reason}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls what is deprecated
+        try:
+            lowered = exir.to_edge_transform_and_lower(with_int8, partitioner=[xnnpack.XnnpackPartitioner()])
+            return bytes(lowered.to_executorch().buffer)
+        except Exception as error:  # whatever its passes raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UnsupportedModelError(f"ExecuTorch: the network cannot be converted: {reason}") from error
 
 
 def in_int8(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -182,7 +185,9 @@ def _loaded(runtime: Any, file: bytes) -> Callable[..., Any]:
 
 def _package(name: str) -> Any:
     try:
-        return import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is experimental
+            return import_module(name)
     except ImportError as error:
         raise MissingExtraError(
             f"ExecuTorch is not installed: pip install 'pow2quant[executorch]' ({error})"
