@@ -167,7 +167,7 @@ def test_wilson_by_hand() -> None:
     assert wilson(0.9, 100) == pytest.approx((0.8256, 0.9448), abs=5e-5)
     assert wilson(1.0, 450) == pytest.approx((0.99154, 1), abs=5e-6)
     assert wilson(0.0, 10) == pytest.approx((0, 0.2775), abs=5e-5)
-    assert interval_of(np.array([1.0, 2.0, 3.0]), share=False) == pytest.approx([2 - 1.959964 / 3**0.5, 3.13161], 1e-5)
+    assert interval_of(np.array([1.0, 2.0, 3.0]), hits=False) == pytest.approx([2 - 1.959964 / 3**0.5, 3.13161], 1e-5)
 
 
 def test_what_is_said_of_an_evaluation() -> None:

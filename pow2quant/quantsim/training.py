@@ -34,7 +34,7 @@ class FoldedBatchNorm(_BatchNorm):
         raise self._refuse(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "training":
+        if name not in vars(self):  # a module's own, such as `training` and `_modules`, which copies replace
             raise self._refuse(name)
         super().__setattr__(name, value)
 

@@ -260,7 +260,9 @@ def tried(
     if done:
         progress.note(f"{done} of {total} trials are finished already")
     alone = jobs == 1
-    running = work(ledger, trials, progress, stopped=stopped) if alone else work_in_processes(make, trials, jobs)
+    running = (
+        work(ledger, trials, progress, stopped=stopped) if alone else work_in_processes(make, trials, jobs, stopped)
+    )
     told: set[Any] = {None}
     for entry in progress.track(running, "trials", total - done):
         if (line := entry.result.get("preprocessing")) not in told:

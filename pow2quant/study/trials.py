@@ -211,7 +211,9 @@ def work(
         ledger.close()
 
 
-def work_in_processes(make: Callable[[], Ledger], trials: Trials, jobs: int) -> Iterator[Entry]:
+def work_in_processes(
+    make: Callable[[], Ledger], trials: Trials, jobs: int, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[Entry]:
     """The same with so many processes; a process that dies is replaced, at most as often as there are trials."""
     context = multiprocessing.get_context("spawn")
     ledger = make()
@@ -226,6 +228,8 @@ def work_in_processes(make: Callable[[], Ledger], trials: Trials, jobs: int) -> 
     spare, seen = len(trials.plan), {e.number for e in ledger.entries() if e.state != "running"}
     try:
         while True:
+            if stopped():
+                raise KeyboardInterrupt
             alive = any(process.is_alive() for process in processes)
             finished = [e for e in ledger.entries() if e.state != "running" and e.number not in seen]
             seen |= {e.number for e in finished}
