@@ -58,5 +58,5 @@ def load_state(path: Path) -> tuple[dict[str, NDArray[Any]], Table]:
 def _encoding(
     tensors: Mapping[str, NDArray[Any]], name: str, bits: Any, signed: bool, narrow: bool, axis: Any
 ) -> Encoding:
-    grid = IntGrid(tuple(bits) if isinstance(bits, list) else bits, signed, narrow)
+    grid = IntGrid.of(bits, signed, narrow)
     return Encoding(tensors[f"scale:{name}"], tensors[f"zero_point:{name}"], grid, axis)

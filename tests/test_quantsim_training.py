@@ -1,6 +1,7 @@
 """`sim.model` on `custom` in training, and what of it would otherwise differ from AIMET without a word."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -10,7 +11,8 @@ from torch.nn import functional as F
 
 from pow2quant import QuantizationSimModel
 from pow2quant.backends import aimet
-from pow2quant.errors import ConfigError, EncodingError
+from pow2quant.errors import ConfigError, EncodingError, FileFormatError
+from pow2quant.pow2_constraints import Encoding, IntGrid
 
 X = torch.randn(16, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -239,3 +241,17 @@ def test_frozen_ranges_are_not_trained_and_other_schemes_keep_all(network):
     run(sim)
     assert "fc.weight" not in sim.encodings()
     assert not hasattr(calibrated(network).model, "learned_ranges")
+
+
+def test_a_state_keeps_widths_of_channels_and_names_what_is_damaged(sim):
+    weight = next(s.name for s in sim.sites if s.name.startswith("fc.weight"))
+    e = sim.encodings()[weight]
+    mixed = Encoding(e.scale, e.zero_point, IntGrid((4, 8) * (len(e.scale) // 2), signed=True), e.axis)
+    sim.simulation.load(sim.encodings() | {weight: mixed})
+    state = sim.model.state_dict()
+    sim.simulation.load(sim.encodings() | {weight: e})
+    sim.model.load_state_dict(state)
+    assert sim.encodings()[weight] == mixed
+    (key,) = (key for key in state if "fc" in key and key.endswith(".encoding") and "weight" in key)
+    with pytest.raises(FileFormatError, match=re.escape(key)):
+        sim.model.load_state_dict(state | {key: state[key][:-3]})

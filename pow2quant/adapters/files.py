@@ -57,7 +57,7 @@ def _exact_grid(entry: Any, where: str) -> tuple[IntGrid, int | None]:
     if not (integers and type(signed) is bool and type(narrow) is bool):
         raise FileFormatError(f"{where}: impossible grid {entry!r}")
     try:
-        return IntGrid(tuple(bits) if isinstance(bits, list) else bits, signed, narrow), axis
+        return IntGrid.of(bits, signed, narrow), axis
     except EncodingError as error:
         raise FileFormatError(f"{where}: {error}") from error
 

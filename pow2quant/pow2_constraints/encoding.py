@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,11 @@ class IntGrid:
                 raise EncodingError(f"bits: {width} is not a width from {BITS[0]} to {BITS[-1]}")
         if self.narrow and not self.signed:
             raise EncodingError("narrow: only a signed grid can be narrow")
+
+    @classmethod
+    def of(cls, bits: int | Sequence[int], signed: bool, narrow: bool) -> IntGrid:
+        """A grid from what files say; JSON has lists where `bits` is a tuple. Raises EncodingError."""
+        return cls(bits if isinstance(bits, int) else tuple(bits), signed, narrow)
 
     @property
     def qmin(self) -> NDArray[np.int64]:

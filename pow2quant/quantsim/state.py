@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from pow2quant.backends.fake_quant import FakeQuantize
+from pow2quant.errors import EncodingError, FileFormatError
+from pow2quant.foreign import parsed
 from pow2quant.pow2_constraints import Encoding, IntGrid
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ def _write(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) 
 def _read(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     for key, quantizer in _quantizers(model, prefix).items():
         if key in state:
-            quantizer.encoding = _from_tensor(state.pop(key))
+            quantizer.encoding = _from_tensor(key, state.pop(key))
     for index, parameter in enumerate(getattr(model, RANGES, ())):
         state[f"{prefix}{RANGES}.{index}"] = parameter.detach()
 
@@ -54,10 +56,14 @@ def _to_tensor(e: Encoding | None) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(fields).encode()), dtype=torch.uint8)
 
 
-def _from_tensor(state: Tensor) -> Encoding | None:
-    fields = json.loads(bytes(state.tolist()))
-    if fields is None:
-        return None
-    grid = IntGrid(fields["bits"], fields["signed"], fields["narrow"])
-    scale, zero_point = np.array(fields["scale"], np.float32), np.array(fields["zero_point"], np.int64)
-    return Encoding(scale, zero_point, grid, fields["axis"])
+def _from_tensor(key: str, state: Tensor) -> Encoding | None:
+    """The inverse of `_to_tensor`. Raises FileFormatError, naming the key, for anything else."""
+    try:
+        fields = parsed(bytes(state.tolist()))
+        if fields is None:
+            return None
+        grid = IntGrid.of(fields["bits"], fields["signed"], fields["narrow"])
+        scale, zero_point = np.array(fields["scale"], np.float32), np.array(fields["zero_point"], np.int64)
+        return Encoding(scale, zero_point, grid, fields["axis"])
+    except (EncodingError, KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{key}: not the encoding that `state_dict` of a simulation has: {error}") from error

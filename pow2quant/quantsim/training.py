@@ -15,6 +15,9 @@ from pow2quant.frontends.prepare import dropouts
 RANDOM = ("StochasticDepth", "DropPath")
 """Modules that leave no trace in a network that was captured in eval mode."""
 
+LOST = "pow2quant_lost"
+"""Where a model's `meta` keeps what is random in the user's network in training, and not here."""
+
 
 class FoldedBatchNorm(_BatchNorm):
     """Stands where a batch norm was that is folded. What asks for its statistics or parameters gets an error."""
@@ -75,10 +78,6 @@ def restore(model: nn.Module, user: nn.Module, norms: list[str]) -> None:
     model.recompile()
     restore_containers(model, user)
     model.meta[LOST] = sorted({*dropouts(model), *_random(user)} - restored)
-
-
-LOST = "pow2quant_lost"
-"""Where a model's `meta` keeps what is random in the user's network in training, and not here."""
 
 
 def _random(user: nn.Module) -> list[str]:
