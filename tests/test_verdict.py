@@ -16,8 +16,9 @@ from pow2quant.report.advice import advice
 from pow2quant.report.verdict import Change, claim_of, judged, verdict
 from pow2quant.runs.judging import change_of, untrained
 from pow2quant.runs.scores import Scores
-from pow2quant.tasks.base import Task
+from pow2quant.tasks.base import Task, in_unit
 from pow2quant.tasks.classification import Classification
+from pow2quant.tasks.multilabel import MultiLabel
 from pow2quant.tasks.regression import Regression
 from pow2quant.validation.agreement import Executor
 
@@ -122,6 +123,16 @@ def test_a_network_that_is_no_better_than_one_answer_guesses() -> None:
     same = torch.zeros(50, dtype=torch.long)
     (doubt,) = verdict([AGREES], scored(task, logits[:50], logits[:50], same))["warnings"]
     assert "all 50 evaluated samples have the same label" in doubt
+
+
+def test_what_is_at_nothing_has_nothing_to_lose() -> None:
+    labels = torch.ones(30, 3)
+    change = scored(MultiLabel(((3,),)), -labels, -labels, labels)
+    assert (change.before, change.after) == (0.0, 0.0)
+    assert judged(change)[0] == "unknown"
+    nothing = MultiLabel(((3,),)).metrics[0].counter()
+    nothing.add([-np.ones((30, 3))], np.zeros((30, 3)))  # no label is given, and none is meant
+    assert in_unit(nothing) is None
 
 
 def configured(weight: int, output: int, methods: tuple[str, ...] | None, **values: object) -> RunConfig:

@@ -25,7 +25,7 @@ class Change:
 
     interval: 95 %, of `after` less `before`, in the metric's unit; None where the metric is no mean over samples.
     constant: the metric of the answer that is most often right, given for every sample. guesses: whether the float
-    network is not clearly better than that. total: of how many samples these were taken.
+    network is not clearly better than that, or has 0 %. total: of how many samples these were taken.
     """
 
     metric: str

@@ -20,7 +20,7 @@ from pow2quant.report.verdict import Change, verdict
 from pow2quant.runs.job import Job
 from pow2quant.runs.pixels import Pixels
 from pow2quant.runs.scores import FLOAT, Scores
-from pow2quant.tasks.base import ONE_ANSWER, Averaged, Counter, Metric, OneAnswer, Ratios
+from pow2quant.tasks.base import ONE_ANSWER, Averaged, Counter, Metric, OneAnswer, in_unit
 
 
 def judge(
@@ -72,16 +72,17 @@ def change_of(scores: Scores, executor: str) -> Change | None:
         samples=scores.samples,
         total=scores.total or scores.samples,
         constant=None if constant is None else 100 * float(constant.mean()),
-        guesses=constant is not None and one is not None and _interval(one - 100 * constant, True)[0] <= 0,
+        guesses=(before == 0 and metric.higher_is_better and metric.unit == "%")
+        or (constant is not None and one is not None and _interval(one - 100 * constant, True)[0] <= 0),
     )
 
 
 def interval_of_change(before: Counter, after: Counter, metric: Metric) -> tuple[float, float] | None:
     """95 % of the change of a metric that was counted on the same samples; None where it is no mean over them."""
-    if not (isinstance(before, Averaged | Ratios) and isinstance(after, Averaged | Ratios) and after.parts):
+    one, other = in_unit(before), in_unit(after)
+    if one is None or other is None:
         return None
-    hits = isinstance(after, Averaged) and metric.unit == "%"
-    return _interval(after.factor * (after.per_sample() - before.per_sample()), hits)
+    return _interval(other - one, isinstance(after, Averaged) and metric.unit == "%")
 
 
 def _interval(differences: NDArray[np.float64], hits: bool) -> tuple[float, float]:

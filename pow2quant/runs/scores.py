@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pow2quant.frontends.batches import inputs
 from pow2quant.runs.worst import Worst
-from pow2quant.tasks.base import Averaged, Counter, Metric, Ratios, Task
+from pow2quant.tasks.base import Averaged, Counter, Metric, Task, in_unit
 from pow2quant.tasks.judging import Noise, arrays_of
 from pow2quant.validation.agreement import Executor
 
@@ -128,7 +128,4 @@ class Scores:
     def per_sample(self, executor: str) -> NDArray[np.float64] | None:
         """Values of samples, (N,), whose mean is the leading metric, in its unit; None where there are none."""
         leading = self.task.metrics[0].name if self.task.metrics else ""
-        counter = self.counters.get(executor, {}).get(leading)
-        return (
-            counter.factor * counter.per_sample() if isinstance(counter, Averaged | Ratios) and counter.parts else None
-        )
+        return in_unit(self.counters.get(executor, {}).get(leading))

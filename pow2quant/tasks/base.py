@@ -162,6 +162,14 @@ class Ratios:
         return values
 
 
+def in_unit(counter: Counter | None) -> Array | None:
+    """Values of samples, (N,), whose mean is a metric in its unit; None where it is no mean, or over nothing."""
+    if isinstance(counter, Averaged | Ratios) and counter.value() is not None:
+        values: Array = counter.factor * counter.per_sample()
+        return values
+    return None
+
+
 def tensor_of(targets: Any, where: str, expected: str) -> Tensor:
     """The targets, if they are a tensor. Raises DataError that says what was expected."""
     if not isinstance(targets, Tensor):
