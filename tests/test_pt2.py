@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from pow2quant import plugins, simulate, targets
 from pow2quant.adapters import onnx_qdq
@@ -40,6 +41,23 @@ def quantized(network, rounding=None, **options):
     sim = simulate(NETWORKS[network]().eval(), x[:1], replace(plan, target=target))
     sim.calibrate([x])
     return sim, sim.export(x[:1]), x
+
+
+def test_executorch_refuses_a_sum_that_it_would_round_otherwise(tmp_path):
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), Summed()).eval()
+    x = torch.randn(8, 1, 6, 6)
+    sim = simulate(network, x[:1], replace(plan_of(RunConfig()), target=targets.load("executorch")))
+    sim.calibrate([x])
+    with pytest.raises(
+        UnsupportedModelError, match="rounds a sum over a dimension half_even, target executorch half_up"
+    ):
+        plugins.resolve("exporters", "executorch")(sim.export(x[:1]), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class Summed(nn.Module):
+    def forward(self, x):
+        return x.sum(3)
 
 
 def agreement(sim, artifact, x, folder):

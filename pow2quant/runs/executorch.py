@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from pow2quant import targets
 from pow2quant.errors import MissingExtraError, UnsupportedModelError
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 from pow2quant.runs import pt2
 from pow2quant.saving import write
+from pow2quant.validation.files import opened
 
 if TYPE_CHECKING:
     from pow2quant.artifact import Artifact
@@ -44,6 +47,7 @@ def export_executorch(artifact: Artifact, folder: Path, *, batch: int = 1) -> Pa
     batch: the size that it takes. Raises MissingExtraError without executorch; UnsupportedModelError for what it does
     not convert.
     """
+    _require_known_sums(artifact)
     path = Path(folder) / FILE
     write(path, content(pt2.program(artifact, batch)))
     return path
@@ -52,10 +56,11 @@ def export_executorch(artifact: Artifact, folder: Path, *, batch: int = 1) -> Pa
 def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Executor]:
     """The QDQ file as a .pte in ExecuTorch's runtime, one sample at a time.
 
-    Raises MissingExtraError where it is not installed; what it cannot convert is an UnsupportedModelError when it is
-    run.
+    Raises MissingExtraError where it is not installed; UnsupportedModelError for a sum over a dimension, and, when it
+    is run, for what it cannot convert.
     """
     runtime = _package("executorch.runtime").Runtime.get()
+    _require_known_sums(opened(model).network)
     return [pt2.executor(model, NAME, lambda program: _loaded(runtime, content(program)))]
 
 
@@ -72,6 +77,17 @@ def content(program: torch.export.ExportedProgram) -> bytes:
         except Exception as error:  # whatever its passes raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UnsupportedModelError(f"ExecuTorch: the network cannot be converted: {reason}") from error
+
+
+def _require_known_sums(network: Artifact) -> None:
+    """Raises UnsupportedModelError for a sum over a dimension, which float32 kernels round half to even."""
+    target = targets.of(network.model)
+    for node in network.model.graph.node:
+        if node.op_type == "ReduceSum" and (rule := target.rounding.of(node.op_type)) != HALF_EVEN:
+            raise UnsupportedModelError(
+                f"{node.name or node.output[0]}: ExecuTorch rounds a sum over a dimension {HALF_EVEN}, "
+                f"target {target.name} {rule}"
+            )
 
 
 def in_int8(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
