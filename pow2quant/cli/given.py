@@ -77,8 +77,16 @@ FLAGS = {
 """What typer knows of each, in the order of the help."""
 
 NOT_EVERYWHERE = {
-    *("model", "weights", "weight_bits", "activation_bits"),
-    *("method", "budget", "target", "encodings_version", "output", "overwrite"),
+    "model",
+    "weights",
+    "weight_bits",
+    "activation_bits",
+    "method",
+    "budget",
+    "target",
+    "encodings_version",
+    "output",
+    "overwrite",
 }
 """Flags that only the commands have that name them."""
 
