@@ -197,7 +197,7 @@ def test_the_command_line(weights, tmp_path, capsys):
 # -- being killed ------------------------------------------------------------------------------------------------------
 
 
-KILLS = int(os.environ.get("POW2QUANT_KILLS", "3"))
+KILLS = int(os.environ.get("POW2QUANT_KILLS", "2"))
 
 
 @pytest.mark.slow
@@ -205,7 +205,7 @@ KILLS = int(os.environ.get("POW2QUANT_KILLS", "3"))
 def test_killed_at_random_moments_it_ends_with_the_bits_of_an_uninterrupted_run(weights, tmp_path):
     """Killed a while after a new checkpoint, or at any moment from the start of the process on; then resumed."""
     chance, file = random.Random(1), tmp_path / "config.yaml"
-    settings = {"training__epochs": 4 * KILLS, "training__checkpoint_minutes": 0.0005, "ptq__max_eval_batches": 1}
+    settings = {"training__epochs": 3 * KILLS, "training__checkpoint_minutes": 0.0005, "ptq__max_eval_batches": 1}
     file.write_text(config.dump(configured(weights, **settings)))
     start = [sys.executable, "-m", "pow2quant", "qat", "--config", str(file), "--quiet", "--output"]
     subprocess.run([*start, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
