@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from pow2quant import models
 from pow2quant.config import DataConfig
-from pow2quant.datasets import cifar10
+from pow2quant.datasets.cifar10 import cifar10
 
 
 @dataclass

@@ -74,10 +74,10 @@ TABLES: dict[str, dict[str, str]] = {
         "digits-cnn": "pow2quant.models:digits_cnn",
     },
     "datasets": {
-        "digits": "pow2quant.datasets:digits",
-        "cifar10": "pow2quant.datasets:cifar10",
-        "mnist": "pow2quant.datasets:mnist",
-        "imagefolder": "pow2quant.datasets:imagefolder",
+        "digits": "pow2quant.datasets.digits:digits",
+        "cifar10": "pow2quant.datasets.cifar10:cifar10",
+        "mnist": "pow2quant.datasets.mnist:mnist",
+        "imagefolder": "pow2quant.datasets.imagefolder:imagefolder",
     },
 }
 

@@ -19,6 +19,7 @@ from torchvision import transforms
 
 from pow2quant import datasets
 from pow2quant.config import DataConfig
+from pow2quant.datasets.settings import DEFAULTS
 from pow2quant.errors import ConfigError, DataError
 
 CIFAR = DataConfig("cifar10", batch_size=7)
@@ -387,7 +388,7 @@ def test_resolved_says_how_to_repeat_the_run(tree):
     assert datasets.resolved(DataConfig("somewhere.py:data")) == DataConfig("somewhere.py:data")
 
 
-@given(st.sampled_from(sorted(datasets.DEFAULTS)), st.none() | st.integers(1, 300), st.none() | st.integers(1, 300))
+@given(st.sampled_from(sorted(DEFAULTS)), st.none() | st.integers(1, 300), st.none() | st.integers(1, 300))
 def test_resolved_is_idempotent_and_keeps_what_is_given(dataset, resize, crop):
     config = DataConfig(dataset, resize=resize, crop=crop)
     if resize and crop and crop > resize:

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, random_split
 
 import pow2quant
-from pow2quant import config, models, reading, sources
+from pow2quant import config, models, reading
 from pow2quant.cli import main
+from pow2quant.datasets import sources
 from pow2quant.errors import ConfigError, DataError, ModelError
 from pow2quant.methods.adaround import AdaRound
 from pow2quant.methods.bias_correction import BiasCorrection

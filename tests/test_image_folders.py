@@ -16,8 +16,8 @@ from torchvision import transforms
 from pow2quant import datasets
 from pow2quant.cli import main
 from pow2quant.config import DataConfig
+from pow2quant.datasets.resizing import described, enlarging
 from pow2quant.errors import ConfigError, DataError
-from pow2quant.resizing import described, enlarging
 
 RAW = DataConfig("imagefolder", resize=4, crop=4, mean=(0.0,), std=(1.0,), batch_size=64)
 rng = np.random.default_rng(7)

@@ -17,9 +17,10 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from pow2quant import cli, config, datasets, foreign, image_files, models, prepare, sampling, sources
+from pow2quant import cli, config, datasets, foreign, models, prepare
 from pow2quant.cli import listing, main
 from pow2quant.config import DataConfig
+from pow2quant.datasets import image_files, sampling, sources
 from pow2quant.errors import ConfigError, DataError, FileFormatError, ModelError, OutputError, WeightsError
 from pow2quant.reading import Checked
 from pow2quant.runs import unfinished

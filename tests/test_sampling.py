@@ -19,12 +19,12 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorD
 from pow2quant import config as configuration
 from pow2quant import runs
 from pow2quant.cli import main
+from pow2quant.datasets.sampling import Sample, sample, spread
+from pow2quant.datasets.sources import data_of
 from pow2quant.logits.paired import wilson
 from pow2quant.reading import Checked
 from pow2quant.report.summary import evaluated
 from pow2quant.runs.evaluating import interval_of
-from pow2quant.sampling import Sample, sample, spread
-from pow2quant.sources import data_of
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.data())

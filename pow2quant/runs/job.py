@@ -20,6 +20,7 @@ from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.pixels import fold_normalization
 from pow2quant.config import QuantPlan, RunConfig
+from pow2quant.datasets.sampling import Sample, labels_at_hand, sample
 from pow2quant.errors import ConfigError, DataError
 from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.export import unwrapped
@@ -33,7 +34,6 @@ from pow2quant.runs.computing import be_exact, device_of
 from pow2quant.runs.pixels import Normalizing, Pixels, take_bytes
 from pow2quant.runs.unfinished import NOTHING as NOTHING_KEPT
 from pow2quant.runs.unfinished import Unfinished, fingerprint_of
-from pow2quant.sampling import Sample, labels_at_hand, sample
 from pow2quant.tasks.base import Counter, Metric, Task
 from pow2quant.tasks.choosing import task_of
 from pow2quant.tasks.judging import counted, leading, value_of

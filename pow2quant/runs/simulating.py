@@ -15,13 +15,13 @@ from pow2quant.artifact import Artifact, Site, Table
 from pow2quant.backends.base import ALL, SILENT, Batch, Progress, Simulation, Tap, inputs
 from pow2quant.backends.placement import Placement
 from pow2quant.config import QuantPlan
+from pow2quant.datasets.sources import data_of
 from pow2quant.errors import ConfigError, DataError, EncodingError, ModelError, Pow2QuantError
 from pow2quant.frontends.prepare import is_prepared, prepare
 from pow2quant.reading import Checked, Signature
 from pow2quant.runs.calling import described
 from pow2quant.runs.chosen import method_of
 from pow2quant.runs.job import call, simulation_of
-from pow2quant.sources import data_of
 
 
 @dataclass(eq=False, repr=False)

@@ -18,6 +18,7 @@ from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.artifact import Agreement, Artifact
 from pow2quant.backends.base import SILENT, Progress, inputs
 from pow2quant.config import RunConfig
+from pow2quant.datasets.sources import data_of
 from pow2quant.errors import ConfigError, FileFormatError, MissingExtraError, naming
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import names
@@ -29,7 +30,6 @@ from pow2quant.runs.reopening import load_parameters
 from pow2quant.runs.result import Result
 from pow2quant.runs.simulating import Simulated
 from pow2quant.saving import scratch
-from pow2quant.sources import data_of
 from pow2quant.validation import ort
 from pow2quant.validation.agreement import Executor, compare
 from pow2quant.validation.files import QdqFile, opened

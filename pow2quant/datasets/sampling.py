@@ -25,8 +25,8 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from pow2quant.datasets.sources import Repeated
 from pow2quant.reading import Checked, data_error, target_of
-from pow2quant.sources import Repeated
 
 Labels = NDArray[np.int64]
 
