@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +55,31 @@ def test_a_value_becomes_the_code_that_its_encoding_gives(run: Path, layer: str)
     _, table = run_folder.load_state(run / run_folder.STATE)
     explained = explain(run, layer)
     text = " ".join(explained.steps)
-    real, code = (float(re.search(p, text)[1]) for p in (r"real sum of ([-\d.]+),", r": code (\d+)\."))  # type: ignore[index]
+    real, code = (float(re.search(p, text)[1]) for p in (r"real sum of ([-\d.]+) is", r"the code (\d+)\."))  # type: ignore[index]
     encoding = table[explained.tensors[-1].name]
     assert code == encoding.quantize(np.float32(real))
+
+
+def test_a_weight_that_a_method_rounded_is_explained_by_the_float_one(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    parameters, table = run_folder.load_state(folder / run_folder.STATE)
+    rounded = table["conv4.weight"].fake_quantize(parameters["conv4.weight"])
+    run_folder.save_state(folder / run_folder.STATE, parameters | {"conv4.weight": rounded}, table)
+    exact, estimated = (next(t for t in explain(f, "conv4").tensors if t.role == "weight") for f in (run, folder))
+    assert (exact.exact, estimated.exact) == (True, False)
+    assert next(c for c in estimated.candidates if c.change == 0).sqnr_db is not None
+    assert "estimated from the histogram" in "\n".join(lines(explain(folder, "conv4")))
+
+
+def test_the_report_has_the_steps_of_the_layers_that_cost_most(run: Path, tmp_path: Path) -> None:
+    page = html.unescape((run / "report.html").read_text(encoding="utf-8"))
+    layers = re.findall(r"<details><summary>(\w+)</summary><pre", page)
+    assert layers
+    assert all("\n".join(lines(explain(run, layer))) in page for layer in layers)
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / run_folder.STATE).unlink()
+    assert main(["report", str(folder)]) == 0
+    assert "step by step" not in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_every_layer_is_explained(run: Path) -> None:
@@ -70,7 +94,7 @@ def test_every_layer_is_explained(run: Path) -> None:
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", str(run), "conv1"]) == 0
     shown = capsys.readouterr().out
-    assert all(word in shown for word in ("lost by clipping", "no sum exceeds", "shift by", "half a step"))
+    assert all(word in shown for word in ("lost to clipping", "no sum exceeds", "is shifted by", "half a step"))
     assert main(["explain", str(run), "conv1", "--output", str(tmp_path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads((tmp_path / "explain.json").read_text(encoding="utf-8"))

@@ -187,6 +187,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        data = data.replace("\N{NO-BREAK SPACE}", " ")
         if {"style", "script"}.isdisjoint(self.open):
             self.text += data
         if not {"td", "th"}.isdisjoint(self.open):
@@ -236,7 +237,7 @@ def test_a_lost_accuracy_and_warnings_stand_beside_the_agreement():
 def test_classes_are_listed_by_what_they_lost_where_they_are_many():
     rows = [{"class": i, "samples": 5, "float": 80.0, "quantized": 80.0 - i} for i in range(100)]
     few, many = (page(by_class=rows[:n]).tables["Classes"] for n in (3, 100))
-    assert few[1:] == [[str(i), "5", "80.00 %", f"{80 - i}.00 %", f"{-i:+.2f} points"] for i in range(3)]
+    assert few[1:] == [[str(i), "5", "80.00 %", f"{80 - i}.00 %", f"{-i:+.2f}"] for i in range(3)]
     assert [row[0] for row in many[1:]] == [str(i) for i in range(99, 59, -1)]
 
 
@@ -310,7 +311,7 @@ def test_layers_with_statistics():
     assert x[1:6] == ["x", "input", NOTHING, "2⁻⁷", NOTHING]
     assert conv[:6] == ["2", "conv1", "Conv + Relu 3 wide", "2⁻¹⁰ … 2⁻⁶", "0.0123457", ">> 6 … >> 9"]
     assert conv[6:] == ["12.5", "30.2", "20.5", "0.500", "102,765", "18", "✓ "]
-    for words in ("Signal to noise", "32 calibration images", "model: {name: mine}", "2.00\u00d7of float"):
+    for words in ("Signal-to-noise ratio", "32 calibration images", "model: {name: mine}", "2.00\u00d7of float"):
         assert words in found.text
 
 

@@ -1,7 +1,8 @@
 """How a layer's exponents came about: its values, the exponents that could have been, its accumulator and its shift.
 
-Everything is read from a run's folder. Errors of other exponents are exact for weights, whose float values are in the
-state; for activations they are estimated from the histogram, with the values of a bin spread evenly.
+Everything is read from a run's folder. Errors of other exponents are exact for weights whose float values are in the
+state. For activations, and for weights that a method has rounded, they are estimated from the histogram, with the
+values of a bin spread evenly.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ FINENESS = 16
 EXACT = 2**24
 """Up to here float32 holds every integer."""
 
+SUMS = {"Add", "Sub"}
+"""Operations without weights whose sum is shifted."""
+
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -55,7 +59,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One quantized tensor. scale: in words; histogram: as statistics.json has it."""
+    """One quantized tensor. scale: in words; histogram: as statistics.json has it; exact: so are the candidates."""
 
     name: str
     role: str
@@ -63,15 +67,17 @@ class Tensor:
     minimum: float
     maximum: float
     histogram: Mapping[str, Any]
+    exact: bool
     candidates: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A layer. accumulator, steps: sentences about its sum, and about one value on its way through the shift."""
+    """A layer. run: what the run did, in order. accumulator, steps: sentences about its sum and about its shift."""
 
     layer: str
     operation: str
+    run: tuple[str, ...]
     tensors: tuple[Tensor, ...]
     accumulator: tuple[str, ...]
     steps: tuple[str, ...]
@@ -102,44 +108,68 @@ def candidates(steps: Floats, count: Floats, energy: Floats, low: Floats, high: 
     return tuple(found)
 
 
-def explain(folder: Path, layer: str) -> Explanation:
-    """The explanation of a layer, by its own name or that of its tensor, weight or ONNX node.
+class Sources:
+    """The files of a run's folder that explanations are made of."""
 
-    Raises FileFormatError without statistics or for a foreign folder, ConfigError for an unknown layer.
-    """
-    report, statistics, certificate = (
-        _read(folder / name) for name in (run_folder.REPORT, run_folder.STATISTICS, run_folder.CERTIFICATE)
-    )
-    box = _found(statistics.get("network") or [], layer, folder)
-    details = report["final_quantization_details"]
-    parameters, table = run_folder.load_state(folder / run_folder.STATE)
-    tensors = []
-    for name in (*box["reads"], box["weight"], box["writes"]):
-        if name not in statistics["tensors"]:
-            continue
-        seen = statistics["tensors"][name]
-        values = _of_weight(parameters[name], table[name]) if name in parameters else _of_histogram(seen["histogram"])
-        words = _words(details.get(name, {}))
-        ends = seen["minimum"], seen["maximum"]
-        tensors.append(Tensor(name, seen["role"], words, *ends, seen["histogram"], candidates(*values)))
-    bound = next((b for b in certificate["layers"] if b["node"] in box["nodes"]), None)
-    steps: tuple[str, ...] = ()
-    if bound and box["weight"] in details and box["writes"] in details:
-        rule = targets.load(report.get("target") or "onnxruntime").rounding.of(bound["op"])
-        steps = tuple(_steps(bound, details[box["writes"]], statistics["tensors"].get(box["writes"]), rule))
-    operation = " ".join(filter(None, (box["op"], box["detail"])))
-    return Explanation(box["name"], operation, tuple(tensors), tuple(_accumulator(bound)), steps)
+    FILES = (run_folder.REPORT, run_folder.STATISTICS, run_folder.CERTIFICATE)
+
+    def __init__(self, folder: Path) -> None:
+        """Raises FileFormatError where one is missing, or not of pow2quant."""
+        self.folder = folder
+        self.report, self.statistics, certificate = (_read(folder / name) for name in self.FILES)
+        self.bounds: Sequence[Mapping[str, Any]] = certificate["layers"]
+        self.parameters, self.table = run_folder.load_state(folder / run_folder.STATE)
+
+    @classmethod
+    def there(cls, folder: Path) -> bool:
+        """Whether the folder has all of them."""
+        return all((folder / name).is_file() for name in (*cls.FILES, run_folder.STATE))
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor that was measured."""
+        seen = self.statistics["tensors"][name]
+        of_histogram = candidates(*_of_histogram(seen["histogram"]))
+        found, exact = of_histogram, False
+        if name in self.parameters:
+            of_weight = candidates(*_of_weight(self.parameters[name], self.table[name]))
+            exact = seen["sqnr_db"] is None or next(c for c in of_weight if c.change == 0).sqnr_db is not None
+            found = of_weight if exact else of_histogram
+        words = _words(self.report["final_quantization_details"].get(name, {}))
+        return Tensor(name, seen["role"], words, seen["minimum"], seen["maximum"], seen["histogram"], exact, found)
+
+    def explained(self, layer: str) -> Explanation:
+        """A layer, by its own name or that of its tensor, weight or ONNX node. Raises ConfigError for another name."""
+        box = _found(self.statistics.get("network") or [], layer, self.folder)
+        details, measured = self.report["final_quantization_details"], self.statistics["tensors"]
+        names = dict.fromkeys(name for name in (*box["reads"], box["weight"], box["writes"]) if name in measured)
+        bound = next((b for b in self.bounds if b["node"] in box["nodes"]), None)
+        steps: tuple[str, ...] = ()
+        if bound and (box["weight"] in details or bound["op"] in SUMS) and box["writes"] in details:
+            rule = targets.load(self.report.get("target") or "onnxruntime").rounding.of(bound["op"])
+            unit = "s_in · s_w" if box["weight"] else "the finest of its inputs"
+            steps = tuple(_steps(bound, details[box["writes"]], measured.get(box["writes"]), rule, unit))
+        operation = " ".join(filter(None, (box["op"], box["detail"])))
+        done = tuple(self.report.get("pipeline_steps") or ())
+        return Explanation(
+            box["name"], operation, done, tuple(map(self.tensor, names)), tuple(_accumulator(bound)), steps
+        )
+
+
+def explain(folder: Path, layer: str) -> Explanation:
+    """The explanation of a layer of a run's folder. Raises what `Sources` and `explained` raise."""
+    return Sources(folder).explained(layer)
 
 
 def lines(explained: Explanation) -> Iterator[str]:
     """The explanation for a terminal."""
     yield f"{explained.layer}: {explained.operation}"
+    yield f"run: {' → '.join(explained.run)}"
     for tensor in explained.tensors:
         yield ""
         yield f"{tensor.name} ({tensor.role}): {tensor.scale}; values {tensor.minimum:.4g} to {tensor.maximum:.4g}"
         yield f"  {_bars(tensor.histogram)}"
-        yield f"  {'exact' if tensor.role == 'weight' else 'estimated from the histogram'}; all channels move together"
-        yield "  exponent  clipped   lost by rounding  lost by clipping  signal to noise"
+        yield f"  {'exact' if tensor.exact else 'estimated from the histogram'}; all exponents change together"
+        yield "  exponent   clipped  lost to rounding  lost to clipping  signal to noise"
         for c in tensor.candidates:
             sqnr = "no loss" if c.sqnr_db is None else f"{c.sqnr_db:.1f} dB"
             change = f"{c.change:+d}" if c.change else "chosen"
@@ -199,22 +229,23 @@ def _words(detail: Mapping[str, Any]) -> str:
 
 def _accumulator(bound: Mapping[str, Any] | None) -> Iterator[str]:
     if bound is None:
-        yield "This operation only moves values: no sum, and no bound."
+        yield "This operation computes no sum, so there is nothing to bound."
         return
     if bound["accumulator_max"] is not None:
         most = bound["accumulator_max"]
-        yield f"Whatever the input, no sum exceeds {most:,}, in the accumulator's unit: {bound['bits']} bits."
+        yield f"For any input, no sum exceeds {most:,} in units of the accumulator: {bound['bits']} bits."
     if bound["proved"]:
-        yield f"Float32 holds every integer up to 2^24 = {EXACT:,}, so all executors compute the same sum: proved."
+        yield f"Float32 holds every integer up to 2^24 = {EXACT:,}, so every executor computes the same sum: proved."
     else:
         yield f"Not proved: {bound['reason'] or 'the sum may exceed 2^24'}."
-    yield "It fits into int32." if bound["int32_safe"] else "It may exceed int32."
+    yield "It fits in int32." if bound["int32_safe"] else "It may exceed int32."
 
 
 def _steps(
-    bound: Mapping[str, Any], output: Mapping[str, Any], seen: Mapping[str, Any] | None, rule: str
+    bound: Mapping[str, Any], output: Mapping[str, Any], seen: Mapping[str, Any] | None, rule: str, of: str
 ) -> Iterator[str]:
-    """One real value of the layer's first channel, through accumulator, shift and zero point."""
+    """One real value through accumulator, shift and zero point, in the first channel. of: what the sum's unit is."""
+    where = "in the first channel" if isinstance(bound["shift"], list) else "in every channel"
     shift = bound["shift"][0] if isinstance(bound["shift"], list) else bound["shift"]
     k = output.get("exponent")
     if shift is None or not isinstance(k, int):
@@ -226,10 +257,10 @@ def _steps(
     rounded = int(shift_round(total, shift, rule))
     code = min(max(rounded + zero, low), high)
     back = math.ldexp(code - zero, k)
-    yield f"A real sum of {real:.6g}, with its bias, is {total:,} in the accumulator (unit {power(unit)} = s_in · s_w)."
-    yield f"The output's unit is {power(k)}: shift by {k} - ({unit}) = {shift} bits."
-    yield f"{total:,} / 2^{shift} = {math.ldexp(total, -shift):.6g} becomes {rounded:,} ({ROUNDINGS[rule]})."
-    yield f"With the zero point {zero}, within {low} to {high}: code {code}."
+    yield f"A real sum of {real:.6g} is {total:,} in the accumulator, whose unit is {power(unit)} ({of}, {where})."
+    yield f"The output's unit is {power(k)}, so the accumulator is shifted by {k} - ({unit}) = {shift} bits."
+    yield f"{total:,} / 2^{shift} = {math.ldexp(total, -shift):.6g} is rounded to {rounded:,} ({ROUNDINGS[rule]})."
+    yield f"Adding the zero point {zero} and clamping to {low} … {high} gives the code {code}."
     error = f"an error of {back - real:+.3g}, where half a step is {2.0 ** (k - 1):.3g}"
     yield f"The code stands for {code - zero} · {power(k)} = {back:.6g}: {error}."
 

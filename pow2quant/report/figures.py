@@ -81,7 +81,7 @@ def profile(series: Mapping[str, Sequence[float | None]], what: str, names: Sequ
     if names:
         places = range(1, len(names) + 1, -(-len(names) // MOST_NAMES))
         ends = [name if len(name) < 20 else f"…{name[-18:]}" for name in names]
-        texts = [f"{ends[i - 1]} {i}".replace("$", r"\$") for i in places]  # a dollar would begin a formula
+        texts = [f"{ends[i - 1]} ({i})".replace("$", r"\$") for i in places]  # a dollar would begin a formula
         axes.set_xticks(list(places), texts, rotation=50, ha="right", rotation_mode="anchor", fontsize=7)
     axes.legend(
         fontsize=8, frameon=False, ncols=len(series), loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderpad=0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pow2quant import foreign, run_folder
-from pow2quant.report import costs, graph, histograms, layers, summary
+from pow2quant.report import costs, explain, graph, histograms, layers, summary
 from pow2quant.report.page import page, read
 from pow2quant.report.scales import exponents, tensor
 from pow2quant.report.statistics import middle, tax_db
@@ -33,20 +33,26 @@ def render(
     statistics: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     config: str = "",
+    sources: explain.Sources | None = None,
 ) -> str:
     """The page of what report.json holds; what an older report lacks is left out.
 
     statistics, metrics, config: statistics.json, training_metrics.json and config.yaml, where the run has them.
+    sources: what the layers that cost most are explained from.
     """
     measured = (statistics or {}).get("tensors") or {}
     rows = list(layers.rows(report, statistics or {}))
     drawn = [histograms.draw(name, tensor, _scale(report, name)) for name, tensor in measured.items()]
+    costly = costs.costly((statistics or {}).get("network") or [], measured, report.get("pipeline_steps") or ())
     parts: dict[str, Any] = {
         "accuracies": list(_accuracies(report)),
         "scores": _scores(report),
         "layers": rows,
         "network": (statistics or {}).get("network"),
-        "costs": costs.costly((statistics or {}).get("network") or [], measured, report.get("pipeline_steps") or ()),
+        "costs": costly,
+        "explained": [(cost.layer, "\n".join(explain.lines(sources.explained(cost.layer)))) for cost in costly]
+        if sources
+        else [],
         "by_class": _by_class(report),
         "worst": [w for w in (statistics or {}).get("worst") or [] if _is_picture(w.get("image"))],
         "dead": [(name, t["dead_channels"]) for name, t in measured.items() if t.get("dead_channels")],
@@ -84,9 +90,10 @@ SECTIONS = (
     ("accuracy", "Accuracy", "accuracies"),
     ("scores", "Quality", "scores"),
     ("classes", "Class by class", "by_class"),
-    ("worst", "Samples that lost most", "worst"),
+    ("worst", "Samples that got worse", "worst"),
     ("agreement", "Agreement", "validation"),
     ("costs", "Layers that cost most", "costs"),
+    ("explained", "Step by step", "explained"),
     ("dead", "Dead channels", "dead"),
     ("layers", "Layer by layer", "layers"),
     ("network", "Network", "network"),
@@ -95,7 +102,7 @@ SECTIONS = (
     ("training", "Training", "training"),
     ("search", "Mixed precision", "search"),
     ("cost", "Size and speed", "model_size_bytes"),
-    ("reproduce", "Repeat it", "environment"),
+    ("reproduce", "Reproduce it", "environment"),
     ("tensors", "Every tensor", "tensors"),
 )
 """(anchor, title, what it needs) of the page, in order."""
@@ -109,6 +116,7 @@ def page_of(folder: Path) -> str:
         _beside(folder / run_folder.STATISTICS),
         _beside(folder / METRICS),
         foreign.text(config, foreign.MOST_TEXT) if config.is_file() else "",
+        explain.Sources(folder) if explain.Sources.there(folder) else None,
     )
 
 

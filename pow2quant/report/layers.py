@@ -78,7 +78,7 @@ def profile(found: Sequence[Layer]) -> Any:
     values = {label: [y[key] for y in found] for label, key in series.items()}
     values = {label: found for label, found in values.items() if any(v is not None for v in found)}
     names = [y["name"] for y in found]
-    return Markup(figures.profile(values, "operation, and its number in the table", names)) if values else None
+    return Markup(figures.profile(values, "operation (its number in the table)", names)) if values else None
 
 
 def picture(

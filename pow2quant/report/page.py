@@ -47,7 +47,7 @@ def _environment() -> Environment:
 
     filters = {
         "number": _number,
-        "percent": "{:.2f} %".format,
+        "percent": "{:.2f}\u00a0%".format,
         "size": _size,
         "duration": _duration,
         "milliseconds": _milliseconds,
