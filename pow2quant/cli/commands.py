@@ -44,7 +44,7 @@ def ptq(
 ) -> int:
     """Post-training quantization: calibrate, snap every scale to 2^k, export, validate in onnxruntime, report.
 
-    Without flags: the embedded network on scikit-learn's digits.
+    Without flags, it quantizes the built-in network for scikit-learn's digits.
     """
     chosen = given.configured({"data.batch_size": batch_size})
     console = given.console()
@@ -63,27 +63,30 @@ def ptq(
 def qat(
     given: Given,
     mode: Annotated[
-        str | None, Option(help="weights: activations stay float in training; full: for less than 8 bits.")
+        str | None,
+        Option(
+            help="weights: activations stay float during training; full: everything is quantized, for fewer than 8 bits."
+        ),
     ] = None,
-    epochs: Annotated[int | None, Option(help="How often all training images are seen.")] = None,
-    learning_rate: Annotated[float | None, Option(help="Of the optimizer, at the start of its schedule.")] = None,
-    batch_size: Annotated[int | None, Option(help="Images per training step, of all processes together.")] = None,
+    epochs: Annotated[int | None, Option(help="Passes over all training images.")] = None,
+    learning_rate: Annotated[float | None, Option(help="Learning rate at the start of the schedule.")] = None,
+    batch_size: Annotated[int | None, Option(help="Images per training step, over all processes.")] = None,
     loss: Annotated[
         str | None,
-        Option(help="The criterion: a name that torch knows or path/to/file.py:thing; default: the task's own."),
+        Option(help="Loss: a name in torch.nn or path/to/file.py:name; default: the task's own."),
     ] = None,
     distillation: Annotated[
-        float | None, Option(help="Share of the loss, 0 to 1, that compares with the float network's logits.")
+        float | None, Option(help="Share of the loss, 0 to 1, for the distance to the float network's logits.")
     ] = None,
     no_final_ptq: Annotated[
-        bool, Option("--no-final-ptq", help="Keep the activations' encodings of before training.")
+        bool, Option("--no-final-ptq", help="Keep the encodings that activations had before training.")
     ] = False,
-    resume: Annotated[bool, Option("--resume", help="Continue the interrupted run of this --output.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue the interrupted run with the same --output.")] = False,
 ) -> int:
-    """Quantization-aware training: PTQ, training with quantized weights, PTQ of the activations; then as `ptq`.
+    """Quantization-aware training: PTQ, training with quantized weights, PTQ of the activations; then like `ptq`.
 
-    Checkpoints stand beside the run's folder until it is finished. Several processes: torchrun --nproc-per-node N -m
-    pow2quant qat ... Everything else that can be chosen is under `training:` in --config.
+    Checkpoints are kept beside the run's folder until it is finished. For several processes use torchrun
+    --nproc-per-node N -m pow2quant qat ... All other settings are under `training:` in --config.
     """
     if resume and given.flags["output"] is None:
         raise typer.BadParameter("needs the --output of the run that was interrupted", param_hint="'--resume'")

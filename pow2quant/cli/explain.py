@@ -26,7 +26,7 @@ from pow2quant.cli.options import (
 def explain(
     source: Annotated[Path, typer.Argument(help="A finished run's folder.", metavar="DIR")],
     layer: Annotated[str, typer.Argument(help="A layer, as report.html names it, or a tensor.", metavar="LAYER")],
-    output: Annotated[Path | None, Option(help="Folder in which to write explain.json.")] = None,
+    output: Annotated[Path | None, Option(help="Folder for explain.json.")] = None,
     config: IdleConfig = None,
     seed: IdleSeed = None,
     device: IdleDevice = None,
@@ -34,7 +34,7 @@ def explain(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """How a layer's exponents came about: histogram, candidates and their errors, accumulator, shift of one value."""
+    """Explains a layer's exponents: histograms, candidates and their errors, the accumulator, the shift of one value."""
     console = console_of(verbose, quiet, as_json)
     idle(console, config, seed, device)
     from pow2quant.report import explain as explaining

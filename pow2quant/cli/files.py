@@ -30,24 +30,26 @@ from pow2quant.plugins import TABLES
 @app.command(epilog="Example: pow2quant validate runs/mine     or: pow2quant validate model.onnx")
 def validate(
     source: Annotated[Path, typer.Argument(help="A run's folder, or an ONNX file.", metavar="DIR_OR_ONNX")],
-    encodings: Annotated[Path | None, Option(help="AIMET encodings of a float ONNX file.")] = None,
-    max_eval_batches: Annotated[int | None, Option(min=1, help="Compare on at most so many batches.")] = None,
+    encodings: Annotated[Path | None, Option(help="AIMET encodings that belong to a float ONNX file.")] = None,
+    max_eval_batches: Annotated[int | None, Option(min=1, help="Compare on at most this many batches.")] = None,
     executor: Annotated[
         list[str] | None,
-        Option(help="Compare with this executor, in place of those of the target; repeatable; see `pow2quant list`."),
+        Option(help="Executor to compare, instead of those of the target; repeatable; see `pow2quant list`."),
     ] = None,
-    config: Annotated[Path | None, Option(help="YAML in place of the run's config.yaml, say for other data.")] = None,
-    output: Annotated[Path | None, Option(help="Folder in which to write validation.json.")] = None,
+    config: Annotated[
+        Path | None, Option(help="YAML file to use instead of the run's config.yaml, for example for other data.")
+    ] = None,
+    output: Annotated[Path | None, Option(help="Folder for validation.json.")] = None,
     seed: Seed = None,
     device: Device = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Runs every executor on the same inputs and prints the agreement table; exit status 1 when anything differs.
+    """Runs every executor on the same inputs and prints the agreement table; exit status 1 if anything differs.
 
-    A run's folder is validated on its own test data, from the files on disk; an ONNX file on random inputs, onnxruntime
-    without optimizations against onnxruntime with all of them.
+    A run's folder is validated from its files, on its own test data. An ONNX file is validated on random inputs:
+    onnxruntime without optimizations against onnxruntime with all of them.
     """
     console = console_of(verbose, quiet, as_json)
     from pow2quant import runs
@@ -93,13 +95,14 @@ def export(
         Path, typer.Argument(help="A finished run's folder, a QDQ .onnx file, or an .encodings file.", metavar="SOURCE")
     ],
     to: Annotated[str, Option(help=f"The format: {', '.join(TABLES['exporters'])}.")],
-    output: Annotated[Path | None, Option(help="Folder to write; default: DIR/export/<format>.")] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Write into a folder that holds something.")] = False,
+    output: Annotated[Path | None, Option(help="Folder for the result; default: DIR/export/<format>.")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Write into a folder that is not empty.")] = False,
     layout: Annotated[
-        str | None, Option(help="Of images that C takes: nchw, the network's order (default), or nhwc.")
+        str | None,
+        Option(help="Layout of the images that the C code takes: nchw (the network's, the default) or nhwc."),
     ] = None,
-    opset: Annotated[int | None, Option(help="Of ONNX files: an older one than 21, from 13.")] = None,
-    batch: Annotated[int | None, Option(help="Of ONNX files: the only batch size; by default it is free.")] = None,
+    opset: Annotated[int | None, Option(help="Opset of ONNX files, 13 to 21; default: 21.")] = None,
+    batch: Annotated[int | None, Option(help="Fixed batch size of ONNX files; by default it is free.")] = None,
     config: IdleConfig = None,
     seed: IdleSeed = None,
     device: IdleDevice = None,
@@ -107,7 +110,7 @@ def export(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Writes a finished run in a further format."""
+    """Writes a finished run in another format."""
     console = console_of(verbose, quiet, as_json)
     idle(console, config, seed, device)
     from pow2quant import runs
@@ -130,7 +133,7 @@ def export(
 def report(
     sources: Annotated[list[Path], typer.Argument(help="Folders of finished runs or studies.", metavar="DIR...")],
     output: Annotated[
-        Path | None, Option(help="Folder to write; of several DIRs then one page that compares them.")
+        Path | None, Option(help="Folder for the page; several DIRs then give one page that compares them.")
     ] = None,
     config: IdleConfig = None,
     seed: IdleSeed = None,
@@ -139,7 +142,7 @@ def report(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Rebuilds the pages of a run or a study from its files; of several runs and with --output, one that compares."""
+    """Rebuilds the pages of runs or studies from their files; with --output, one page that compares several runs."""
     console = console_of(verbose, quiet, as_json)
     idle(console, config, seed, device)
     from pow2quant.report.pages import compare, rebuild

@@ -28,7 +28,7 @@ from pow2quant.cli.options import (
 @app.command(name="targets", epilog="Example: pow2quant targets litert     or: pow2quant targets mine.yaml")
 def targets_(
     name: Annotated[str | None, typer.Argument(help="A target's name, or a YAML file.", metavar="[NAME]")] = None,
-    output: Annotated[Path | None, Option(help="Folder in which to write targets.json.")] = None,
+    output: Annotated[Path | None, Option(help="Folder for targets.json.")] = None,
     config: IdleConfig = None,
     seed: IdleSeed = None,
     device: IdleDevice = None,
@@ -36,7 +36,7 @@ def targets_(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """The runtimes and chips that --target knows; with a name, in words what is special about one."""
+    """Lists the runtimes and chips that --target takes; with a name, describes what is special about one."""
     console = console_of(verbose, quiet, as_json)
     idle(console, config, seed, device)
     from pow2quant import targets
@@ -56,9 +56,9 @@ def targets_(
 def list_(
     operators: Annotated[
         bool,
-        Option("--operators", help="The operations that a network may hold: which have integers, which are proved."),
+        Option("--operators", help="List the supported operations: which have an integer form, which are proved."),
     ] = False,
-    output: Annotated[Path | None, Option(help="Folder in which to write list.json.")] = None,
+    output: Annotated[Path | None, Option(help="Folder for list.json.")] = None,
     config: IdleConfig = None,
     seed: IdleSeed = None,
     device: IdleDevice = None,
@@ -66,7 +66,7 @@ def list_(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Backends, methods, models, data sets and exporters that are installed, with a line each."""
+    """Lists the installed backends, methods, models, data sets and exporters."""
     console = console_of(verbose, quiet, as_json)
     idle(console, config, seed, device)
     if operators:

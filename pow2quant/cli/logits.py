@@ -12,14 +12,18 @@ from pow2quant.cli.options import AsJson, Device, EvalBatches, Option, Quiet, Se
 SHOWN = 10
 """So many of the best corrections are shown."""
 
-Alphas = Annotated[str | None, Option("--alpha", help="Share of the corrected logits, up to 1; or a list: 0.2,0.4.")]
-Clusters = Annotated[str | None, Option("--num-clusters", help="Clusters of k-means; or a list: 4,16.")]
-Dims = Annotated[str | None, Option("--pca-dim", help="Their dimensions, or a list; default: half the classes.")]
+Alphas = Annotated[str | None, Option("--alpha", help="Share of the corrected logits, at most 1; or a list: 0.2,0.4.")]
+Clusters = Annotated[str | None, Option("--num-clusters", help="Number of k-means clusters; or a list: 4,16.")]
+Dims = Annotated[
+    str | None, Option("--pca-dim", help="Dimensions after PCA, or a list; default: half the number of classes.")
+]
 Fitted = Annotated[
-    int | None, Option("--max-calibration-batches", help="Fit to at most so many batches; default: as the run.")
+    int | None, Option("--max-calibration-batches", help="Fit to at most this many batches; default: as in the run.")
 ]
 Run = Annotated[Path, typer.Argument(help="A finished run's folder.", metavar="RUN")]
-OtherConfig = Annotated[Path | None, Option(help="YAML in place of the run's config.yaml, say for other data.")]
+OtherConfig = Annotated[
+    Path | None, Option(help="YAML file to use instead of the run's config.yaml, for example for other data.")
+]
 
 
 @app.command(epilog="Example: pow2quant correct runs/mine --alpha 0.2,0.4,0.8 --num-clusters 4,16 --pca-dim 5 --fold")
@@ -29,12 +33,12 @@ def correct(
     num_clusters: Clusters = None,
     pca_dim: Dims = None,
     fold: Annotated[
-        bool, Option("--fold", help="Write model_corrected.onnx: the network with the correction as nodes behind it.")
+        bool, Option("--fold", help="Write model_corrected.onnx: the network followed by the correction.")
     ] = False,
     max_calibration_batches: Fitted = None,
     max_eval_batches: EvalBatches = None,
     config: OtherConfig = None,
-    output: Annotated[Path | None, Option(help="Folder to write; default: RUN itself.")] = None,
+    output: Annotated[Path | None, Option(help="Folder for the results; default: RUN itself.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an earlier correction.")] = False,
     seed: Seed = None,
     device: Device = None,
@@ -42,10 +46,10 @@ def correct(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Cluster affine correction (CAT) of a run's logits: fitted to calibration images, tried on the test images.
+    """Cluster affine correction (CAT) of a run's logits: fitted to calibration images, tested on the test images.
 
-    Of lists, the best is taken by how often it agrees with the float network on calibration images that it was not
-    fitted to. Where none is better than no correction, this is said and nothing is written.
+    Of several corrections it takes the one that agrees most often with the float network on calibration images that
+    it was not fitted to. If none is better than no correction, it says so and writes nothing.
     """
     console = console_of(verbose, quiet, as_json)
     from pow2quant.study import correction
@@ -96,7 +100,7 @@ def logits(
     max_calibration_batches: Fitted = None,
     max_eval_batches: EvalBatches = None,
     config: OtherConfig = None,
-    output: Annotated[Path | None, Option(help="Folder in which the results' folders are made; default: RUN.")] = None,
+    output: Annotated[Path | None, Option(help="Folder in which folders of results are created; default: RUN.")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace earlier results of the same name.")] = False,
     seed: Seed = None,
     device: Device = None,
@@ -104,9 +108,9 @@ def logits(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Writes the logits of all test images, float, quantized and corrected, and figures of what separates them.
+    """Writes the float, quantized and corrected logits of all test images, and statistics of their differences.
 
-    The correction is the one that `correct` left in the run, or what lists of parameters say: a folder for each.
+    It uses the correction that `correct` wrote into the run, or one for each combination of the given parameters.
     """
     console = console_of(verbose, quiet, as_json)
     from pow2quant.study import correction

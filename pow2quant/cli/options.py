@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="pow2quant",
-    help="Quantizes PyTorch networks so that every scale is exactly 2^k, and checks every bit in onnxruntime.",
+    help="Quantizes PyTorch and ONNX networks so that every scale is exactly 2^k, and checks every bit of the result.",
     add_completion=True,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -32,71 +32,82 @@ app = typer.Typer(
 
 Option = typer.Option
 RECIPES = sorted(file.stem for file in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-Seed = Annotated[int | None, Option(min=0, help="Seed of everything random.")]
+Seed = Annotated[int | None, Option(min=0, help="Seed for everything random.")]
 Device = Annotated[str | None, Option(help="cpu, cuda or cuda:N.")]
-Verbose = Annotated[bool, Option("--verbose", help="Show libraries' warnings, and tracebacks.")]
-Quiet = Annotated[bool, Option("--quiet", help="No progress, no notes.")]
+Verbose = Annotated[bool, Option("--verbose", help="Show warnings of libraries, and tracebacks.")]
+Quiet = Annotated[bool, Option("--quiet", help="Show no progress and no notes.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON document and nothing else.")]
-ConfigFile = Annotated[Path | None, Option(help="YAML with everything below; flags override it.")]
-Output = Annotated[Path | None, Option(help="Folder to write; default: runs/<command>-<time>.")]
-Recipe = Annotated[str | None, Option("--recipe", help=f"A configuration of the package: {', '.join(RECIPES)}.")]
+ConfigFile = Annotated[Path | None, Option(help="YAML file with all settings; flags override it.")]
+Output = Annotated[Path | None, Option(help="Folder for the results; default: runs/<command>-<time>.")]
+Recipe = Annotated[
+    str | None, Option("--recipe", help=f"A configuration that comes with the package: {', '.join(RECIPES)}.")
+]
 Backend = Annotated[str | None, Option("--backend", help="custom (pure PyTorch) or aimet (Qualcomm's QuantSim).")]
-Model = Annotated[str | None, Option(help="digits-cnn, torchvision:NAME, timm:NAME, or path/to/file.py:factory.")]
-Weights = Annotated[str | None, Option(help="State dict: .pt, .pth or .safetensors.")]
-Classes = Annotated[int | None, Option(help="Passed to the network's factory.")]
+Model = Annotated[
+    str | None, Option(help="digits-cnn, torchvision:NAME, timm:NAME, net.onnx, or path/to/file.py:factory.")
+]
+Weights = Annotated[str | None, Option(help="State dict to load into the network: .pt, .pth or .safetensors.")]
+Classes = Annotated[int | None, Option(help="Number of classes, passed to the network's factory.")]
 DataSet = Annotated[
     str | None,
     Option(help="digits, cifar10, mnist, imagefolder, path/to/file.py:function, or arrays in a file.npz or .npy."),
 ]
 DataPath = Annotated[str | None, Option(help="Folder of the data set.")]
-Resize = Annotated[int | None, Option(min=1, help="Length of the images' shorter side, in pixels; imagefolder: 256.")]
-Crop = Annotated[int | None, Option(min=1, help="Side of their central square that is used; imagefolder: 224.")]
-Mean = Annotated[
-    str | None, Option(help="Subtracted from values in [0, 1], per channel: 0.5,0.5,0.5; imagefolder: ImageNet's.")
+Resize = Annotated[
+    int | None, Option(min=1, help="Resize the shorter side of images to this many pixels; imagefolder: 256.")
 ]
-Std = Annotated[str | None, Option(help="What they are divided by then, per channel: 0.5,0.5,0.5.")]
+Crop = Annotated[int | None, Option(min=1, help="Then crop a central square with this side; imagefolder: 224.")]
+Mean = Annotated[
+    str | None, Option(help="Mean per channel, subtracted from values in [0, 1]: 0.5,0.5,0.5; imagefolder: ImageNet's.")
+]
+Std = Annotated[str | None, Option(help="Standard deviation per channel, by which they are then divided: 0.5,0.5,0.5.")]
 Task = Annotated[
     str | None,
     Option(
         help="What the network is for: classification, multi-label, segmentation, image-to-image, regression, "
-        "detection, or none; default: what the data look like."
+        "detection, or none; by default it follows from the data."
     ),
 ]
 MetricName = Annotated[
     str | None,
     Option(
         "--metric",
-        help="What to judge by: one of the task's own (top1, miou, mae, psnr, ...), torchmetrics:NAME, or "
+        help="The leading metric: one of the task's own (top1, miou, mae, psnr, ...), torchmetrics:NAME, or "
         "path/to/file.py:function of (outputs, targets).",
     ),
 ]
 Input = Annotated[
     str | None,
-    Option("--input", help="float: the network takes normalized images; pixels: bytes, its first layer normalizes."),
+    Option(
+        "--input",
+        help="float: the network takes normalized images; pixels: it takes bytes, and its first layer normalizes.",
+    ),
 ]
 Target = Annotated[
     str | None,
-    Option(help="Runtime or chip whose arithmetic is meant: a name of `pow2quant targets`, or a YAML file."),
+    Option(help="Runtime or chip to quantize for: a name listed by `pow2quant targets`, or a YAML file."),
 ]
-WeightBits = Annotated[int | None, Option(help="Width of weights, 2 to 16.")]
+WeightBits = Annotated[int | None, Option(help="Bit width of weights, 2 to 16.")]
 ActivationBits = Annotated[
     int | None,
-    Option(help="Width of activations, 2 to 16; the network's input keeps at least 8 bits, as an image has."),
+    Option(help="Bit width of activations, 2 to 16; the network's input keeps at least 8 bits, like an image."),
 ]
-PerTensor = Annotated[bool, Option("--per-tensor", help="One weight scale per tensor, not per output channel.")]
-CalibrationBatches = Annotated[int | None, Option(help="Calibrate on at most so many batches.")]
+PerTensor = Annotated[
+    bool, Option("--per-tensor", help="Use one weight scale per tensor instead of one per output channel.")
+]
+CalibrationBatches = Annotated[int | None, Option(help="Calibrate on at most this many batches.")]
 EvalBatches = Annotated[
-    int | None, Option(help="Evaluate on as many images as so many batches have: a fixed sample, stratified by label.")
+    int | None, Option(help="Evaluate on at most this many batches: a fixed sample, stratified by label.")
 ]
 Methods = Annotated[
     list[str] | None,
     Option(
-        help="NAME or NAME:parameter=value; repeatable, applied in order; none: no default methods. Names: "
+        help="NAME or NAME:parameter=value; repeatable, applied in this order; none switches the default methods off. Names: "
         f"{', '.join(TABLES['methods'])}."
     ),
 ]
-Budget = Annotated[float | None, Option(min=0, help="Minutes that `--method auto` may try chains for.")]
-EncodingsVersion = Annotated[str | None, Option(help="AIMET encodings: 0.6.1, 1.0.0 or 2.0.0.")]
+Budget = Annotated[float | None, Option(min=0, help="Minutes that `--method auto` may spend on trying methods.")]
+EncodingsVersion = Annotated[str | None, Option(help="Version of AIMET's encodings format: 0.6.1, 1.0.0 or 2.0.0.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing run.")]
 # Every command takes the flags of every command, so that a script can pass the same ones to all; `idle` says so.
 IdleSeed = Annotated[int | None, Option("--seed", min=0, hidden=True)]

@@ -20,7 +20,7 @@ def search(
     objective: Annotated[
         str | None,
         Option(
-            help="What to make small: size (the default), bops (bit operations) or latency; or accuracy, made large."
+            help="What to minimize: size (the default), bops (bit operations) or latency; or accuracy, which is maximized."
         ),
     ] = None,
     constraint: Annotated[
@@ -30,26 +30,30 @@ def search(
         ),
     ] = None,
     candidates: Annotated[
-        str | None, Option(help="For weights: widths from 2 to 16, float16, float32; default: 2,3,4,5,6,8.")
+        str | None, Option(help="Widths for weights, from 2 to 16, float16 or float32; default: 2,3,4,5,6,8.")
     ] = None,
     activation_candidates: Annotated[
-        str | None, Option(help="For activations, 2 to 16; without it they keep the configuration's width.")
+        str | None, Option(help="Widths for activations, 2 to 16; by default they keep the width of the configuration.")
     ] = None,
     sensitivity: Annotated[
-        str | None, Option(help="kl (of the logits, the default), loss, sqnr (of the logits), or hessian (HAWQ-V2).")
+        str | None,
+        Option(
+            help="Measure of sensitivity: kl (of the logits, the default), loss, sqnr (of the logits), or hessian (HAWQ-V2)."
+        ),
     ] = None,
     max_sensitivity_batches: Annotated[
-        int | None, Option(help="Measure sensitivities on so many calibration batches; default: 4.")
+        int | None, Option(help="Measure sensitivities on this many calibration batches; default: 4.")
     ] = None,
-    points: Annotated[int | None, Option(help="Plans along the front that are verified; default: 6.")] = None,
+    points: Annotated[int | None, Option(help="Number of plans along the Pareto front to verify; default: 6.")] = None,
     latency_table: Annotated[
-        str | None, Option(help="YAML of a chip; without it, a latency is measured in onnxruntime, on one thread.")
+        str | None,
+        Option(help="YAML with a chip's latencies; without it, latency is measured in onnxruntime, on one thread."),
     ] = None,
 ) -> int:
-    """Mixed precision: chooses every weight's width, and every activation's on request; then as `ptq`.
+    """Mixed precision: chooses a width for every weight, and on request for every activation; then like `ptq`.
 
-    Sensitivities of single tensors go into an integer program; its plans are verified by quantizing and evaluating
-    them. The plan that is chosen stands in plan.yaml, which `ptq --config` and `qat --config` take.
+    An integer program makes plans from the sensitivities of single tensors; each plan is verified by quantizing and
+    evaluating the network. The chosen plan is in plan.yaml, which `ptq --config` and `qat --config` take.
     """
     own = {
         "search.objective": objective,

@@ -18,20 +18,24 @@ Grids = Annotated[
     list[str] | None,
     Option(
         "--grid",
-        help="KEY=VALUES, repeatable: 2..8, 1.0:2.0:0.05 or a,b,c. KEY is that of a configuration, or "
+        help="KEY=VALUES, repeatable; VALUES: 2..8, 1.0:2.0:0.05 or a,b,c. KEY is a key of the configuration, or "
         "ptq.methods.NAME.PARAMETER.",
     ),
 ]
-Jobs = Annotated[int, Option(min=1, help="Trials at a time, each in a process of its own.")]
+Jobs = Annotated[int, Option(min=1, help="Number of trials to run at a time, each in its own process.")]
 Storage = Annotated[
     str | None,
-    Option(help="Database of the trials, postgresql://USER@HOST/DB for several machines; default: a file."),
+    Option(help="Database for the trials, postgresql://USER@HOST/DB for several machines; default: a file."),
 ]
-StudyName = Annotated[str | None, Option("--study", help="Its name in the database; default: from what it is.")]
-StudyOutput = Annotated[Path | None, Option("--output", help="Folder to write, or to continue; default: runs/<study>.")]
+StudyName = Annotated[
+    str | None, Option("--study", help="Name of the study in the database; by default it follows from the study.")
+]
+StudyOutput = Annotated[
+    Path | None, Option("--output", help="Folder for the results, or of a study to continue; default: runs/<study>.")
+]
 Runs = Annotated[
     str | None,
-    Option(help="ptq or qat: a whole run of every trial, exported and validated, in runs/ of the folder."),
+    Option(help="ptq or qat: make a complete run of each trial, exported and validated, in runs/ of the folder."),
 ]
 SHOWN = 10
 """So many of the best trials are shown."""
@@ -43,22 +47,24 @@ SHOWN = 10
 @taking("model", "weights", "weight_bits", "activation_bits", "method")
 def sweep(
     given: Given,
-    file: Annotated[Path | None, typer.Argument(help="A study's YAML: base, grids, trials.", metavar="STUDY")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="YAML file of a study: base, grids, trials.", metavar="STUDY")
+    ] = None,
     grid: Grids = None,
     trials: Annotated[
-        int | None, Option(min=1, help="So many trials, drawn by a sampler, in place of the whole grid.")
+        int | None, Option(min=1, help="Draw this many trials with a sampler instead of trying the whole grid.")
     ] = None,
-    sampler: Annotated[str | None, Option(help="tpe (Optuna's) or random.")] = None,
+    sampler: Annotated[str | None, Option(help="Sampler: tpe (Optuna's) or random.")] = None,
     jobs: Jobs = 1,
     storage: Storage = None,
     study: StudyName = None,
     runs: Runs = None,
     output: StudyOutput = None,
 ) -> int:
-    """Tries configuration keys over a grid, or draws them by a sampler: a table, figures, and the best trial.
+    """Tries values of configuration keys, in a grid or drawn by a sampler: a table, figures, and the best trial.
 
-    Trials quantize and evaluate the simulation; --runs makes whole runs. The same command again continues where it was
-    interrupted, and several machines can work on one study through --storage.
+    A trial quantizes the network and evaluates its simulation; --runs makes complete runs. The same command continues
+    an interrupted study, and several machines can work on one study through --storage.
     """
     base = given.configured({})
     console = given.console()
@@ -108,21 +114,23 @@ def _show_trials(console: Console, found: Any) -> None:
 def compare(
     given: Given,
     method: Annotated[
-        list[str] | None, Option(help="A chain of methods, a+b, or none; repeatable. --config has their parameters.")
+        list[str] | None, Option(help="A chain of methods, a+b, or none; repeatable. --config sets their parameters.")
     ] = None,
-    widths: Annotated[str | None, Option(help="WEIGHTS:ACTIVATIONS in bits, a list: 8:8,4:8.")] = None,
+    widths: Annotated[str | None, Option(help="List of bit widths, WEIGHTS:ACTIVATIONS: 8:8,4:8.")] = None,
     model: Annotated[list[str] | None, Option(help="A network, as for ptq; repeatable.")] = None,
-    weights: Annotated[list[str] | None, Option(help="Its state dict; repeatable, in the networks' order.")] = None,
-    seeds: Annotated[str, Option(help="0..2, or a list.")] = "0..2",
+    weights: Annotated[
+        list[str] | None, Option(help="Its state dict; repeatable, in the order of the networks.")
+    ] = None,
+    seeds: Annotated[str, Option(help="Seeds: 0..2, or a list.")] = "0..2",
     jobs: Jobs = 1,
     storage: Storage = None,
     study: StudyName = None,
     runs: Runs = None,
     output: StudyOutput = None,
 ) -> int:
-    """Compares methods at several bit widths on several networks: mean and spread over seeds, the best by name.
+    """Compares methods at several bit widths on several networks: mean and spread over seeds, and the best method.
 
-    One table; markdown, CSV and figures in the folder. The same command continues an interrupted comparison.
+    Prints one table and writes a page, Markdown, CSV and figures. The same command continues an interrupted comparison.
     """
     if weights and len(weights) != len(model or [""]):
         raise typer.BadParameter("give one for each --model, in the same order", param_hint="'--weights'")
