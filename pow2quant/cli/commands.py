@@ -64,9 +64,7 @@ def qat(
     given: Given,
     mode: Annotated[
         str | None,
-        Option(
-            help="weights: activations stay float during training; full: everything is quantized, for fewer than 8 bits."
-        ),
+        Option(help="weights: activations stay float in training; full: all is quantized, for fewer than 8 bits."),
     ] = None,
     epochs: Annotated[int | None, Option(help="Passes over all training images.")] = None,
     learning_rate: Annotated[float | None, Option(help="Learning rate at the start of the schedule.")] = None,
@@ -85,8 +83,8 @@ def qat(
 ) -> int:
     """Quantization-aware training: PTQ, training with quantized weights, PTQ of the activations; then like `ptq`.
 
-    Checkpoints are kept beside the run's folder until it is finished. For several processes use torchrun
-    --nproc-per-node N -m pow2quant qat ... All other settings are under `training:` in --config.
+    Checkpoints are kept beside the run's folder until it is finished. Several processes: torchrun --nproc-per-node N -m
+    pow2quant qat ... All other settings are under `training:` in --config.
     """
     if resume and given.flags["output"] is None:
         raise typer.BadParameter("needs the --output of the run that was interrupted", param_hint="'--resume'")

@@ -34,7 +34,7 @@ def explain(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> int:
-    """Explains a layer's exponents: histograms, candidates and their errors, the accumulator, the shift of one value."""
+    """Explains a layer's exponents: histograms, candidates and their errors, accumulator, the shift of a value."""
     console = console_of(verbose, quiet, as_json)
     idle(console, config, seed, device)
     from pow2quant.report import explain as explaining

@@ -102,7 +102,7 @@ EvalBatches = Annotated[
 Methods = Annotated[
     list[str] | None,
     Option(
-        help="NAME or NAME:parameter=value; repeatable, applied in this order; none switches the default methods off. Names: "
+        help="NAME or NAME:parameter=value; repeatable, applied in order; none: without default methods. Names: "
         f"{', '.join(TABLES['methods'])}."
     ),
 ]

@@ -19,9 +19,7 @@ def search(
     given: Given,
     objective: Annotated[
         str | None,
-        Option(
-            help="What to minimize: size (the default), bops (bit operations) or latency; or accuracy, which is maximized."
-        ),
+        Option(help="What to minimize: size (default), bops (bit operations) or latency; or accuracy, to maximize."),
     ] = None,
     constraint: Annotated[
         list[str] | None,
@@ -37,9 +35,7 @@ def search(
     ] = None,
     sensitivity: Annotated[
         str | None,
-        Option(
-            help="Measure of sensitivity: kl (of the logits, the default), loss, sqnr (of the logits), or hessian (HAWQ-V2)."
-        ),
+        Option(help="Sensitivity measure: kl (of the logits, default), loss, sqnr (of the logits), hessian (HAWQ-V2)."),
     ] = None,
     max_sensitivity_batches: Annotated[
         int | None, Option(help="Measure sensitivities on this many calibration batches; default: 4.")
