@@ -310,6 +310,21 @@ def add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-batches", type=int)
 
 
+def network_values(options: argparse.Namespace) -> dict[str, Any]:
+    """The same as values of a configuration, those that are given."""
+    values = {
+        "model.name": options.network,
+        "model.weights": options.weights,
+        "data.dataset": options.data,
+        "data.path": options.data_path,
+        "data.mean": options.mean,
+        "data.std": options.std,
+        "data.batch_size": options.batch_size,
+        "ptq.calibration_batches": options.calibration_batches,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def measured(bench: Bench, experiments: Iterable[Experiment], file: Path) -> None:
     """Measures what the file has no row of yet, and adds each row as soon as it is there."""
     for experiment in experiments:

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from methods import add_network, widths
+from methods import add_network, network_values, widths
 
 from pow2quant import targets
 from pow2quant.adapters import onnx_qdq
@@ -34,37 +34,64 @@ from pow2quant.errors import MissingExtraError, Pow2QuantError
 from pow2quant.integer.certificate import certify
 from pow2quant.plugins import resolve
 from pow2quant.report.document import environment
-from pow2quant.runs.executors import SIMULATION, compared, executors, runner
+from pow2quant.runs.executors import SIMULATION, Arrays, compared, executors, runner
 from pow2quant.runs.job import Job
 from pow2quant.runs.scores import FLOAT, Scores
 from pow2quant.runs.writing import quantized
+from pow2quant.validation.agreement import Executor
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- rows: written by benchmarks/targets.py -->\n", "<!-- end of rows -->"
 OWN = ("integer engine", "generated C")
-COLUMNS = ("target", "accuracy", "SQNR dB", "forwards", "file", "executors", "images", "differing", "claim")
-RUNTIMES = ("ai-edge-litert", "tflite-micro", "openvino", "tract", "onnxruntime", "executorch", "hls4ml", "esp-ppq")
+COLUMNS = (
+    "target",
+    "float",
+    "accuracy",
+    "SQNR dB",
+    "forwards",
+    "file",
+    "executors",
+    "ms",
+    "images",
+    "differing",
+    "claim",
+)
+RUNTIMES = (
+    "ai-edge-litert",
+    "tflite-micro",
+    "openvino",
+    "tract",
+    "onnxruntime",
+    "executorch",
+    "hls4ml",
+    "esp-ppq",
+    "qonnx",
+)
 
 
 @dataclass(frozen=True)
 class Run:
-    """An executor against the simulation of the target: output elements, and how many differ."""
+    """An executor against the simulation of the target: output elements, and how many differ.
+
+    milliseconds: an image takes, in its fastest batch; 0 where that was not measured.
+    """
 
     executor: str
     images: int
     elements: int
     differing: int
     claim: str
+    milliseconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Row:
     """A network for a target. widths: of weights and activations.
 
-    float_accuracy, accuracy: top-1 in per cent, of the float network and the simulation. sqnr_db: of the logits. runs:
-    of the executors that are there; absent: why others are not. bytes: of the file that the runtime reads. seconds: of
-    all. machine: with the versions of the runtimes. cost: processor time of the simulation's forward, in forwards of
-    the float network.
+    float_accuracy, accuracy: the task's leading metric in per cent, of the float network and the simulation. sqnr_db:
+    of the logits. runs: of the executors that are there; absent: why others are not. bytes: of the file that the
+    runtime reads. seconds: of all. machine: with the versions of the runtimes. cost: processor time of the simulation's
+    forward, in forwards of the float network.
     """
 
     network: str
@@ -93,23 +120,28 @@ def measure(title: str, bits: str, config: RunConfig, limit: int | None, slow: i
     with tempfile.TemporaryDirectory() as folder:
         file = onnx_qdq.export_qdq(artifact, Path(folder))
         found = executors(file, None, left_out, target)
-        found = [replace(e, most=slow) if e.name in OWN else e for e in found]
+        fastest: dict[str, float] = {}
+        found = [timed(replace(e, most=slow) if e.name in OWN else e, fastest) for e in found]
         scores = Scores(job.task, (FLOAT, f"custom {SIMULATION}"), limit, job.sample(limit).total)
         agreements = compared(job, sim, artifact, certify(artifact), found, limit, scores)
+        _once_more(job, found)
         size = _size(artifact, target, Path(folder))
     simulated = f"custom {SIMULATION}"
     classes = agreements[0].elements // (
         scores.samples if agreements[0].executor not in OWN else min(slow, scores.samples)
     )
-    keyed = scores.keyed(float=FLOAT, simulated=simulated)
+    float_accuracy, accuracy = (scores.value(name, job.task.metrics[0]) or 0.0 for name in (FLOAT, simulated))
     return Row(
         network=title,
         target=target.name,
         images=scores.samples,
-        float_accuracy=keyed["float_accuracy"] or 0.0,
-        accuracy=keyed["simulated_accuracy"] or 0.0,
+        float_accuracy=float_accuracy,
+        accuracy=accuracy,
         sqnr_db=scores.noise.value() or 0.0,
-        runs=tuple(Run(a.executor, a.elements // classes, a.elements, a.differing, a.claim) for a in agreements),
+        runs=tuple(
+            Run(a.executor, a.elements // classes, a.elements, a.differing, a.claim, fastest[a.executor])
+            for a in agreements
+        ),
         absent=left_out,
         bytes=size,
         seconds=round(time.monotonic() - started),
@@ -117,6 +149,26 @@ def measure(title: str, bits: str, config: RunConfig, limit: int | None, slow: i
         widths=bits,
         cost=_cost(job, sim),
     )
+
+
+def timed(executor: Executor, fastest: dict[str, float]) -> Executor:
+    """The executor, which notes under its name the milliseconds that an image took in its fastest batch."""
+
+    def run(batch: Arrays) -> Arrays:
+        started = time.perf_counter()
+        found = executor.run(batch)
+        taken = 1000 * (time.perf_counter() - started) / len(batch[0])
+        fastest[executor.name] = round(min(taken, fastest.get(executor.name, taken)), 3)
+        return found
+
+    return replace(executor, run=run)
+
+
+def _once_more(job: Job, executors: Iterable[Executor]) -> None:
+    """Runs a batch again, for executors that compile in their first one and ran no other."""
+    batch = [x.numpy() for x in inputs(next(iter(job.test(1)))[0])]
+    for executor in executors:
+        executor.run([x[: executor.most] for x in batch])
 
 
 def _cost(job: Job, sim: Simulation) -> float:
@@ -172,12 +224,12 @@ def rendered(rows: Iterable[Row]) -> str:
     for name in dict.fromkeys(row.network for row in rows):
         own = [row for row in rows if row.network == name]
         found.append(
-            f"### {name}\n\nFloat: {own[0].float_accuracy:.2f} % of {own[0].images:,} images.\n\n"
+            f"### {name}\n\n"
             f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n"
             + "\n".join(line for row in own for line in _lines(row))
         )
-    machines = dict.fromkeys(row.machine for row in rows)
-    return "\n\n".join([*found, f"Measured on: {'; '.join(machines) or 'nothing yet'}."]) + "\n"
+    machines = dict.fromkeys(part for row in rows for part in row.machine.replace(";", ",").split(", "))
+    return "\n\n".join([*found, f"Measured on: {', '.join(machines) or 'nothing yet'}."]) + "\n"
 
 
 def _lines(row: Row) -> list[str]:
@@ -186,6 +238,7 @@ def _lines(row: Row) -> list[str]:
     weight, _, activation = row.widths.partition(":")
     head = [
         f"`{row.target}`" + f", W{weight}A{activation}" * (row.widths != "8:8"),
+        f"{row.float_accuracy:.2f} %",
         f"{row.accuracy:.2f} %",
         f"{row.sqnr_db:.1f}",
         f"{row.cost:.1f}" if row.cost else "",
@@ -194,15 +247,17 @@ def _lines(row: Row) -> list[str]:
     for key in dict.fromkeys(_outcome(run) for run in row.runs):
         names = ", ".join(run.executor for run in row.runs if _outcome(run) == key)
         images, elements, differing, claim = key
+        times = [run.milliseconds for run in row.runs if _outcome(run) == key]
         cells = [
             *(head if not lines else [""] * len(head)),
             names,
+            ", ".join(f"{each:.3g}" for each in times if each),
             f"{images:,}",
             f"{differing:,} of {elements:,}",
             claim.partition(" on ")[0],
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines + [f"| | | | | | {name} | | *absent* | |" for name in row.absent]
+    return lines + [f"| | | | | | | {name} | | | *absent* | |" for name in row.absent]
 
 
 def _outcome(run: Run) -> tuple[int, int, int, str]:
@@ -225,26 +280,15 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=DOCS / "targets.json")
     parser.add_argument("--page", type=Path, default=DOCS / "targets.md")
     options = parser.parse_args()
-    values = {
-        "model.name": options.network,
-        "model.weights": options.weights,
-        "data.dataset": options.data,
-        "data.path": options.data_path,
-        "data.mean": options.mean,
-        "data.std": options.std,
-        "data.batch_size": options.batch_size,
-        "ptq.calibration_batches": options.calibration_batches,
-    }
     for name, bits in product(options.targets, options.bits) if options.network else ():
         title = options.title or options.network.rpartition(":")[2]
         if any((row.network, row.target, row.widths) == (title, Path(name).stem, bits) for row in load(options.rows)):
             continue
-        given = {key: value for key, value in values.items() if value is not None}
         weight, activation = widths(bits)
         plan = {"weight": weight, "output": activation, "input": max(8, activation or 8)}
         try:
             widened = {f"quantization.{role}.bitwidth": width for role, width in plan.items()}
-            config = with_values(RunConfig(), {"target": name, **widened, **given})
+            config = with_values(RunConfig(), {"target": name, **widened, **network_values(options)})
             row = measure(title, bits, config, options.test_batches, options.slow_images)
         except Pow2QuantError as error:
             print(f"{title}, {name}, {bits}: {error}", flush=True)

@@ -13,6 +13,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import defaults  # noqa: E402
 import methods as bench  # noqa: E402
 import targets as target_bench  # noqa: E402
+import vendors  # noqa: E402
 
 sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -63,6 +64,29 @@ def test_the_page_of_targets_shows_its_rows(tmp_path: Path, monkeypatch: pytest.
     (row,) = target_bench.load(own)
     assert (row.target, row.images, [run.differing for run in row.runs]) == ("generic-shift", 128, [0, 0])
     assert "| `generic-shift` |" in target_bench.rendered([row])
+
+
+def test_the_table_of_vendors_shows_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, rows = ROOT / "docs" / "targets.md", ROOT / "docs" / "vendors.json"
+    assert page.read_text(encoding="utf-8") == vendors.put(page, vendors.load(rows))
+    own = tmp_path / "rows.json"
+    quick = [
+        *QUICK,
+        "--title",
+        "digits",
+        "--vendors",
+        "onnxruntime",
+        "--rows",
+        str(own),
+        "--page",
+        str(tmp_path / "none"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["vendors.py", *quick])
+    vendors.main()
+    (row,) = vendors.load(own)
+    assert (row.vendor, row.images) == ("onnxruntime", 128)
+    assert row.accuracy > 95
+    assert row.sqnr_db > 20
 
 
 @pytest.mark.parametrize(
