@@ -36,16 +36,21 @@ FINE = 24
 WIDEST = 16
 """Inputs have at most so many bits."""
 
+HIDDEN = 1 << 18
+"""So much lower than its code, beyond what any code or table reaches, lies what a softmax does not keep."""
+
 
 @dataclass(frozen=True)
 class Softmax:
     """Softmax along an axis, with one division per row.
 
     Of codes q in units of 2^k: d = max q - q, E = round(2^m exp(-d factor 2^k)), S = sum E, r = floor(2^R / S), and
-    p = floor(E r 2^(24 - R)) in units of 2^-24. A value that is not kept has E = 0 and does not count in the maximum.
+    p = floor(E r 2^(24 - R)) in units of 2^-24. What is not kept lies 2^18 lower: it has E = 0, and does not count in
+    the maximum, unless nothing of its row is kept.
 
     axis: from the end. table_bits, reciprocal_bits: m and R. keep: the shape of a mask and its truth values, packed,
-    in hexadecimal; it broadcasts against the tensor, and keeps something of every row.
+    in hexadecimal; it broadcasts against the tensor, and keeps something of every row. masked: a second operand says
+    what is kept, by values of more than 0.5, and broadcasts likewise.
     """
 
     axis: int
@@ -53,10 +58,17 @@ class Softmax:
     reciprocal_bits: int
     factor: float = 1.0
     keep: tuple[tuple[int, ...], str] | None = None
+    masked: bool = False
 
     @classmethod
     def of(
-        cls, axis: int, length: int, bits: int, factor: float = 1.0, keep: NDArray[np.bool_] | None = None
+        cls,
+        axis: int,
+        length: int,
+        bits: int,
+        factor: float = 1.0,
+        keep: NDArray[np.bool_] | None = None,
+        masked: bool = False,
     ) -> Softmax | None:
         """The definition for rows of so many values and a result of so many bits; None for rows that are too long.
 
@@ -65,9 +77,9 @@ class Softmax:
         """
         packed = None if keep is None else (keep.shape, np.packbits(keep).tobytes().hex())
         if bits <= 8 and length <= 4096:
-            return cls(axis, 12, FINE, factor, packed)
+            return cls(axis, 12, FINE, factor, packed, masked)
         table_bits = min(16, 24 - max(1, length - 1).bit_length())
-        return cls(axis, table_bits, 40, factor, packed) if table_bits >= 8 else None
+        return cls(axis, table_bits, 40, factor, packed, masked) if table_bits >= 8 else None
 
     @property
     def is_single(self) -> bool:
@@ -286,23 +298,30 @@ def accepts(encoding: Encoding | None) -> bool:
     )
 
 
-def region(index: GraphIndex, table: dict[str, Encoding], node: onnx.NodeProto) -> tuple[list[onnx.NodeProto], str]:
-    """The nodes that a definition stands for, in order, and the encoded tensor that they read; "" if it is not one."""
-    found: dict[str, onnx.NodeProto] = {}
-    sources = set[str]()
-    pending = [node]
+def region(
+    index: GraphIndex, table: dict[str, Encoding], node: onnx.NodeProto
+) -> tuple[list[onnx.NodeProto], tuple[str, ...]]:
+    """The nodes that a node's definition stands for, in order, and the encoded tensors that they read, in theirs.
+
+    No tensors where these are not as many as the definition has operands.
+    """
+    found = {node.output[0]: node}
+    sources: dict[str, None] = {}
+    pending = list(reversed(node.input))
     while pending:
-        current = pending.pop()
-        found[current.output[0]] = current
-        for name in filter(None, current.input):
-            if name in table and name not in index.constants:
-                sources.add(name)
-            elif name not in index.constants and name not in found:
-                if name not in index.producers:
-                    return [], ""
-                pending.append(index.producers[name])
+        name = pending.pop()
+        if not name or name in index.constants or name in found:
+            continue
+        if name in table:
+            sources[name] = None
+        elif name in index.producers:
+            found[name] = index.producers[name]
+            pending += reversed(found[name].input)
+        else:
+            return [], ()
     ordered = [n for n in index.graph.node if n.output and n.output[0] in found]
-    return (ordered, sources.pop()) if len(sources) == 1 else ([], "")
+    operands = 1 + getattr(definition(node), "masked", False)
+    return (ordered, tuple(sources)) if len(sources) == operands else ([], ())
 
 
 def inside_definitions(index: GraphIndex, table: dict[str, Encoding]) -> set[str]:

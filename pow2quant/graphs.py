@@ -49,6 +49,11 @@ class GraphIndex:
         return found
 
     @cached_property
+    def inputs(self) -> dict[str, int]:
+        """The types of the graph's inputs, by ONNX number."""
+        return {value.name: value.type.tensor_type.elem_type for value in self.graph.input}
+
+    @cached_property
     def outputs(self) -> set[str]:
         """The names of the graph's results."""
         return {value.name for value in self.graph.output}

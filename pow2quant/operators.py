@@ -99,7 +99,7 @@ OPERATIONS: dict[str, Operation] = {
     **_rows("Constant", _COMPUTE, Values.NONE),
     **_rows("Shape", Kind.INDEX, Values.NONE),
     **_rows("Abs Ceil Floor Neg Round Sign", _COMPUTE, Values.FUNCTION, _BETWEEN),
-    **_rows("Equal Greater GreaterOrEqual Less LessOrEqual", _COMPUTE, Values.FUNCTION, _BETWEEN),
+    **_rows("Equal Greater GreaterOrEqual Less LessOrEqual Not", _COMPUTE, Values.FUNCTION, _BETWEEN),
     **_rows("Cast Elu Erf Gelu HardSigmoid HardSwish LeakyRelu Mish PRelu Softplus", _COMPUTE, Values.FUNCTION),
     **_rows("Sigmoid Tanh", _COMPUTE, Values.FUNCTION, Double.ABOVE_8_BITS),
     **_rows("Cos Exp Log Pow Sin Sqrt", _COMPUTE, Values.FUNCTION, Double.ALWAYS),

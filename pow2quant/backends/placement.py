@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,6 +16,7 @@ from pow2quant.config import QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.idle import DROPPED
+from pow2quant.frontends.kept import TRUTH
 from pow2quant.frontends.operators import operator, weight_axis
 from pow2quant.operators import Kind
 from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
@@ -57,7 +58,7 @@ class Placement:
     by site name the rule by which the operation in front rounds, where it is not half to even. tied: groups of site
     names that have one exponent, each with its own zero point. results: by a layer's module the site at which its
     result is rounded. sums: of each, and of what else brings operands to one scale, the site of its result and
-    those of its operands. target: whose arithmetic it is.
+    those of its operands. truths: the sites, by name, whose values are 0 and 1. target: whose arithmetic it is.
     """
 
     sites: tuple[Site, ...]
@@ -73,6 +74,7 @@ class Placement:
     tied: tuple[tuple[str, ...], ...]
     results: dict[str, Site]
     sums: tuple[tuple[str, tuple[str, ...]], ...]
+    truths: frozenset[str]
     target: Target
 
     def leader(self, name: str) -> str:
@@ -105,6 +107,7 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
     layers: list[Layer] = []
     fused: set[str] = set()
     exact: dict[str, tuple[Site, Site]] = {}
+    truths: set[str] = set()
 
     def site(name: str, role: str) -> Site | None:
         made = Site(name, role)
@@ -141,9 +144,12 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
         carried[node.name] = own
         if own is not None:
             quantized[node.name] = own
-            source = carried[node.args[0].name] if isinstance(module, m.Exact) else None
-            if source is not None and plan.functions == "exact":
-                exact[node.name] = source, own
+            if TRUTH in node.meta:
+                truths.add(own.name)
+                specs[own.name] = replace(specs[own.name], range="minmax")
+            sources = [source for operand in node.args if (source := carried[operand.name]) is not None]
+            if isinstance(module, m.Exact) and plan.functions == "exact" and len(sources) == len(node.args):
+                exact[node.name] = sources[0], own
     ties = _ties(network, quantized, specs)
     roundings = _roundings(network, quantized, carried, plan.target)
     results, sums = _rounded(network, quantized, carried)
@@ -162,6 +168,7 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
         tied,
         results,
         sums,
+        frozenset(truths),
         plan.target,
     )
 

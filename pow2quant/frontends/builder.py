@@ -19,6 +19,7 @@ from pow2quant.frontends import operators
 from pow2quant.frontends.captured import arguments, operation, scope, unsupported
 from pow2quant.frontends.dropouts import DROPOUT
 from pow2quant.frontends.export import overwrites, source_line
+from pow2quant.frontends.kept import MOVES, TRUTH
 from pow2quant.frontends.naming import Names
 from pow2quant.frontends.returned import Returned
 
@@ -188,6 +189,8 @@ class Builder:
             self.parts[node] = result
             return
         self.new[node] = self.results[node] = result
+        if node.meta["val"].dtype == torch.bool or self._stays_truth(result):
+            result.meta[TRUTH] = True
         if overwrites(node):
             written = node.args[0]
             assert isinstance(written, fx.Node)
@@ -265,9 +268,21 @@ class Builder:
 
     def counts(self, value: Any) -> bool:
         """Whether an argument is integers that count, such as tokens: they have no scale."""
-        dtype, made = value.meta["val"].dtype, self.modules.get(str(self.new[value].target))
+        dtype = value.meta["val"].dtype
         whole = not dtype.is_floating_point and not dtype.is_complex and dtype.itemsize > 1
-        return whole and not isinstance(made, m.CompareIntegers)
+        return whole and self._is_counted(self.new[value])
+
+    def _is_counted(self, node: fx.Node) -> bool:
+        """Whether a prepared node's values are integers that follow from such alone."""
+        module = self.modules.get(str(node.target))
+        real = TRUTH in node.meta or isinstance(module, (m.Compare, m.CompareIntegers, m.Real))
+        return isinstance(module, m.ArgMax) or (not real and all(map(self._is_counted, node.all_input_nodes)))
+
+    def _stays_truth(self, node: fx.Node) -> bool:
+        """Whether a prepared node's values are 0 and 1, also where the user's are integers or reals."""
+        module, operands = self.modules.get(str(node.target)), node.all_input_nodes
+        moved = isinstance(module, MOVES) and TRUTH in operands[0].meta
+        return moved or isinstance(module, m.CompareIntegers)
 
     def operand(self, node: fx.Node, value: Any) -> fx.Node:
         """A tensor argument in the prepared graph; a constant one becomes a module that holds it."""

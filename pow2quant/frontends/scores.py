@@ -1,4 +1,4 @@
-"""What stands in front of a softmax becomes part of it: positive factors, and constant masks that take values out.
+"""What stands in front of a softmax becomes part of it: positive factors, and masks that take values out.
 
 Attention is softmax(q k^T / sqrt(C) + mask) v. The factor stands on q, on the product, or half of it on q and half on
 k, as the code or the exporter of a file has it; as part of the softmax nothing is rounded there, and the codes are the
@@ -15,13 +15,8 @@ from torch import Tensor, fx, nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.dropouts import DROPOUT, bypass
+from pow2quant.frontends.kept import HIDES, MOVES, Kept
 from pow2quant.frontends.modules.normalization import LOWEST
-
-MOVES = (m.Permute, m.Reshape, m.Slice, nn.Flatten)
-"""Modules through which a factor can be pulled."""
-
-HIDES = -1e3
-"""A mask that adds this, or less, takes a value out of a softmax."""
 
 ROUNDING = 2**-20
 """How far products of rounded factors are from the factor that was meant, relative to it."""
@@ -30,22 +25,30 @@ ROUNDING = 2**-20
 def gather_scores(network: fx.GraphModule) -> list[str]:
     """Changes the network in place, every node with its `shape` in `meta`; gives the names of the modules that go."""
     gone: list[str] = []
+    kept = Kept(network)
     for node in list(network.graph.nodes):
         module = _module(network, node)
         if isinstance(module, m.MatMul):
             _join_factors(network, node, gone)
         elif isinstance(module, (m.Softmax, m.MaskedSoftmax)):
             factor, mask = getattr(module, "factor", 1.0), getattr(module, "mask", None)
-            softmax = _gathered(network, node, int(module.dim or 0), factor, mask, gone)
-            if softmax.factor != factor or softmax.mask is not None:
+            softmax = _gathered(network, node, kept, int(module.dim or 0), factor, mask, gone)
+            if softmax.factor != factor or softmax.mask is not None or softmax.asks:
                 network.set_submodule(str(node.target), softmax.eval())
     return gone
 
 
 def _gathered(
-    network: fx.GraphModule, node: fx.Node, dim: int, factor: float, mask: Tensor | None, gone: list[str]
+    network: fx.GraphModule,
+    node: fx.Node,
+    kept: Kept,
+    dim: int,
+    factor: float,
+    mask: Tensor | None,
+    gone: list[str],
 ) -> m.MaskedSoftmax:
-    """softmax(factor * x + mask) with what is in front of x."""
+    """softmax(factor * x + mask) of what is kept, with what is in front of x."""
+    kept.before, keep = node, None
     while True:
         source = node.all_input_nodes[0]
         added = _added(network, source)
@@ -53,12 +56,21 @@ def _gathered(
             scaled = factor * added[1]
             mask = scaled if mask is None else mask + scaled
             _drop(network, source, added[0], gone)
+        elif len(source.users) == 1 and (computed := kept.taken_out(source)) is not None:
+            keep = computed[1] if keep is None else kept.both(keep, computed[1])
+            _drop(network, source, computed[0], gone)
         elif (number := _factor(network, source)) is not None:
             factor *= number
             _drop(network, source, source.all_input_nodes[0], gone)
         else:
             factor = _meant(network, source, factor * _pulled(network, source, gone))
-            return m.MaskedSoftmax(dim, factor, mask)
+            break
+    if keep is not None:
+        hidden = None if mask is None else kept.constant(node, mask)
+        if hidden is not None:
+            keep, mask = kept.both(hidden, keep), None
+        node.args = (source, kept.repeated(keep, source))
+    return m.MaskedSoftmax(dim, factor, mask, keep is not None)
 
 
 def _added(network: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Tensor] | None:

@@ -177,12 +177,12 @@ class Lowering:
             )
         return np.array(table[0])
 
-    def defined_input(self, node: onnx.NodeProto) -> Tensor:
+    def defined_inputs(self, node: onnx.NodeProto) -> list[Tensor]:
         """What a function with an integer definition reads. Raises UnsupportedModelError where it has no integers."""
-        _, source = region(self.index, self.encodings, node)
-        if not source or not accepts(self.encodings[source]):
-            raise UnsupportedModelError(f"{title(node)}: its definition is of one input with a single scale of 2^k")
-        return self.read(source, rows=True)
+        _, sources = region(self.index, self.encodings, node)
+        if not sources or not all(accepts(self.encodings[name]) for name in sources):
+            raise UnsupportedModelError(f"{title(node)}: its definition is of inputs with a single scale of 2^k")
+        return [self.read(name, rows=True) for name in sources]
 
     def requantization(
         self, exponent: Ints, target: Tensor, low: float = -math.inf, high: float = math.inf
@@ -219,9 +219,16 @@ def require_power_of_two(name: str, encoding: Encoding) -> None:
 
 
 def _of_indices(index: GraphIndex, name: str) -> Encoding:
-    """The encoding of an input of indices: its values are codes, in the narrowest type that counts all rows."""
-    rows = [len(index.constants[n.input[0]]) for n in index.readers.get(name, []) if n.input[0] in index.constants]
-    bits = next(b for b in (8, 16, 31) if max(rows, default=1) <= 2**b)
+    """The encoding of an input of indices: its values are codes, in the narrowest type that counts all rows.
+
+    It holds what the values are compared with, and one more: what lies beyond compares as that does.
+    """
+    readers = list(index.readers.get(name, []))
+    for reader in readers:
+        readers += [r for n in reader.output for r in index.readers.get(n, [])] if reader.op_type == "Cast" else []
+    constants = [index.constants[n] for reader in readers for n in reader.input if n in index.constants]
+    most = [len(v) if v.dtype.kind == "f" else int(v.max(initial=0)) + 2 for v in constants]
+    bits = next(b for b in (8, 16, 31) if max(most, default=1) <= 2**b)
     return Encoding(np.ones((), np.float32), np.zeros((), np.int64), IntGrid(bits, signed=False))
 
 

@@ -27,7 +27,8 @@ KINDS = {
     "integer root, one division, and `definition`'s gain and offset; then requantize.",
     "product": "result = requantize((a - zero_a) * (b - zero_b)); a constant of fewer dimensions repeats, as in ONNX.",
     "softmaxstep": "along `definition.axis`: d = largest code - x; e = table[min(d, length - 1)]; p = e * floor(2^R / "
-    "sum of e) >> (R - 24), R = `definition.reciprocal_bits`; result = requantize(p).",
+    "sum of e) >> (R - 24), R = `definition.reciprocal_bits`; result = requantize(p). Where a second input is at most "
+    "0.5, x is 2^18 lower.",
     "sum": "result = requantize((a - zero_a) * 2^shifts[0] + (b - zero_b) * 2^shifts[1]), or minus where `subtracts`; "
     "a constant of fewer dimensions repeats, as in ONNX.",
     "table": "result = table[x - low], low that of the input's tensor; one table, or one row per channel (the first "

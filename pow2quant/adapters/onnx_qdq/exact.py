@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from pow2quant.functions import DEPTH, FINE, RECIPROCAL, Definition, Lookup, Norm, Softmax, definition, region
+from pow2quant.functions import DEPTH, FINE, HIDDEN, RECIPROCAL, Definition, Lookup, Norm, Softmax, definition, region
 from pow2quant.graphs import GraphIndex
 
 if TYPE_CHECKING:
@@ -133,14 +133,15 @@ class _Expansion:
         defined = definition(node)
         if defined is None or node.output[0] not in table:
             return None
-        nodes, source = region(index, table, node)
-        if not source:
+        nodes, sources = region(index, table, node)
+        if not sources:
             return None
+        source = sources[0]
         if isinstance(defined, Lookup) and not defined.fits(table[source], table[node.output[0]]):
             return None
         private = [t for t in index.graph.initializer if _is_private(index, t.name, nodes)]
         made = cls(node.output[0], GraphProto(node=nodes, initializer=private))
-        WRITERS[type(defined)](made, defined, source, table[source])
+        WRITERS[type(defined)](made, defined, table[source], *sources)
         made.nodes[-1].output[0] = node.output[0]
         text = base64.b64encode(made.replaced.SerializeToString(deterministic=True)).decode()
         made.nodes[-1].metadata_props.add(key=REPLACED, value=text)
@@ -166,13 +167,16 @@ def _is_private(index: GraphIndex, name: str, nodes: list[NodeProto]) -> bool:
     return bool(readers) and all(r.output and r.output[0] in results for r in readers)
 
 
-def _softmax(f: _Expansion, defined: Softmax, x: str, encoding: Encoding) -> None:
+def _softmax(f: _Expansion, defined: Softmax, encoding: Encoding, x: str, keep: str = "") -> None:
     single, exponent, table = defined.is_single, int(encoding.exponent), defined.table(encoding)
     real = np.float32 if single else np.float64
     axes = f.constant(np.array([defined.axis], np.int64))
-    kept = defined.kept()
-    if kept is not None:  # what is not kept moves further down than any code reaches
-        x = f("Add", x, f.constant(np.where(kept, 0, -math.ldexp(1, 18 + exponent)).astype(np.float32)))
+    kept, hidden = defined.kept(), np.float32(-math.ldexp(HIDDEN, exponent))
+    if kept is not None:
+        x = f("Add", x, f.constant(np.where(kept, np.float32(0), hidden)))
+    if keep:
+        truth = f("Greater", keep, f.constant(np.float32(0.5)))
+        x = f("Add", x, f("Where", truth, f.constant(np.float32(0)), f.constant(hidden)))
     apart = f("Sub", f("ReduceMax", x, axes, keepdims=1), x)
     apart = f("Mul", apart, f.constant(np.float32(math.ldexp(1, -exponent))))
     index = f("Cast", f("Min", apart, f.constant(np.float32(len(table) - 1))), to=TensorProto.INT32)
@@ -187,7 +191,7 @@ def _softmax(f: _Expansion, defined: Softmax, x: str, encoding: Encoding) -> Non
     f("Cast", f("Mul", result, f.constant(np.float64(2.0**-FINE))), to=TensorProto.FLOAT)
 
 
-def _norm(f: _Expansion, defined: Norm, x: str, encoding: Encoding) -> None:
+def _norm(f: _Expansion, defined: Norm, encoding: Encoding, x: str) -> None:
     def number(value: float) -> str:
         return f.constant(np.float64(value))
 
@@ -217,16 +221,16 @@ def _norm(f: _Expansion, defined: Norm, x: str, encoding: Encoding) -> None:
     f("Cast", f("Mul", y, number(2.0**-defined.fine)), to=TensorProto.FLOAT)
 
 
-def _lookup(f: _Expansion, defined: Lookup, x: str, encoding: Encoding) -> None:
+def _lookup(f: _Expansion, defined: Lookup, encoding: Encoding, x: str) -> None:
     index = f("Mul", x, f.constant(np.float32(math.ldexp(1, -int(encoding.exponent)))))
     if least := int(encoding.zero_point) - int(encoding.grid.qmin):
         index = f("Add", index, f.constant(np.float32(least)))
     f("Gather", f.constant(defined.values()), f("Cast", index, to=TensorProto.INT32), axis=0)
 
 
-WRITERS: dict[type[Definition], Callable[[_Expansion, Any, str, Encoding], None]] = {
+WRITERS: dict[type[Definition], Callable[..., None]] = {
     Softmax: _softmax,
     Norm: _norm,
     Lookup: _lookup,
 }
-"""What writes each definition: the last node's result is the function's."""
+"""What writes each definition: (expansion, definition, encoding of the first operand, operands); see `expand`."""

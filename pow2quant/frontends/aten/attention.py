@@ -30,11 +30,12 @@ def _masked(b: Builder, node: fx.Node, a: SimpleNamespace, scores: fx.Node) -> f
         return b.call(node, m.Masked(hidden, -torch.inf), scores)
     if a.attn_mask is None:
         return scores
+    if a.attn_mask.meta["val"].dtype != torch.bool:
+        return b.call(node, m.Add(), scores, b.operand(node, a.attn_mask))
     if b.is_data(a.attn_mask):
-        raise b.unsupported(node, "attention with a mask that is computed from the inputs")
-    if a.attn_mask.meta["val"].dtype == torch.bool:
-        return b.call(node, m.Masked(~b.tensor(node, a.attn_mask), -torch.inf), scores)
-    return b.call(node, m.Add(), scores, b.operand(node, a.attn_mask))
+        nothing = b.hold(node, torch.tensor(-torch.inf))
+        return b.call(node, m.Select(), b.operand(node, a.attn_mask), scores, nothing)
+    return b.call(node, m.Masked(~b.tensor(node, a.attn_mask), -torch.inf), scores)
 
 
 ROWS: dict[str, Handler] = {"scaled_dot_product_attention": _attention}

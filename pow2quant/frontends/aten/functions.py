@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -42,12 +43,16 @@ def _dropout(kind: type[nn.Module]) -> Handler:
 
 def _cast(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     """A change of type or device; the network computes in float32 everywhere, and counts in whatever integers."""
-    before, after = (n.meta["val"].dtype for n in (given(a), node))
+    x = given(a)
+    before, after = (n.meta["val"].dtype for n in (x, node))
+    if after == torch.bool != before:
+        different = m.CompareIntegers("NotEqual", torch.tensor(0)) if b.counts(x) else m.Compare("NotEqual", 0.0)
+        return b.call(node, different, b.operand(node, x), kind="compare")
     if before.is_floating_point and not after.is_floating_point:
         raise b.unsupported(node, f"a cast to {after}")
-    if after.is_floating_point and b.counts(given(a)):
-        raise b.unsupported(node, f"a cast of integers, {before}, to {after}")
-    return b.operand(node, given(a))
+    if after.is_floating_point and b.counts(x):
+        return b.call(node, m.Real(), b.operand(node, x))
+    return b.operand(node, x)
 
 
 def _clamp(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:

@@ -49,12 +49,6 @@ def _one_hot(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return b.call(node, m.CompareIntegers("Equal", torch.arange(b.shape(node)[-1])), column, kind="one_hot")
 
 
-def _not_equal(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    equal = _compare("Equal")(b, node, a)
-    assert isinstance(equal, fx.Node)
-    return b.call(node, m.Scale(-1.0, 1.0), equal)
-
-
 def _not(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return b.call(node, m.Scale(-1.0, 1.0), b.operand(node, a.self))
 
@@ -99,9 +93,10 @@ def _triangle(keep: Any) -> Handler:
 
 ROWS: dict[str, Handler] = {
     "gt": _compare("Greater"), "ge": _compare("GreaterOrEqual"), "lt": _compare("Less"),
-    "le": _compare("LessOrEqual"), "eq": _compare("Equal"), "ne": _not_equal,
+    "le": _compare("LessOrEqual"), "eq": _compare("Equal"), "ne": _compare("NotEqual"),
     **dict.fromkeys(("logical_not", "bitwise_not"), _not),
     **dict.fromkeys(("logical_and", "bitwise_and", "__and__"), _and),
+    **dict.fromkeys(("logical_xor", "bitwise_xor", "__xor__"), _compare("NotEqual")),
     **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _or),
     "where": _where, "masked_fill": _masked_fill, "tril": _triangle(torch.tril), "triu": _triangle(torch.triu),
     "one_hot": _one_hot,

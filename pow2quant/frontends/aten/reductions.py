@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
+import torch
 from torch import fx, nn
 
 from pow2quant.frontends import modules as m
@@ -25,6 +26,15 @@ def _reduction(make: Callable[[list[int], bool], nn.Module], kind: str | None = 
     def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         module = make(dimensions(b, node, a), bool(getattr(a, "keepdim", False)))
         return b.call(node, module, b.operand(node, a.self), kind=kind)
+
+    return handler
+
+
+def _of_truths(make: type[m.Reduction]) -> Handler:
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+        if a.self.meta["val"].dtype != torch.bool:
+            raise b.unsupported(node, "of what is no truth value; compare it first (x != 0)")
+        return b.call(node, make(dimensions(b, node, a), bool(getattr(a, "keepdim", False))), b.operand(node, a.self))
 
     return handler
 
@@ -125,6 +135,7 @@ ROWS: dict[str, Handler] = {
     "mean": _reduction(m.Mean, "mean"),
     "sum": _reduction(m.Sum),
     "amax": _reduction(m.Largest), "amin": _reduction(m.Least),
+    "any": _of_truths(m.Largest), "all": _of_truths(m.Least),
     "max": _extreme(m.Largest, m.Maximum), "min": _extreme(m.Least, m.Minimum),
     "maximum": _extreme(m.Largest, m.Maximum), "minimum": _extreme(m.Least, m.Minimum),
     "fmax": _extreme(m.Largest, m.Maximum), "fmin": _extreme(m.Least, m.Minimum),

@@ -29,7 +29,7 @@ from pow2quant.frontends.modules.arithmetic import (
     Sum,
     Variance,
 )
-from pow2quant.frontends.modules.constants import ArgMax, CompareIntegers, Constant, Embedding, Expand
+from pow2quant.frontends.modules.constants import ArgMax, CompareIntegers, Constant, Embedding, Expand, Real
 from pow2quant.frontends.modules.exact import Exact
 from pow2quant.frontends.modules.functions import (
     ELU,
@@ -147,6 +147,7 @@ __all__ = [
     "Pow",
     "Product",
     "RMSNorm",
+    "Real",
     "Reciprocal",
     "Reduction",
     "Remainder",

@@ -69,6 +69,13 @@ class CompareIntegers(nn.Module):
         return f"{self.relation}, shape={tuple(self.values.shape)}"
 
 
+class Real(nn.Module):
+    """Integers that count, as real numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
 class ArgMax(nn.Module):
     """The index of the largest value along `dim`, the first of equal ones."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,44 +23,44 @@ class Quantizer(Protocol):
 class Exact(nn.Module):
     """A module that computes integers where its input lies on a grid that it knows, and its function in float64 else.
 
+    Operands behind the first, if there are any, say which values count.
+
     ends: the quantizers of the input and of the result; None: nothing is quantized. The gradient is that of the float
     function.
     """
 
     ends: tuple[Quantizer, Quantizer] | None = None
 
+    plain: Callable[..., Tensor]
+    """(input, *operands behind it) -> the function, rounded once from float64."""
+
+    integers: Callable[..., Tensor]
+    """(codes, definition, encoding, *operands) -> the result as real values; codes: in units of the scale."""
+
     def connect(self, source: Quantizer, result: Quantizer) -> None:
         """Says what quantizes the input and the result."""
         object.__setattr__(self, "ends", (source, result))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
         encoding, target = (None, None) if self.ends is None else (end.encoding for end in self.ends)
         if encoding is None or target is None or not accepts(encoding):
-            return self.plain(x)
+            return self.plain(x, *more)
         defined = self.definition(tuple(x.shape), encoding, target)
         if defined is None:
-            return self.plain(x)
+            return self.plain(x, *more)
         with torch.no_grad():
             codes = x.double() * 2.0 ** -int(encoding.exponent)
             if not torch.equal(codes, codes.round()):
                 defined = None
             else:
-                result = self.integers(codes, defined, encoding).to(x.dtype)
+                result = self.integers(codes, defined, encoding, *more).to(x.dtype)
         if defined is None or torch.is_grad_enabled():
-            plain = self.plain(x)
+            plain = self.plain(x, *more)
             result = plain if defined is None else _Replaced.apply(plain, result)
         return result
 
     def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> Definition | None:
         """The definition for an input of this shape and encoding and a result with `target`; None: there is none."""
-        raise NotImplementedError
-
-    def plain(self, x: Tensor) -> Tensor:
-        """The function, rounded once from float64."""
-        raise NotImplementedError
-
-    def integers(self, codes: Tensor, defined: Any, encoding: Encoding) -> Tensor:
-        """The definition's result as real values; codes: integers in units of the encoding's scale, in float64."""
         raise NotImplementedError
 
 

@@ -312,5 +312,6 @@ RELATIONS: dict[str, Callable[..., Tensor]] = {
     "Less": torch.lt,
     "LessOrEqual": torch.le,
     "Equal": torch.eq,
+    "NotEqual": torch.ne,
 }
-"""Comparisons by ONNX name."""
+"""Comparisons by ONNX name; ONNX writes `NotEqual` as `Equal` and `Not`."""

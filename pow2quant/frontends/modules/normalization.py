@@ -19,13 +19,16 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """What a prepared network holds beside the rows of `operators.OPERATORS`, until `backends.fold` has folded it."""
 
 
-def _integer_softmax(codes: Tensor, defined: functions.Softmax, encoding: Encoding) -> Tensor:
+def _integer_softmax(
+    codes: Tensor, defined: functions.Softmax, encoding: Encoding, keep: Tensor | None = None
+) -> Tensor:
     """`functions.Softmax` of integers in float64, as real values."""
     table = torch.from_numpy(defined.table(encoding).copy()).to(codes.device)
-    kept = defined.kept()
-    seen = codes
+    kept, seen = defined.kept(), codes
     if kept is not None:
-        seen = codes.masked_fill(~torch.from_numpy(kept).to(codes.device), -(2.0**40))
+        seen = seen - functions.HIDDEN * ~torch.from_numpy(kept).to(codes.device)
+    if keep is not None:
+        seen = seen - functions.HIDDEN * (keep <= HALF)
     apart = (seen.amax(defined.axis, keepdim=True) - seen).clamp_(max=len(table) - 1)
     entries = table.to(torch.float32 if defined.is_single else torch.float64)[apart.long()]
     reciprocal = torch.floor(2.0**defined.reciprocal_bits / entries.sum(defined.axis, keepdim=True))
@@ -113,23 +116,26 @@ class LogSoftmax(nn.LogSoftmax):
 
 
 class MaskedSoftmax(Exact):
-    """softmax(factor * x + mask) along `dim`, rounded once from float64, or `functions.Softmax`.
+    """softmax(factor * x + mask) of what is kept along `dim`, rounded once from float64, or `functions.Softmax`.
 
     The latter where the mask holds nothing but 0 and what takes values out, and leaves something of every row.
 
     mask: broadcasts against x; what it adds takes a value out where no value of x makes up for it. None: there is none.
+    A second operand that broadcasts against x keeps values, with a 1, or takes them out, with a 0.
     """
 
-    def __init__(self, dim: int, factor: float = 1.0, mask: Tensor | None = None) -> None:
+    def __init__(self, dim: int, factor: float = 1.0, mask: Tensor | None = None, asks: bool = False) -> None:
+        """asks: whether there is a second operand."""
         super().__init__()
-        self.dim, self.factor = dim, single(factor)
+        self.dim, self.factor, self.asks = dim, single(factor), asks
         self.register_buffer("mask", None if mask is None else mask.detach().float().clamp(min=LOWEST))
 
     mask: Tensor | None
 
-    def plain(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         scores = x.double() * self.factor
         scores = scores if self.mask is None else scores + self.mask.double()
+        scores = scores if keep is None else scores + LOWEST * (keep <= HALF)
         return torch.softmax(scores, self.dim).to(x.dtype)
 
     def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> functions.Softmax | None:
@@ -146,11 +152,13 @@ class MaskedSoftmax(Exact):
                 return None
             if not np.broadcast_to(keep, (1,) * max(0, len(shape) - keep.ndim) + keep.shape).any(axis).all():
                 return None
-        return functions.Softmax.of(axis, shape[axis], target.grid.width, self.factor, keep)
+        return functions.Softmax.of(axis, shape[axis], target.grid.width, self.factor, keep, self.asks)
 
-    def integers(self, codes: Tensor, defined: functions.Softmax, encoding: Encoding) -> Tensor:
+    def integers(
+        self, codes: Tensor, defined: functions.Softmax, encoding: Encoding, keep: Tensor | None = None
+    ) -> Tensor:
         """See `Exact.integers`."""
-        return _integer_softmax(codes, defined, encoding)
+        return _integer_softmax(codes, defined, encoding, keep)
 
     def extra_repr(self) -> str:
         shape = None if self.mask is None else tuple(self.mask.shape)
@@ -159,6 +167,9 @@ class MaskedSoftmax(Exact):
 
 LOWEST = -(2.0**100)
 """What stands for minus infinity in a mask."""
+
+HALF = 0.5
+"""What is kept has a larger value, what is not a smaller one."""
 
 ENOUGH = 20
 """exp(-ENOUGH) is 0 in every table of exponentials."""

@@ -6,6 +6,9 @@ from pow2quant.frontends import modules as m
 from pow2quant.frontends.modules.rounded import TINY
 from pow2quant.frontends.writing import Formula, Operator, Rows, formula, plain
 
+FLOAT, INT64 = 1, 7
+"""ONNX's numbers of element types."""
+
 
 def not_below(f: Formula, x: str, bound: float) -> str:
     """max(x, bound)."""
@@ -74,8 +77,14 @@ def _clamp(f: Formula, module: m.Clamp, x: str) -> str:
     return f("Clip", x, *(bounds if bounds[1] else bounds[:1]))
 
 
+def compared(f: Formula, relation: str, x: str, y: str) -> str:
+    """1 where the relation holds, else 0."""
+    found = f("Not", f("Equal", x, y)) if relation == "NotEqual" else f(relation, x, y)
+    return f("Cast", found, to=FLOAT)
+
+
 def _compare(f: Formula, module: m.Compare, x: str) -> str:
-    return f("Cast", f(module.relation, x, f.number(module.number)), to=1)
+    return compared(f, module.relation, x, f.number(module.number))
 
 
 ROWS: Rows = {

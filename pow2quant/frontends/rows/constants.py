@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.writing import Formula, Node, OnnxGraph, Operator, Rows, formula
+from pow2quant.frontends.rows.composed import FLOAT, INT64, compared
+from pow2quant.frontends.writing import Formula, Node, OnnxGraph, Operator, Rows, formula, plain
 from pow2quant.operators import Kind
-
-FLOAT, INT64 = 1, 7
-"""ONNX's numbers of element types."""
 
 
 def _constant(module: m.Constant, node: Node, graph: OnnxGraph) -> None:
@@ -32,14 +30,14 @@ def _argmax(f: Formula, module: m.ArgMax, x: str) -> str:
 
 
 def _compare_integers(f: Formula, module: m.CompareIntegers, x: str) -> str:
-    values = f.integers(module.values.cpu().numpy())
-    return f("Cast", f(module.relation, f("Cast", x, to=INT64), values), to=FLOAT)
+    return compared(f, module.relation, f("Cast", x, to=INT64), f.integers(module.values.cpu().numpy()))
 
 
 ROWS: Rows = {
     m.Constant: Operator("Constant", _constant, stored="value", integers=True, proved=True),
     m.Expand: Operator("Expand", _expand, integers=True, proved=True),
     m.Embedding: Operator("Gather", _embedding, stored="weight", own=Kind.COMPUTE, integers=True, proved=True),
-    m.CompareIntegers: Operator("Cast", formula(_compare_integers)),
+    m.CompareIntegers: Operator("Cast", formula(_compare_integers), integers=True, proved=True),
+    m.Real: Operator("Cast", plain("Cast", to=FLOAT), integers=True),
     m.ArgMax: Operator("ArgMax", formula(_argmax), proved=True),
 }

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.modules.normalization import HALF, LOWEST
 from pow2quant.frontends.rows.composed import not_below, product, times
 from pow2quant.frontends.writing import Formula, Node, OnnxGraph, Operator, Rows, formula
 
@@ -21,9 +22,12 @@ def _log_softmax(module: nn.LogSoftmax, node: Node, graph: OnnxGraph) -> None:
     graph.node("LogSoftmax", node.inputs, node.output, node.name, axis=module.dim)
 
 
-def _masked_softmax(f: Formula, module: m.MaskedSoftmax, x: str) -> str:
+def _masked_softmax(f: Formula, module: m.MaskedSoftmax, x: str, keep: str = "") -> str:
     scores = times(f, x, module.factor)
     scores = scores if module.mask is None else f("Add", scores, f.floats(module.mask.cpu().numpy()))
+    if keep:
+        hidden = f("Where", f("Greater", keep, f.number(HALF)), f.number(0), f.number(LOWEST))
+        scores = f("Add", scores, hidden)
     return f("Softmax", scores, axis=module.dim)
 
 

@@ -74,6 +74,6 @@ class NormStep:
 
 def lower(graph: Lowering, node: onnx.NodeProto, defined: Norm) -> None:
     """A node that bears this definition."""
-    x, target = graph.defined_input(node), graph.declare(node.output[0])
+    (x,), target = graph.defined_inputs(node), graph.declare(node.output[0])
     requantization = graph.requantization(np.array(-defined.fine), target)
     graph.steps.append(NormStep(node.name or target.name, (x.name,), target.name, defined, requantization))

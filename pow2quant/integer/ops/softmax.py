@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pow2quant.functions import FINE, Softmax
+from pow2quant.errors import UnsupportedModelError
+from pow2quant.functions import FINE, HIDDEN, Softmax
 from pow2quant.integer.c_layer import ctype
+from pow2quant.integer.nodes import title
 from pow2quant.integer.program import storage
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from pow2quant.integer.c_layer import Layer
     from pow2quant.integer.lowering import Lowering
-    from pow2quant.integer.program import Codes, Ints, Program, Requantization
+    from pow2quant.integer.program import Codes, Ints, Program, Requantization, Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +28,7 @@ class SoftmaxStep:
     """y = requantize(p), p in units of 2^-24, along one axis. table: E for d = 0, 1, …, and 0 for all that follow."""
 
     node: str
-    inputs: tuple[str]
+    inputs: tuple[str, ...]
     output: str
     definition: Softmax
     table: Ints
@@ -34,12 +36,16 @@ class SoftmaxStep:
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
         """See `Step.run`."""
-        (x,) = inputs
         defined = self.definition
-        codes = x.astype(np.int64).reshape(-1, *program.tensors[self.inputs[0]].shape)
+        codes, *keep = (
+            x.astype(np.int64).reshape(-1, *program.tensors[name].shape)
+            for name, x in zip(self.inputs, inputs, strict=True)
+        )
         kept = defined.kept()
         if kept is not None:
-            codes = np.where(kept, codes, -(2**40))
+            codes = codes - HIDDEN * ~kept
+        if keep:
+            codes = codes - HIDDEN * (keep[0] <= _half(program.tensors[self.inputs[1]]))
         apart = codes.max(defined.axis, keepdims=True) - codes
         entries = self.table[np.minimum(apart, len(self.table) - 1)]
         reciprocal = (1 << defined.reciprocal_bits) // entries.sum(defined.axis, keepdims=True)
@@ -48,7 +54,7 @@ class SoftmaxStep:
 
     def emit_c(self, layer: Layer) -> str:
         """See `Step.emit_c`."""
-        x, defined = layer.input(0), self.definition
+        x, defined, masked = layer.input(0), self.definition, len(self.inputs) > 1
         kind = layer.accumulator(self.bound(layer.program), self.requantization)
         entries = layer.typed_array("table", self.table.astype(storage(0, int(self.table.max()))))
         length = x.shape[defined.axis]
@@ -56,14 +62,22 @@ class SoftmaxStep:
         kept = defined.kept()
         sums = "uint32_t" if defined.is_single else "uint64_t"
         softmax = layer.kernel(
-            "softmax", x=ctype(x), t=entries.ctype, s=sums, a=kind, y=ctype(layer.output), k="m" * (kept is not None)
+            "softmax",
+            x=ctype(x),
+            t=entries.ctype,
+            s=sums,
+            a=kind,
+            y=ctype(layer.output),
+            k=ctype(layer.input(1)) if masked else "uint8_t" * (kept is not None),
         )
         numbers = [x.size // length // inner, length, inner, len(self.table) - 1]
         numbers += [defined.reciprocal_bits, defined.reciprocal_bits - FINE]
-        arguments = f"x, y, {', '.join(map(str, numbers))}, {entries.name}, &rule"
-        if kept is not None:
+        arguments = f"{layer.operand(0)}, y, {', '.join(map(str, numbers))}, {entries.name}, &rule"
+        if masked:
+            arguments += f", {layer.operand(1)}, {layer.input(1).size}, {_half(layer.input(1))}"
+        elif kept is not None:
             mask = _repeated(kept, x.shape)
-            arguments += f", {layer.typed_array('kept', mask.astype(np.uint8)).name}, {mask.size}"
+            arguments += f", {layer.typed_array('kept', mask.astype(np.uint8)).name}, {mask.size}, 0"
         return f"{layer.rule(self.requantization)}\n{softmax}({arguments});"
 
     def bound(self, program: Program) -> int:
@@ -85,9 +99,24 @@ def _repeated(kept: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.boo
 
 def lower(graph: Lowering, node: onnx.NodeProto, defined: Softmax) -> None:
     """A node that bears this definition."""
-    x, target = graph.defined_input(node), graph.declare(node.output[0])
+    (x, *keep), target = graph.defined_inputs(node), graph.declare(node.output[0])
     requantization = graph.requantization(np.array(-FINE), target)
-    step = SoftmaxStep(
-        node.name or target.name, (x.name,), target.name, defined, defined.table(x.encoding), requantization
-    )
-    graph.steps.append(step)
+    for mask in keep:
+        _require_repeated(node, x.shape, mask.shape)
+    names = tuple(tensor.name for tensor in (x, *keep))
+    table = defined.table(x.encoding)
+    graph.steps.append(SoftmaxStep(node.name or target.name, names, target.name, defined, table, requantization))
+
+
+def _require_repeated(node: onnx.NodeProto, shape: tuple[int, ...], mask: tuple[int, ...]) -> None:
+    """Raises UnsupportedModelError unless a computed mask repeats in memory as the scores are passed through."""
+    own = list(mask)
+    while own and own[0] == 1:
+        own.pop(0)
+    if len(mask) != len(shape) or tuple(own) != shape[len(shape) - len(own) :]:
+        raise UnsupportedModelError(f"{title(node)}: a computed mask of shape {mask} for scores of shape {shape}")
+
+
+def _half(keep: Tensor) -> int:
+    """The largest code of a mask that takes a value out: real values are kept above 0.5."""
+    return keep.zero + math.floor(math.ldexp(0.5, -keep.exponent))

@@ -75,7 +75,7 @@ class Table:
 
 def lower_defined(graph: Lowering, node: onnx.NodeProto, defined: functions.Lookup) -> None:
     """A node that bears a table. Raises UnsupportedModelError where it is one between other encodings."""
-    x, target = graph.defined_input(node), graph.declare(node.output[0])
+    (x,), target = graph.defined_inputs(node), graph.declare(node.output[0])
     if not defined.fits(x.encoding, target.encoding):
         raise UnsupportedModelError(f"{title(node)}: its table is one between other encodings")
     graph.steps.append(Table(node.name or target.name, (x.name,), target.name, defined.results()))
@@ -207,6 +207,7 @@ SHAPED_LIKE_INPUT: dict[str, Callable[..., Any]] = {
     "Min": lambda node, *values: np.minimum.reduce(np.broadcast_arrays(*values)),
     "Mul": lambda node, a, b: a * b,
     "Neg": lambda node, x: -x,
+    "Not": lambda node, x: np.logical_not(x),
     "PRelu": lambda node, x, slope: np.where(x < 0, x * slope, x),
     "Pow": lambda node, a, b: np.power(a.astype(np.float64), b),
     "Relu": lambda node, x: np.maximum(x, 0),

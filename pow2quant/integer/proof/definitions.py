@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 def defined_by(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     """A function with an integer definition, whose conditions are checked: see `certificate.py`."""
     defined = definition(node)
-    _, source = region(tensors.index, tensors.encodings, node)
-    if not source or not accepts(tensors.encodings[source]):
-        raise NotProvedError("its integer definition is of one input with a single scale of 2^k and at most 16 bits")
+    _, sources = region(tensors.index, tensors.encodings, node)
+    if not sources or not all(accepts(tensors.encodings[name]) for name in sources):
+        raise NotProvedError("its integer definition is of inputs with a single scale of 2^k and at most 16 bits")
     if node.output[0] not in tensors.encodings:
         raise NotProvedError("its result is not rounded to a grid")
+    source = sources[0]
     shape = tensors.shapes.get(source)
     if shape is None:
         raise NotProvedError(f"the shape of {source} is not known")

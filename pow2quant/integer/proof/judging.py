@@ -12,7 +12,7 @@ from pow2quant.integer.lattice import NotProvedError
 from pow2quant.integer.proof.averages import average, total_of
 from pow2quant.integer.proof.definitions import defined_by
 from pow2quant.integer.proof.elements import choice, product_of, sum_of
-from pow2quant.integer.proof.moves import float_sums, function, moves, nothing, resize, unknown
+from pow2quant.integer.proof.moves import COMPARISONS, comparison, float_sums, function, moves, nothing, resize, unknown
 from pow2quant.integer.proof.products import weighted
 from pow2quant.integer.proof.requirements import (
     ROUNDS_AFTER_ZERO_POINT,
@@ -60,6 +60,7 @@ _BY_VALUES: dict[Values, Rule] = {
 
 RULES: dict[str, Rule] = {
     **{op: _BY_VALUES[row.values] for op, row in OPERATIONS.items()},
+    **dict.fromkeys(("Cast", *COMPARISONS), comparison),
     "ReduceSum": total_of,
     "Resize": resize,
     "Where": choice,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from pow2quant.integer.lattice import NotProvedError
+import numpy as np
+import onnx
+
+from pow2quant.integer.lattice import Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute
 from pow2quant.integer.proof.tensors import Judged, Tensors
-from pow2quant.operators import OPERATIONS, Values
+from pow2quant.operators import OPERATIONS, Values, operations
 
-if TYPE_CHECKING:
-    import onnx
+MOVED = operations(Values.MOVED)
 
 
 def moves(tensors: Tensors, node: onnx.NodeProto) -> Judged:
@@ -42,6 +43,36 @@ def resize(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     if attribute(node, "mode", b"nearest") != b"nearest":
         raise NotProvedError("Resize interpolates in float32, each executor in its own way")
     return moves(tensors, node)
+
+
+COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not")
+"""Operations whose results are truth values."""
+
+INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+
+TRUTHS = Lattice.of_constants(np.array([0.0, 1.0]))
+
+
+def comparison(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """Comparisons of integers that count, and casts of what they give, are the same everywhere."""
+    if not all(_counts(tensors, name) for name in node.input):
+        return function(tensors, node)
+    if node.op_type != "Cast" or attribute(node, "to", 0) in INTEGERS:
+        return None, None
+    source = tensors.index.producers.get(node.input[0])
+    return (None, TRUTHS) if source is not None and source.op_type in COMPARISONS else function(tensors, node)
+
+
+def _counts(tensors: Tensors, name: str) -> bool:
+    """Whether a tensor holds integers without a scale, or truth values that follow from such."""
+    if name in tensors.constants:
+        return tensors.constants[name].dtype.kind == "i"
+    node = tensors.index.producers.get(name)
+    if node is None:
+        return tensors.index.inputs.get(name) in INTEGERS
+    if node.op_type == "Cast" and attribute(node, "to", 0) not in INTEGERS:
+        return False
+    return node.op_type in (*COMPARISONS, "Cast", *MOVED) and all(_counts(tensors, n) for n in node.input)
 
 
 def function(tensors: Tensors, node: onnx.NodeProto) -> Judged:

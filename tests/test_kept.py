@@ -1,0 +1,115 @@
+"""Masks that are computed from the inputs: what padding is taken out, in every executor, however it is written."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pow2quant import QuantPlan, prepare, simulate
+from pow2quant.frontends import modules as m
+from tests.prepared import outcome
+
+T = 6
+EARLIER = torch.ones(T, T).tril().bool()
+
+
+class Reader(nn.Module):
+    """Attention over tokens. attend: (self, q, k, v, tokens) -> what it gives for (N, 2, T, 4) each."""
+
+    def __init__(self, attend):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attend = attend
+        self.embedding, self.qkv, self.out = nn.Embedding(20, 8), nn.Linear(8, 24), nn.Linear(8, 3)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.embedding(x)).view(len(x), T, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(self.attend(self, q, k, v, x).transpose(1, 2).reshape(len(x), T, 8))
+
+
+def by_hand(scores):
+    return lambda s, q, k, v, x: scores(q @ k.mT * 0.5, x).softmax(-1) @ v
+
+
+def masked(mask):
+    return lambda s, q, k, v, x: F.scaled_dot_product_attention(q, k, v, attn_mask=mask(x))
+
+
+def row(x):
+    return x[:, None, None]
+
+
+FORMS = {
+    "truth values": masked(lambda x: row(x != 0)),
+    "filled": by_hand(lambda a, x: a.masked_fill(row(x == 0), -torch.inf)),
+    "chosen": by_hand(lambda a, x: torch.where(row(x > 0), a, torch.finfo().min)),
+    "added": by_hand(lambda a, x: a + (1 - row((x != 0).long()).float()) * torch.finfo().min),
+    "subtracted": by_hand(lambda a, x: a - row(x == 0).float() * 1e9),
+    "infinity": masked(lambda x: torch.zeros(len(x), 1, 1, T).masked_fill(row(x == 0), -torch.inf)),
+}
+MORE = {
+    "and causal": masked(lambda x: row(x != 0) & EARLIER),
+    "causal before": by_hand(lambda a, x: a.masked_fill(~EARLIER, -1e9).masked_fill(row(x == 0), -1e9)),
+    "of pairs": masked(lambda x: ((x > 9)[:, None] == (x > 9)[:, :, None])[:, None]),
+    "of a layer": lambda s, q, k, v, x: (
+        s.layer(s.embedding(x), src_key_padding_mask=x == 0).view(len(x), T, 2, 4).transpose(1, 2)
+    ),
+}
+
+
+def tokens(seed):
+    x = torch.randint(1, 20, (4, T), generator=torch.Generator().manual_seed(seed))
+    return x * (torch.arange(T) < torch.tensor([T, 1, 3, 4])[:, None])
+
+
+def test_however_a_mask_is_written_the_codes_are_the_same():
+    results = []
+    for name, attend in FORMS.items():
+        network = prepare(Reader(attend).eval(), tokens(0))
+        (softmax,) = [x for x in network.modules() if isinstance(x, m.MaskedSoftmax)]
+        assert softmax.asks, name
+        assert softmax.mask is None, name
+        assert not any(isinstance(x, (m.Select, m.Add)) for x in network.modules()), name
+        sim = simulate(network, tokens(0), QuantPlan.default())
+        sim.calibrate([tokens(1)])
+        with torch.no_grad():
+            results.append(sim.model(tokens(2)))
+    assert all(torch.equal(results[0], result) for result in results)
+
+
+@pytest.mark.parametrize("name", ["added", *MORE])
+def test_every_executor_leaves_the_padding_out(name, tmp_path):
+    found = outcome(prepare(Reader((FORMS | MORE)[name]).eval(), tokens(0)), [(tokens(1),), (tokens(2),)], tmp_path)
+    assert found.pop("proved")
+    assert "integers" not in found
+    assert set(found.values()) == {0}
+
+
+def test_padding_that_calibration_does_not_hold_is_left_out_too():
+    full = torch.randint(1, 20, (8, T), generator=torch.Generator().manual_seed(3))
+    sim = simulate(prepare(Reader(FORMS["filled"]).eval(), full), full, QuantPlan.default())
+    sim.calibrate([full])
+    (truth,) = [e for name, e in sim.encodings().items() if "compare" in name]
+    assert truth.fake_quantize(np.array([0, 1], np.float32)).tolist() == [0, 1]
+
+
+class Asked(Reader):
+    """The mask as an input of its own; the mean of the tokens that it keeps."""
+
+    def forward(self, x, attention_mask):
+        hidden = (1.0 - row(attention_mask).float()) * -10000.0
+        q, k, v = self.qkv(self.embedding(x)).view(len(x), T, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        y = ((q @ k.mT / 2 + hidden).softmax(-1) @ v).transpose(1, 2).reshape(len(x), T, 8)
+        kept = attention_mask.unsqueeze(-1).float()
+        return self.out((y * kept).sum(1) / kept.sum(1).clamp(min=1e-9))
+
+
+def test_a_mask_as_an_input_of_its_own(tmp_path):
+    x = tokens(1)
+    network = prepare(Asked(None).eval(), (x, (x != 0).long()))
+    assert any(isinstance(module, m.MaskedSoftmax) and module.asks for module in network.modules())
+    batches = [(y, (y != 0).long()) for y in (x, tokens(2))]
+    found = outcome(network, batches, tmp_path)
+    assert {found[name] for name in found if name.startswith("onnxruntime")} == {0}
