@@ -683,7 +683,7 @@ def test_runs_on_other_images_are_compared_by_their_change_alone(tmp_path: Path)
     text = Page(pages.compare(finished(tmp_path, a={}, b=lucky), tmp_path / "both").read_text("utf-8")).text
     assert "Best top-1" not in text
     assert "Best change against float: a, -1.25 (-2.50 to +0.00) points" in text
-    assert "not measured on the same images: their values cannot be compared" in text
+    assert "measured on different images, so their values cannot be compared" in text
     assert "b: 320 of 10,000 images, a stratified sample, 9 of 10 classes" in text
     assert "top-1 against ONNX file, KiB" in (tmp_path / "both" / "report.html").read_text("utf-8")
 
@@ -695,7 +695,7 @@ def test_a_run_that_differs_is_named_in_the_comparison(tmp_path: Path):
         "model": "another",
     }
     text = Page(pages.compare(finished(tmp_path, a={}, b=wrong), tmp_path).read_text(encoding="utf-8")).text
-    assert "✗ In 1 of 2 runs executors differ" in text
+    assert "✗ Executors differ in 1 of 2 runs" in text
     assert "DIFFERS: 2 of 12,800" in text
 
 

@@ -98,7 +98,7 @@ def test_a_smaller_error_is_better(tmp_path: Path) -> None:
 def test_a_metric_without_an_interval_says_so(tmp_path: Path) -> None:
     none = {"metric": "miou", "change_low": None, "change_high": None}
     page = text(written(tmp_path, [row(i, bits, -1.0 / bits, **none) for i, bits in enumerate((2, 8))]))
-    assert "mIoU is no mean over images and has no interval" in page
+    assert "mIoU is not a mean over images, so it has no interval" in page
     assert "may be as good" not in page
 
 
@@ -204,7 +204,7 @@ def test_a_search_shows_its_plans_with_their_costs(tmp_path: Path) -> None:
     assert pages.rebuild(tmp_path) == [tmp_path / "search.html"]
     page = (tmp_path / "search.html").read_text(encoding="utf-8")
     assert names(page) == ["uniform 2", "plan 2 (chosen)", "uniform 8"]
-    assert "Taken is plan 2, 98.50 % (change -0.50 (-1.00 to +0.00)): plan.yaml" in text(page)
+    assert "Chosen: plan 2, 98.50 % (change -0.50 (-1.00 to +0.00)): plan.yaml" in text(page)
     assert [title for title in re.findall(r"<h2[^>]*>([^<]*)", page) if "against" in title] == [
         "top-1 against packed, KiB",
         "top-1 against bit operations, M",
@@ -262,5 +262,5 @@ def test_numbers_stand_by_their_size_and_words_evenly() -> None:
 def test_more_points_than_a_page_holds_are_left_out_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "MOST", 3)
     page = written(tmp_path, [row(i, i + 2, -0.1 * i) for i in range(5)])
-    assert "Shown are the first 3 of 5; results.csv has all." in text(page)
+    assert "The first 3 of 5 are shown; results.csv has all." in text(page)
     assert len(names(page)) == 3

@@ -67,7 +67,7 @@ def of_search(document: Mapping[str, Any], folder: Path) -> Study:
     about = f"{asked} with {', '.join(document['constraints'])}; sensitivities by {document['sensitivity']}"
     found = [points.of_plan(plan, i, document) for i, plan in enumerate(plans, 1)]
     chosen = next(p for p, plan in zip(found, plans, strict=True) if plan["chosen"])
-    taken = f"Taken is {chosen.name.removesuffix(points.CHOSEN)}, {chosen.shown} (change {chosen.changed}): plan.yaml"
+    taken = f"Chosen: {chosen.name.removesuffix(points.CHOSEN)}, {chosen.shown} (change {chosen.changed}): plan.yaml"
     to_do = taken, "pow2quant qat --config plan.yaml --output trained"
     return Study(f"Mixed precision: {len(plans)} plans", about, "plan", found, to_do=to_do)
 
