@@ -1,6 +1,7 @@
 """Sums beyond 2^24: the simulation in float64, the engine and C agree, and that is proved."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ import torch
 from torch import nn
 
 from pow2quant import QuantPlan, prepare, simulate
+from pow2quant.backends.custom import QuantizedLayer
+from pow2quant.backends.wide_sums import wide_sums
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.lower import lower
+from pow2quant.pow2_constraints import Encoding, IntGrid
 from pow2quant.runs.executors import simulation_executor
 from pow2quant.validation import c99, engine
 from pow2quant.validation.agreement import compare
@@ -67,7 +71,7 @@ def test_on_8_bits_nothing_is_wide_and_the_aimet_backend_claims_no_more():
     layers = [module for module in sim.model.modules() if hasattr(module, "weight_quantizer")]
     with torch.no_grad():
         sim.model(torch.randn(2, 3, 6, 6))
-    assert not any(layer._known[1] for layer in layers)
+    assert all(layer._known[1] is None for layer in layers)
     assert not simulation_executor(sim, "aimet", torch.device("cpu")).integers
 
 
@@ -96,3 +100,41 @@ def test_a_float_layer_behind_sums_that_nothing_rounds_gets_float32():
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3))
     sim, _ = simulated(16, 16, model, (("1", {"output": None}),))
     assert sim.model(torch.randn(2, 3, 6, 6)).dtype is torch.float32
+
+
+LAYERS = {
+    "plain": (nn.Conv2d(24, 6, 3, padding=1), (2, 24, 5, 5)),
+    "grouped": (nn.Conv2d(32, 8, 3, 2, padding=1, groups=2), (2, 32, 7, 7)),
+    "depthwise": (nn.Conv1d(8, 8, 5, dilation=2, groups=8), (2, 8, 16)),
+    "volume": (nn.Conv3d(4, 3, 2), (2, 4, 3, 4, 3)),
+}
+
+
+def codes(rng, grid, shape, ends):
+    """Random integers of a grid, or its ends only."""
+    low, high = int(grid.qmin), int(grid.qmax)
+    return np.where(rng.integers(0, 2, shape), low, high) if ends else rng.integers(low, high, shape, endpoint=True)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("ends", [False, True], ids=["random", "ends"])
+def test_sums_in_parts_are_those_of_the_integers(kind, ends):
+    """Against float64, which is exact: no sum passes 2^53."""
+    layer, shape = LAYERS[kind]
+    compute, rng, split = QuantizedLayer(layer, None, None)._layer, np.random.default_rng(0), 0
+    for weight_bits, bits, signed, k in product((2, 8, 16), (8, 12, 16), (False, True), (-40, 0, 30)):
+        source = Encoding(np.float32(2.0**k), 0 if signed else 5, IntGrid(bits, signed))
+        channels = layer.out_channels
+        own = Encoding(np.ldexp(np.float32(1), rng.integers(-60, 30, channels)), 0, IntGrid(weight_bits, True), 0)
+        x = torch.from_numpy(source.dequantize(codes(rng, source.grid, shape, ends)))
+        weight = torch.from_numpy(own.dequantize(codes(rng, own.grid, layer.weight.shape, ends)))
+        bias = torch.from_numpy(own.scale * np.float32(2.0**k) * rng.integers(-(2**23), 2**23, channels, np.int32))
+
+        how = wide_sums(layer, weight, bias, source, own)
+        if how is None:
+            assert bits + weight_bits < 24
+            continue
+        split += how.split
+        exact = compute(x.double(), weight.double(), bias.double())
+        assert torch.equal(how.of(compute, x, weight, bias), exact), (weight_bits, bits, signed, k)
+    assert split > 20

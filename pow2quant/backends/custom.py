@@ -20,19 +20,19 @@ from pow2quant.backends.export import to_artifact
 from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.placement import Placement, behind_clips, connect, place
 from pow2quant.backends.target_rounding import TargetRounding
+from pow2quant.backends.wide_sums import WideSums, largest_sum, wide_sums
 from pow2quant.config import QuantPlan
 from pow2quant.errors import ConfigError, EncodingError
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.modules import CONVOLUTIONS, TRANSPOSED
+from pow2quant.frontends.modules import CONVOLUTIONS
 from pow2quant.frontends.writing import many
-from pow2quant.pow2_constraints import Encoding
 
 
 class QuantizedLayer(nn.Module):
     """A weighted module that computes with fake-quantized weight and bias; its own stay float parameters.
 
     source: the quantizer of its input, where its result goes to a quantizer too: then sums that float32 may not hold
-    are computed in float64, and the result is float64.
+    are exact, and the result is float64.
     """
 
     source: FakeQuantize | None = None
@@ -43,17 +43,18 @@ class QuantizedLayer(nn.Module):
         self.weight_quantizer, self.bias_quantizer = weight, bias
         object.__setattr__(self, "layer", layer)  # its configuration; the parameters are registered once, above
         self.training = layer.training
-        self._known: tuple[tuple[Any, ...], bool] | None = None
+        self._known: tuple[tuple[Any, ...], WideSums | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        layer: Any = self.layer
         weight: Any
         bias: Any
         weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
         bias = self.bias if self.bias_quantizer is None else self.bias_quantizer(self.bias)
-        if self._is_wide(weight, bias):
-            x, weight = x.double(), weight.double()
-            bias = None if bias is None else bias.double()
+        how = self._wide_sums(weight, bias)
+        return self._layer(x, weight, bias) if how is None else how.of(self._layer, x, weight, bias)
+
+    def _layer(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        layer: Any = self.layer
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, bias)
         if isinstance(layer, CONVOLUTIONS):
@@ -65,30 +66,32 @@ class QuantizedLayer(nn.Module):
         )
         return transposed
 
-    def _is_wide(self, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether float32 may not hold the sums, so that float64 has to. Training does without."""
+    def _wide_sums(self, weight: Tensor, bias: Tensor | None) -> WideSums | None:
+        """How sums become exact that float32 may not hold; None where it does. Training does without."""
+        layer: Any = self.layer
         source, own = self.source, self.weight_quantizer
         if self.training or source is None or source.encoding is None or own is None or own.encoding is None:
-            return False
+            return None
         if torch.is_grad_enabled() and own.tap is not None:
-            return False
+            return None
         seen = weight, bias, source.encoding, own.encoding
         if self._known is not None and all(a is b for a, b in zip(self._known[0], seen, strict=True)):
             return self._known[1]
-        wide = _largest_sum(self.layer, weight, bias, source.encoding, own.encoding) > FLOAT32_EXACT
+        how = wide_sums(layer, weight, bias, source.encoding, own.encoding)
         results = any(x is not None and x.grad_fn is not None for x in (weight, bias))  # a copy cannot hold these
-        self._known = None if results else (seen, wide)
-        return wide
+        self._known = None if results else (seen, how)
+        return how
 
     def largest_sum(self) -> float | None:
         """No accumulator is beyond it, in units of s_in * s_w; None without the encodings of input and weight."""
         source, own = self.source, self.weight_quantizer
         if source is None or source.encoding is None or own is None or own.encoding is None:
             return None
+        layer: Any = self.layer
         with torch.no_grad():
             bias: Any = self.bias
             bias = bias if bias is None or self.bias_quantizer is None else self.bias_quantizer(bias)
-            return _largest_sum(self.layer, own(self.weight), bias, source.encoding, own.encoding)
+            return largest_sum(layer, own(self.weight), bias, source.encoding, own.encoding)
 
     def extra_repr(self) -> str:
         return repr(self.layer)
@@ -96,24 +99,6 @@ class QuantizedLayer(nn.Module):
 
 SUMS = (m.Add, m.Sub, m.Mul, m.MatMul, m.Mean, m.Sum, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 """Operations that are computed in float64 where an operand has more than 8 bits, and all have quantizers."""
-
-FLOAT32_EXACT = 2**24
-"""float32 holds every integer up to here."""
-
-
-def _largest_sum(layer: Any, weight: Tensor, bias: Tensor | None, source: Encoding, own: Encoding) -> float:
-    """No sum of a layer is beyond it, in units of s_in * s_w."""
-    zero = source.zero_point
-    farthest = float(np.maximum(source.grid.qmax - zero, zero - source.grid.qmin).max())
-    with torch.no_grad():
-        scale = torch.from_numpy(np.array(own.along(own.scale, weight.ndim), np.float64)).to(weight.device)
-        steps = weight.double().abs() / scale
-        sums = steps.sum().reshape(1) if isinstance(layer, TRANSPOSED) else steps.flatten(1).sum(1)
-        sums = sums * farthest
-        if bias is not None:
-            unit = scale.min() * float(np.min(source.scale))
-            sums = sums + (bias.double().abs() / unit).max()
-        return float(sums.max())
 
 
 def _unit(operands: Sequence[FakeQuantize], finest: bool) -> Callable[[], Any]:

@@ -116,44 +116,34 @@ class FakeQuantize(nn.Module):
             raise AttributeError(f'{error}; AIMET\'s functions need backend="aimet"') from None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype is torch.float64:
-            return self._exact(x)
-        if self._encoding is None:
-            return x if self.tap is None else self.tap(self.site, x, x)
+        quantized = x if self._encoding is None else self._quantized(x, self._encoding)
+        if x.dtype is torch.float64:  # sums that float32 may not hold
+            quantized = quantized.float()
+        if self.tap is None:
+            return quantized
+        return self.tap(self.site, x.float() if x.dtype is torch.float64 else x, quantized)
+
+    def _quantized(self, x: Tensor, encoding: Encoding) -> Tensor:
         constants = self._constants
         if constants is None or constants.device != x.device or constants.ndim != x.ndim:
-            constants = self._constants = _Constants(self._encoding, x.ndim, x.device, self.rounding)
+            constants = self._constants = _Constants(encoding, x.ndim, x.device, self.rounding)
         if (torch.is_grad_enabled() and x.requires_grad) or torch._C._get_tracing_state():
-            quantized = _straight_through(x, constants)
-        elif self.caches and self.tap is None and x.device.type == "cpu" and not _infers(x):
-            quantized = self._cached(x, constants)
-        elif self.overwrites and self.tap is None and not x.requires_grad:
+            return _straight_through(x, constants)
+        if self.caches and self.tap is None and x.device.type == "cpu" and not x.is_inference():
+            return self._cached(x, constants)
+        if self.overwrites and self.tap is None and not x.requires_grad:
             return constants.overwrite(x)
-        else:
-            quantized = constants.finish(constants.codes(x))
-        return quantized if self.tap is None else self.tap(self.site, x, quantized)
-
-    def _exact(self, x: Tensor) -> Tensor:
-        """The float32 value on the grid next to a float64 result, which float32 may not hold."""
-        quantized = single = x.float()
-        if self._encoding is not None:
-            constants = _Constants(self._encoding, x.ndim, x.device, self.rounding)
-            quantized = _straight_through(x, constants).float()
-        return quantized if self.tap is None else self.tap(self.site, single, quantized)
+        return constants.finish(constants.codes(x))
 
     def _cached(self, x: Tensor, constants: _Constants) -> Tensor:
         # Comparing values costs a third of quantizing them; PyTorch's count of writes misses those through `.data`.
         if self._kept is None or not torch.equal(self._kept[0], x):
-            self._kept = (x.detach().clone(), constants.finish(constants.codes(x)))
+            with torch.inference_mode(False), torch.no_grad():  # kept for training, too
+                self._kept = (x.detach().clone(), constants.finish(constants.codes(x)))
         return self._kept[1]
 
     def extra_repr(self) -> str:
         return f"{self.site.name}: {self._encoding}"
-
-
-def _infers(x: Tensor) -> bool:
-    """Whether results are inference tensors, which may not be kept for later."""
-    return x.is_inference() or torch.is_inference_mode_enabled()
 
 
 # -- scales that are learned -------------------------------------------------------------------------------------------
