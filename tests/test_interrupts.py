@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
+import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import pow2quant
-from pow2quant.cli import INTERRUPTED, main, signals
+from pow2quant import signals
+from pow2quant.cli import main
 from pow2quant.runs import unfinished
+from pow2quant.signals import INTERRUPTED
+from pow2quant.study import workers
 
 QUICK = {
     "data": {"batch_size": 8},
@@ -139,3 +145,28 @@ def test_in_a_notebook_it_is_python_s_own_exception(mine: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pow2quant.quantize(own["network"](), own["data"](), config=QUICK, output=mine / "run", progress=False)  # type: ignore[operator]
     assert {path.name for path in mine.iterdir()} <= {"mine.py", "quick.yaml", "orders", "run.unfinished"}
+
+
+def test_a_process_that_starts_hears_no_ctrl_c_and_can_be_ended() -> None:
+    """It has handlers only when its imports are done; until then Python's own would print a traceback."""
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    with workers._interrupts_wait():
+        process.start()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(0.3)
+    assert process.is_alive()
+    workers._end([process])
+    assert process.exitcode == -signal.SIGTERM
+
+
+def test_a_second_signal_waits_for_the_first_one_to_clear_up(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    assert (signals.interrupted(), ended) == (True, [])
+    monkeypatch.setattr(signals, "PATIENCE", -1.0)
+    signal.raise_signal(signal.SIGINT)
+    assert ended == [INTERRUPTED]

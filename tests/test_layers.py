@@ -54,6 +54,7 @@ LAYERS = {
     "pow2quant.reading": 2,
     "pow2quant.pow2_constraints": 1,
     "pow2quant.saving": 1,
+    "pow2quant.signals": 1,
     "pow2quant.foreign": 1,
     "pow2quant.errors": 1,
     "pow2quant.progress": 1,

@@ -31,7 +31,8 @@ optuna = pytest.importorskip("optuna", reason="the extra 'search' is not install
 
 from pow2quant.study.ledger import ATTEMPTS, Ledger, Plan  # noqa: E402
 from pow2quant.study.locks import FileLock  # noqa: E402
-from pow2quant.study.trials import Trials, work  # noqa: E402
+from pow2quant.study.trials import Trials  # noqa: E402
+from pow2quant.study.workers import work  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--max-eval-batches", "1", "--max-calibration-batches", "1", "--method", "none", "--quiet"]
@@ -543,16 +544,18 @@ def test_the_study_in_the_documentation_is_legal(tmp_path: Path) -> None:
     assert len(study.plan) == 2 * 3 + 2
 
 
-def test_an_interrupted_trial_is_given_back_and_not_recorded_as_failed(tmp_path: Path) -> None:
+def test_an_interrupted_trial_is_given_back_and_not_recorded_as_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C while a library is being imported comes out as an error of that library."""
-    from pow2quant.study.trials import Trials, work
-
     plan = Plan(((given("seed=0,1"),),))
     ledger = Ledger(f"sqlite:///{tmp_path / 'study.db'}", "s", plan, "f")
     broken = applied(RunConfig(), {"model.name": str(tmp_path / "missing.py") + ":net"})
+    monkeypatch.setattr("pow2quant.signals.interrupted", lambda: True)
     for _ in range(ATTEMPTS + 1):  # however often
         with pytest.raises(KeyboardInterrupt):
-            list(work(ledger, Trials(broken, plan, tmp_path), stopped=lambda: True))
+            list(work(ledger, Trials(broken, plan, tmp_path)))
+    monkeypatch.undo()
     (entry,) = ledger.entries()
     assert (entry.state, entry.attempts) == ("running", 0)
     assert [e.state for e in work(ledger, Trials(broken, plan, tmp_path))] == ["failed", "failed"]

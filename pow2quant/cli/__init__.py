@@ -17,12 +17,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING
 
-from pow2quant.cli import signals
+from pow2quant import signals
+from pow2quant.signals import INTERRUPTED
 
 if TYPE_CHECKING:
     import typer
 
-SUCCESS, CHECK_FAILED, BAD_INPUT, DEFECT, INTERRUPTED, UNREAD = 0, 1, 2, 70, 130, 141
+SUCCESS, CHECK_FAILED, BAD_INPUT, DEFECT, UNREAD = 0, 1, 2, 70, 141
 
 
 COMPLETION = "_POW2QUANT_COMPLETE"
@@ -76,7 +77,9 @@ def run() -> None:
 
         get_command(application())(prog_name="pow2quant")
     signals.install()
-    sys.exit(main())
+    status = main()
+    signals.ignore()  # Python would let one that comes while it exits kill the process
+    sys.exit(status)
 
 
 def _open_what_is_closed() -> None:

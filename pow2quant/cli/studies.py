@@ -68,13 +68,12 @@ def sweep(
     """
     base = given.configured({})
     console = given.console()
-    from pow2quant.cli.signals import interrupted
     from pow2quant.study import sweep as studies
 
     chosen = studies.chosen(file, base, grid or (), trials, sampler, runs, study)
     folder = output or Path("runs") / chosen.called
     with continued(folder, folder):
-        found = studies.sweep(chosen, folder, storage=storage, jobs=jobs, progress=console, stopped=interrupted)
+        found = studies.sweep(chosen, folder, storage=storage, jobs=jobs, progress=console)
     _show_trials(console, found)
     return 0 if found.finished else 1
 
@@ -136,7 +135,6 @@ def compare(
         raise typer.BadParameter("give one for each --model, in the same order", param_hint="'--weights'")
     base = given.configured({})
     console = given.console()
-    from pow2quant.cli.signals import interrupted
     from pow2quant.study import cells
     from pow2quant.study import compare as comparison
 
@@ -147,7 +145,7 @@ def compare(
     chosen = comparison.study(base, networks, bits, methods, seeds, runs, study)
     folder = output or Path("runs") / chosen.called
     with continued(folder, folder):
-        found = comparison.compare(chosen, folder, storage=storage, jobs=jobs, progress=console, stopped=interrupted)
+        found = comparison.compare(chosen, folder, storage=storage, jobs=jobs, progress=console)
     console.table(cells.header(found.cells), [cells.cells_of(cell) for cell in found.cells])
     lines = ["", *(cells.sentence(cell) for cell in found.best)]
     lines += [cells.evaluated(found.cells)] if found.cells else []

@@ -21,7 +21,7 @@ from pow2quant.study.cells import Comparison, cells, csv_of, document, figures, 
 from pow2quant.study.ledger import Plan
 from pow2quant.study.loading import configurations, ignores_seeds, is_deterministic
 from pow2quant.study.space import Axis, applied, axis, combinations, settings
-from pow2quant.study.sweep import BEST, RESULTS, Stopped, Study, running_on, table, tried, write_best
+from pow2quant.study.sweep import BEST, RESULTS, Study, table, tried, write_best
 from pow2quant.study.trials import Row
 
 METHODS = ("none", "output_mse+bias_correction", "gpfq")
@@ -112,13 +112,12 @@ def compare(
     storage: str | None = None,
     jobs: int = 1,
     progress: Progress = SILENT,
-    stopped: Stopped = running_on,
 ) -> Comparison:
     """Runs what is left of a comparison and writes it into `output`: markdown, CSV, JSON and a figure per network.
 
     The best configuration of each network as a file that `ptq --config` takes. report.html shows all of them.
     """
-    for rows in tried(study, output, storage=storage, jobs=jobs, progress=progress, stopped=stopped):
+    for rows in tried(study, output, storage=storage, jobs=jobs, progress=progress):
         write(output / RESULTS, table(rows, study.axes).encode())
     rows = sorted(rows, key=partial(_place, study))
     found = Comparison(output, cells(rows), [str(r["error"]) for r in rows if r["state"] == "failed"])

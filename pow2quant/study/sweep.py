@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -27,7 +27,8 @@ from pow2quant.study.figures import figures
 from pow2quant.study.ledger import SAMPLERS, Entry, Ledger, Plan
 from pow2quant.study.loading import check_loading
 from pow2quant.study.space import MOST, Axis, Range, applied, axis, combinations, given, settings
-from pow2quant.study.trials import RUNS, Row, Trials, described, quality, work, work_in_processes
+from pow2quant.study.trials import RUNS, Row, Trials, described, quality
+from pow2quant.study.workers import work, work_in_processes
 
 RESULTS, STUDY, DATABASE, BEST = "results.csv", "study.yaml", "study.db", "best.yaml"
 
@@ -38,15 +39,6 @@ ENDING = (
     *("agrees", "run", "file_bytes"),
 )
 """Columns that come behind those that say what was tried."""
-
-
-Stopped = Callable[[], bool]
-"""Whether the process was told to end; see `trials.work`."""
-
-
-def running_on() -> bool:
-    """It was not."""
-    return False
 
 
 @dataclass(frozen=True)
@@ -227,13 +219,12 @@ def sweep(
     storage: str | None = None,
     jobs: int = 1,
     progress: Progress = SILENT,
-    stopped: Stopped = running_on,
 ) -> Found:
     """Runs what is left of a study and writes its results into `output`: a table, figures, and how to repeat it.
 
     storage: the URL of a database; None: a file in `output`. Any number of calls may work on one study at a time.
     """
-    for rows in tried(study, output, storage=storage, jobs=jobs, progress=progress, stopped=stopped):
+    for rows in tried(study, output, storage=storage, jobs=jobs, progress=progress):
         write(output / RESULTS, table(rows, study.axes).encode())
     return save(study, rows, output)
 
@@ -245,7 +236,6 @@ def tried(
     storage: str | None = None,
     jobs: int = 1,
     progress: Progress = SILENT,
-    stopped: Stopped = running_on,
 ) -> Iterator[list[Row]]:
     """Runs what is left of a study; yields all rows whenever a trial is finished, and at the end."""
     check(study)
@@ -259,10 +249,7 @@ def tried(
     total = len(study.plan)
     if done:
         progress.note(f"{done} of {total} trials are finished already")
-    alone = jobs == 1
-    running = (
-        work(ledger, trials, progress, stopped=stopped) if alone else work_in_processes(make, trials, jobs, stopped)
-    )
+    running = work(ledger, trials, progress) if jobs == 1 else work_in_processes(make, trials, jobs)
     told: set[Any] = {None}
     for entry in progress.track(running, "trials", total - done):
         if (line := entry.result.get("preprocessing")) not in told:

@@ -1,17 +1,10 @@
-"""One trial: a configuration in, a row of the results out. And the workers that run trials until none is left."""
+"""One trial: a configuration in, a row of the results out."""
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import os
 import re
-import signal
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,13 +19,11 @@ from pow2quant.progress import Within
 from pow2quant.report import summary
 from pow2quant.runs import unfinished
 from pow2quant.runs.chains import with_chain
-from pow2quant.study.ledger import Claim, Entry, Ledger, Plan
+from pow2quant.study.ledger import Claim, Plan
 from pow2quant.study.space import Combination, applied, settings
 from pow2quant.tasks.judging import EQUAL_DB, SQNR
 
 RUNS = ("ptq", "qat")
-PAUSE = 1.0
-"""Seconds between looks at what the other workers do."""
 
 Row = dict[str, Any]
 
@@ -175,110 +166,3 @@ def quality(row: Row, column: str = "quantized") -> float | None:
     """A column of the leading metric (`quantized`, `change`) so that more is better; None where it has no value."""
     value: float | None = row[column]
     return value if value is None or row["higher_is_better"] else -value
-
-
-def work(
-    ledger: Ledger,
-    trials: Trials,
-    progress: Progress = SILENT,
-    *,
-    goes_on: Callable[[], bool] = lambda: True,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Iterator[Entry]:
-    """Runs trials until there is none left that another worker could leave behind; yields each as it is finished.
-
-    goes_on: asked between trials. stopped: whether the process was told to end, which a library that was just being
-    imported may have made another error of; the trial under way is then given back and KeyboardInterrupt is raised.
-    """
-    try:
-        while goes_on():
-            claim = ledger.claim()
-            if claim is not None:
-                try:
-                    row, value, error = trials.run(claim, progress)
-                    if stopped():
-                        raise KeyboardInterrupt
-                except BaseException:
-                    ledger.give_back(claim)
-                    raise
-                if ledger.finish(claim, row, value, error):
-                    yield ledger.entries()[claim.number]
-            elif any(entry.state == "running" for entry in ledger.entries()):
-                time.sleep(PAUSE)
-            else:
-                return
-    finally:
-        ledger.close()
-
-
-def work_in_processes(
-    make: Callable[[], Ledger], trials: Trials, jobs: int, stopped: Callable[[], bool] = lambda: False
-) -> Iterator[Entry]:
-    """The same with so many processes; a process that dies is replaced, at most as often as there are trials."""
-    context = multiprocessing.get_context("spawn")
-    ledger = make()
-
-    def start() -> Any:
-        process = context.Process(target=_worker, args=(make, trials))
-        with _threads(max(1, (os.cpu_count() or 1) // jobs)):
-            process.start()
-        return process
-
-    processes = [start() for _ in range(jobs)]
-    spare, seen = len(trials.plan), {e.number for e in ledger.entries() if e.state != "running"}
-    try:
-        while True:
-            if stopped():
-                raise KeyboardInterrupt
-            alive = any(process.is_alive() for process in processes)
-            finished = [e for e in ledger.entries() if e.state != "running" and e.number not in seen]
-            seen |= {e.number for e in finished}
-            yield from finished
-            if not alive and all(process.exitcode == 0 for process in processes):
-                return
-            for index, process in enumerate(processes):
-                if process.exitcode not in (None, 0) and spare:
-                    spare -= 1
-                    processes[index] = start()
-            if not spare and not alive:
-                raise OutputError("the processes of this study keep dying; --jobs 1 shows why")
-            time.sleep(PAUSE / 4)
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Processes that start within use so many threads, unless the user has chosen a number."""
-    if "OMP_NUM_THREADS" in os.environ:
-        yield
-        return
-    os.environ["OMP_NUM_THREADS"] = str(count)
-    try:
-        yield
-    finally:
-        del os.environ["OMP_NUM_THREADS"]
-
-
-def _worker(make: Callable[[], Ledger], trials: Trials) -> None:
-    """A process of its own, as long as the one lives that started it."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    signals: list[int] = []
-
-    def interrupt(number: int, frame: object) -> None:
-        signals.append(number)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-    parent = multiprocessing.parent_process()
-    alive = partial(parent.is_alive) if parent is not None else lambda: True
-    with suppress(KeyboardInterrupt):
-        for _ in work(make(), trials, goes_on=alive, stopped=lambda: bool(signals)):
-            pass
-    if signals:
-        sys.exit(1)
