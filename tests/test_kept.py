@@ -54,7 +54,7 @@ MORE = {
     "causal before": by_hand(lambda a, x: a.masked_fill(~EARLIER, -1e9).masked_fill(row(x == 0), -1e9)),
     "of pairs": masked(lambda x: ((x > 9)[:, None] == (x > 9)[:, :, None])[:, None]),
     "of a layer": lambda s, q, k, v, x: (
-        s.layer(s.embedding(x), src_key_padding_mask=x == 0).view(len(x), T, 2, 4).transpose(1, 2)
+        s.layer(s.embedding(x), ~EARLIER, src_key_padding_mask=x == 0).view(len(x), T, 2, 4).transpose(1, 2)
     ),
 }
 
@@ -112,4 +112,24 @@ def test_a_mask_as_an_input_of_its_own(tmp_path):
     assert any(isinstance(module, m.MaskedSoftmax) and module.asks for module in network.modules())
     batches = [(y, (y != 0).long()) for y in (x, tokens(2))]
     found = outcome(network, batches, tmp_path)
+    assert {found[name] for name in found if name.startswith("onnxruntime")} == {0}
+
+
+class Longest(nn.Module):
+    """The largest value of every feature over the tokens that are no padding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.out = nn.Embedding(20, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(self.embedding(x).masked_fill((x == 0).unsqueeze(-1), -torch.inf).max(1).values)
+
+
+def test_what_is_taken_out_in_front_of_a_maximum_is_the_least_value(tmp_path):
+    x, model = tokens(1), Longest().eval()
+    network = prepare(model, x)
+    assert torch.equal(network(x), model(x))
+    found = outcome(network, [(x,), (tokens(2),)], tmp_path)
     assert {found[name] for name in found if name.startswith("onnxruntime")} == {0}

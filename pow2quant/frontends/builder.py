@@ -32,7 +32,12 @@ Handler = Callable[["Builder", fx.Node, SimpleNamespace], "fx.Node | Parts"]
 SIZED = frozenset({"view", "reshape", "_unsafe_view", "expand", "unflatten", "repeat"})
 """Operations whose size arguments may hold the batch size: their rows look at the result's shape instead."""
 
-BY_SHAPE = frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill", "zero"})
+EMPTY = frozenset({"empty", "empty_like", "new_empty", "empty_permuted", "empty_strided"})
+"""Operations whose result has no values yet."""
+
+BY_SHAPE = (
+    frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill", "zero"}) | EMPTY
+)
 """Operations of which the first operand's shape counts, not its values."""
 
 LIKE_OTHER = frozenset({"type_as", "expand_as", "view_as", "reshape_as"})
@@ -138,7 +143,8 @@ class Builder:
         assert callable(node.target)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.constants[n])
         kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
-        return node.target(*args, **kwargs)
+        result = node.target(*args, **kwargs)
+        return result.zero_() if operation(node) in EMPTY else result
 
     def _read_by_shape(self, node: fx.Node) -> int | None:
         """Which operand is the only one that is computed from data, and counts by its shape and type alone."""

@@ -128,6 +128,11 @@ def _export(model: nn.Module, batch: Any) -> ExportedProgram:
         if open_dataclasses(_results(model, batch)):
             return _export(model, batch)
         what = "Control flow must not depend on tensors: move it out of forward, or quantize the parts on their own."
+        if "fake tensor in the exported program" in str(error):
+            raise UnsupportedModelError(
+                "the network cannot be captured: forward writes into a tensor that the network holds, such as "
+                "`self.weight.data *= mask`; compute with a new one instead (F.conv2d(x, self.weight * mask, …))"
+            ) from error
         raise UnsupportedModelError(
             f"the network cannot be captured by torch.export{_user_line(error)}: {first_line(error)} {what}"
         ) from error
@@ -145,9 +150,15 @@ def _results(model: nn.Module, batch: Any) -> Any:
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
         raise ModelError(
-            f"the network fails on inputs of shape {shapes}{_user_line(error)}: {first_line(error)} "
-            "It must take any batch size."
+            f"the network fails on inputs of shape {shapes}{_user_line(error)}: {first_line(error)} {_remedy(error)}"
         ) from error
+
+
+def _remedy(error: Exception) -> str:
+    """What can be done about a network that fails."""
+    if re.search(r"Half|BFloat16", str(error)):
+        return "Networks are prepared in float32: leave out what casts to 16 bits in forward."
+    return "It must take any batch size."
 
 
 def _inline(module: fx.GraphModule) -> None:

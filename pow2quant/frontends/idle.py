@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.dropouts import bypass
+from pow2quant.frontends.least import fill_with_least
 from pow2quant.frontends.scores import gather_scores
 
 Shape = tuple[int, ...]
@@ -89,6 +90,7 @@ def drop_idle(network: fx.GraphModule) -> None:
     that go are in `network.meta[DROPPED]`.
     """
     dropped = gather_scores(network)
+    fill_with_least(network)
     for node in list(network.graph.nodes):
         source = _same_value(network, node) if node.op == "call_module" else None
         if source is None:

@@ -80,6 +80,9 @@ class Kept:
                 return truth
             return self._not(truth) if sign * high <= HIDES and low == 0 else None
         operands = node.all_input_nodes
+        if isinstance(self.module(node), MOVES):
+            inner = self._of_mask(operands[0], sign)
+            return None if inner is None else self._moved(node, inner)
         if not isinstance(self.module(node), m.Add) or len(operands) != 2:
             return None
         parts = [self._part(operand, sign) for operand in operands]
@@ -113,8 +116,13 @@ class Kept:
         if isinstance(module, m.Scale):
             factor, offset = float(module.factor), float(module.offset)
             return truth, low * factor + offset, high * factor + offset
-        moved = copy.deepcopy(self.network.get_submodule(str(node.target)))
-        return self._write(node, "kept", moved, (truth, *operands[1:]), shape, free), low, high
+        return self._moved(node, truth), low, high
+
+    def _moved(self, node: fx.Node, truth: fx.Node) -> fx.Node:
+        """Truth values, moved as a node moves its operand."""
+        module = copy.deepcopy(self.network.get_submodule(str(node.target)))
+        operands = truth, *node.all_input_nodes[1:]
+        return self._write(node, "kept", module, operands, node.meta["shape"], node.meta["free"])
 
     def _not(self, truth: fx.Node) -> fx.Node:
         """The contrary; of a contrary what it was made of."""
@@ -141,7 +149,7 @@ class Kept:
         """A call of a module that gives truth values. origin: what it is written for, a node or several."""
         if (origin, kind) not in self._written:
             assert self.before is not None
-            base = f"{(operands[0] if operands else origin).target}_{kind}"
+            base = f"{(origin[0] if isinstance(origin, tuple) else origin).target}_{kind}"
             taken = {str(node.target) for node in self.network.graph.nodes}
             target = next(t for t in chain([base], (f"{base}_{i}" for i in count(1))) if t not in taken)
             self.network.add_submodule(target, module.eval())

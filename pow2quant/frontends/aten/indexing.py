@@ -192,6 +192,8 @@ def _unfold(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
 def _embedding(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     if b.is_data(a.weight):
         raise b.unsupported(node, "an embedding with a weight that is computed from the inputs")
+    if not b.counts(a.indices):
+        raise b.unsupported(node, "an embedding of places that are computed; make them an input of the network")
     return lookup(b, node, a.weight, b.operand(node, a.indices))
 
 

@@ -6,10 +6,11 @@ import math
 import string
 from types import SimpleNamespace
 
+import torch
 from torch import fx
 
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.aten.layers import linear
+from pow2quant.frontends.aten.layers import equip, linear
 from pow2quant.frontends.builder import Builder, Handler
 
 
@@ -118,4 +119,40 @@ def _bilinear(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return result if a.bias is None else b.call(node, m.Add(), result, b.operand(node, a.bias))
 
 
-ROWS: dict[str, Handler] = {"einsum": _einsum, "baddbmm": _baddbmm, "bilinear": _bilinear}
+def _index_add(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """self, and slices of `source` added at constant places: a linear layer along the dimension."""
+    dim = int(a.dim) % b.rank(a.self)
+    if b.free(a.self)[dim]:
+        raise b.unsupported(node, "places along the batch")
+    source = getattr(a, "source", None) or a.src
+    index = b.tensor(node, a.index)
+    if index.ndim > 1:  # scatter_add: a place for each value
+        along = index.movedim(dim, -1).reshape(-1, index.shape[dim])
+        if b.shape(source)[dim] != index.shape[dim] or not torch.equal(along, along[:1].expand_as(along)):
+            raise b.unsupported(node, "places that are not the same for the whole slice")
+        index = along[0]
+    places = torch.nn.functional.one_hot(index.long() % b.shape(a.self)[dim], b.shape(a.self)[dim]).float()
+    total = _combined(b, node, source, dim, places.t().contiguous() * float(getattr(a, "alpha", 1)))
+    held = b.constants.get(a.self)
+    empty = isinstance(held, torch.Tensor) and not held.any()
+    return total if empty else b.call(node, m.Add(), b.operand(node, a.self), total)
+
+
+def _combined(b: Builder, node: fx.Node, x: fx.Node, dim: int, weight: torch.Tensor) -> fx.Node:
+    """weight (out, in): sums of slices along a dimension."""
+    order = [d for d in range(b.rank(x)) if d != dim] + [dim]
+    back = [order.index(d) for d in range(len(order))]
+    shape = [-1 if b.free(x)[d] else b.shape(x)[d] for d in order]
+    with torch.device("meta"):
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    equip(layer, weight, None)
+    rows = b.call(node, m.Permute(order), b.operand(node, x)) if order != sorted(order) else b.operand(node, x)
+    rows = b.call(node, m.Reshape((-1, weight.shape[1])), rows, kind="rows")
+    result = b.call(node, m.Reshape([*shape[:-1], weight.shape[0]]), b.call(node, layer, rows), kind="unrows")
+    return b.call(node, m.Permute(back), result) if order != sorted(order) else result
+
+
+ROWS: dict[str, Handler] = {
+    "einsum": _einsum, "baddbmm": _baddbmm, "bilinear": _bilinear,
+    **dict.fromkeys(("index_add", "scatter_add"), _index_add),
+}  # fmt: skip

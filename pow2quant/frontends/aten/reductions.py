@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.aten.shapes import cut, join
 from pow2quant.frontends.builder import Builder, Handler, Parts
 
 
@@ -126,6 +127,46 @@ def _topk(b: Builder, node: fx.Node, a: SimpleNamespace) -> Parts:
     return part
 
 
+def _sort(b: Builder, node: fx.Node, a: SimpleNamespace) -> Parts:
+    dim = int(a.dim) % b.rank(a.self)
+
+    def part(user: fx.Node, index: int) -> fx.Node:
+        if index or b.free(a.self)[dim]:
+            raise b.unsupported(user, "sort(): the places, or along the batch")
+        return b.call(user, m.TopK(b.shape(a.self)[dim], dim, bool(a.descending)), b.operand(user, a.self), kind="sort")
+
+    return part
+
+
+def _ranked(place: Callable[[int, SimpleNamespace], int]) -> Handler:
+    """Along a dimension, one of the values in ascending order: (how many, arguments) -> which, from 1 on."""
+
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> Parts:
+        (dim,) = dimensions(b, node, a)
+        k = place(b.shape(a.self)[dim], a)
+
+        def part(user: fx.Node, index: int) -> fx.Node:
+            if index:
+                raise b.unsupported(user, "the place of a value; its value alone is supported")
+            least = b.call(user, m.TopK(k, dim, largest=False), b.operand(user, a.self))
+            last = b.call(user, m.Slice([(dim, k - 1, k, 1)]), least)
+            shape = [-1 if f else d for d, f in zip(b.shape(a.self), b.free(a.self), strict=True)]
+            return last if a.keepdim else b.call(user, m.Reshape([*shape[:dim], *shape[dim + 1 :]]), last)
+
+        return part
+
+    return handler
+
+
+def _cumprod(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """Products of everything in front, one behind the other."""
+    (dim,) = dimensions(b, node, a)
+    parts = [cut(b, node, a.self, dim, i, i + 1) for i in range(b.shape(a.self)[dim])]
+    for i, factor in enumerate(parts[1:]):
+        parts[i + 1] = b.call(node, m.Mul(), parts[i], factor)
+    return join(b, node, dim, parts, [a.self] * len(parts))
+
+
 def _cumsum(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     (dim,) = dimensions(b, node, a)
     return b.call(node, m.CumSum(dim), b.operand(node, a.self))
@@ -143,4 +184,6 @@ ROWS: dict[str, Handler] = {
     "linalg_vector_norm": _norm, "norm": _norm, "cdist": _cdist,
     "logsumexp": _reduction(m.LogSumExp), "prod": _reduction(m.Product),
     "argmax": _arg(1), "argmin": _arg(-1), "topk": _topk, "cumsum": _cumsum,
+    "sort": _sort, "median": _ranked(lambda n, a: (n + 1) // 2), "kthvalue": _ranked(lambda n, a: int(a.k)),
+    "cumprod": _cumprod,
 }  # fmt: skip
