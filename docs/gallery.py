@@ -1,10 +1,12 @@
-"""Builds the gallery: `python docs/gallery.py [NAME …]` runs the commands of docs/gallery.md, all or the named ones.
+"""Builds the gallery: `python docs/gallery.py [--files FOLDER] [NAME …]` runs the commands of docs/gallery.md.
 
-The page that a command writes becomes docs/gallery/NAME.html. The files that commands need stand in the pages FILES.
+All of them, or the named ones. The page that a command writes becomes docs/gallery/NAME.html. Files that commands need
+are blocks of the pages FILES, or lie in FOLDER; without it, commands that need files of it are left out.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import re
@@ -25,8 +27,8 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     text = (DOCS / "gallery.md").read_text(encoding="utf-8")
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line)
-            yield Path(words[words.index("--output") + 1]).name, words
+            if words := shlex.split(line, comments=True):
+                yield Path(words[words.index("--output") + 1]).name, words
 
 
 def files() -> Iterator[tuple[str, str]]:
@@ -36,6 +38,11 @@ def files() -> Iterator[tuple[str, str]]:
         for block in re.findall(r"^```(?:python|yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
             if named := re.match(r"# (\S+\.(?:py|yaml))\n", block):
                 yield named[1], block
+
+
+def needed(words: list[str]) -> list[str]:
+    """The files that a command names."""
+    return re.findall(r"[\w./-]+\.(?:py|yaml|safetensors)\b", " ".join(words))
 
 
 def build(name: str, words: list[str], folder: Path) -> None:
@@ -49,16 +56,25 @@ def build(name: str, words: list[str], folder: Path) -> None:
     (DOCS / "gallery" / f"{name}.html").write_text(text, encoding="utf-8")
 
 
-def main(names: list[str]) -> None:
-    """Builds the named studies, or all."""
+def main(names: list[str], given: Path | None = None) -> None:
+    """Builds the named studies, or all. given: a folder of further files."""
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder).resolve()
+        for path in given.resolve().iterdir() if given else ():
+            (where / path.name).symlink_to(path)
         for name, text in files():
             (where / name).write_text(text, encoding="utf-8")
         for name, words in commands():
-            if not names or name in names:
+            missing = [file for file in needed(words) if not (where / file).exists()]
+            if missing and not names:
+                print(f"{name}: left out, it needs {', '.join(missing)} (--files)", file=sys.stderr)
+            elif not names or name in names:
                 build(name, words, where)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--files", type=Path, metavar="FOLDER", help="holds the networks, weights and data of yours")
+    options = parser.parse_args()
+    main(options.names, options.files)

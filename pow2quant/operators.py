@@ -25,7 +25,7 @@ class Double(Enum):
     """Whether an operation of a QDQ file is computed in double, and rounded to float32 once."""
 
     NEVER = "in float32, by onnxruntime's choice of kernels or by ours"
-    BETWEEN = "where it stands between two that are, or beside one, and nothing is rounded between them"
+    BETWEEN = "where it is between two that are, or next to one, and nothing is rounded in between"
     ABOVE_8_BITS = "unless its input and its result have 8 bits, on which float32 agrees with it"
     ALWAYS = "two libraries' float32 kernels differ in the last bit"
 

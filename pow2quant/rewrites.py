@@ -35,7 +35,7 @@ class Rewrite:
 _MOVES = "moves, joins or drops nodes that do not compute; the values stay"
 _FLOAT = "reaches float nodes only: a node without encodings on both sides is not proved"
 _ABSENT = "its pattern is not in a file that is proved: the certificate knows none of the operations it makes"
-_EXACT_SUM = "folds into a layer: between two layers stands a Q/DQ pair, and a layer with a float weight is not proved"
+_EXACT_SUM = "folds into a layer: two layers have Q/DQ between them, and a layer with a float weight is not proved"
 
 REWRITES: tuple[Rewrite, ...] = (
     Rewrite(

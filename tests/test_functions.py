@@ -188,7 +188,7 @@ def test_definitions_beyond_the_conditions_are_not_proved():
 def test_two_networks_with_other_integers_are_not_the_same():
     first, second = (softmax_network(-4, 8, -8, Softmax.of(-1, 6, bits), (6,)) for bits in (8, 16))
     assert first_difference(Named("a", first), Named("b", first)) is None
-    assert "stands for other integers in a than in b" in first_difference(Named("a", first), Named("b", second))
+    assert "means other integers in a than in b" in first_difference(Named("a", first), Named("b", second))
 
 
 def attention():

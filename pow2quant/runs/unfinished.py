@@ -66,7 +66,7 @@ def folder_of(output: Path, suffix: str = ".unfinished") -> Path:
         target = output.resolve()
         return target.with_name(f"{target.name}{suffix}")
     except (ValueError, RuntimeError):  # the root; links that go round, before Python 3.13
-        raise OutputError(f"{output}: cannot be written: no folder can stand there") from None
+        raise OutputError(f"{output}: cannot be written: it cannot be a folder") from None
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def differences(a: Named, b: Named, tensors: Iterable[str], nodes: Iterable[onnx
             if x != y:
                 yield f"{name} of {title} is {_text(x)} in {a.name} and {_text(y)} in {b.name}"
         if definition(node) != definition(twin):
-            yield f"{title} stands for other integers in {a.name} than in {b.name}"
+            yield f"{title} means other integers in {a.name} than in {b.name}"
         for n in range(max(len(node.input), len(twin.input))):
             mine, yours = (one.input[n] if n < len(one.input) else "" for one in (node, twin))
             if mine in a.constants and yours in b.constants:

@@ -96,7 +96,7 @@ class AimetSimulation:
             if found is not None and (getattr(kind, "name", "int") != "int" or not hasattr(found, "qmin")):
                 raise ConfigError(f"{name}: AIMET chose floating point numbers; only integer grids have a scale of 2^k")
             if getattr(found, "block_size", None) or getattr(found, "shape", quantizer.shape) != quantizer.shape:
-                raise ConfigError(f'{name}: no quantizer of another shape can stand here; use placement="aimet"')
+                raise ConfigError(f'{name}: a quantizer of another shape is not possible here; use placement="aimet"')
             if found is not None and found is not quantizer:
                 slot[key] = quantizer
                 vars(quantizer).pop(
