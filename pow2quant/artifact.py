@@ -49,6 +49,10 @@ class Artifact:
     model: onnx.ModelProto
     encodings: Table
 
+    def per_channel(self) -> Artifact:
+        """The same network without blocks: such weights in units of each channel's smallest scale, in more bits."""
+        return Artifact(self.model, {name: encoding.per_channel for name, encoding in self.encodings.items()})
+
     def save(self, folder: str | os.PathLike[str], form: str = "qdq") -> Path:
         """Writes it in a format, such as `qdq` or `c`, into a folder; returns the file or folder that was written."""
         written: Path = resolve("exporters", form)(self, Path(folder))

@@ -36,7 +36,7 @@ def save_state(path: Path, parameters: Mapping[str, NDArray[Any]], table: Table)
     for name, encoding in table.items():
         tensors[f"scale:{name}"] = np.array(encoding.scale)
         tensors[f"zero_point:{name}"] = np.array(encoding.zero_point)
-    grids = {n: [e.grid.bits, e.grid.signed, e.grid.narrow, e.axis] for n, e in table.items()}
+    grids = {n: [e.grid.bits, e.grid.signed, e.grid.narrow, e.axis, e.block] for n, e in table.items()}
     path.write_bytes(save(tensors, metadata={"pow2quant.grids": json.dumps(grids)}))
 
 
@@ -56,7 +56,13 @@ def load_state(path: Path) -> tuple[dict[str, NDArray[Any]], Table]:
 
 
 def _encoding(
-    tensors: Mapping[str, NDArray[Any]], name: str, bits: Any, signed: bool, narrow: bool, axis: Any
+    tensors: Mapping[str, NDArray[Any]],
+    name: str,
+    bits: Any,
+    signed: bool,
+    narrow: bool,
+    axis: Any,
+    block: Any = None,
 ) -> Encoding:
     grid = IntGrid.of(bits, signed, narrow)
-    return Encoding(tensors[f"scale:{name}"], tensors[f"zero_point:{name}"], grid, axis)
+    return Encoding(tensors[f"scale:{name}"], tensors[f"zero_point:{name}"], grid, axis, block)

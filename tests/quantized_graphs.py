@@ -27,7 +27,7 @@ class Graph:
 
     def constant(self, name, values, grid=None):
         """Integers q - z when there is a grid, real values otherwise."""
-        real = np.asarray(values) if grid is None else np.asarray(values) * grid.along(grid.scale, np.ndim(values))
+        real = np.asarray(values) if grid is None else np.asarray(values) * grid.along(grid.scale, np.shape(values))
         real = real if grid is None else real.astype(np.float32)
         self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(real).reshape(real.shape), name))
         return self._encoded(name, grid)

@@ -180,9 +180,9 @@ def test_the_extremes_are_the_reals_of_the_grids_ends(encoding):
 
 def test_along_shapes_channels_for_broadcasting():
     encoding = Encoding([1, 2, 4], 0, INT8, axis=1)
-    assert encoding.along(encoding.scale, 4).shape == (1, 3, 1, 1)
-    assert encoding.along(encoding.grid.qmin, 4).shape == ()
-    assert Encoding(1, 0, INT8).along(np.float32(1), 4).shape == ()
+    assert encoding.along(encoding.scale, (2, 3, 4, 4)).shape == (1, 3, 1, 1)
+    assert encoding.along(encoding.grid.qmin, (2, 3, 4, 4)).shape == ()
+    assert Encoding(1, 0, INT8).along(np.float32(1), (2, 3, 4, 4)).shape == ()
 
 
 TIES = np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5], np.float32)
@@ -216,7 +216,7 @@ def test_dequantize_is_exact_to_24_bits(encoding, data):
 
 @given(our.encodings(SHAPE), st.data())
 def test_quantize_undoes_dequantize(encoding, data):
-    low, high = (np.broadcast_to(encoding.along(e, 3), SHAPE) for e in (encoding.grid.qmin, encoding.grid.qmax))
+    low, high = (np.broadcast_to(encoding.along(e, SHAPE), SHAPE) for e in (encoding.grid.qmin, encoding.grid.qmax))
     q = low + data.draw(st.integers(0, 2**16 - 1)) % (high - low + 1)
     np.testing.assert_array_equal(encoding.quantize(encoding.dequantize(q)), q)
 

@@ -179,7 +179,7 @@ def test_every_weight_is_the_code_below_or_above(method: AdaRound | QDrop, plan:
         encoding = table[name]
         assert sim.encodings()[name] == encoding, "the grids of weights are frozen"
         assert np.array_equal(encoding.fake_quantize(weight), weight.numpy()), "on the grid"
-        scale = encoding.along(encoding.scale, weight.ndim)
+        scale = encoding.along(encoding.scale, weight.shape)
         codes, quotient = np.rint(weight.numpy() / scale), before[name].numpy() / scale
         inside = (quotient > encoding.grid.qmin) & (quotient < encoding.grid.qmax)
         assert (np.abs(codes - quotient)[inside] < 1 + 1e-5).all()

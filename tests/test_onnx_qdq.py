@@ -33,7 +33,7 @@ def encoding(k, bits=8, signed=False, zero_point=0, axis=None, narrow=False):
 
 def on_grid(rng, shape, enc, spread=None):
     """Random float32 values on the grid, the extremes included."""
-    low, high = (np.broadcast_to(enc.along(end, len(shape)), shape) for end in (enc.grid.qmin, enc.grid.qmax))
+    low, high = (np.broadcast_to(enc.along(end, shape), shape) for end in (enc.grid.qmin, enc.grid.qmax))
     if spread is not None:
         low, high = np.maximum(low, -spread), np.minimum(high, spread)
     return enc.dequantize(rng.integers(low, high, endpoint=True))

@@ -4,7 +4,8 @@
 at signedness is the symmetry flag, and they have no channel axis. 2.0.0 states zero point, signedness and axis, but
 does not separate parameters from activations. None of them knows narrow grids or one width per channel. What a version
 cannot say goes under a top-level key of our own (`files.GRIDS`), which AIMET's readers ignore: they see the next wider
-grid with the same scales.
+grid with the same scales. Of scales for blocks, 1.0.0 states the values but not the shape (it stands under `SHAPES`),
+2.0.0 both, 0.6.1 neither.
 
 Checked against what aimet-torch 2.42 writes and what aimet-torch and aimet-onnx 2.42 read.
 """
@@ -12,6 +13,7 @@ Checked against what aimet-torch 2.42 writes and what aimet-torch and aimet-onnx
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
@@ -46,7 +48,10 @@ if TYPE_CHECKING:
     Exact = tuple[IntGrid, int | None]
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0", "2.1.0")
-"""Versions that can be written and read; the last two differ only for block-wise scales, which we do not have."""
+"""Versions that can be written and read; the last two differ only for block-wise scales that are integers."""
+
+SHAPES = "pow2quant.block_scales"
+"""The key, at the top of a 1.0.0 file, of the shapes of the scales of weights with blocks."""
 
 
 PACKAGE = "pow2quant"
@@ -71,6 +76,11 @@ def dumps(table: Table, parameter_names: Collection[str], version: str) -> str:
     """
     if version not in VERSIONS:
         raise ConfigError(f"encodings version: {version!r} is not one of {', '.join(VERSIONS)}")
+    blocks = {name: list(e.scale.shape) for name, e in table.items() if e.block is not None}
+    if blocks and version == "0.6.1":
+        raise ConfigError(
+            f"encodings version: 0.6.1 has no scales for blocks, as {min(blocks)} has; legal: 1.0.0, 2.0.0"
+        )
     document: dict[str, Any] = {"version": version, "producer": PRODUCER}
     if version >= "2":
         document["encodings"] = [{"name": name, **_to_2_0_0(e)} for name, e in table.items()]
@@ -84,6 +94,7 @@ def dumps(table: Table, parameter_names: Collection[str], version: str) -> str:
                 else [{"name": name, **_to_1_0_0(e)} for name, e in part.items()]
             )
         document |= {"excluded_layers": [], "quantizer_args": _summary(parameters, activations)}
+        document |= {SHAPES: blocks} if blocks else {}
     lost = lost_grids(table, read(document, "", {}))
     return json.dumps(document | ({GRIDS: lost} if lost else {}), indent=2, allow_nan=False) + "\n"
 
@@ -196,12 +207,12 @@ def _container(grid: IntGrid) -> IntGrid:
 
 
 def _offsets(encoding: Encoding) -> list[int]:
-    offsets: list[int] = np.atleast_1d(_container(encoding.grid).qmin - encoding.zero_point).tolist()
+    offsets: list[int] = np.ravel(_container(encoding.grid).qmin - encoding.zero_point).tolist()
     return offsets
 
 
 def _scales(encoding: Encoding) -> list[float]:
-    scales: list[float] = np.atleast_1d(encoding.scale).tolist()
+    scales: list[float] = encoding.scale.ravel().tolist()
     return scales
 
 
@@ -222,13 +233,15 @@ def _to_0_6_1(encoding: Encoding) -> list[dict[str, Any]]:
 
 
 def _to_1_0_0(encoding: Encoding) -> dict[str, Any]:
+    blocks = {} if encoding.block is None else {"block_size": encoding.block}
     return {
         "dtype": "INT",
         "bw": encoding.grid.width,
         "is_sym": encoding.symmetric,
         "scale": _scales(encoding),
         "offset": _offsets(encoding),
-        "enc_type": "PER_TENSOR" if encoding.axis is None else "PER_CHANNEL",
+        "enc_type": "PER_BLOCK" if blocks else "PER_TENSOR" if encoding.axis is None else "PER_CHANNEL",
+        **blocks,
     }
 
 
@@ -239,6 +252,8 @@ def _to_2_0_0(encoding: Encoding) -> dict[str, Any]:
     }
     if encoding.zero_point.any():
         entry["y_zero_point"] = encoding.zero_point.tolist()
+    if encoding.axis is not None and encoding.block is not None:
+        return entry | {"axis": 1 - encoding.axis, "block_size": encoding.block}
     return entry if encoding.axis is None else entry | {"axis": encoding.axis}
 
 
@@ -270,9 +285,9 @@ def read_all(document: Any, source: str, axes: Mapping[str, int]) -> dict[str, E
     producer = document.get("producer")
     if isinstance(producer, dict) and producer.get("package") == PACKAGE:  # which states every axis but 0
         axes = {}
-    table: dict[str, Encoding | None] = {}
+    shapes, table = document.get(SHAPES), dict[str, Encoding | None]()
     for name, read, content in _entries(document, source):
-        entry = _Entry(f"{source}: {name}", content)
+        entry = _Entry(f"{source}: {name}", content, shapes.get(name) if isinstance(shapes, dict) else None)
         if name in table:
             entry.refuse("name", "occurs twice")
         try:
@@ -315,10 +330,14 @@ def _tensors(name: str, content: Any, source: str) -> Iterator[tuple[str, _Reade
 
 @dataclass(frozen=True)
 class _Entry:
-    """The fields of one encoding, whose errors name the file, the tensor and the key."""
+    """The fields of one encoding, whose errors name the file, the tensor and the key.
+
+    shape: of the scales of blocks, where the file states it.
+    """
 
     where: str
     fields: Any
+    shape: Any = None
 
     def refuse(self, key: str, problem: str) -> NoReturn:
         raise FileFormatError(f"{self.where}: {key} {problem}")
@@ -346,12 +365,15 @@ class _Entry:
 
     def numbers(self, key: str) -> NDArray[np.float64]:
         value = self[key]
-        for number in value if isinstance(value, list) else [value]:
+        for number in _flat(value):
             if type(number) not in (int, float) or not abs(number) <= FLOAT32_MAX:
                 self.refuse(key, f"must be finite numbers, got {number!r:.80}")
         if value == []:
             self.refuse(key, "is empty")
-        return np.asarray(value, np.float64)
+        try:
+            return np.asarray(value, np.float64)
+        except ValueError:
+            self.refuse(key, "must be lists of equal lengths")
 
     def integers(self, key: str) -> NDArray[np.int64]:
         numbers = self.numbers(key)
@@ -364,6 +386,15 @@ class _Entry:
         if value.ndim:
             self.refuse(key, f"must be one number, got {self[key]!r:.80}")
         return int(value)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """What nested lists hold."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
 
 
 if TYPE_CHECKING:
@@ -406,9 +437,12 @@ def _from_1_0_0(entry: _Entry, exact: Exact | None, axis: int) -> Encoding | Non
     kind = entry.one("enc_type", str)
     if _is_float(entry, "bw"):
         return None
-    _refuse_keys(entry, ("zero_point_shift", "block_size", "per_block_int_scale"))
+    _refuse_keys(entry, ("zero_point_shift", "per_block_int_scale"))
+    if kind == "PER_BLOCK":
+        return _blocks_from_1_0_0(entry, exact, axis)
+    _refuse_keys(entry, ("block_size",))
     if kind not in ("PER_TENSOR", "PER_CHANNEL"):
-        entry.refuse("enc_type", f"must be PER_TENSOR or PER_CHANNEL, got {kind!r}")
+        entry.refuse("enc_type", f"must be PER_TENSOR, PER_CHANNEL or PER_BLOCK, got {kind!r}")
     scale, offset = np.atleast_1d(entry.numbers("scale")), np.atleast_1d(entry.integers("offset"))
     if scale.shape != offset.shape or (kind == "PER_TENSOR" and scale.size != 1):
         entry.refuse("scale", f"has {scale.size} values for {offset.size} offsets and enc_type {kind}")
@@ -416,8 +450,21 @@ def _from_1_0_0(entry: _Entry, exact: Exact | None, axis: int) -> Encoding | Non
     return _encoding(scale if kind == "PER_CHANNEL" else scale[0], offset, bits, entry.flag("is_sym"), exact, axis)
 
 
+def _blocks_from_1_0_0(entry: _Entry, exact: Exact | None, axis: int) -> Encoding:
+    scale, offset, bits = entry.numbers("scale"), entry.integers("offset"), entry.integer("bw")
+    shape = entry.shape
+    if not (isinstance(shape, list) and all(type(n) is int for n in shape) and math.prod(shape) == scale.size):
+        entry.refuse("block_size", f"needs the shape of {scale.size} scales under {SHAPES!r}; version 2.0.0 states it")
+    narrow = bool((offset == 1 - (1 << (bits - 1))).all())
+    grid, own = exact or (IntGrid(bits, True, narrow), axis)
+    if not entry.flag("is_sym") or (offset != _container(grid).qmin).any():
+        entry.refuse("offset", f"must be {_container(grid).qmin} with is_sym True where there are blocks")
+    zero = np.zeros((), np.int64)
+    return Encoding(scale.astype(np.float32).reshape(shape), zero, grid, own, entry.integer("block_size"))
+
+
 def _from_2_0_0(entry: _Entry, exact: Exact | None, _: int) -> Encoding | None:
-    _refuse_keys(entry, ("block_size", "per_block_int_scale"))
+    _refuse_keys(entry, ("per_block_int_scale",))
     unsigned, is_integer, bits = entry.one("output_dtype", str).partition("int")
     if not is_integer or unsigned not in ("", "u") or not bits.isdecimal() or len(bits) > 3:
         entry.refuse("output_dtype", f"must be an integer type such as uint8, got {entry['output_dtype']!r}")
@@ -429,6 +476,12 @@ def _from_2_0_0(entry: _Entry, exact: Exact | None, _: int) -> Encoding | None:
             entry.refuse("axis", f"must not be negative, got {axis}")
     elif scale.size == 1:
         scale = scale.reshape(())
+    if entry.fields.get("block_size"):
+        zero_point = entry.integers("y_zero_point") if "y_zero_point" in entry.fields else np.zeros((), np.int64)
+        channels = None if axis is None else 1 - axis
+        return Encoding(scale.astype(np.float32), zero_point, grid, channels, entry.integer("block_size"))
+    if scale.ndim > 1:
+        entry.refuse("y_scale", "must be one number or a list of them where there is no block_size")
     zero_point = entry.integers("y_zero_point") if "y_zero_point" in entry.fields else np.zeros_like(scale, np.int64)
     if zero_point.size not in (1, scale.size):
         entry.refuse("y_zero_point", f"has {zero_point.size} values for {scale.size} scales")

@@ -73,8 +73,17 @@ def check_names_and_shapes(model: onnx.ModelProto, table: Table) -> None:
         shape, axis = shapes[name], encoding.axis
         if shape is None or axis is None:
             continue
-        if axis >= len(shape) or shape[axis] not in (encoding.scale.size, 0):
+        if encoding.block is not None:
+            _check_blocks(name, encoding, shape)
+        elif axis >= len(shape) or shape[axis] not in (encoding.scale.size, 0):
             raise EncodingError(f"{name}: {encoding.scale.size} scales on axis {axis} do not fit the shape {shape}")
+
+
+def _check_blocks(name: str, encoding: Encoding, shape: tuple[int, ...]) -> None:
+    try:
+        encoding.check_fits(shape)
+    except EncodingError as error:
+        raise EncodingError(f"{name}: {error}") from error
 
 
 def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...] | None]:

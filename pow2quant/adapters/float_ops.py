@@ -30,7 +30,7 @@ def to_float_ops(artifact: Artifact, outputs: list[str] | None = None) -> ModelP
 
     Raises EncodingError, naming the tensor, where a weight is off its grid.
     """
-    table = artifact.encodings
+    table = artifact.per_channel().encodings
     check_names_and_shapes(artifact.model, table)
     model = ModelProto()
     model.CopyFrom(at_least_opset(artifact.model))
@@ -64,7 +64,7 @@ def _rounded(
     """The nodes from `source` to `result`, rounded to the encoding of `name`."""
 
     def constant(key: str, values: Any) -> str:
-        shaped = e.along(np.asarray(values, np.float32), ranks.get(name, 0))
+        shaped = e.along(np.asarray(values, np.float32), [1] * ranks.get(name, 0))
         graph.initializer.append(numpy_helper.from_array(np.asarray(shaped), f"{name}/{key}"))
         return f"{name}/{key}"
 

@@ -57,7 +57,7 @@ def export_qonnx(artifact: Artifact, folder: str | Path, *, batch: int | None = 
 
 def to_qonnx(artifact: Artifact, batch: int | None = None) -> ModelProto:
     """The artifact as a model with Quant nodes."""
-    table = artifact.encodings
+    table = artifact.per_channel().encodings
     check_names_and_shapes(artifact.model, table)
     _check_zero_points(table)
     model = ModelProto()
@@ -128,7 +128,7 @@ def _quant(graph: onnx.GraphProto, name: str, e: Encoding, source: str, result: 
     """A Quant and its constants. ndim: of a tensor with channels."""
     if e.axis is not None and not ndim:
         raise UnsupportedModelError(f"{name}: a scale for each channel of a result; QONNX files here have one")
-    scale, bits = (e.along(np.asarray(v, np.float32), ndim) for v in (e.scale, e.grid.bits))
+    scale, bits = (e.along(np.asarray(v, np.float32), [1] * ndim) for v in (e.scale, e.grid.bits))
     constants = {"scale": scale, "zero_point": np.zeros((), np.float32), "bits": bits}
     for key, value in constants.items():
         graph.initializer.append(numpy_helper.from_array(np.asarray(value), f"{name}/Quant/{key}"))

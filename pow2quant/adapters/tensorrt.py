@@ -45,7 +45,7 @@ def export_tensorrt(
 
 def to_tensorrt(artifact: Artifact) -> ModelProto:
     """The artifact as a model for TensorRT, which `from_qdq` reads back."""
-    model = onnx_qdq.to_qdq(artifact)
+    model = onnx_qdq.to_qdq(artifact.per_channel())
     clips.restore(model.graph)
     float_biases.put(model, artifact.encodings)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from pow2quant.backends.placement import Layer, Placement
 from pow2quant.config import TensorSpec
 from pow2quant.errors import ConfigError, DataError, EncodingError, WeightsError
 from pow2quant.pow2_constraints import Encoding, Format, IntGrid, Observed, ceil_exponent, choose, power_of_two
+from pow2quant.pow2_constraints.blocks import choose_blocks
 from pow2quant.reading import Signature, read
 
 SAMPLE = 1 << 14
@@ -145,7 +147,7 @@ def bias_encoding(
     if missing:
         raise EncodingError(f"{layer.bias.name}: needs the encoding of {missing[0]}, which has none yet")
     source, weight = table[layer.input.name], table[layer.weight.name]
-    scale = np.broadcast_to(source.scale * weight.scale, bias.shape)
+    scale = np.broadcast_to(source.scale * weight.per_channel.scale, bias.shape)
     grid = IntGrid(specs[layer.bias.name].bits, signed=True)
     codes = np.rint(bias.detach().cpu().double().numpy() / scale)
     if (codes < grid.qmin).any() or (codes > grid.qmax).any():
@@ -165,9 +167,14 @@ def _weight_encoding(sim: Simulation, layer: Layer) -> Encoding:
     assert layer.weight is not None
     name = layer.weight.name
     spec = sim.placement.specs[name]
-    form = Format(spec.bits, spec.symmetric, spec.power_of_2, layer.axis)
+    weight, form = (
+        sim.parameter(name).detach().cpu().numpy(),
+        Format(spec.bits, spec.symmetric, spec.power_of_2, layer.axis),
+    )
     try:
-        return choose(spec.range, Observed.of(sim.parameter(name).detach().cpu().numpy(), layer.axis), form)
+        if layer.block is not None:
+            return choose_blocks(spec.range, weight, form, layer.block)
+        return choose(spec.range, Observed.of(weight, layer.axis), form)
     except EncodingError as error:
         raise WeightsError(f"{name}: {error}") from error
 
@@ -195,7 +202,7 @@ def with_room_for_bias(sim: Simulation, layer: Layer, table: Mapping[str, Encodi
         bias = bias.max()
     if encoding.is_power_of_two and source.is_power_of_two:
         needed = np.where(bias > 0, ceil_exponent(np.where(bias > 0, bias, 1)) - limit - source.exponent, -(1 << 20))
-        scale = power_of_two(np.maximum(encoding.exponent, needed))
+        scale = power_of_two(np.maximum(encoding.exponent, encoding.beside_scale(needed)))
     else:
         scale = np.maximum(encoding.scale, (bias / (2.0**limit - 1) / source.scale).astype(np.float32))
-    return Encoding(scale, encoding.zero_point, encoding.grid, encoding.axis)
+    return replace(encoding, scale=scale)

@@ -105,7 +105,7 @@ def _unit(operands: Sequence[FakeQuantize], finest: bool) -> Callable[[], Any]:
     """The exponents in which an accumulator counts: those of the operands added up, or the finest of them."""
 
     def exponents() -> Any:
-        found = [np.asarray(q.encoding.exponent) for q in operands if q.encoding is not None]
+        found = [np.asarray(q.encoding.per_channel.exponent) for q in operands if q.encoding is not None]
         return np.min(found, 0) if finest else sum(found, np.zeros((), np.int64))
 
     return exponents

@@ -76,7 +76,7 @@ def _check_complete(placement: Placement, table: Table) -> None:
     for layer in placement.layers:
         if layer.bias is None or layer.input is None or layer.weight is None:
             continue
-        lattice = table[layer.input.name].scale * table[layer.weight.name].scale
+        lattice = table[layer.input.name].scale * table[layer.weight.name].per_channel.scale
         if not (table[layer.bias.name].scale == lattice).all():
             raise EncodingError(f"{layer.bias.name}: its scale is not s_in * s_w; calibrate the role bias again")
 

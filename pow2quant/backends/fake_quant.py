@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,19 +39,20 @@ class _StraightThrough(torch.autograd.Function):
 class _Constants:
     """An encoding's numbers as tensors on one device, shaped for broadcasting.
 
-    scale, inverse: () or (C, 1, …); low, high: the grid's ends less the zero point. rounding: None for half to even.
+    shape: of what is quantized. scale, inverse: () or (C, 1, …), or this shape where there are blocks.
+    low, high: the grid's ends less the zero point. rounding: None for half to even.
     """
 
     def __init__(
-        self, encoding: Encoding, ndim: int, device: torch.device, rounding: TargetRounding | None = None
+        self, encoding: Encoding, shape: Sequence[int], device: torch.device, rounding: TargetRounding | None = None
     ) -> None:
         def tensor(values: np.ndarray[Any, Any]) -> Tensor:
-            return torch.from_numpy(np.array(encoding.along(values, ndim), np.float32)).to(device)
+            return torch.from_numpy(np.array(encoding.along(values, shape), np.float32)).to(device)
 
         def bound(values: np.ndarray[Any, Any]) -> Bound:
             return float(values) if values.ndim == 0 else tensor(values)
 
-        self.device, self.ndim, self.encoding, self.rounding = device, ndim, encoding, rounding
+        self.device, self.ndim, self.encoding, self.rounding = device, len(shape), encoding, rounding
         self.scale = tensor(encoding.scale)
         self.inverse = tensor(1 / encoding.scale) if encoding.is_power_of_two else None
         self.low = bound(encoding.grid.qmin - encoding.zero_point)
@@ -126,7 +127,7 @@ class FakeQuantize(nn.Module):
     def _quantized(self, x: Tensor, encoding: Encoding) -> Tensor:
         constants = self._constants
         if constants is None or constants.device != x.device or constants.ndim != x.ndim:
-            constants = self._constants = _Constants(encoding, x.ndim, x.device, self.rounding)
+            constants = self._constants = _Constants(encoding, x.shape, x.device, self.rounding)
         if (torch.is_grad_enabled() and x.requires_grad) or torch._C._get_tracing_state():
             return _straight_through(x, constants)
         if self.caches and self.tap is None and x.device.type == "cpu" and not x.is_inference():

@@ -13,7 +13,7 @@ from pow2quant.backends.base import Simulation
 from pow2quant.backends.placement import Layer, Placement
 from pow2quant.errors import ConfigError
 from pow2quant.frontends.operators import weight_axis
-from pow2quant.pow2_constraints import Encoding, Format, Observed, power_of_two
+from pow2quant.pow2_constraints import Format, Observed, power_of_two
 from pow2quant.pow2_constraints.joint import at_exponent, choose_jointly
 
 ROUNDS = 64
@@ -59,8 +59,8 @@ def fit_accumulators(sim: Simulation, table: Table) -> Table:
             over = sums >= 2 ** (bits - 1)
             if not over.any() or not rows.any():
                 break
-            raised = power_of_two(weight.exponent + (over if weight.scale.ndim else over.any()))
-            fitted[layer.weight.name] = Encoding(raised, weight.zero_point, weight.grid, weight.axis)
+            raised = power_of_two(weight.exponent + (weight.beside_scale(over) if weight.scale.ndim else over.any()))
+            fitted[layer.weight.name] = replace(weight, scale=raised)
         if not rows.any() and sim.parameter(layer.weight.name).any():
             raise ConfigError(
                 f"{layer.module}: its sums do not fit {bits} bits, as target {sim.placement.target.name} asks "
@@ -77,16 +77,17 @@ def _sums(sim: Simulation, layer: Layer, table: Table) -> tuple[NDArray[np.float
     assert layer.weight is not None
     assert layer.input is not None
     weight, source = table[layer.weight.name], table[layer.input.name]
+    units = weight.per_channel
     values = sim.parameter(layer.weight.name).detach().cpu().numpy()
     module = sim.network.get_submodule(layer.module)
     axis = weight_axis(module)
-    codes = np.moveaxis(weight.quantize(values), 0 if axis is None else axis, 0)
+    codes = np.moveaxis(units.quantize(weight.fake_quantize(values)), 0 if axis is None else axis, 0)
     rows = codes.reshape(len(codes), -1).astype(np.float64)
     low, high = (int(q - source.zero_point) for q in (source.grid.qmin, source.grid.qmax))
     up, down = np.maximum(rows, 0).sum(1), np.minimum(rows, 0).sum(1)
     bias = np.zeros(len(rows))
     if layer.bias is not None and len(rows) == len(parameter := sim.parameter(layer.bias.name)):
-        bias = np.rint(parameter.detach().cpu().double().numpy() / (source.scale * weight.scale))
+        bias = np.rint(parameter.detach().cpu().double().numpy() / (source.scale * units.scale))
     largest = up * high + down * low + np.maximum(bias, 0), -(up * low + down * high + np.minimum(bias, 0))
     return rows, np.maximum(*largest)
 
@@ -140,13 +141,13 @@ def _raise_products(placement: Placement, observed: Mapping[str, Observed], tabl
         weight, source, target = (table.get(s.name) for s in (layer.weight, layer.input, result))
         if weight is None or source is None or target is None:
             continue
-        shift = target.exponent - (source.exponent + weight.exponent)
+        shift = target.exponent - (source.exponent + weight.per_channel.exponent)
         if (shift < ends[0]).any():
             _raise(placement, observed, table, result.name, int(ends[0] - shift.min()))
             return layer.module
         if (shift > ends[1]).any():
-            raised = power_of_two(weight.exponent + np.maximum(shift - ends[1], 0))
-            table[layer.weight.name] = Encoding(raised, weight.zero_point, weight.grid, weight.axis)
+            raised = power_of_two(weight.exponent + weight.beside_scale(np.maximum(shift - ends[1], 0)))
+            table[layer.weight.name] = replace(weight, scale=raised)
             return layer.module
     return ""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from pow2quant.artifact import Site
-from pow2quant.config import QuantPlan, TensorSpec
+from pow2quant.config import BLOCK_BITS, BLOCKS, QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.idle import DROPPED
@@ -36,6 +36,7 @@ class Layer:
 
     weight, bias: their sites, None where they stay float (or there is no bias). input: the site whose encoding the
     data have that come in, None for float data. axis: the weight's channel axis, None for one scale per tensor.
+    block: inputs that share a scale, None for all of a channel.
     """
 
     module: str
@@ -43,6 +44,7 @@ class Layer:
     bias: Site | None
     input: Site | None
     axis: int | None
+    block: int | None
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
             sources = [source for operand in node.args if (source := carried[operand.name]) is not None]
             if isinstance(module, m.Exact) and plan.functions == "exact" and len(sources) == len(node.args):
                 exact[node.name] = sources[0], own
+    _require_blocks(layers, specs)
     ties = _ties(network, quantized, specs)
     roundings = _roundings(network, quantized, carried, plan.target)
     results, sums = _rounded(network, quantized, carried)
@@ -211,7 +214,26 @@ def _layer(
     has_bias = module.bias is not None and weight is not None and source is not None
     bias = site(f"{name}.bias", "bias") if has_bias else None
     axis = weight_axis(module) if weight is not None and specs[weight.name].per_channel else None
-    return Layer(name, weight, bias, source, axis)
+    return Layer(name, weight, bias, source, axis, None if axis is None else _block(module, specs[weight.name], axis))
+
+
+def _block(module: nn.Module, spec: TensorSpec, axis: int) -> int | None:
+    """The block of a layer's weight: None where the weight has too many bits or too few inputs for one."""
+    weight: Any = module.weight
+    fits = spec.bits <= BLOCK_BITS and weight.ndim > 1 and weight.shape[1 - axis] >= BLOCKS[0]
+    return spec.block if fits else None
+
+
+def _require_blocks(layers: Sequence[Layer], specs: Mapping[str, TensorSpec]) -> None:
+    """Raises ConfigError where blocks are asked for and no layer takes them."""
+    asked = [layer.weight.name for layer in layers if layer.weight is not None and specs[layer.weight.name].block]
+    if asked and not any(layer.block for layer in layers):
+        spec = specs[asked[0]]
+        raise ConfigError(
+            f"{asked[0]}: block: {spec.block} has no effect with {spec.bits} bits, here or in any other layer; blocks "
+            f"are for weights of 2 to {BLOCK_BITS} bits (onnxruntime does not run wider ones) and at least {BLOCKS[0]} "
+            "inputs, with one scale per channel"
+        )
 
 
 def _fused_into_reader(network: fx.GraphModule, node: fx.Node, kind: Kind) -> bool:

@@ -93,7 +93,8 @@ def largest_sum(layer: nn.Module, weight: Tensor, bias: Tensor | None, source: E
 
 def _codes(weight: Tensor, own: Encoding) -> tuple[Tensor, Tensor]:
     """The scale, broadcasting against the weight, and the magnitudes of the weight's codes in float64."""
-    scale = torch.from_numpy(np.array(own.along(own.scale, weight.ndim), np.float32)).to(weight.device)
+    units = own.per_channel
+    scale = torch.from_numpy(np.array(units.along(units.scale, weight.shape), np.float32)).to(weight.device)
     return scale, weight.double().abs() / scale
 
 

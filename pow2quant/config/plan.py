@@ -14,9 +14,19 @@ from pow2quant.targets import DEFAULT, Target
 ROLES = ("weight", "input", "output", "bias")
 WIDTHS = {"weight": range(2, 17), "input": range(2, 17), "output": range(2, 17), "bias": range(8, 33)}
 
+BLOCKS = (16, 32, 64, 128)
+"""Values that can share one scale along a weight's inputs."""
+
+BLOCK_BITS = 4
+"""Weights with blocks have at most so many bits: onnxruntime 1.31 does not run blocks of int8 at every level."""
+
 _BITWIDTH = Legal(lambda: "an integer from 2 to 16 (bias: 8 to 32); null in place of the role's mapping keeps it float")
 _SYMMETRIC = Legal(lambda: "true or false for input and output; true for weight and bias")
 _PER_CHANNEL = Legal(lambda: "true or false for weight; false for the other roles")
+_BLOCK = Legal(
+    lambda: f"for weight one of {', '.join(map(str, BLOCKS))}",
+    lambda value: value is None or value in BLOCKS,
+)
 _RANGE = Legal(lambda: f"one of {', '.join(sorted(CHOOSERS))}, percentile:SHARE (of 100)", is_chooser)
 
 
@@ -27,7 +37,9 @@ class TensorSpec:
     A bias's scale is always s_in * s_w, whatever is said here.
     bits: width of the integers; `bitwidth` in YAML. symmetric: a signed grid with zero point 0; otherwise unsigned with
     an even zero point. per_channel: one scale per output channel (weights). power_of_2: scales are 2^k; otherwise free.
-    range: how the scale is chosen from the calibration data, a key of `pow2_constraints.CHOOSERS`.
+    range: how the scale is chosen from the calibration data, a key of `pow2_constraints.CHOOSERS`. block: one scale for
+    each output channel and so many inputs, not just for each channel. Weights of more than 4 bits, or with fewer than
+    16 inputs, such as depthwise ones, keep one for each channel.
     """
 
     bits: Annotated[int, _BITWIDTH]
@@ -35,6 +47,7 @@ class TensorSpec:
     per_channel: Annotated[bool, _PER_CHANNEL] = False
     power_of_2: bool = True
     range: Annotated[str, _RANGE] = "mse"
+    block: Annotated[int | None, _BLOCK] = None
 
 
 WEIGHT = TensorSpec(8, symmetric=True, per_channel=True)
@@ -120,3 +133,12 @@ def check_role(role: str, spec: TensorSpec | None, path: str, symmetric: tuple[s
         raise illegal(f"{path}.symmetric", spec.symmetric, f"true ({role}: signed with zero point 0)")
     if spec.per_channel and role != "weight":
         raise illegal(f"{path}.per_channel", spec.per_channel, "false (only weights have a scale per channel)")
+    if spec.block is not None:
+        _check_block(role, spec, f"{path}.block")
+
+
+def _check_block(role: str, spec: TensorSpec, path: str) -> None:
+    if spec.block not in BLOCKS or role != "weight":
+        raise illegal(path, spec.block, f"for weight one of {', '.join(map(str, BLOCKS))}, or null")
+    if not (spec.symmetric and spec.per_channel and spec.power_of_2):
+        raise illegal(path, spec.block, "null without symmetric, per_channel and power_of_2")

@@ -49,7 +49,7 @@ class Lattice:
         zero, grid = encoding.zero_point, encoding.grid
         low, high = ((q - zero).astype(np.float64) for q in (grid.qmin, grid.qmax))
         whole = cls(encoding.exponent, low, high)
-        return whole.collapsed() if ndim is None else whole.reshaped(encoding.along(np.zeros(zero.shape), ndim).shape)
+        return whole.collapsed() if ndim is None else whole.reshaped(encoding.along(zero, [1] * ndim).shape)
 
     @classmethod
     def of_integers(cls, exponent: Ints, n: Floats) -> Lattice:

@@ -143,6 +143,9 @@ class Lowering:
     def parameter(self, name: str) -> tuple[Ints, Encoding]:
         """A weight's or bias's integers, their zero point taken off, and its encoding.
 
+        Those of a weight with blocks are in units of each channel's smallest scale: partial sums of the blocks, shifted
+        to these units and added, are the same sum.
+
         Raises UnsupportedModelError for one without encoding, or that is computed; EncodingError for one off its grid.
         """
         if name not in self.floats:
@@ -151,8 +154,11 @@ class Lowering:
             raise UnsupportedModelError(f"{name}: stays float and has no integers; give it an encoding")
         values, encoding = self.floats[name], self.encodings[name]
         require_power_of_two(name, encoding)
-        zero = encoding.along(encoding.zero_point, values.ndim)
-        return codes(name, values, encoding) - zero, encoding
+        found = codes(name, values, encoding)
+        if encoding.block is not None:
+            encoding = encoding.per_channel
+            found = codes(name, values, encoding)
+        return found - encoding.along(encoding.zero_point, values.shape), encoding
 
     def bias(self, node: onnx.NodeProto, exponent: Ints, channels: int) -> Ints:
         """A node's third input (C,) in units of 2^exponent; zeros where it has none.
@@ -166,7 +172,7 @@ class Lowering:
         values, encoding = self.parameter(name)
         units = np.broadcast_to(exponent, channels)
         table = np.broadcast_to(values, (len(values) if values.ndim > 1 else 1, channels))
-        exponents = np.broadcast_to(encoding.along(encoding.exponent, values.ndim), table.shape)
+        exponents = np.broadcast_to(encoding.along(encoding.exponent, values.shape), table.shape)
         if (table != table[0]).any() or (exponents != exponents[0]).any():
             raise UnsupportedModelError(f"{name}: a bias that differs from row to row (shape {values.shape})")
         if (exponents[0] != units).any():

@@ -11,7 +11,8 @@ dataclasses whose fields are their YAML, and whose docstring's first line names 
 A method that keeps the exponents it finds, and rounds or corrects by them, says `builds_on_exponents = True`: named
 first, it stands behind the default methods (`runs/chains.py`). One that leaves weights on their grids says
 `rounds_weights = True`: of two such methods the second finds nothing to do, so only one of them is applied. One that
-draws no random numbers says `deterministic = True`: `compare` then runs it for one seed.
+draws no random numbers says `deterministic = True`: `compare` then runs it for one seed. One that works on weights with
+an exponent for each block of inputs says `takes_blocks = True`; rewrites always do.
 
 `batches` can be iterated as often as a method likes. Either takes a further argument if it calls it `progress`: a
 `backends.base.Progress`, for the reconstruction error of every layer; a rewrite also one that it calls `plan`: the

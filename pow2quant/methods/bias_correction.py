@@ -110,6 +110,7 @@ class BiasCorrection:
 
     builds_on_exponents: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
+    takes_blocks: ClassVar[bool] = True
 
     behind_activation: bool = True
     statistics: Annotated[str, STATISTIC] = "data"

@@ -45,6 +45,7 @@ class BnReestimation:
 
     builds_on_exponents: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
+    takes_blocks: ClassVar[bool] = True
 
     rounds: Annotated[int, integer(0)] = 3
 

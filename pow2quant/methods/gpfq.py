@@ -61,11 +61,18 @@ def follow_gram(weight: Tensor, gram: Tensor, cross: Tensor, codes: Codes, grid:
 
 @dataclass(frozen=True)
 class Grid:
-    """The alphabet of every neuron: scale times the integers from low to high; each (…, n) or ()."""
+    """The alphabet of every neuron: scale times the integers from low to high; each (…, n) or ().
+
+    Where every weight has a scale of its own, as with blocks, scale is (…, n, K).
+    """
 
     scale: Tensor
     low: Tensor
     high: Tensor
+
+    def of_each(self, weight: Tensor) -> Tensor:
+        """The scale of each weight (…, n, K)."""
+        return (self.scale if self.scale.ndim == weight.ndim else self.scale[..., None]).expand_as(weight)
 
     def codes(self, wanted: Tensor, codes: Codes) -> Tensor:
         """Reals (…, n) -> integers of the alphabet."""
@@ -197,7 +204,13 @@ def grid_of(encoding: Encoding, rows: Tensor) -> Grid:
         made = torch.as_tensor(np.array(values), dtype=rows.dtype, device=rows.device)
         return made.expand(rows.shape[0] * rows.shape[1]).view(rows.shape[:2])
 
-    return Grid(per_row(encoding.scale), per_row(encoding.grid.qmin), per_row(encoding.grid.qmax))
+    if encoding.block is None:
+        scale = per_row(encoding.scale)
+    else:
+        kernel = encoding.scale.shape[2:]
+        shape = rows.shape[0] * rows.shape[1], rows.shape[2] // math.prod(kernel), *kernel
+        scale = torch.from_numpy(encoding.along(encoding.scale, shape)).to(rows).reshape(rows.shape)
+    return Grid(scale, per_row(encoding.grid.qmin), per_row(encoding.grid.qmax))
 
 
 def samples_of(step: Step, module: nn.Module, retain_rate: float) -> Iterator[tuple[Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
 from pow2quant.config import integer
 from pow2quant.methods.gpfq import KINDS, RATE, Grid, grid_of, samples_of
+from pow2quant.methods.output_mse import least_error
 from pow2quant.methods.reconstruction import encode_weight, is_rounded, output_sqnr, walk, write_bias
 from pow2quant.methods.rounding import ABOVE_ZERO, SHARE
 from pow2quant.pow2_constraints import Encoding
@@ -94,14 +95,15 @@ class Rows:
     def rounded(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Codes (groups, n, K), columns as the weight has them, and the squared error of every row, (groups, n)."""
         left, codes = self.target.clone(), torch.empty_like(self.target)
+        scale = grid.of_each(self.target).gather(-1, self.order[..., None, :].expand_as(left))
         error = self.target.new_zeros(self.target.shape[:-1])
         width = left.shape[-1]
         for start in range(0, width, BLOCK):
             end = min(start + BLOCK, width)
             off = left.new_zeros(*left.shape[:-1], end - start)
             for t in range(start, end):
-                codes[..., t] = (left[..., t] / grid.scale).round().clamp(grid.low, grid.high)
-                e = (left[..., t] - codes[..., t] * grid.scale) / self.spread[..., t, t, None]
+                codes[..., t] = (left[..., t] / scale[..., t]).round().clamp(grid.low, grid.high)
+                e = (left[..., t] - codes[..., t] * scale[..., t]) / self.spread[..., t, t, None]
                 left[..., t + 1 : end] -= e[..., None] * self.spread[..., None, t, t + 1 : end]
                 off[..., t - start] = e
             left[..., end:] -= off @ self.spread[..., start:end, end:]
@@ -124,6 +126,7 @@ class Gptq:
     """
 
     rounds_weights: ClassVar[bool] = True
+    takes_blocks: ClassVar[bool] = True
 
     damping: Annotated[float, ABOVE_ZERO] = 0.01
     correction: Annotated[float, SHARE] = 0.5
@@ -155,7 +158,7 @@ class Gptq:
                 encode_weight(sim, layer, chosen)
             grid = grid_of(sim.encodings()[layer.weight.name], floats)
             codes, _ = rows.rounded(grid)
-            made = codes * grid.scale[..., None]
+            made = codes * grid.of_each(codes)
             weight.copy_(made.view(weight.shape).float())
             if module.bias is not None:
                 shift = floats @ moments.mean[..., None] - made @ moments.quantized_mean[..., None]
@@ -163,13 +166,9 @@ class Gptq:
             progress.note(f"{layer.module}: output {before} -> {output_sqnr(sim, step)}")
 
     def _encoding(self, rows: Rows, now: Encoding) -> Encoding:
-        """Of the scales beside the calibrated one, for each channel that with the least error."""
+        """Of the scales beside the calibrated one, for each channel that with the least error; blocks move together."""
         candidates = [
             replace(now, scale=now.scale * np.float32(2.0**i)) for i in range(-self.exponents, self.exponents + 1)
         ]
         errors = torch.stack([rows.rounded(grid_of(c, rows.target))[1].flatten() for c in candidates])
-        if now.axis is None:
-            return candidates[int(errors.sum(1).argmin())]
-        best = errors.argmin(0).cpu().numpy()
-        scales = np.stack([np.broadcast_to(c.scale, best.shape) for c in candidates])
-        return replace(now, scale=scales[best, np.arange(len(best))])
+        return least_error(candidates, errors.cpu().numpy())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -39,13 +39,14 @@ def rounding_noise(results: Iterable[Tensor], centered: bool = True) -> Tensor:
 def least_error(encodings: Sequence[Encoding], errors: NDArray[np.float64]) -> Encoding:
     """Per channel the candidate of least error, of equal ones the first; for one scale per tensor that of least sum.
 
-    encodings: alike but for their scales. errors: (candidates, C).
+    encodings: alike but for a factor in each channel's scales. errors: (candidates, C).
     """
     first = encodings[0]
     if first.axis is None:
         return encodings[int(errors.sum(1).argmin())]
     scales = np.stack([e.scale for e in encodings])
-    return Encoding(np.take_along_axis(scales, errors.argmin(0)[None], 0)[0], first.zero_point, first.grid, first.axis)
+    best = np.broadcast_to(first.beside_scale(errors.argmin(0)), first.scale.shape)
+    return replace(first, scale=np.take_along_axis(scales, best[None], 0)[0])
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class OutputMse:
     """
 
     deterministic: ClassVar[bool] = True
+    takes_blocks: ClassVar[bool] = True
 
     candidates: Annotated[int, integer(2, 33)] = 5
     centered: bool = True
@@ -83,7 +85,7 @@ class OutputMse:
         ratio = 2.0 if now.is_power_of_two else FREE_STEP
         for i in range(self.candidates):
             factor = np.float32(ratio ** ((i + 1) // 2 * (-1) ** i))
-            table[layer.weight.name] = Encoding(now.scale * factor, now.zero_point, now.grid, now.axis)
+            table[layer.weight.name] = replace(now, scale=now.scale * factor)
             yield with_room_for_bias(sim, layer, table)
 
     def _noise(self, step: Step, encoding: Encoding) -> Tensor:

@@ -63,7 +63,7 @@ class SoftWeight:
 
     def __init__(self, weight: Tensor, encoding: Encoding) -> None:
         def beside(values: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(np.array(encoding.along(values, weight.ndim), np.float32)).to(weight.device)
+            return torch.from_numpy(np.array(encoding.along(values, weight.shape), np.float32)).to(weight.device)
 
         self.scale = beside(encoding.scale)
         self.low, self.high = (beside(q - encoding.zero_point) for q in (encoding.grid.qmin, encoding.grid.qmax))
@@ -92,6 +92,7 @@ class LearnedRounding:
 
     builds_on_exponents: ClassVar[bool] = True
     rounds_weights: ClassVar[bool] = True
+    takes_blocks: ClassVar[bool] = True
 
     iterations: Annotated[int, integer(1)] = 1000
     weight: Annotated[float, FROM_ZERO] = 0.01

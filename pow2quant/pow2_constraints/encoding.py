@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pow2quant.errors import EncodingError
-from pow2quant.pow2_constraints.arithmetic import exact_exponent
+from pow2quant.pow2_constraints.arithmetic import exact_exponent, power_of_two
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -69,6 +69,8 @@ class Encoding:
     scale: float32, () or (C,), positive. It is a power of two unless the constraint was switched off.
     zero_point: int64, the shape of scale, on the grid.
     axis: the channel axis, or None for one scale per tensor. A weight (64, 3, 7, 7) with axis 0 has scale (64,).
+    block: one scale for so many values along the input axis, which is 1 - axis, in place of one for a channel. Scale
+    then has the tensor's rank, as ONNX has it: a weight (64, 48, 3, 3) with axis 0 and block 32 has (64, 2, 3, 3).
     Raises EncodingError when shapes, signs or the zero point are impossible.
     """
 
@@ -76,10 +78,13 @@ class Encoding:
     zero_point: NDArray[np.int64]
     grid: IntGrid
     axis: int | None = None
+    block: int | None = None
 
     def __post_init__(self) -> None:
-        scale, zero_point = np.array(self.scale, np.float32), np.asarray(self.zero_point)
-        if scale.ndim != (self.axis is not None):
+        scale, zero_point = np.array(self.scale, np.float32, order="C"), np.asarray(self.zero_point)
+        if self.block is not None:
+            self._check_block(scale, zero_point)
+        elif scale.ndim != (self.axis is not None):
             raise EncodingError(f"scale has shape {scale.shape}: expected {'(C,)' if self.axis is not None else '()'}")
         if isinstance(self.grid.bits, tuple) and scale.shape != (len(self.grid.bits),):
             raise EncodingError(f"{len(self.grid.bits)} widths for a scale of shape {scale.shape}")
@@ -98,6 +103,16 @@ class Encoding:
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "zero_point", zero_point)
 
+    def _check_block(self, scale: NDArray[np.float32], zero_point: NDArray[Any]) -> None:
+        assert self.block is not None
+        if self.block < 1 or self.axis not in (0, 1) or scale.ndim < 2:
+            raise EncodingError(
+                f"blocks of {self.block} with channels along axis {self.axis} and scales {scale.shape}: expected at "
+                "least one value in a block, channels along axis 0 or 1, and scales of the tensor's rank"
+            )
+        if not self.grid.signed or zero_point.any():
+            raise EncodingError("blocks: only a signed grid with zero point 0 can have one scale for each")
+
     def __eq__(self, other: object) -> bool:
         """Equal to the last bit."""
         if not isinstance(other, Encoding):
@@ -108,11 +123,11 @@ class Encoding:
         return hash(self._key())
 
     def _key(self) -> tuple[Any, ...]:
-        return (self.scale.shape, self.scale.tobytes(), self.zero_point.tobytes(), self.grid, self.axis)
+        return (self.scale.shape, self.scale.tobytes(), self.zero_point.tobytes(), self.grid, self.axis, self.block)
 
     @property
     def exponent(self) -> NDArray[np.int64]:
-        """The k of scale = 2^k: () or (C,). Raises NotPowerOfTwoError when a scale is not exactly 2^k."""
+        """The k of scale = 2^k, the shape of scale. Raises NotPowerOfTwoError when a scale is not exactly 2^k."""
         return exact_exponent(self.scale)
 
     @property
@@ -127,24 +142,44 @@ class Encoding:
 
     @property
     def minimum(self) -> NDArray[np.float64]:
-        """The smallest representable real value: () or (C,)."""
+        """The smallest representable real value, the shape of scale."""
         return self.scale.astype(np.float64) * (self.grid.qmin - self.zero_point)
 
     @property
     def maximum(self) -> NDArray[np.float64]:
-        """The largest representable real value: () or (C,)."""
+        """The largest representable real value, the shape of scale."""
         return self.scale.astype(np.float64) * (self.grid.qmax - self.zero_point)
 
-    def along(self, values: NDArray[Any], ndim: int) -> NDArray[Any]:
-        """Shapes a per-channel array (C,) for broadcasting with a tensor of `ndim` dimensions: (C, 1, 1, …).
+    @property
+    def per_channel(self) -> Encoding:
+        """An encoding without blocks that holds the same values: in units of each channel's smallest scale.
 
-        A scalar stays a scalar.
+        A code of a block becomes code << (k of the block - k of the channel), so the grid is wider by the largest such
+        shift. Raises NotPowerOfTwoError for free scales in blocks.
+        """
+        if self.block is None:
+            return self
+        exponent = self.exponent
+        blocks = tuple(d for d in range(exponent.ndim) if d != self.axis)
+        least = exponent.min(blocks)
+        grid = IntGrid(self.grid.width + int((exponent.max(blocks) - least).max()), signed=True)
+        return Encoding(power_of_two(least), np.zeros((), np.int64), grid, self.axis)
+
+    def beside_scale(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Shapes a per-channel array (C,) for broadcasting with `scale`. A scalar stays a scalar."""
+        return values if self.block is None else _along(values, self.axis, self.scale.ndim)
+
+    def along(self, values: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+        """Shapes an array of scale's shape for broadcasting with a tensor of this shape: (C, 1, 1, …).
+
+        A scalar stays a scalar; with blocks every value stands as often as its block has values.
         """
         if self.axis is None or values.ndim == 0:
             return values
-        shape = [1] * ndim
-        shape[self.axis] = -1
-        return values.reshape(shape)
+        if self.block is None:
+            return _along(values, self.axis, len(shape))
+        repeated = np.repeat(values, self.block, 1 - self.axis)
+        return np.take(repeated, range(shape[1 - self.axis]), 1 - self.axis)
 
     def quantize(self, x: ArrayLike) -> NDArray[np.int64]:
         """x -> codes, rounded half to even and saturated (ONNX QuantizeLinear). Returns int64, the shape of x.
@@ -175,7 +210,26 @@ class Encoding:
 
     def _beside(self, tensor: NDArray[Any]) -> tuple[NDArray[Any], ...]:
         """Scale, zero point and the grid's ends, shaped for broadcasting with `tensor`."""
-        if self.axis is not None and tensor.shape[self.axis :][:1] != self.scale.shape:
-            raise EncodingError(f"shape {tensor.shape} has no {self.scale.size} channels along axis {self.axis}")
+        self.check_fits(tensor.shape)
         values = (self.scale, self.zero_point, self.grid.qmin, self.grid.qmax)
-        return tuple(self.along(v, tensor.ndim) for v in values)
+        return tuple(self.along(v, tensor.shape) for v in values)
+
+    def check_fits(self, shape: Sequence[int]) -> None:
+        """Raises EncodingError where a tensor of this shape does not have the channels and blocks of this encoding."""
+        if self.block is not None:
+            expected = [-(-n // self.block) if d + (self.axis or 0) == 1 else n for d, n in enumerate(shape)]
+            if [*self.scale.shape] != expected:
+                raise EncodingError(
+                    f"shape {tuple(shape)} in blocks of {self.block} has scales {tuple(expected)}, not "
+                    f"{self.scale.shape}"
+                )
+        elif self.axis is not None and tuple(shape[self.axis :][:1]) != self.scale.shape:
+            raise EncodingError(f"shape {tuple(shape)} has no {self.scale.size} channels along axis {self.axis}")
+
+
+def _along(values: NDArray[Any], axis: int | None, ndim: int) -> NDArray[Any]:
+    if axis is None or values.ndim == 0:
+        return values
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)

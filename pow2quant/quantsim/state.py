@@ -52,7 +52,8 @@ def _read(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None
 
 def _to_tensor(e: Encoding | None) -> Tensor:
     """JSON as bytes: a state is loaded without running code, and safetensors takes it."""
-    fields = e and {"scale": e.scale.tolist(), "zero_point": e.zero_point.tolist(), "axis": e.axis, **vars(e.grid)}
+    lists = e and {"scale": e.scale.tolist(), "zero_point": e.zero_point.tolist()}
+    fields = e and {**(lists or {}), "axis": e.axis, "block": e.block, **vars(e.grid)}
     return torch.frombuffer(bytearray(json.dumps(fields).encode()), dtype=torch.uint8)
 
 
@@ -64,6 +65,6 @@ def _from_tensor(key: str, state: Tensor) -> Encoding | None:
             return None
         grid = IntGrid.of(fields["bits"], fields["signed"], fields["narrow"])
         scale, zero_point = np.array(fields["scale"], np.float32), np.array(fields["zero_point"], np.int64)
-        return Encoding(scale, zero_point, grid, fields["axis"])
+        return Encoding(scale, zero_point, grid, fields["axis"], fields.get("block"))
     except (EncodingError, KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{key}: not the encoding that `state_dict` of a simulation has: {error}") from error

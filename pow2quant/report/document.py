@@ -34,10 +34,15 @@ def details(artifact: Artifact) -> dict[str, Any]:
 
 
 def _detail(encoding: Encoding) -> dict[str, Any]:
-    detail = {
+    """Of a weight with blocks the smallest scale of each channel, the size of a block and the number of all scales."""
+    blocks, bits = {}, encoding.grid.bits
+    if encoding.block is not None:
+        blocks = {"block": encoding.block, "scales": encoding.scale.size}
+        encoding = encoding.per_channel
+    detail = blocks | {
         "scale": encoding.scale.astype(np.float64).tolist(),
         "zero_point": encoding.zero_point.tolist(),
-        "bitwidth": encoding.grid.bits,
+        "bitwidth": bits,
         "symmetric": encoding.symmetric,
         "signed": encoding.grid.signed,
     }

@@ -200,10 +200,10 @@ def _found(network: Sequence[Mapping[str, Any]], layer: str, folder: Path) -> Ma
 
 def _of_weight(x: NDArray[Any], encoding: Any) -> tuple[Floats, Floats, Floats, Floats, Floats]:
     """The arguments of `candidates`, from the float weight itself."""
-    scale = np.broadcast_to(encoding.along(encoding.scale, x.ndim), x.shape).astype(np.float64)
+    scale = np.broadcast_to(encoding.along(encoding.scale, x.shape), x.shape).astype(np.float64)
     grid, zero = encoding.grid, encoding.zero_point
     low, high = (
-        np.broadcast_to(encoding.along(np.asarray(end - zero), x.ndim), x.shape).astype(np.float64).ravel()
+        np.broadcast_to(encoding.along(np.asarray(end - zero), x.shape), x.shape).astype(np.float64).ravel()
         for end in (grid.qmin, grid.qmax)
     )
     return (x / scale).ravel(), np.ones(x.size), np.square(scale).ravel(), low, high

@@ -57,9 +57,9 @@ def of_tensor(encoding: Encoding, sample: Sample) -> dict[str, Any]:
     is_weight = sample.role == "weight"
     rounded_before = is_weight and np.array_equal(sample.entering, sample.quantized)
     x = sample.exact if rounded_before else sample.entering
-    steps = x.astype(np.float64) / encoding.along(encoding.scale, x.ndim)
+    steps = x.astype(np.float64) / encoding.along(encoding.scale, x.shape)
     grid, zero = encoding.grid, encoding.zero_point
-    low, high = (encoding.along(np.asarray(end - zero), x.ndim) for end in (grid.qmin, grid.qmax))
+    low, high = (encoding.along(np.asarray(end - zero), x.shape) for end in (grid.qmin, grid.qmax))
     found: dict[str, Any] = {"role": sample.role, "sqnr_db": sqnr_db(x, sample.quantized)}
     if not is_weight:
         found |= {"network_sqnr_db": sqnr_db(sample.exact, sample.quantized), "dead_channels": list(sample.dead)}
@@ -95,7 +95,9 @@ def histogram(steps: NDArray[np.float64], low: int, high: int) -> dict[str, Any]
 def _least_noise(encoding: Encoding, x: NDArray[np.float32]) -> tuple[float | None, float | None]:
     """SQNR with the 2^k and with the free scale of least squared error at the same width, on a part of the values."""
     rows = (
-        x.reshape(1, -1) if encoding.axis is None else np.moveaxis(x, encoding.axis, 0).reshape(len(encoding.scale), -1)
+        x.reshape(1, -1)
+        if encoding.axis is None
+        else np.moveaxis(x, encoding.axis, 0).reshape(x.shape[encoding.axis], -1)
     )
     some = np.linspace(0, len(rows) - 1, min(ROWS, len(rows))).astype(np.int64)
     width = COLUMNS * ROWS // len(some)

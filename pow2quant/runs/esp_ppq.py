@@ -42,7 +42,7 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
             import_module("esp_ppq.api")
     except ImportError as error:
         raise MissingExtraError(f"esp-ppq is not installed: pip install 'pow2quant[esp-ppq]' ({error})") from error
-    network = opened(model).network
+    network = opened(model).network.per_channel()
     per_tensor = targets.of(network.model).limits.per_tensor
     file = _File(network, "esp32s3" if per_tensor else "esp32p4")
     return [Executor(f"esp-ppq ({file.chip})", file.run, file.tensors, network=lambda: network, measured=True)]

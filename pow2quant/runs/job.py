@@ -27,7 +27,7 @@ from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.fixed import InParts
 from pow2quant.frontends.prepare import fixed_batch, prepare, unrolled
 from pow2quant.methods.auto import Trial
-from pow2quant.plugins import resolve
+from pow2quant.plugins import names, resolve
 from pow2quant.reading import Batches, Checked
 from pow2quant.runs.calling import Flat, first_call
 from pow2quant.runs.computing import be_exact, device_of
@@ -253,7 +253,8 @@ def _check_labels(data: datasets.Data, outputs: int) -> None:
 def methods_of(config: RunConfig, given: Given = NOTHING) -> tuple[Named, Named]:
     """The rewrites and the methods that a configuration names, or that are given, in order.
 
-    Raises ConfigError for a parameter that one does not have, and for a rewrite behind a method.
+    Raises ConfigError for a parameter that one does not have, for a rewrite behind a method, and for a method that does
+    not work on weights with blocks where the plan has such.
     """
     rewrites: Named = []
     methods: Named = []
@@ -261,7 +262,13 @@ def methods_of(config: RunConfig, given: Given = NOTHING) -> tuple[Named, Named]
         (name, configuration.parameters(resolve("methods", name), values, f"ptq.methods.{name}"))
         for name, values in (config.ptq.applied if given.methods is None else ())
     ]
+    blocks = _asks_for_blocks(config)
     for name, made in named or [(type(each).__name__, each) for each in given.methods or ()]:
+        if blocks and not _takes_blocks(made):
+            raise ConfigError(
+                f"ptq.methods: {name} does not work on weights with blocks (quantization.weight.block); those that do: "
+                f"{', '.join(n for n in names('methods') if _takes_blocks(resolve('methods', n)))}"
+            )
         if not hasattr(made, "rewrite"):
             methods.append((name, made))
         elif methods:
@@ -269,6 +276,16 @@ def methods_of(config: RunConfig, given: Given = NOTHING) -> tuple[Named, Named]
         else:
             rewrites.append((name, made))
     return rewrites, methods
+
+
+def _asks_for_blocks(config: RunConfig) -> bool:
+    plan = configuration.plan_of(config)
+    specs = [plan.weight, *(changes.get("weight") for _, changes in plan.overrides if changes)]
+    return any(spec is not None and spec.block is not None for spec in specs)
+
+
+def _takes_blocks(method: Any) -> bool:
+    return hasattr(method, "rewrite") or getattr(method, "takes_blocks", False)
 
 
 def call(step: Callable[..., T], subject: Any, batches: Iterable[Batch], **offered: Any) -> T:

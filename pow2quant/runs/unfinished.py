@@ -208,13 +208,18 @@ def fingerprint_of(texts: Iterable[str], tensors: Iterable[Tensor]) -> str:
 
 def _plain(table: Table) -> dict[str, list[Any]]:
     return {
-        name: [torch.tensor(e.scale), torch.tensor(e.zero_point), [e.grid.bits, e.grid.signed, e.grid.narrow], e.axis]
+        name: [
+            torch.tensor(e.scale),
+            torch.tensor(e.zero_point),
+            [e.grid.bits, e.grid.signed, e.grid.narrow],
+            [e.axis, e.block],
+        ]
         for name, e in table.items()
     }
 
 
 def _table(plain: Mapping[str, Any]) -> Table:
     return {
-        name: Encoding(scale.numpy(), zero_point.numpy(), IntGrid(*grid), axis)
-        for name, (scale, zero_point, grid, axis) in plain.items()
+        name: Encoding(scale.numpy(), zero_point.numpy(), IntGrid(*grid), *place)
+        for name, (scale, zero_point, grid, place) in plain.items()
     }

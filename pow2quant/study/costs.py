@@ -13,7 +13,7 @@ import numpy as np
 from torch import fx, nn
 
 from pow2quant import config as configuration
-from pow2quant.backends.placement import Placement
+from pow2quant.backends.placement import Layer, Placement
 from pow2quant.config import Legal
 from pow2quant.errors import ConfigError
 from pow2quant.frontends.modules import TRANSPOSED
@@ -71,11 +71,20 @@ def layers_of(network: fx.GraphModule, placement: Placement, groups: Collection[
                 source_bits=bits,
                 weights=module.weight.numel(),
                 biases=0 if module.bias is None else module.bias.numel(),
-                scales=1 if layer.axis is None else module.weight.shape[layer.axis],
+                scales=_scales(module.weight.shape, layer),
                 macs=macs(module, nodes[layer.module]),
             )
         )
     return tuple(found)
+
+
+def _scales(shape: Sequence[int], layer: Layer) -> int:
+    if layer.axis is None:
+        return 1
+    if layer.block is None:
+        return shape[layer.axis]
+    inputs = shape[1 - layer.axis]
+    return math.prod(shape) // inputs * -(-inputs // layer.block)
 
 
 def macs(module: nn.Module, node: fx.Node) -> int:

@@ -36,7 +36,8 @@ class Learning:
         self.whole = self.active = frozenset(s.name for s in self.sites)
         if not self.sites:
             raise ConfigError(f"training.mode: {config.mode!r} trains nothing, as the plan quantizes no weight")
-        constrained = [s.name for s in self.sites if s.role != "input" and self.table[s.name].is_power_of_two]
+        found = {s.name: self.table[s.name] for s in self.sites if s.role != "input"}
+        constrained = [name for name, e in found.items() if e.is_power_of_two and e.block is None]
         self.exponents = exponents_of(sim, constrained, config)
         if config.exponents == "fixed":
             self.exponents.freeze()
@@ -100,7 +101,11 @@ class Learning:
         unit = torch.ones((), device=bias.device)
         for source in sources:
             learned = source in self.exponents
-            scale = self.exponents.scale(source) if learned else torch.from_numpy(self.table[source].scale.copy())
+            scale = (
+                self.exponents.scale(source)
+                if learned
+                else torch.from_numpy(self.table[source].per_channel.scale.copy())
+            )
             unit = unit * scale.to(bias.device)
         with torch.no_grad():
             rounding = (bias / unit).round_().mul_(unit).sub_(bias)

@@ -316,7 +316,7 @@ def _largest_difference(a: NDArray[np.float32], b: NDArray[np.float32], encoding
             larger = np.maximum(np.abs(a), np.abs(b)).astype(np.float32)
             unit = np.spacing(larger).astype(np.float64)
         else:
-            unit = encoding.along(encoding.scale, a.ndim).astype(np.float64)
+            unit = encoding.along(encoding.scale, a.shape).astype(np.float64)
         steps = np.where(a == b, 0, difference / unit)
     largest = float(steps.max())
     return largest if math.isfinite(largest) else math.inf

@@ -67,7 +67,7 @@ class Side:
         self.part = Part(witness.network, tensor, known)
         self.encoding = witness.network.encodings[tensor]
         self.scale, self.zero, qmin, qmax = (
-            self.encoding.along(v, witness.values.ndim)
+            self.encoding.along(v, witness.values.shape)
             for v in (self.encoding.scale.astype(np.float64), self.encoding.zero_point, *grid_ends(self.encoding))
         )
         self.u: Floats = self.part.value(self.part.core_output) / self.scale

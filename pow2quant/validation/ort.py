@@ -126,7 +126,7 @@ def _random(
     codes = rng.uniform(-low - margin, high + margin, shape) * amplitude
     kind = rng.integers(0, 3, shape)
     codes = np.select([kind == 0, kind == 1], [np.rint(codes), np.floor(codes) + 0.5], codes)
-    return np.asarray(codes * encoding.along(encoding.scale, len(shape)), np.float32)
+    return np.asarray(codes * encoding.along(encoding.scale, shape), np.float32)
 
 
 def _rebuilt(model: Path, encodings: Path) -> onnx.ModelProto:

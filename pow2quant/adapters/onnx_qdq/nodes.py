@@ -41,8 +41,15 @@ def selects(node: NodeProto, read: list[Encoding | None], encoding: Encoding) ->
     return node.op_type in SELECTING and all(one == encoding for one in selected)
 
 
-def plain_encoding(scale: NDArray[Any], zero_point: NDArray[Any], grid: IntGrid, axis: int | None) -> Encoding:
-    """The encoding that scale and zero point tell by themselves: a single scale is taken for the whole tensor."""
+def plain_encoding(
+    scale: NDArray[Any], zero_point: NDArray[Any], grid: IntGrid, axis: int | None, block: int | None = None
+) -> Encoding:
+    """The encoding that scale and zero point tell by themselves: a single scale is taken for the whole tensor.
+
+    axis: that of the channels, also where the scales are those of blocks.
+    """
+    if block is not None:
+        return Encoding(scale, zero_point, grid, axis, block)
     if scale.size == 1:
         return Encoding(scale.reshape(()), zero_point.reshape(()), grid)
     return Encoding(scale, zero_point, grid, axis)

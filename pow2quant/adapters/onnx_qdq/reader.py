@@ -153,7 +153,7 @@ class _Reader:
             values = encoding.dequantize(codes)
         except EncodingError as error:
             raise refusal(node, f"cannot be computed: {error}") from error
-        low, high = (encoding.along(end, codes.ndim) for end in (encoding.grid.qmin, encoding.grid.qmax))
+        low, high = (encoding.along(end, codes.shape) for end in (encoding.grid.qmin, encoding.grid.qmax))
         if ((codes < low) | (codes > high)).any():
             raise refusal(node, f"holds values off the grid of {encoding.grid.bits} bits that the metadata states")
         self.parameters[node.input[0]].append(numpy_helper.from_array(values, name))
@@ -165,6 +165,10 @@ class _Reader:
         again = is_a(self.stated.producer.get(q.input[0]), "DequantizeLinear")
         readers = [q] if again else self.consumers[q.input[0]]
         plain, results, _ = self._behind(q, None)
+        if plain.block is not None:
+            raise refusal(
+                q, "has one scale for each block of a tensor that is computed; only parameters can have blocks"
+            )
         found = [self._behind(node, None) for node in readers if is_a(node, "QuantizeLinear")]
         alike = [(one, nodes) for encoding, one, nodes in found if encoding == plain and one]
         self._drop(q, *(node for _, nodes in alike for node in nodes))
@@ -224,6 +228,8 @@ class _Reader:
         grid, axis = self.exact[name]
         if grid.width > plain.grid.width or grid.signed != plain.grid.signed:
             raise refusal(node, f"stores {plain.grid.width} bits, which cannot hold the {grid} of the metadata")
+        if plain.block is not None:
+            return on_grid(grid, plain, node)
         shape = () if axis is None and plain.scale.size == 1 else (-1,)
         try:
             return Encoding(plain.scale.reshape(shape), plain.zero_point.reshape(shape), grid, axis)

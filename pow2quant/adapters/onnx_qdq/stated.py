@@ -35,12 +35,14 @@ class Stated:
         scale, zero_point = self.constant(node.input[1]), self._zero_point(node)
         unsigned, integer, bits = kind.partition("int")
         attributes = {a.name: a.i for a in node.attribute}
+        axis, block = attributes.get("axis", 1), attributes.get("block_size", 0) or None
+        if block is not None and ndim is not None and -ndim <= axis < 0:
+            axis += ndim
         if not integer or unsigned not in ("", "u"):
             raise refusal(node, f"is of type {kind}; only integers can be read")
-        if (problem := _scale_problem(scale, attributes.get("block_size", 0), attributes.get("axis", 1))) is not None:
+        if (problem := _scale_problem(scale, block, axis)) is not None:
             raise refusal(node, problem)
         assert scale is not None
-        axis = attributes.get("axis", 1)
         if scale.size > 1 and ndim is not None:
             if not -ndim <= axis < ndim:
                 raise refusal(node, f"has axis {axis}, which a tensor of {ndim} dimensions does not have")
@@ -48,7 +50,8 @@ class Stated:
         if axis < 0 and scale.size > 1:
             raise refusal(node, f"counts axis {axis} from the end, of a tensor of unknown rank")
         try:
-            return plain_encoding(scale, zero_point, IntGrid(int(bits), not unsigned), axis)
+            channels = axis if block is None else 1 - axis
+            return plain_encoding(scale, zero_point, IntGrid(int(bits), not unsigned), channels, block)
         except (EncodingError, ValueError) as error:
             raise refusal(node, f"has an impossible encoding: {error}") from error
 
@@ -99,19 +102,22 @@ class Stated:
 def on_grid(grid: IntGrid, plain: Encoding, node: NodeProto) -> Encoding:
     """The encoding on another grid. Raises FileFormatError, naming the node, where it cannot be."""
     try:
-        return Encoding(plain.scale, plain.zero_point, grid, plain.axis)
+        return Encoding(plain.scale, plain.zero_point, grid, plain.axis, plain.block)
     except EncodingError as error:
         raise refusal(node, f"has an impossible encoding: {error}") from error
 
 
-def _scale_problem(scale: NDArray[Any] | None, block: int, axis: int) -> str | None:
+def _scale_problem(scale: NDArray[Any] | None, block: int | None, axis: int) -> str | None:
     """Why a scale cannot be read; None where it can."""
-    readable = "only constant float32 scales, one for the tensor or one per channel, can be read"
+    readable = (
+        "only constant float32 scales can be read: one for the tensor, one per channel, or one for each block of a "
+        "weight's inputs, axis 0 or 1"
+    )
     if scale is None:
         return f"has a scale that is computed, not constant; {readable}"
-    if block or scale.ndim > 1:
-        size = f"of {block} values " if block else ""
-        return f"has one scale for each block {size}along axis {axis} (block-wise, {scale.shape} scales); {readable}"
+    if (scale.ndim > 1) != (block is not None) or (block is not None and axis not in (0, 1)):
+        size = "of unknown size" if block is None else f"of {block} values"
+        return f"has one scale for each block {size} along axis {axis} (block-wise, {scale.shape} scales); {readable}"
     if scale.dtype != np.float32:
         return f"has a scale of type {scale.dtype}; {readable}"
     return None

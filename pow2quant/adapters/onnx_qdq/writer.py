@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from pow2quant.artifact import Artifact, Table
 
 
+WIDEST_BLOCK = 4
+"""Bits of a weight with one scale for each block: of int8, onnxruntime 1.31 refuses it from level extended on."""
+
+
 def to_qdq(artifact: Artifact) -> ModelProto:
     """The artifact as one QDQ model.
 
@@ -91,6 +95,11 @@ class _Writer:
             if encoding is None:
                 self.initializers.append(tensor)
                 continue
+            if encoding.block is not None and encoding.grid.width > WIDEST_BLOCK:
+                raise EncodingError(
+                    f"{name}: {encoding.grid.width} bits in blocks of {encoding.block}; onnxruntime runs blocks of "
+                    f"at most {WIDEST_BLOCK} bits at every level of optimization"
+                )
             storage = _storage(name, encoding, (32, 4, 8, 16) if name in biases else (4, 8, 16, 32))
             stored = self._add(f"{name}_quantized", parameter_codes(tensor, encoding), storage)
             nodes.append(self._node("DequantizeLinear", name, [stored, *self._scale(name, storage)], name))
@@ -138,15 +147,17 @@ class _Writer:
 
     def _node(self, op_type: str, name: str, inputs: list[str], output: str) -> NodeProto:
         node = helper.make_node(op_type, inputs, [output], self._free(f"{name}/{op_type}"))
-        axis = self.table[name].axis
+        axis, block = self.table[name].axis, self.table[name].block
         if axis is not None:
-            node.attribute.append(helper.make_attribute("axis", axis))
+            node.attribute.append(helper.make_attribute("axis", axis if block is None else 1 - axis))
+        if block is not None:
+            node.attribute.append(helper.make_attribute("block_size", block))
         return node
 
     def _scale(self, name: str, storage: IntGrid) -> list[str]:
         """Adds scale and zero point, and notes what they tell by themselves."""
         e = self.table[name]
-        self.stored[name] = plain_encoding(e.scale, e.zero_point, storage, e.axis)
+        self.stored[name] = plain_encoding(e.scale, e.zero_point, storage, e.axis, e.block)
         return [self._add(f"{name}_scale", e.scale), self._add(f"{name}_zero_point", e.zero_point, storage)]
 
     def _add(self, name: str, values: NDArray[Any], storage: IntGrid | None = None) -> str:

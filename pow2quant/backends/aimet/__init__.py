@@ -43,6 +43,12 @@ class AimetSimulation:
             raise ConfigError(
                 f"{name}: target {plan.target.name} rounds {rule}; the aimet backend rounds half_even only"
             )
+        for layer in self.placement.layers:
+            if layer.block is not None:
+                raise ConfigError(
+                    f"{layer.module}.weight: block: {layer.block}: the aimet backend has one scale per channel; "
+                    "the custom backend has blocks"
+                )
         for site in self.sites:
             bits = self.placement.specs[site.name].bits
             if bits > WIDEST and site.role != "bias":

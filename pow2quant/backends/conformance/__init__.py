@@ -18,9 +18,31 @@ from collections.abc import Callable
 
 from pow2quant.backends.base import Backend
 from pow2quant.backends.conformance import arithmetic, encodings, placement, taps, training
-from pow2quant.backends.conformance.network import FREE, LOW_BITS, PER_TENSOR, PLAN, WIDE, Network, batch, prepared
+from pow2quant.backends.conformance.network import (
+    BLOCKS,
+    FREE,
+    LOW_BITS,
+    PER_TENSOR,
+    PLAN,
+    WIDE,
+    Network,
+    batch,
+    prepared,
+)
 
-__all__ = ["CHECKS", "FREE", "LOW_BITS", "PER_TENSOR", "PLAN", "WIDE", "Check", "Network", "batch", "prepared"]
+__all__ = [
+    "BLOCKS",
+    "CHECKS",
+    "FREE",
+    "LOW_BITS",
+    "PER_TENSOR",
+    "PLAN",
+    "WIDE",
+    "Check",
+    "Network",
+    "batch",
+    "prepared",
+]
 
 Check = Callable[[Backend], None]
 
@@ -33,6 +55,7 @@ CHECKS: tuple[Check, ...] = (
     encodings.equal_data_give_equal_encodings,
     encodings.scales_are_powers_of_two,
     encodings.biases_lie_on_the_lattice,
+    encodings.blocks_are_those_of_custom_or_refused,
     encodings.ties_share_an_encoding,
     encodings.a_table_survives_loading,
     encodings.a_part_of_a_table_can_be_loaded,

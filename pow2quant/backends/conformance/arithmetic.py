@@ -35,7 +35,7 @@ def values_are_fake_quantized(backend: Backend) -> None:
         with torch.no_grad():
             for name in names_of(sim, "weight", "bias"):
                 parameter = sim.model.get_parameter(name)
-                unit = torch.from_numpy(table[name].along(table[name].scale, parameter.ndim).copy())
+                unit = torch.from_numpy(table[name].along(table[name].scale, parameter.shape).copy())
                 parameter.copy_(values[torch.arange(parameter.numel()) * 7 % len(values)].view_as(parameter) * unit)
         x = values[torch.arange(8 * 192) % len(values)].view(8, 3, 8, 8) * float(table["x"].scale)
         for graded in (False, True):

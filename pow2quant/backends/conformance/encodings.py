@@ -7,6 +7,7 @@ import torch
 
 from pow2quant.backends.base import Backend, Tap
 from pow2quant.backends.conformance.network import (
+    BLOCKS,
     FREE,
     LOW_BITS,
     PER_TENSOR,
@@ -25,7 +26,7 @@ from pow2quant.backends.conformance.network import (
 )
 from pow2quant.backends.custom import CustomSimulation
 from pow2quant.backends.placement import place
-from pow2quant.errors import DataError, EncodingError
+from pow2quant.errors import ConfigError, DataError, EncodingError
 from pow2quant.pow2_constraints import Encoding, IntGrid
 
 
@@ -65,6 +66,27 @@ def biases_lie_on_the_lattice(backend: Backend) -> None:
     before = outputs_of(sim.model)
     with sim.intercept(tap):
         assert not same(outputs_of(sim.model), before), "the bias that the tap returned is not used"
+
+
+def blocks_are_those_of_custom_or_refused(backend: Backend) -> None:
+    """Weights with a scale for each block of inputs: the tables, outputs and files of `custom`; or a clear refusal."""
+    reference, refusal = simulation(CustomSimulation, BLOCKS), ""
+    try:
+        sim = simulation(backend, BLOCKS)
+    except ConfigError as error:
+        refusal = str(error)
+    if refusal:
+        assert "block" in refusal, refusal
+        return
+    assert_tables(sim.encodings(), reference.encodings())
+    assert {name for name, encoding in sim.encodings().items() if encoding.block is not None} == {"up.weight"}
+    table = some_table(sim, BLOCKS)
+    for each in (sim, reference):
+        each.load(table)
+    assert_tables(sim.encodings(), table)
+    assert same(outputs_of(sim.model), outputs_of(reference.model))
+    for name, (before, after) in tapped(sim).items():
+        assert np.array_equal(after.numpy(), table[name].fake_quantize(before.numpy())), name
 
 
 def ties_share_an_encoding(backend: Backend) -> None:

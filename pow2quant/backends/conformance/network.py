@@ -28,6 +28,7 @@ PLAN = QuantPlan(
     bias=TensorSpec(32, symmetric=True),
 )
 LOW_BITS = replace(PLAN, weight=TensorSpec(3, symmetric=True, per_channel=True), output=TensorSpec(4, symmetric=False))
+BLOCKS = replace(PLAN, weight=TensorSpec(4, symmetric=True, per_channel=True, block=16))
 PER_TENSOR = replace(PLAN, weight=TensorSpec(8, symmetric=True), output=TensorSpec(8, symmetric=True))
 WIDE = replace(PLAN, weight=TensorSpec(16, symmetric=True, per_channel=True), output=TensorSpec(16, symmetric=False))
 FREE = QuantPlan(
@@ -141,7 +142,7 @@ def some_table(sim: Simulation, plan: QuantPlan, seed: int = 0) -> Table:
         scale = old.scale * power_of_two(rng.integers(-2, 3, old.scale.shape))
         zero_point = old.zero_point if old.grid.signed else np.array(rng.integers(int(old.grid.qmax) + 1))
         narrow = old.grid.signed and bool(rng.integers(2))
-        table[site.name] = Encoding(scale, zero_point, replace(old.grid, narrow=narrow), old.axis)
+        table[site.name] = Encoding(scale, zero_point, replace(old.grid, narrow=narrow), old.axis, old.block)
     return table
 
 

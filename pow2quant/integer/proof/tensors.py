@@ -68,7 +68,7 @@ class Tensors:
         encoding, values = self.encodings[name], self.constants[name]
         zero, grid = encoding.zero_point, encoding.grid
         k, low, high = (
-            np.broadcast_to(encoding.along(v, values.ndim), values.shape)
+            np.broadcast_to(encoding.along(v, values.shape), values.shape)
             for v in (encoding.exponent.astype(np.int16), grid.qmin - zero, grid.qmax - zero)
         )
         n = np.ldexp(values, -k)
