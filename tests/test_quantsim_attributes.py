@@ -106,7 +106,7 @@ def test_ranges_are_set_and_frozen(sim):
 def test_what_is_not_possible_leaves_everything_as_it_was(sim):
     before = encodings(sim)
     quantizer = sim.model.fc.output_quantizers[0]
-    for bits in (1, 16):
+    for bits in (1, 17):
         with pytest.raises(ConfigError):
             quantizer.bitwidth = bits
     assert quantizer.bitwidth == 8

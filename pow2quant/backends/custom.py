@@ -72,8 +72,6 @@ class QuantizedLayer(nn.Module):
         source, own = self.source, self.weight_quantizer
         if self.training or source is None or source.encoding is None or own is None or own.encoding is None:
             return None
-        if torch.is_grad_enabled() and own.tap is not None:
-            return None
         seen = weight, bias, source.encoding, own.encoding
         if self._known is not None and all(a is b for a, b in zip(self._known[0], seen, strict=True)):
             return self._known[1]
@@ -135,7 +133,6 @@ class CustomSimulation:
         self.sites: Sequence[Site] = self.placement.sites
         self.network = network
         self._quantizers: dict[str, FakeQuantize] = {}
-        self._made = {name: spec.bits for name, spec in self.placement.specs.items()}
         model = copy.deepcopy(network)
         self._wrap_layers(model)
         self._widen(model)
@@ -143,7 +140,7 @@ class CustomSimulation:
         self._tell_layers(model)
         self._tell_roundings(model)
         connect(model, network, self.placement, self._quantizers)
-        self.model: nn.Module = model
+        self.model: fx.GraphModule = model
 
     def _wrap_layers(self, model: fx.GraphModule) -> None:
         for layer in self.placement.layers:
@@ -153,14 +150,15 @@ class CustomSimulation:
     def _widen(self, model: fx.GraphModule) -> None:
         """Lets layers and sums use float64 where float32 may not hold what a quantizer then rounds."""
         specs, carried = self.placement.specs, self.placement.carried
-        for node in [n for n in model.graph.nodes if n.op == "call_module" and n.name in self.placement.rounded]:
-            module = model.get_submodule(str(node.target))
-            sites = [carried[a.name] for a in node.args if isinstance(a, fx.Node)]
-            if isinstance(module, SUMS) and all(sites) and any(specs[s.name].bits > 8 for s in sites if s):
-                with model.graph.inserting_before(node):
-                    node.args = tuple(
-                        model.graph.call_method("double", (a,)) if isinstance(a, fx.Node) else a for a in node.args
-                    )
+        nodes = {node.name: node for node in model.graph.nodes}
+        for source in [n for n in self.network.graph.nodes if n.name in self.placement.rounded]:
+            node = nodes[source.name]
+            summed = source.op == "call_module" and isinstance(self.network.get_submodule(str(source.target)), SUMS)
+            sites = [carried[a.name] for a in source.args if isinstance(a, fx.Node)]
+            if summed and all(sites) and any(specs[s.name].bits > 8 for s in sites if s):
+                for operand in [a for a in node.args if isinstance(a, fx.Node) and a.target != "double"]:
+                    with model.graph.inserting_before(node):
+                        node.replace_input_with(operand, model.graph.call_method("double", (operand,)))
 
     def _tell_layers(self, model: fx.GraphModule) -> None:
         """Tells the layers whose results are rounded what quantizes their inputs."""
@@ -219,20 +217,18 @@ class CustomSimulation:
     def adopt(self, plan: QuantPlan) -> None:
         """Takes another plan of the same network, whose quantizers are some of those that were made.
 
-        Sites that it leaves out have no encoding from then on. Raises ConfigError for sites that were never made, and
-        for more than 8 bits of a tensor that was made for fewer: sums may need float64 then.
+        Sites that it leaves out have no encoding from then on. Raises ConfigError for sites that were never made.
         """
         placement = place(self.network, plan)
         for site in placement.sites:
-            made, bits = self._made.get(site.name), placement.specs[site.name].bits
-            if made is None:
+            if site.name not in self._quantizers:
                 raise ConfigError(f"{site.name}: it has no quantizer; the plan of the simulation has to say so")
-            if site.role in ("input", "output") and bits > 8 >= made:
-                raise ConfigError(f"{site.name}: the plan that the simulation is made with has to say {bits} bits")
         for name, quantizer in self._quantizers.items():
             if name not in placement.specs:
                 quantizer.encoding = None
         self.placement, self.sites = placement, placement.sites
+        self._widen(self.model)
+        self.model.recompile()
 
     def parameter(self, name: str) -> Tensor:
         """The float weight or bias of a module, by `<module>.weight` or `<module>.bias`."""

@@ -12,8 +12,9 @@ biases are simulated as int32 on the lattice s_in * s_w, so their encodings alwa
 not loaded or frozen; without a `quant_scheme`, scales are those of least squared error, which at 2^k costs far less
 accuracy than the extremes. What AIMET would do silently wrong raises an error.
 
-`Adaround`, `QuantAnalyzer` (of this package) are AIMET's with the constraint in force; its cross-layer equalization
-works on the float network, its other tools on a simulation of `backend="aimet"`.
+`Adaround`, `QuantAnalyzer` (of this package) are AIMET's with the constraint in force; `apply_seq_mse`,
+`reestimate_bn_stats` and `MixedPrecisionConfigurator` work on a simulation of both backends. AIMET's cross-layer
+equalization works on the float network, its other tools on a simulation of `backend="aimet"`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from typing import Any
 from pow2quant.quantsim.checks import check_accumulator_overflow as check_accumulator_overflow
 from pow2quant.quantsim.model import QuantizationSimModel as QuantizationSimModel
 from pow2quant.quantsim.schemes import QuantScheme as QuantScheme
+from pow2quant.quantsim.tools import MixedPrecisionConfigurator as MixedPrecisionConfigurator
+from pow2quant.quantsim.tools import apply_seq_mse as apply_seq_mse
+from pow2quant.quantsim.tools import reestimate_bn_stats as reestimate_bn_stats
 
 
 def __getattr__(name: str) -> Any:

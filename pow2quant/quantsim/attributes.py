@@ -260,6 +260,11 @@ def refuse_replaced(model: nn.Module) -> None:
             raise ConfigError(f'{name}.{kind} was replaced; set its items, or use backend="aimet"')
 
 
+def owner_of(model: nn.Module) -> Owner | None:
+    """The simulation whose model it is, on `custom`."""
+    return next((module.param_quantizers._sim() for _, module in quantized_modules(model)), None)  # type: ignore[operator, union-attr]
+
+
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that have quantizers' places, by name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(vars(module).get(SLOTS[0]), Slots))

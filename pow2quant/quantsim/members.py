@@ -131,6 +131,7 @@ class Members:
         changes = [(site.module, {site.role: spec}) for site, spec in self._changes.items()]
         simulation: Any = self.simulation  # on `custom`
         simulation.adopt(replace(self._plan, overrides=(*self._plan.overrides, *changes)))
+        self.model.recompile()  # type: ignore[operator]
 
     def set_percentile_value(self, percentile_value: float) -> None:
         """What the scheme `percentile` keeps, in per cent, over 0; it holds from the next `compute_encodings` on."""

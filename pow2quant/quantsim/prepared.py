@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -127,7 +127,7 @@ class PreparedSim(Files):
         roles = {s.role for s in self.sites if s.name not in fixed} | {"bias"}
         held = {name: e for name, e in before.items() if name in fixed}
         try:
-            with in_eval_mode(self.model), nullcontext() if self.ranges is None else self.ranges.resting():
+            with in_eval_mode(self.model), self.resting():
                 table = self.simulation.calibrate(while_observing(), ALL & roles)
             if not held.items() <= table.items():
                 self.simulation.load(table | held)
@@ -136,6 +136,10 @@ class PreparedSim(Files):
         except BaseException:
             self.simulation.load(before)
             raise
+
+    def resting(self) -> AbstractContextManager[None]:
+        """While it lasts, ranges that are trained follow no encodings."""
+        return nullcontext() if self.ranges is None else self.ranges.resting()
 
     # -- what the aimet backend does differently -----------------------------------------------------------------------
 

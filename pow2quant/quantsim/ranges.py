@@ -31,9 +31,10 @@ class Trained(Protocol):
 class Ranges:
     """The exponents of a simulation as parameters of its model, `sim.model.learned_ranges`; zero points stay.
 
-    They are there as soon as there are encodings. In training mode values are quantized with gradients for them (see
-    `training.exponents`). What an optimizer has made of them holds from the next call of the model on, and in what is
-    read, saved and exported. Frozen encodings are not trained, and a copy of the model alone trains none.
+    They are there as soon as there are encodings. Where gradients are enabled, values are quantized with gradients for
+    them (see `training.exponents`); in eval mode with the simulation's bits. What an optimizer has made of them holds
+    from the next call of the model on, and in what is read, saved and exported. Frozen encodings are not trained, and a
+    copy of the model alone trains none.
     """
 
     def __init__(self, sim: Trained, model: nn.Module) -> None:
@@ -91,7 +92,7 @@ class Ranges:
     def _enter(self) -> None:
         sim = self._sim()
         self.follow()
-        if sim is not None and self._exponents is not None and self._model.training and torch.is_grad_enabled():
+        if sim is not None and self._exponents is not None and torch.is_grad_enabled():
             self._taps.enter_context(sim.simulation.intercept(self._quantize))
 
     def _leave(self) -> None:
@@ -101,7 +102,8 @@ class Ranges:
         exponents = self._exponents
         if exponents is None or site.name not in exponents:
             return quantized
-        return exponents.quantize(site.name, x, shares_batch=site.role != "weight")
+        learned = exponents.quantize(site.name, x, shares_batch=site.role != "weight")
+        return learned if self._model.training else quantized.detach() + (learned - learned.detach())
 
 
 class _Hook:

@@ -86,7 +86,7 @@ class Exponents:
         self.rule = RULES[rule]
         table = sim.encodings()
         leaders = {name: sim.placement.leader(name) for name in names}
-        device = next(sim.model.parameters()).device
+        device = next((p.device for p in sim.model.parameters()), None)
         sizes = {name: table[name].scale.size for name in dict.fromkeys(leaders.values())}
         exponents = [*(table[name].exponent.ravel() for name in sizes), np.asarray(further)]
         self.calibrated = torch.from_numpy(np.concatenate(exponents).astype(np.float32)).to(device)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
@@ -105,6 +106,21 @@ def load_aimet() -> Any:
             map_torch_types_to_onnx.setdefault(cls, [ONNX_TYPES.get(cls, cls.__name__)])
             QuantizationMixin.implements(cls)(_quantized(cls, QuantizationMixin))
     return aimet_torch
+
+
+TOOLS = {
+    "apply_seq_mse": "aimet_torch.seq_mse",
+    "reestimate_bn_stats": "aimet_torch.bn_reestimation",
+    "MixedPrecisionConfigurator": "aimet_torch.mixed_precision",
+}
+"""AIMET's tools that are given a simulation, and where they live."""
+
+
+def own_tool(name: str) -> Any:
+    """One of AIMET's `TOOLS`. Raises MissingExtraError without AIMET."""
+    load_aimet()
+    with quiet():
+        return getattr(import_module(TOOLS[name]), name)
 
 
 def _modules() -> list[type]:
