@@ -230,6 +230,10 @@ def _from_timm(name: str, num_classes: int | None) -> nn.Module:
 def _unknown(name: str) -> ModelError:
     from torchvision import models
 
+    if Path(name).suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors"):
+        return ModelError(
+            f"model: {name} is a file of weights; a network is path/to/file.py:factory, with --weights {name}"
+        )
     ours = [*sorted(names("models")), *(TORCHVISION + known for known in models.list_models(module=models))]
     near = get_close_matches(name, ours, n=3) or get_close_matches(TORCHVISION + name, ours, n=3)
     known = ", ".join(

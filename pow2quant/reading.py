@@ -22,6 +22,9 @@ INPUTS = ("x", "input", "inputs", "image", "images", "img", "data", "features", 
 TARGETS = ("y", "label", "labels", "target", "targets", "mask", "masks", "classes")
 """Keys under which data sets commonly keep what goes into a network, and what should come out."""
 
+IMAGES = "images: add ToTensor"
+"""What is missing where images come as they are stored."""
+
 Batch = tuple[Any, Any]
 """Inputs, float32 or integer (N, …): a tensor, or a tuple of several; and targets: None where there are none."""
 
@@ -132,8 +135,10 @@ def target_of(item: Any) -> Any:
 
 def is_array(x: Any) -> bool:
     """Whether this is a tensor, or an array of any library that numpy can read: TensorFlow's, JAX's, pandas'."""
-    foreign = hasattr(x, "__array__") and hasattr(x, "shape") and not isinstance(x, np.generic)
-    return isinstance(x, (Tensor, np.ndarray)) or foreign
+    if isinstance(x, (Tensor, np.ndarray)):
+        return True
+    # a dictionary whose keys are attributes may raise what it likes about one that it lacks
+    return not isinstance(x, (Mapping, np.generic)) and hasattr(x, "__array__") and hasattr(x, "shape")
 
 
 def tensor_of(x: Any, where: str) -> Tensor:
@@ -163,6 +168,7 @@ def check_labels(labels: Tensor, classes: int, where: str) -> None:
 def data_error(error: Exception, name: str) -> DataError:
     """One line for whatever came out of a data set, perhaps through a DataLoader's worker process."""
     line = last_line(error)
+    line += f" ({IMAGES})" if "PIL." in line else ""
     if isinstance(error, DataError):
         return DataError(line.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: "))
     return DataError(f"{name}: {type(error).__name__}: {line}")
@@ -224,7 +230,7 @@ def _has_labels(batch: Sequence[Any]) -> bool:
 
 def _input(x: Any, where: str) -> Tensor:
     if not is_array(x):
-        raise DataError(f"{where}: holds a {type(x).__name__} where the network takes a tensor (images: add ToTensor)")
+        raise DataError(f"{where}: holds a {type(x).__name__} where the network takes a tensor ({IMAGES})")
     x = tensor_of(x, where)
     check_has_values(x, where)
     tensor: Tensor = x.detach().cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from pow2quant import saving
 from pow2quant.artifact import Table
-from pow2quant.errors import EncodingError, FileFormatError
+from pow2quant.errors import ConfigError, EncodingError, FileFormatError
 from pow2quant.foreign import check_is_file, parsed
 from pow2quant.pow2_constraints import Encoding, IntGrid
 
@@ -21,6 +22,13 @@ REPORT, CONFIG, STATE, CERTIFICATE = "report.json", "config.yaml", "model.safete
 STATISTICS = "statistics.json"
 SEARCH, STUDY, COMPARISON = "search.json", "study.json", "comparison.json"
 QDQ, FLOAT, ENCODINGS = "model.onnx", "model_float.onnx", "model.encodings"
+
+
+def path_of(given: Any) -> Path:
+    """A folder to write, as it is given in Python; `~` is the home folder. Raises ConfigError for what is no path."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise ConfigError(f"output: expected a path, got a {type(given).__name__}")
+    return Path(given).expanduser()
 
 
 def staged(target: Path, overwrite: bool = False) -> AbstractContextManager[Path]:

@@ -138,7 +138,7 @@ def qat_model(
 def _finished(job: Job, sim: Simulation, steps: list[str], output: Any = None, *, overwrite: bool = False) -> Result:
     """A run's folder of a simulation whose weights were trained elsewhere."""
     started, keeps = time.monotonic(), None if output is not None else Temporary()
-    target = Path(output) if keeps is None else keeps.path / "run"
+    target = run_folder.path_of(output) if keeps is None else keeps.path / "run"
     with run_folder.staged(target, overwrite) as folder:
         done = [*steps, f"qat ({job.config.training.mode})", *_settle(job, sim), "export"]
         report, agreements = finish(job, sim, folder, done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import UserDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, random_split
@@ -19,7 +21,7 @@ import pow2quant
 from pow2quant import config, models, reading
 from pow2quant.cli import main
 from pow2quant.datasets import sources
-from pow2quant.errors import ConfigError, DataError, ModelError
+from pow2quant.errors import ConfigError, DataError, ModelError, UnsupportedModelError
 from pow2quant.methods.adaround import AdaRound
 from pow2quant.methods.bias_correction import BiasCorrection
 from pow2quant.reading import Signature
@@ -38,7 +40,7 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 
 
 def quick(model: Any, data: Any, **more: Any) -> pow2quant.Result:
-    return pow2quant.quantize(model, data, config=QUICK, progress=False, **more)
+    return pow2quant.quantize(model, data, config=QUICK, **{"progress": False, **more})
 
 
 def test_the_embedded_default_is_the_command_line_s(tmp_path: Path) -> None:
@@ -49,7 +51,9 @@ def test_the_embedded_default_is_the_command_line_s(tmp_path: Path) -> None:
     assert here.report["metrics"]["top1"]["quantized"] == here.report["final_accuracy"] > 97
 
 
-def test_a_result_is_saved_exported_and_shown(mine: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_result_is_saved_exported_and_shown(
+    mine: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, names = mine
     model = names["classifier"]().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -57,9 +61,12 @@ def test_a_result_is_saved_exported_and_shown(mine: tuple[Path, dict[str, Any]],
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert result.encodings["0.weight"].is_power_of_two
-    saved = result.save(tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (saved := result.save("~/run")) == tmp_path / "run"
     assert (saved / "model.onnx").read_bytes() == (result.folder / "model.onnx").read_bytes()
     assert result.export("c", tmp_path / "c").exists()
+    with pytest.raises(ModelError, match="the network is quantized already; give the float one"):
+        quick(result.model, names["labelled"]())
     text, html = repr(result), result._repr_html_()
     for word in (str(result.verdict)[:40], "top-1", "onnxruntime", "least signal to noise", "0.weight"):
         assert word in text, word
@@ -113,6 +120,38 @@ class Pair:
     label: Tensor
 
 
+class Attributes(dict[str, Any]):
+    """As configuration libraries have it: an attribute that is no key is a KeyError."""
+
+    __getattr__ = dict.__getitem__
+
+
+class Items:
+    """A data set of a class of its own; items: what it holds."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+class Randomly(nn.Module):
+    """Drops in evaluation, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x.flatten(1), 0.5)
+
+
+def program() -> Any:
+    """Exported for one image, without a dimension of any size."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+    return torch.export.export(net.eval(), (X[:1],))
+
+
 X, Y = torch.rand(16, 1, 8, 8), torch.arange(16) % 3
 FORMS: dict[str, Any] = {
     "loader": lambda: DataLoader(TensorDataset(X, Y), 4),
@@ -132,6 +171,7 @@ FORMS: dict[str, Any] = {
     "arrays of another library": lambda: (Array(X), Array(Y)),
     "batches of another library": Foreign,
     "dataclasses": lambda: [Pair(X, Y)],
+    "a dictionary whose keys are attributes": lambda: [Attributes(image=X, label=Y)],
     "a mapping that is no dict": lambda: [UserDict(image=X, label=Y)],
     "splits": lambda: {"train": DataLoader(TensorDataset(X, Y), 4), "validation": (X[:0], Y[:0]), "test": (X, Y)},
     "dict loader": lambda: DataLoader(Dicts(), 4),
@@ -210,6 +250,8 @@ def test_inputs_and_targets_are_told_apart(batch: Any, signature: Signature, inp
         ([(X, Y + 1)], "label 3 is no class; legal: 0 to 2"),
         ([{"picture": X, "name": "n"}], "a dictionary with the keys picture, name; the network's arguments are input"),
         ((X, Y[:3]), "arrays of different lengths: 16, 3"),
+        ((X, X[:4], Y, Y[:4]), "16, 4, 16, 4; a split goes as ((X_train, y_train), (X_test, y_test))"),
+        (Items((Image.new("L", (8, 8)), 0)), "found <class 'PIL.Image.Image'> (images: add ToTensor)"),
         ((X, np.array(["a", "b"] * 8)), "holds an array of <U1; expected numbers"),
     ],
 )
@@ -229,6 +271,17 @@ def test_data_that_cannot_be_used_are_one_line(data: Any, expected: str, mine: t
         ({"methods": ["adarund"]}, ConfigError, "ptq.methods"),
         ({"methods": [7]}, ConfigError, "methods: 7 is no method; give a name (aciq, adaround"),
         ({"model": nn.Linear}, ConfigError, "model: expected an nn.Module, a name or a path, got the class Linear"),
+        ({"model": models.digits_cnn}, ConfigError, "got a function; call it, if it makes one"),
+        ({"model": "weights.pt"}, ModelError, "weights.pt is a file of weights; a network is path/to/file.py:factory"),
+        ({"model": Randomly()}, UnsupportedModelError, "depends on more than its inputs (random numbers, dropout"),
+        ({"model": program()}, UnsupportedModelError, "1.reshape: depends on the batch size"),
+        ({"methods": AdaRound}, ConfigError, "methods: the class AdaRound is no method; give a name"),
+        ({"data": Items((X[:8], Y[:8]))}, ModelError, "seems to be a batch: give DataLoader(data, batch_size=None)"),
+        ({"output": 3}, ConfigError, "output: expected a path, got a int"),
+        ({"progress": "yes"}, ConfigError, "progress: 'yes' is not legal; legal: True, False, or an object with track"),
+        ({"progress": Items}, ConfigError, "progress: the class Items is not legal"),
+        ({"metric": lambda y, t: "0.5"}, ConfigError, "gave a str, not a number"),
+        ({"metric": lambda y, t: sys.exit(1)}, ConfigError, "called with outputs and targets: SystemExit: 1"),
         ({"data": None}, ConfigError, "data: needed for calibration"),
         ({"task": "guessing"}, ConfigError, 'task: "guessing" is not legal; legal: one of classification, detection'),
         ({"metric": "mea"}, ConfigError, "metric: 'mea' is unknown; known here: top1; otherwise torchmetrics:NAME"),

@@ -131,7 +131,8 @@ def _are_columns(arrays: Sequence[Any]) -> bool:
 def _arrays(part: Sequence[Any]) -> TensorDataset:
     tensors = [tensor_of(x, "data") for x in part]
     if len({len(x) for x in tensors}) != 1:
-        raise DataError(f"arrays of different lengths: {', '.join(str(len(x)) for x in tensors)}")
+        hint = "; a split goes as ((X_train, y_train), (X_test, y_test))" if len(tensors) == 4 else ""
+        raise DataError(f"arrays of different lengths: {', '.join(str(len(x)) for x in tensors)}{hint}")
     return TensorDataset(*tensors)
 
 

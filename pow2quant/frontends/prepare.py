@@ -128,7 +128,7 @@ def _check_same(
     if not same:
         raise UnsupportedModelError(
             "the network does not compute the same when it is captured: what forward does depends on more than its "
-            "inputs"
+            "inputs (random numbers, dropout that is always on, a count of calls)"
         )
     for node in network.graph.nodes:
         if node.op != "output":
@@ -163,6 +163,7 @@ class Shapes(fx.Interpreter):
 
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
+        self.extra_traceback = False  # an error stays one line
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
 
     def results(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pow2quant import datasets
+from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.errors import DataError, ModelError
 from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.reading import Checked, Signature
@@ -19,6 +20,7 @@ COMMON_CHANGES = {
     "a batch seems to be one sample: stack samples to (N, ...), or give a Dataset": lambda x: x[None],
     "the network seems to want the channels first: x.movedim(-1, 1)": lambda x: x.movedim(-1, 1),
     "the network seems to want floats, scaled as in training: x.float()": lambda x: x.float(),
+    "an item of the data seems to be a batch: give DataLoader(data, batch_size=None)": lambda x: x[0],
 }
 """What is often wrong with inputs, in words, and the change that shows it."""
 
@@ -38,8 +40,10 @@ class Called(NamedTuple):
 def first_call(model: nn.Module, data: datasets.Data) -> Called:
     """Calls a network with the first calibration sample: by the arguments of `forward`, else with the batch as it is.
 
-    Raises DataError for data that are empty, ModelError when the network fails on the sample.
+    Raises DataError for data that are empty, ModelError when the network fails on the sample or is quantized already.
     """
+    if any(isinstance(module, FakeQuantize) for module in model.modules()):
+        raise ModelError("the network is quantized already; give the float one")
     signature = Signature.of(model)
     try:
         return _called(model, data, signature)

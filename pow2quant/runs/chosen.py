@@ -49,8 +49,9 @@ def _choice_of(method: Any) -> Choice | None:
         ((name, parameters),) = method.items()
         return Choice(name, dict(parameters or {}))
     if isinstance(method, type) or not (hasattr(method, "apply") or hasattr(method, "rewrite")):
+        what = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
         raise ConfigError(
-            f"methods: {method!r} is no method; give a name ({', '.join(sorted(names('methods')))}), "
+            f"methods: {what} is no method; give a name ({', '.join(sorted(names('methods')))}), "
             "{name: {parameter: value}}, or an object with apply(simulation, batches)"
         )
     place = f"{type(method).__module__}:{type(method).__qualname__}"

@@ -39,7 +39,7 @@ def export(
         if key not in signature(exporter).parameters:
             raise ConfigError(f"{key}: the format {form} has no such option")
     exporter = partial(exporter, **options) if options else exporter
-    output = None if output is None else Path(output)
+    output = None if output is None else run_folder.path_of(output)
     if isinstance(source, (Artifact, Simulated)):
         source = source.export() if isinstance(source, Simulated) else source
         if output is None:

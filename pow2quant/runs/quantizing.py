@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from pow2quant import config as configuration
+from pow2quant import run_folder
 from pow2quant.backends.base import SILENT, Progress
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
@@ -76,7 +78,7 @@ def quantize(
     """
     base, given, shown = requested(model, data, bits, methods, metric, task, backend, target, config, progress)
     if output is not None:
-        return ptq(base, Path(output), overwrite=overwrite, progress=shown, given=given)
+        return ptq(base, run_folder.path_of(output), overwrite=overwrite, progress=shown, given=given)
     folder = Temporary()
     return replace(ptq(base, folder.path / "run", progress=shown, given=given), keeps=folder)
 
@@ -112,8 +114,18 @@ def requested(
         methods=own,
         metric=None if isinstance(metric, str) else metric,
     )
-    shown = SILENT if progress is False else Bars() if progress is True else progress
-    return base, given, shown
+    return base, given, _shown(progress)
+
+
+def _shown(progress: Any) -> Progress:
+    """What tells how far a run is. Raises ConfigError for what cannot."""
+    if progress is None or isinstance(progress, bool):
+        return Bars() if progress else SILENT
+    if isinstance(progress, type) or not (hasattr(progress, "track") and hasattr(progress, "note")):
+        what = f"the class {progress.__name__}" if isinstance(progress, type) else repr(progress)
+        raise ConfigError(f"progress: {what} is not legal; legal: True, False, or an object with track and note")
+    shown: Progress = progress
+    return shown
 
 
 class Temporary:
@@ -152,6 +164,7 @@ def _model_values(model: Any, data: Any) -> dict[str, Any]:
     elif model is not None:
         what = f"the class {model.__name__}; make one" if isinstance(model, type) else f"a {type(model).__name__}"
         what += "; load a state dict into the network" if isinstance(model, Mapping) else ""
+        what += "; call it, if it makes one" if inspect.isroutine(model) else ""
         raise ConfigError(f"model: expected an nn.Module, a name or a path, got {what}")
     if _is_name(data):
         folder = Path(data).is_dir()

@@ -79,7 +79,7 @@ class Result:
 
         Raises OutputError for a folder that holds something, unless it is a run and `overwrite` is set.
         """
-        target = Path(folder)
+        target = run_folder.path_of(folder)
         with run_folder.staged(target, overwrite) as staging:
             shutil.copytree(self.folder, staging, dirs_exist_ok=True)
         return target
@@ -89,7 +89,7 @@ class Result:
 
         Returns what was written. Raises ConfigError, with the known formats, for another one.
         """
-        (written,) = exporting.export(self.folder, form, Path(folder) if folder else None, overwrite=overwrite)
+        (written,) = exporting.export(self.folder, form, folder, overwrite=overwrite)
         return written
 
     def __repr__(self) -> str:

@@ -108,7 +108,7 @@ def _users(name: str) -> Iterator[None]:
         yield
     except Pow2QuantError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {last_line(error)}"
         raise ConfigError(f"metric: {name}, called with outputs and targets: {reason}") from error
 
@@ -140,7 +140,7 @@ def _number(value: Any, name: str) -> float:
             raise ConfigError(f"metric: {name} gave {len(value)} values ({', '.join(map(str, value))}); return one")
         (value,) = value.values()
     try:
-        number = float(f"{float(value):.6g}")
+        number = float(f"{math.fsum([value]):.6g}")  # float would read text, too
     except (TypeError, ValueError, RuntimeError):
         raise ConfigError(f"metric: {name} gave a {type(value).__name__}, not a number") from None
     if not math.isfinite(number):
