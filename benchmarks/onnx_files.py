@@ -160,7 +160,7 @@ def page(results: list[dict[str, Any]]) -> str:
         "`benchmarks/onnx_files.py`, W8A8, inputs of noise: every file is read, compared with onnxruntime on the float",
         "file, quantized, and run in every executor. Exact: 0 differing elements, and within 1e-5 of onnxruntime,",
         "relative to the largest value; far: quantized with 0 differing elements, but farther from the float file.",
-        "The engine and the C run where the network is small. Results are collected over several runs.",
+        f"The engine and the C run where the network is small. {zoo.commits(results)}",
     ]
     lines += [f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {time.strftime('%B %d, %Y')}.", ""]
     lines += ["| exported by | files | exact | same codes as from PyTorch | largest distance to onnxruntime |"]

@@ -18,6 +18,7 @@ import json
 import logging
 import multiprocessing
 import platform
+import subprocess
 import tempfile
 import time
 import traceback
@@ -154,7 +155,22 @@ def guarded(run: Callable[[], dict[str, Any]], timeout: float) -> dict[str, Any]
         result = {"result": "crash"}
     process.kill()
     process.join()
-    return {**result, "seconds": round(time.perf_counter() - started, 1)}
+    return {**result, "seconds": round(time.perf_counter() - started, 1), "commit": commit()}
+
+
+def commit() -> str:
+    """The commit of this repository, shortened; "unknown" outside of one."""
+    told = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True
+    )
+    return told.stdout.decode().strip() or "unknown"
+
+
+def commits(results: list[dict[str, Any]]) -> str:
+    """Which commits the results are of, and how many of each where there are several."""
+    counts = Counter(r.get("commit", "unknown") for r in results)
+    parts = [name if len(counts) == 1 else f"{name} ({n} results)" for name, n in counts.most_common()]
+    return f"Commit {parts[0]}." if len(parts) == 1 else f"Commits {', '.join(parts)}."
 
 
 def page(results: list[dict[str, Any]], of: int, options: argparse.Namespace) -> str:
@@ -171,8 +187,7 @@ def page(results: list[dict[str, Any]], of: int, options: argparse.Namespace) ->
         + ". Refused is one clear line; the reasons stand below.",
         "",
         f"The engine runs where one input costs at most {options.engine_macs:.0e} multiplications, the C at most "
-        f"{options.c_macs:.0e}. Results are collected over several runs, also of earlier commits: a network that "
-        "has one is not run again.",
+        f"{options.c_macs:.0e}. {commits(results)}",
         "",
         "| group | networks | exact | engine runs | C runs |",
         "|---|---|---|---|---|",
