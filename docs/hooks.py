@@ -26,6 +26,7 @@ MARKERS = {
 USE = {
     "equalize": ("low", "depthwise layers, one scale per tensor"),
     "align": ("low", "weights below 8 bits; part of the default"),
+    "migrate": ("low", "channels behind LayerNorm or RMSNorm that differ much, as in large transformers"),
     "output_mse": ("medium", "weights below 8 bits, one scale per tensor; part of the default there"),
     "bias_correction": ("low", "every width, as the last method; part of the default"),
     "bn_reestimation": ("low", "networks with batch norm, instead of `bias_correction`"),

@@ -19,6 +19,7 @@ TABLES: dict[str, dict[str, str]] = {
     "methods": {
         "equalize": "pow2quant.methods.equalization:Equalize",
         "align": "pow2quant.methods.alignment:Align",
+        "migrate": "pow2quant.methods.migration:Migrate",
         "output_mse": "pow2quant.methods.output_mse:OutputMse",
         "bias_correction": "pow2quant.methods.bias_correction:BiasCorrection",
         "bn_reestimation": "pow2quant.methods.bn_reestimation:BnReestimation",
