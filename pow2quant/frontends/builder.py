@@ -80,12 +80,12 @@ class Builder:
     def build(self) -> fx.GraphModule:
         """The prepared network, without shapes. Raises UnsupportedModelError, naming the user's line."""
         first, second = self.programs
-        specs = {s.arg.name: s for s in first.graph_signature.input_specs}
+        specs, others = ({s.arg.name: s for s in p.graph_signature.input_specs} for p in self.programs)
         self.names.read(first.graph, specs)
         for node, twin in zip(first.graph.nodes, second.graph.nodes, strict=True):
             self.twins[node] = twin
             if node.op == "placeholder":
-                self._placeholder(node, twin, specs[node.name])
+                self._placeholder(node, twin, specs[node.name], others[twin.name])
             elif node.op == "output":
                 self.graph.output(self._output(node))
             elif node.op == "get_attr":
@@ -108,7 +108,7 @@ class Builder:
 
     # -- nodes -------------------------------------------------------------------------------------------------------
 
-    def _placeholder(self, node: fx.Node, twin: fx.Node, spec: InputSpec) -> None:
+    def _placeholder(self, node: fx.Node, twin: fx.Node, spec: InputSpec, other: InputSpec) -> None:
         if spec.kind is InputKind.USER_INPUT:
             if isinstance(spec.arg, ConstantArgument):
                 self.constants[node] = self.constants[twin] = spec.arg.value
@@ -118,11 +118,12 @@ class Builder:
         key = str(spec.target)
         if spec.kind is InputKind.PARAMETER:
             value: Any = self.model.get_parameter(key)
+            self.constants[node] = self.constants[twin] = value
         else:
-            first = self.programs[0]
-            value = first.constants[key] if key in first.constants else first.state_dict[key]
-            value = value.clone() if isinstance(value, Tensor) else value
-        self.constants[node] = self.constants[twin] = value
+            first, second = (_held(p, str(s.target)) for p, s in zip(self.programs, (spec, other), strict=True))
+            value = first.clone() if isinstance(first, Tensor) else first
+            self.constants[node] = value
+            self.constants[twin] = value if _same(first, second) else second
         if key in self.state:
             self.weighted.add(node)
 
@@ -386,3 +387,15 @@ class Builder:
 
     unsupported = staticmethod(unsupported)
     """See `captured.unsupported`."""
+
+
+def _held(program: ExportedProgram, key: str) -> Any:
+    """A buffer, or a constant that forward makes."""
+    return program.constants[key] if key in program.constants else program.state_dict[key]
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether a constant is the same for both batch sizes."""
+    if not isinstance(first, Tensor):
+        return True
+    return first is second or (first.shape == second.shape and torch.equal(first, second))
