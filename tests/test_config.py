@@ -464,6 +464,24 @@ def test_a_file_may_import_its_neighbours(tmp_path):
     assert sys.path == before
 
 
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_file_may_import_as_in_its_package(depth, tmp_path):
+    """Relative imports and the package's own name, with and without __init__.py."""
+    top = tmp_path / f"package_of_depth_{depth}"
+    folder = top / "inner" if depth == 2 else top
+    folder.mkdir(parents=True)
+    for each in {top, folder} if depth else ():
+        (each / "__init__.py").write_text("")
+    (folder / "blocks.py").write_text("VALUE = 7\n")
+    (top / "common.py").write_text("FACTOR = 2\n")
+    lines = ["from .blocks import VALUE", f"from {'..' if depth == 2 else '.'}common import FACTOR"]
+    lines += [f"from {top.name}.common import FACTOR as again", "def thing(): return VALUE * FACTOR * again"]
+    (folder / "user.py").write_text("\n".join(lines))
+    before = list(sys.path)
+    assert from_file(f"{folder}/user.py:thing")() == 28
+    assert sys.path == before
+
+
 def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(tmp_path):
     file = tmp_path / "user.py"
     file.write_text("class Thing: pass\nSIZE = 1\n")

@@ -21,7 +21,7 @@ def is_in_file(name: str) -> bool:
 
 
 def from_file(name: str, error: type[Pow2QuantError] = ConfigError) -> Any:
-    """The object that `path/to/file.py:thing` stands for. The file may import its neighbours.
+    """The object that `path/to/file.py:thing` stands for. The file may import its neighbours, and as in its package.
 
     Raises `error`, naming the file, when it is not there or fails, or has no such thing (then with what it has).
     """
@@ -40,10 +40,13 @@ def from_file(name: str, error: type[Pow2QuantError] = ConfigError) -> Any:
 
 @contextmanager
 def users_code(name: str, error: type[Pow2QuantError]) -> Iterator[None]:
-    """Around calls into `file.py:thing`: neighbours of the file can be imported, and what it raises becomes `error`."""
+    """Around calls into `file.py:thing`: what it raises becomes `error`.
+
+    Neighbours of the file can be imported, and its package, from the folder in which that lies.
+    """
     path = Path(name.partition(".py:")[0] + ".py" if ".py:" in name else name).resolve()
     before = list(sys.path)
-    sys.path.insert(0, str(path.parent))
+    sys.path[:] = [str(path.parent), *before, str(_package_of(path)[1])]
     try:
         yield
     except Pow2QuantError:
@@ -59,13 +62,21 @@ def users_code(name: str, error: type[Pow2QuantError]) -> Iterator[None]:
         sys.path[:] = before
 
 
+def _package_of(path: Path) -> tuple[str, Path]:
+    """The package that a file belongs to, as relative imports need it, and the folder in which the package lies."""
+    top = path.parent
+    while (top / "__init__.py").is_file() and (top.parent / "__init__.py").is_file():
+        top = top.parent
+    return ".".join(path.parent.relative_to(top.parent).parts), top.parent
+
+
 def _module(path: Path, error: type[Pow2QuantError]) -> ModuleType:
     """The module in a file, executed once for each version of the file."""
     version = f"{path}:{path.stat().st_mtime_ns}"
     name = f"pow2quant_file_{sha256(version.encode()).hexdigest()[:12]}"
     if name not in sys.modules:
         module = sys.modules[name] = ModuleType(name)
-        module.__file__ = str(path)
+        module.__file__, module.__package__ = str(path), _package_of(path)[0]
         try:
             with users_code(str(path), error):
                 exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
