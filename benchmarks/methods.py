@@ -44,7 +44,7 @@ BEGIN, END = "<!-- rows: written by benchmarks/methods.py -->\n", "<!-- end of r
 @dataclass(frozen=True)
 class Experiment:
     """What decides a row. chain: as on the command line. range: of all but biases. seed: None where
-    nothing depends on it. images: how many.
+    nothing depends on it. images: how many. block: inputs that share an exponent, None for all of a channel.
     """
 
     network: str
@@ -58,6 +58,7 @@ class Experiment:
     seed: int | None = 0
     calibration_images: int = 512
     test_images: int = 10_000
+    block: int | None = None
 
     @property
     def table(self) -> str:
@@ -67,12 +68,13 @@ class Experiment:
         return f"{self.network}: W{self.weight_bits}{activations}{rest}"
 
     @property
-    def line(self) -> tuple[str, str, str, int]:
+    def line(self) -> tuple[str, str, str, int, int]:
         """What the seeds of one line of a table have in common."""
-        return self.chain, self.range, self.backend, self.calibration_images
+        return self.chain, self.range, self.backend, self.calibration_images, self.block or 0
 
     def plan(self) -> QuantPlan:
-        return plan(self.weight_bits, self.activation_bits, self.per_tensor, not self.power_of_2, self.range)
+        free = not self.power_of_2
+        return plan(self.weight_bits, self.activation_bits, self.per_tensor, free, self.range, self.block)
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,14 @@ def widths(text: str) -> tuple[int, int | None]:
     return int(weight), None if activation == "float" else int(activation)
 
 
-def plan(weight: int, activation: int | None, per_tensor: bool, free: bool, range_: str = "mse") -> QuantPlan:
+def plan(
+    weight: int, activation: int | None, per_tensor: bool, free: bool, range_: str = "mse", block: int | None = None
+) -> QuantPlan:
     made = QuantPlan.default(weight, activation or 8, per_tensor)
     roles = {role: getattr(made, role) for role in ("weight", "input", "output", "bias")}
     specs = {role: replace(spec, power_of_2=not free) for role, spec in roles.items()}
     specs |= {role: replace(specs[role], range=range_) for role in ("weight", "input", "output")}
+    specs["weight"] = replace(specs["weight"], block=block)
     return QuantPlan(**(specs if activation else {**dict.fromkeys(roles), "weight": specs["weight"]}))
 
 
@@ -195,7 +200,7 @@ class Bench:
 
     def experiments(self, options: argparse.Namespace) -> Iterator[Experiment]:
         images = sum(len(x) for x in self.calibration)
-        for bits, chain, seed in product(options.widths, options.chains, options.seeds):
+        for bits, chain, seed, block in product(options.widths, options.chains, options.seeds, options.blocks):
             yield Experiment(
                 options.title,
                 *widths(bits),
@@ -207,6 +212,7 @@ class Bench:
                 seed,
                 images,
                 len(self.truth),
+                block or None,
             )
 
     def measure(self, experiment: Experiment) -> Row:
@@ -269,7 +275,7 @@ def rendered(rows: Iterable[Row]) -> str:
     return "\n\n".join([*found, f"Measured on: {'; '.join(machines) or 'nothing yet'}."]) + "\n"
 
 
-def by_line(row: Row) -> tuple[str, str, str, int]:
+def by_line(row: Row) -> tuple[str, str, str, int, int]:
     return row.experiment.line
 
 
@@ -277,6 +283,7 @@ def _line(same: Sequence[Row], images: int, sparse: bool) -> str:
     first = same[0].experiment
     label = "no method" if first.chain == "none" else f"`{first.chain}`"
     label += f", range `{first.range}`" * (first.range != "mse")
+    label += f", blocks of {first.block}" * (first.block is not None)
     label += f", on `{first.backend}`" * (first.backend != "custom")
     label += f", {first.calibration_images:,} calibration images" * (first.calibration_images != images)
     accuracy = f"{mean(row.accuracy for row in same):.2f} %"
@@ -344,6 +351,7 @@ def main() -> None:
     parser.add_argument("--range", default="mse", help="chooser of the exponents of weights and activations")
     parser.add_argument("--per-tensor", action="store_true")
     parser.add_argument("--free-scales", action="store_true")
+    parser.add_argument("--blocks", nargs="+", type=int, default=[0], help="inputs that share an exponent; 0: all")
     parser.add_argument("--backend", default="custom")
     parser.add_argument("--rows", type=Path, default=DOCS / "results.json")
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")

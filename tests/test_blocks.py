@@ -27,9 +27,10 @@ from pow2quant.runs.job import methods_of
 from pow2quant.validation import c99, engine, ort
 from pow2quant.validation.agreement import compare
 
-EVERY = {"first.weight": None, "wide.weight": 16, "grouped.weight": 16, "depthwise.weight": None}
+EVERY = {"first.weight": 16, "wide.weight": 16, "grouped.weight": 16, "depthwise.weight": None}
 EVERY |= {"up.weight": 16, "head.weight": 16}
 SCALES = {
+    "first.weight": (20, 1, 1, 1),
     "wide.weight": (32, 2, 3, 3),
     "grouped.weight": (32, 1, 1, 1),
     "up.weight": (2, 24, 2, 2),

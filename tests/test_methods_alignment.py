@@ -271,3 +271,38 @@ def test_exported_networks_agree_everywhere(backend: str, weights: str, tmp_path
 def test_no_data_is_an_error() -> None:
     with pytest.raises(DataError, match="calibration data are empty"):
         Align().rewrite(streams(), [], WEIGHTS_ONLY)
+
+
+def test_a_transposed_layer_of_several_groups_is_as_many_layers():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        whole = nn.ConvTranspose2d(4, 6, 2, groups=2)
+        halves = [nn.ConvTranspose2d(2, 3, 2) for _ in range(2)]
+    with torch.no_grad():
+        for half, weight, bias in zip(halves, whole.weight.split(2), whole.bias.split(3), strict=True):
+            half.weight.copy_(weight)
+            half.bias.copy_(bias)
+
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = halves
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.a(x[:, :2]), self.b(x[:, 2:])], 1)
+
+    x = torch.randn(4, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+
+    def measured(model: nn.Module) -> list[tuple[Tensor, LayerNoise]]:
+        network = prepare(model, x)
+        noise, _ = measure(network, place(network, WEIGHTS_ONLY), (), [x])
+        return [(matrix(network, node), y) for node, y in noise.items()]
+
+    ((weight, together),) = measured(nn.Sequential(whole))
+    apart = measured(Apart())
+    assert weight.shape == (2, 3, 2, 4)
+    scale = torch.full((2, 3), 0.125)
+    for i, (part, noise) in enumerate(apart):
+        assert torch.equal(weight[i], part[0])
+        own = noise.errors(part, scale[[i]])[0]
+        torch.testing.assert_close(together.errors(weight, scale)[i], own)

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from pow2quant.artifact import Site
-from pow2quant.config import BLOCK_BITS, BLOCKS, QuantPlan, TensorSpec
+from pow2quant.config import BLOCK_BITS, QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.idle import DROPPED
@@ -218,9 +218,9 @@ def _layer(
 
 
 def _block(module: nn.Module, spec: TensorSpec, axis: int) -> int | None:
-    """The block of a layer's weight: None where the weight has too many bits or too few inputs for one."""
+    """The block of a layer's weight: None where the weight has too many bits, or one input for each output."""
     weight: Any = module.weight
-    fits = spec.bits <= BLOCK_BITS and weight.ndim > 1 and weight.shape[1 - axis] >= BLOCKS[0]
+    fits = spec.bits <= BLOCK_BITS and weight.ndim > 1 and weight.shape[1 - axis] > 1
     return spec.block if fits else None
 
 
@@ -231,8 +231,8 @@ def _require_blocks(layers: Sequence[Layer], specs: Mapping[str, TensorSpec]) ->
         spec = specs[asked[0]]
         raise ConfigError(
             f"{asked[0]}: block: {spec.block} has no effect with {spec.bits} bits, here or in any other layer; blocks "
-            f"are for weights of 2 to {BLOCK_BITS} bits (onnxruntime does not run wider ones) and at least {BLOCKS[0]} "
-            "inputs, with one scale per channel"
+            f"are for weights of 2 to {BLOCK_BITS} bits (onnxruntime does not run wider ones), but "
+            "for depthwise layers, with one scale per channel"
         )
 
 

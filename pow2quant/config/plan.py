@@ -38,8 +38,8 @@ class TensorSpec:
     bits: width of the integers; `bitwidth` in YAML. symmetric: a signed grid with zero point 0; otherwise unsigned with
     an even zero point. per_channel: one scale per output channel (weights). power_of_2: scales are 2^k; otherwise free.
     range: how the scale is chosen from the calibration data, a key of `pow2_constraints.CHOOSERS`. block: one scale for
-    each output channel and so many inputs, not just for each channel. Weights of more than 4 bits, or with fewer than
-    16 inputs, such as depthwise ones, keep one for each channel.
+    each output channel and so many inputs, not just for each channel. Weights of more than 4 bits and those of
+    depthwise layers keep one for each channel.
     """
 
     bits: Annotated[int, _BITWIDTH]

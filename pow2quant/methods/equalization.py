@@ -131,10 +131,9 @@ def columns(network: fx.GraphModule, node: fx.Node) -> Tensor:
     """A view of a layer's weight with its input channels first, as (groups, C_in / groups, C_out / groups, …)."""
     module: Any = network.get_submodule(str(node.target))
     weight = network.get_parameter(f"{node.target}.weight").detach()
-    if isinstance(module, TRANSPOSED):
-        return weight[None]
     groups = 1 if isinstance(module, nn.Linear) else module.groups
-    return weight.view(groups, -1, *weight.shape[1:]).transpose(1, 2)
+    grouped = weight.view(groups, -1, *weight.shape[1:])
+    return grouped if isinstance(module, TRANSPOSED) else grouped.transpose(1, 2)
 
 
 @torch.no_grad()

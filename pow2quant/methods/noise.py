@@ -249,7 +249,8 @@ def _is_clip(network: nn.Module, node: fx.Node) -> bool:
 def _patches(layer: Any, x: Tensor) -> Tensor:
     """What the rows of a layer see at some positions, (groups, D, n); of a transposed convolution, single values."""
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
-        return x.transpose(0, 1).flatten(1)[None]
+        values = x.transpose(0, 1).flatten(1)
+        return values.view(getattr(layer, "groups", 1), -1, values.shape[1])
     channels, taps = x.shape[1], layer.weight[0, 0].numel()
     probe = copy.copy(layer)
     probe.groups = channels

@@ -71,12 +71,12 @@ class OutputMse:
         """Loads the chosen encodings, writes the biases, and loads their lattices."""
         for step in progress.track(walk(sim, batches), "output_mse", len(sim.placement.layers)):
             if step.layer.weight is not None and not is_rounded(sim, step.layer):
-                self.choose(sim, step)
+                self.choose_encoding(sim, step)
             if self.bias:
                 correct_bias(sim, step, progress)
 
     @torch.no_grad()
-    def choose(self, sim: Simulation, step: Step) -> None:
+    def choose_encoding(self, sim: Simulation, step: Step) -> None:
         """Loads the chosen encoding of one layer's weight, and its bias's lattice."""
         encodings = list(self._around(sim, step))
         noise = torch.stack([self._noise(step, e) for e in encodings])

@@ -47,7 +47,7 @@ def apply_seq_mse(
             sim.simulation.load(sim.simulation.calibrate(batches) | held)
             for step in walk(sim.simulation, batches):
                 if step.layer.weight is not None and step.layer.weight.name in weights:
-                    search.choose(sim.simulation, step)
+                    search.choose_encoding(sim.simulation, step)
             chosen = {name: e for name, e in sim.simulation.encodings().items() if name in weights}
         except BaseException:
             sim.simulation.load(before)
