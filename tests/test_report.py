@@ -708,6 +708,12 @@ def test_what_is_missing_in_a_comparison_is_left_out(tmp_path: Path):
     assert not (tmp_path / "c").exists()
 
 
+def test_a_damaged_report_is_named_in_a_comparison(tmp_path: Path):
+    folders = finished(tmp_path, a={}, b={"verdict": float("inf")})
+    with pytest.raises(FileFormatError, match=r"b/report\.json: not a report of pow2quant"):
+        pages.compare(folders, tmp_path / "c")
+
+
 def test_runs_are_named_by_what_tells_them_apart():
     assert comparison.names([Path("/r/a/w4"), Path("/r/b/w4"), Path("/r/a/w8")]) == ["a/w4", "b/w4", "a/w8"]
     assert comparison.names([Path("/r/a"), Path("/r/a")]) == ["a", "a (2)"]

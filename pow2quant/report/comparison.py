@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pow2quant import run_folder
 from pow2quant.report import points, summary
@@ -14,19 +14,22 @@ from pow2quant.report.study import Study
 
 def of_folders(folders: Sequence[Path]) -> Study:
     """The comparison of finished runs. Raises FileFormatError for a folder without a readable report."""
-    runs: dict[str, tuple[Path, dict[str, Any]]] = {}
+    verdicts, found = [], []
     for folder, name in zip(folders, names(folders), strict=True):
         file = folder / run_folder.REPORT
-        runs[name] = folder, guarded(file, lambda file=file: read(file))  # type: ignore[misc]
-    verdicts = [
-        (name, summary.agrees(report), (report.get("verdict") or {}).get("text") or "Not validated.")
-        for name, (_, report) in runs.items()
-    ]
-    found = [points.of_report(name, folder, report) for name, (folder, report) in runs.items()]
+        verdict, point = guarded(file, partial(_of_report, name, file))
+        verdicts.append(verdict)
+        found.append(point)
     same = {key: {point.settings[key] for point in found} for key in ("model", "data", "backend")}
     about = [next(iter(values)) for values in same.values() if len(values) == 1]
-    title = f"{len(runs)} runs compared"
+    title = f"{len(found)} runs compared"
     return Study(title, " · ".join(filter(None, about)), "run", found, verdicts=verdicts)
+
+
+def _of_report(name: str, file: Path) -> tuple[tuple[str, bool | None, str], points.Point]:
+    report = read(file)
+    text = (report.get("verdict") or {}).get("text") or "Not validated."
+    return (name, summary.agrees(report), text), points.of_report(name, file.parent, report)
 
 
 def names(folders: Sequence[Path]) -> list[str]:
