@@ -133,3 +133,18 @@ def test_what_is_taken_out_in_front_of_a_maximum_is_the_least_value(tmp_path):
     assert torch.equal(network(x), model(x))
     found = outcome(network, [(x,), (tokens(2),)], tmp_path)
     assert {found[name] for name in found if name.startswith("onnxruntime")} == {0}
+
+
+class Counting(nn.Module):
+    """Integers of any sign, compared and as real numbers."""
+
+    def forward(self, x):
+        return (x >= 0).float() - (x == -50).float() + x.float() / 8
+
+
+def test_integers_beyond_what_calibration_saw_are_the_same_everywhere(tmp_path):
+    x = torch.randint(-100, 300, (6, 8), generator=torch.Generator().manual_seed(0))
+    far = x.where(x < 200, -50) * torch.tensor([[1]] * 3 + [[9]] * 3)
+    found = outcome(prepare(Counting().eval(), x), [(x,), (far,)], tmp_path)
+    assert "integers" not in found
+    assert {found[name] for name in found if name != "proved"} == {0}

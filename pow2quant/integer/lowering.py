@@ -19,6 +19,7 @@ from pow2quant.graphs import GraphIndex
 from pow2quant.integer.batch import Found, Place, places
 from pow2quant.integer.nodes import attribute, title
 from pow2quant.integer.program import Requantization, Step, Tensor
+from pow2quant.operators import Values, values
 from pow2quant.pow2_constraints import Encoding, IntGrid
 from pow2quant.pow2_constraints.arithmetic import HALF_EVEN, saturate
 from pow2quant.targets import DEFAULT, Target
@@ -83,7 +84,7 @@ class Lowering:
             target=targets.of(artifact.model),
         )
         indices = [v for v in model.graph.input if v.type.tensor_type.elem_type in INDICES and v.name not in floats]
-        graph.encodings |= {v.name: _of_indices(graph.index, v.name) for v in indices}
+        graph.encodings |= {v.name: _of_indices(graph.index, graph.encodings, v.name) for v in indices}
         for name in inputs:
             graph.declare(name)
         return graph
@@ -224,18 +225,28 @@ def require_power_of_two(name: str, encoding: Encoding) -> None:
         raise NotPowerOfTwoError(f"{name}: scale {float(free):.9g} is not a power of two, so it is no shift")
 
 
-def _of_indices(index: GraphIndex, name: str) -> Encoding:
-    """The encoding of an input of indices: its values are codes, in the narrowest type that counts all rows.
+def _of_indices(index: GraphIndex, encodings: dict[str, Encoding], name: str) -> Encoding:
+    """The encoding of an input of integers: its values are codes, in the narrowest type that is enough.
 
-    It holds what the values are compared with, and one more: what lies beyond compares as that does.
+    That is a type for every row that they choose; or else one that holds what they are compared with, or become as
+    real numbers, and one more at either end: what lies beyond gives the same result.
     """
-    readers = list(index.readers.get(name, []))
-    for reader in readers:
-        readers += [r for n in reader.output for r in index.readers.get(n, [])] if reader.op_type == "Cast" else []
-    constants = [index.constants[n] for reader in readers for n in reader.input if n in index.constants]
-    most = [len(v) if v.dtype.kind == "f" else int(v.max(initial=0)) + 2 for v in constants]
-    bits = next(b for b in (8, 16, 31) if max(most, default=1) <= 2**b)
-    return Encoding(np.ones((), np.float32), np.zeros((), np.int64), IntGrid(bits, signed=False))
+    rows, ends, pending = [], [0], [name]
+    while pending:
+        for reader in index.readers.get(pending.pop(), []):
+            constants = [index.constants[n] for n in reader.input if n in index.constants]
+            if reader.op_type == "Gather" and reader.input[0] in index.constants:
+                rows.append(len(constants[0]))
+            elif (encoding := encodings.get(reader.output[0])) is not None:
+                grid = encoding.dequantize(np.array([encoding.grid.qmin, encoding.grid.qmax]))
+                ends += [math.floor(grid.min()), math.ceil(grid.max())]
+            elif reader.op_type == "Cast" or values(reader.op_type) is Values.MOVED:
+                pending += reader.output
+            else:
+                ends += [int(end) for constant in constants for end in (constant.min(), constant.max())]
+    needed = (max(rows) - 1).bit_length() if rows else max((abs(end) + 1).bit_length() for end in ends) + 1
+    bits = next((b for b in (8, 16, 31) if needed <= b), 31)
+    return Encoding(np.ones((), np.float32), np.zeros((), np.int64), IntGrid(bits, signed=not rows))
 
 
 def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
