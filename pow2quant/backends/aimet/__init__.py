@@ -43,12 +43,6 @@ class AimetSimulation:
             raise ConfigError(
                 f"{name}: target {plan.target.name} rounds {rule}; the aimet backend rounds half_even only"
             )
-        for layer in self.placement.layers:
-            if layer.block is not None:
-                raise ConfigError(
-                    f"{layer.module}.weight: block: {layer.block}: the aimet backend has one scale per channel; "
-                    "the custom backend has blocks"
-                )
         for site in self.sites:
             bits = self.placement.specs[site.name].bits
             if bits > WIDEST and site.role != "bias":
@@ -68,13 +62,17 @@ class AimetSimulation:
         """Makes the quantizer of a site, and puts it where AIMET looks for it."""
         free, constrained = site_quantizers()
         spec = self.placement.specs[site.name]
-        axis = next((y.axis for y in self.placement.layers if y.weight == site), 0 if site.role == "bias" else None)
-        channels = self.parameter(site.name).shape if axis is not None else ()
-        shape = tuple(n if d == axis else 1 for d, n in enumerate(channels))
+        layer = next((y for y in self.placement.layers if y.weight == site), None)
+        axis, block = (0 if site.role == "bias" else None, None) if layer is None else (layer.axis, layer.block)
+        sizes = self.parameter(site.name).shape if axis is not None else ()
+        if block is None:
+            shape = tuple(n if d == axis else 1 for d, n in enumerate(sizes))
+        else:
+            shape = tuple(-(-n // block) if d + (axis or 0) == 1 else n for d, n in enumerate(sizes))
         holder, key = readers.get(site.name, (site.module, 0))
         module: Any = self.model.get_submodule(holder)
         cls = constrained if spec.power_of_2 and site.role != "bias" else free
-        quantizer = self._quantizers[site.name] = cls(site, spec, shape, axis).to(device_of(self.network))
+        quantizer = self._quantizers[site.name] = cls(site, spec, shape, axis, block).to(device_of(self.network))
         parameter = site.role in ("weight", "bias")
         kind = "param" if parameter else site.role
         self._slots[site.name] = (module, f"{kind}_quantizers", site.role if parameter else key)

@@ -41,10 +41,12 @@ def site_quantizers() -> tuple[type, type]:
         Parametrized with scale and offset: a free scale cannot be had back from a range to the last bit.
         """
 
-        def __init__(self, site: Site, spec: TensorSpec, shape: Sequence[int], axis: int | None) -> None:
+        def __init__(
+            self, site: Site, spec: TensorSpec, shape: Sequence[int], axis: int | None, block: int | None = None
+        ) -> None:
             grid = IntGrid(spec.bits, spec.symmetric)
             super().__init__(tuple(shape), int(grid.qmin), int(grid.qmax), symmetric=spec.symmetric)
-            self.site, self.axis, self.tap = site, axis, None
+            self.site, self.axis, self.block, self.tap = site, axis, block, None
             self.bits, self.known_symmetric = spec.bits, spec.symmetric
             self._parametrize()
             self._forget()
@@ -67,10 +69,16 @@ def site_quantizers() -> tuple[type, type]:
             quantized = input
             if encoding is not None:
                 # AIMET's arithmetic, without its shortcut to torch's fake_quantize, which multiplies by 1/scale
-                quantized = QuantDequantFunc.apply(
-                    input, encoding.scale, encoding.offset, self.qmin, self.qmax, self.zero_point_shift
-                )
+                scale, offset = (self._along(values, input.shape) for values in (encoding.scale, encoding.offset))
+                quantized = QuantDequantFunc.apply(input, scale, offset, self.qmin, self.qmax, self.zero_point_shift)
             return quantized if self.tap is None else self.tap(self.site, input, quantized)
+
+        def _along(self, values: Tensor, shape: Sequence[int]) -> Tensor:
+            """What every block has, for each of its values."""
+            if self.block is None or self.axis is None:
+                return values
+            inputs = 1 - self.axis
+            return values.repeat_interleave(self.block, inputs).narrow(inputs, 0, shape[inputs])
 
         @property
         def encoded(self) -> bool:
@@ -106,11 +114,11 @@ def site_quantizers() -> tuple[type, type]:
                 return None
             with torch.no_grad():
                 now = self.get_encodings()
-            shape = () if self.axis is None else (-1,)
+            shape = () if self.axis is None else (-1,) if self.block is None else self.shape
             scale, offset = (t.expand(self.shape).cpu().numpy().reshape(shape) for t in (now.scale, now.offset))
             bits = (self.qmax - self.qmin).bit_length()
             grid = IntGrid(bits, signed=self.qmin < 0, narrow=self.qmin == -self.qmax)
-            return Encoding(scale, -offset.astype(np.int64), grid, self.axis)
+            return Encoding(scale, -offset.astype(np.int64), grid, self.axis, self.block)
 
         @encoding.setter
         def encoding(self, encoding: Encoding | None) -> None:
@@ -120,8 +128,9 @@ def site_quantizers() -> tuple[type, type]:
             name, bits = self.site.name, encoding.grid.bits
             if isinstance(bits, tuple) or (bits > WIDEST and self.site.role != "bias"):
                 raise EncodingError(f"{name}: the aimet backend simulates one width of 2 to {WIDEST} bits, not {bits}")
-            if (encoding.axis is None) != (self.axis is None) or encoding.scale.size != np.prod(self.shape):
-                has = f"{encoding.scale.size} scales (axis {encoding.axis})"
+            fits = (encoding.axis is None) == (self.axis is None) and encoding.block == self.block
+            if not fits or encoding.scale.size != np.prod(self.shape):
+                has = f"{encoding.scale.size} scales (axis {encoding.axis}, block {encoding.block})"
                 raise EncodingError(f"{name}: {has} for a quantizer of shape {self.shape}")
             self.axis, self.qmin, self.qmax = encoding.axis, int(encoding.grid.qmin), int(encoding.grid.qmax)
             self.symmetric = self.known_symmetric = encoding.symmetric
