@@ -63,7 +63,7 @@ def _call(function: Callable[..., Any], config: DataConfig) -> Any:
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind not in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters):
         return function(config)
-    given = [key for key in ("resize", "crop", "mean", "std") if getattr(config, key) is not None]
+    given = [key for key in ("path", "resize", "crop", "mean", "std") if getattr(config, key) is not None]
     if given:
         raise ConfigError(f"data.{given[0]}: {config.dataset} takes no argument, so it cannot follow; legal: null")
     return function()

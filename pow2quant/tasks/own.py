@@ -70,7 +70,7 @@ def _named(name: str, known: Mapping[str, Metric]) -> Any:
     try:
         import_module("torchmetrics")
     except ImportError:
-        raise MissingExtraError(f"metric: {name} is torchmetrics': pip install torchmetrics; {own}") from None
+        raise MissingExtraError(f"metric: {name} is torchmetrics': pip install 'pow2quant[metrics]'; {own}") from None
     for place in (package,) if package else ("", *PLACES):
         with suppress(ImportError, AttributeError):
             return getattr(import_module(f"torchmetrics.{place}".rstrip(".")), short)
