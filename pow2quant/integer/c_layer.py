@@ -74,8 +74,8 @@ class Layer:
     body: of the function, whose parameters are the inputs ("x", or "x0", "x1", …), "y" and the scratch memory;
     empty for a view. sums: the type of its sums. overwrites: inputs whose memory the result may take, because every
     code is read before the one at its place is written. scratch: memory it needs besides, (name, type, count); the
-    parameter is the name's last word. flash:
-    bytes of its constants.
+    parameter is the name's last word. flash: bytes of its constants. held: how often `BLOCK` sums, or the codes they
+    become, are on the stack.
     """
 
     source: Surroundings
@@ -88,6 +88,7 @@ class Layer:
     overwrites: list[str] = field(default_factory=list)
     scratch: list[tuple[str, np.dtype[np.integer], int]] = field(default_factory=list)
     flash: int = 0
+    held: int = 1
 
     @property
     def program(self) -> Program:
@@ -143,37 +144,27 @@ class Layer:
         shifts = np.stack([weight.negative, weight.positive], 1).astype(np.int8)
         return f"{packed.name}, {self.typed_array('shifts', shifts).name}"
 
-    def planes(self, window: Window, channels: int) -> tuple[str, str]:
-        """The declarations of `planes` and `taps`, for a convolution that only adds; and the type of its list.
+    def planes(self, window: Window, channels: int, share: int) -> Planes:
+        """How a convolution's map is copied (see `templates/planes.c.j2`), into scratch memory "map".
 
-        It has scratch memory, "map" and "list": see `templates/planes.c.j2`. The map takes a quarter of what the layer
-        reads and writes, and what else is there (`spare`); at least what one row of the result needs.
+        The map takes one part in `share` of what the layer reads and writes, and what else is there (`spare`); at least
+        what one row of the result needs.
         """
+        planes = Planes.of(window, channels, self.budget(share))
+        self.source.used.add("Planes")
+        self.scratch.append((f"{self.name} map", self.input(0).dtype, channels * planes.size + BLOCK))
+        return planes
+
+    def entries(self, largest: int, count: int) -> str:
+        """Scratch memory "list" for `count` places below `largest`; the type of one."""
+        kind: np.dtype[np.integer[Any]] = np.dtype("uint16" if largest < 2**16 else "int32")
+        self.scratch.append((f"{self.name} list", kind, count))
+        return f"{kind}_t"
+
+    def budget(self, share: int) -> int:
+        """So many codes of the input's type are one part in `share` of what the layer reads and writes, and `spare`."""
         x = self.input(0)
-        (sy, sx), (dy, dx), (kh, kw) = window.strides, window.dilations, window.kernel
-        count_y, count_x = min(sy, (kh - 1) * dy + 1), min(sx, (kw - 1) * dx + 1)
-        wide = window.result[1] + (kw - 1) * dx // sx
-
-        def high(lines: int) -> int:
-            return lines + (kh - 1) * dy // sy
-
-        room = (x.size + self.output.size) // 4 + self.spare // x.dtype.itemsize
-        lines = window.result[0]
-        while lines > 1 and channels * count_y * count_x * high(lines) * wide > room:
-            lines -= 1
-        size = count_y * count_x * high(lines) * wide
-        taps = [
-            ((i * dy % sy * count_x + j * dx % sx) * high(lines) + i * dy // sy) * wide + j * dx // sx
-            for i in range(kh)
-            for j in range(kw)
-        ]
-        kind: np.dtype[np.integer[Any]] = np.dtype("uint16" if channels * size < 2**16 else "int32")
-        self.scratch += [(f"{self.name} map", x.dtype, channels * size + BLOCK)]
-        self.scratch += [(f"{self.name} list", kind, channels * kh * kw)]
-        names = ("lines", "count_y", "count_x", "high", "wide", "size")
-        values = dict(zip(names, (lines, count_y, count_x, high(lines), wide, size), strict=True))
-        declared = f"static const int32_t taps[] = {{{', '.join(map(str, taps))}}};"
-        return f"{_declared('Planes', 'planes', values)}\n{declared}", f"{kind}_t"
+        return (x.size + self.output.size) // share + self.spare // x.dtype.itemsize
 
     def patches(self, window: Window, channels: int) -> tuple[str, int]:
         """Scratch memory for the patches under a window, and how many it holds; and for the columns under as many.
@@ -183,14 +174,14 @@ class Layer:
         x = self.input(0)
         column = channels * window.kernel[0]
         row = -(-window.kernel[1] * column // LANES) * LANES
-        room = (x.size + self.output.size) // 4 + self.spare // x.dtype.itemsize
+        most = self.budget(4)
 
         def columns(patches: int) -> int:
             across = min(patches, window.result[1]) - 1
             return across * window.strides[1] + (window.kernel[1] - 1) * window.dilations[1] + 1
 
         count = BLOCK
-        while count > 8 and count * row + columns(count) * column > room:
+        while count > 8 and count * row + columns(count) * column > most:
             count -= 8
         count = min(count, math.prod(window.result))
         size = count * row + columns(count) * column
@@ -281,6 +272,44 @@ class Layer:
             together = loops.starts[i] == loops.starts[-1] and all(loop[1 + i] == loop[-1] for loop in loops.nest)
             if together and self.input(i).constant is None:
                 self.overwrites.append(self.step.inputs[i])
+
+
+@dataclass(frozen=True)
+class Planes:
+    """A copied map, as the struct of `templates/planes.c.j2`. taps: where a kernel's weights begin in a channel."""
+
+    lines: int
+    count_y: int
+    count_x: int
+    high: int
+    wide: int
+    taps: Sequence[int]
+
+    @property
+    def size(self) -> int:
+        """Codes of a channel."""
+        return self.count_y * self.count_x * self.high * self.wide
+
+    @property
+    def declared(self) -> str:
+        """The declaration of the constant `planes`."""
+        names = ("lines", "count_y", "count_x", "high", "wide", "size")
+        return _declared("Planes", "planes", {name: getattr(self, name) for name in names})
+
+    @classmethod
+    def of(cls, window: Window, channels: int, most: int) -> Planes:
+        """As many rows of the result at a time as `most` codes hold, at least one."""
+        (sy, sx), (dy, dx), (kh, kw) = window.strides, window.dilations, window.kernel
+        count_y, count_x = min(sy, (kh - 1) * dy + 1), min(sx, (kw - 1) * dx + 1)
+        wide, more = window.result[1] + (kw - 1) * dx // sx, (kh - 1) * dy // sy
+        lines = max(1, min(window.result[0], most // (channels * count_y * count_x * wide) - more))
+        high = lines + more
+        taps = [
+            ((i * dy % sy * count_x + j * dx % sx) * high + i * dy // sy) * wide + j * dx // sx
+            for i in range(kh)
+            for j in range(kw)
+        ]
+        return cls(lines, count_y, count_x, high, wide, taps)
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ class Source:
         """What the templates are filled with."""
         places = [*self.inputs, *self.outputs]
         calls = [f"{p.name}[v]" for p in self.inputs] + [p.name for p in self.outputs]
-        stack = [BLOCK * _bits(layer.sums) // 8 for layer in self.layers if layer.sums]
+        stack = [layer.held * BLOCK * _bits(layer.sums) // 8 for layer in self.layers if layer.sums]
         ends = [e for step in self.program.steps for e in _ends(step)]
         return {
             "prefix": self.prefix,

@@ -161,5 +161,6 @@ def build(source: Path, target: Path, flags: Sequence[str]) -> None:
         if done.returncode == 0:
             return
     assert done is not None
-    first = done.stderr.strip().partition("\n")[0]
-    raise UnsupportedModelError(f"{command} cannot compile the generated C: {first}")
+    lines = done.stderr.strip().splitlines() or [""]
+    error = next((line for line in lines if "error" in line), lines[0])
+    raise UnsupportedModelError(f"{command} cannot compile the generated C: {error}")

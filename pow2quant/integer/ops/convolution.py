@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.integer.c_layer import BLOCK, LANES, ctype, folded
+from pow2quant.integer.c_layer import LANES, Planes, ctype, folded
 from pow2quant.integer.nodes import Window, attribute, title
 from pow2quant.integer.ops.copy import Copy, Part
 from pow2quant.integer.program import exact_kind, largest_sum
@@ -18,10 +18,16 @@ from pow2quant.integer.ternary import Ternary
 if TYPE_CHECKING:
     import onnx
 
-    from pow2quant.integer.c_layer import Layer
+    from pow2quant.integer.c_layer import Array, Layer
     from pow2quant.integer.lowering import Lowering
     from pow2quant.integer.program import Codes, Ints, Program, Requantization
     from pow2quant.pow2_constraints import Encoding
+
+SHORT = 32
+"""Sums of so many products, or fewer, take less time where their map is copied than where patches are gathered."""
+
+ROWS = 4
+"""The kernel for patches holds the sums of so many output channels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,45 +67,62 @@ class Convolution:
         return codes.astype(result.dtype).reshape(n, *result.shape)
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`. Where patches are gathered, the code of zero goes into the bias."""
-        x, result, window = layer.input(0), layer.output, self.window
-        outputs = len(self.weight) // self.groups
-        depthwise = self.weight.shape[1] == 1
-        bias, bound = (self.bias, self.bound(layer.program)) if depthwise else folded(self.weight, self.bias, x)
-        a, length = layer.accumulator(bound, self.requantization), self.weight[0].size
+        """See `Step.emit_c`. The code of zero goes into the bias."""
+        x, outputs = layer.input(0), len(self.weight) // self.groups
+        bias, bound = folded(self.weight, self.bias, x)
+        a = layer.accumulator(bound, self.requantization)
         if (ternary := Ternary.of(self.weight)) is not None:
             return self._emit_ternary(layer, ternary, bias, a)
-        rows = self.weight if depthwise else self.weight.transpose(0, 3, 1, 2)  # (C_out, width, C_in, height)
-        weight = layer.array("weight", rows, zeros=0 if depthwise else -length % LANES)
+        if self._is_direct(layer):
+            return self._emit_direct(layer, bias, a)
+        length, window = self.weight[0].size, _one_row(self.window)
+        rows = self.weight.transpose(0, 3, 1, 2)  # (C_out, width, C_in, height)
+        weight = layer.array("weight", rows, zeros=-length % LANES)
         offset = layer.array("bias", bias, least="int32")
-        types = {"x": ctype(x), "w": weight.ctype, "b": offset.ctype, "a": a, "y": ctype(result)}
-        rule = layer.rule(self.requantization)
-        if depthwise:
-            kernel, declared = layer.kernel("depthwise", **types), layer.window(window, self.groups)
-            numbers = f"{outputs}, {x.zero}, {weight.name}, {offset.name}, &rule, {max(1, BLOCK // window.result[1])}"
-            call = f"{kernel}(x, y, &window, {numbers});"
-            return f"{declared}\n{rule}\n{call}"
-        window = _one_row(window)
-        kernel, declared = layer.kernel("convolution", **types), layer.window(window, self.weight.shape[1])
+        kernel = layer.kernel("convolution", **self._types(layer, weight, offset, a))
+        declared, rule = layer.window(window, self.weight.shape[1]), layer.rule(self.requantization)
         patches, block = layer.patches(window, self.weight.shape[1])
+        layer.held = ROWS
         arguments = f"{self.groups}, {outputs}, {x.zero}, {weight.name}, {offset.name}, &rule, {patches}, {block}"
         return f"{declared}\n{rule}\n{kernel}(x, y, &window, {arguments});"
 
+    def _is_direct(self, layer: Layer) -> bool:
+        """Whether sums are short, and the map's copy is small."""
+        channels = self.weight.shape[1]
+        if channels == 1 < self.groups:
+            return True
+        least = channels * Planes.of(self.window, channels, 0).size
+        return math.prod(self.weight.shape[1:]) <= SHORT and least <= layer.budget(4)
+
+    def _emit_direct(self, layer: Layer, bias: Ints, sums: str) -> str:
+        """The body with the kernel that reads a copy of the map. The codes take less than the sums."""
+        layer.held = 2
+        channels, length = self.weight.shape[1], self.weight[0].size
+        planes = layer.planes(self.window, channels, 32)
+        starts = np.arange(channels)[:, None] * planes.size + planes.taps
+        offsets = layer.array("offsets", np.append(starts, -1), least="int32")
+        weight, bias_array = layer.array("weight", self.weight), layer.array("bias", bias, least="int32")
+        kernel = layer.kernel("direct", **self._types(layer, weight, bias_array, sums))
+        sizes = f"{self.groups}, {len(self.weight) // self.groups}, {layer.input(0).zero}, {offsets.name}, {length}"
+        declared = f"{layer.window(self.window, channels)}\n{planes.declared}\n{layer.rule(self.requantization)}"
+        return f"{declared}\n{kernel}(x, y, &window, &planes, {sizes}, {weight.name}, {bias_array.name}, &rule, map);"
+
+    def _types(self, layer: Layer, weight: Array, bias: Array, sums: str) -> dict[str, str]:
+        return {"x": ctype(layer.input(0)), "w": weight.ctype, "b": bias.ctype, "a": sums, "y": ctype(layer.output)}
+
     def _emit_ternary(self, layer: Layer, ternary: Ternary, bias: Ints, sums: str) -> str:
-        """The body with kernels that add and subtract. bias, sums: as for those that multiply."""
-        x, outputs = layer.input(0), len(self.weight) // self.groups
+        """The body with the kernel that adds and subtracts; it holds two sums, and codes."""
+        layer.held = 3
+        x, window, channels = layer.input(0), _one_row(self.window), self.weight.shape[1]
         arrays, offset = layer.ternary(ternary), layer.array("bias", bias, least="int32")
-        types = {"x": ctype(x), "b": offset.ctype, "a": sums, "y": ctype(layer.output)}
-        rule, weights = layer.rule(self.requantization), f"{x.zero}, taps, {arrays}, {offset.name}, &rule"
-        if self.weight.shape[1] == 1:
-            kernel, declared = layer.kernel("ternary_depthwise", **types), layer.window(self.window, self.groups)
-            numbers = f"{outputs}, {x.zero}, {arrays}, {offset.name}, &rule, {max(1, BLOCK // self.window.result[1])}"
-            return f"{declared}\n{rule}\n{kernel}(x, y, &window, {numbers});"
-        window = _one_row(self.window)
-        planes, kind = layer.planes(window, self.weight.shape[1])
-        kernel = layer.kernel("ternary_convolution", **types, l=kind)
-        declared = f"{layer.window(window, self.weight.shape[1])}\n{planes}\n{rule}"
-        return f"{declared}\n{kernel}(x, y, &window, &planes, {self.groups}, {outputs}, {weights}, map, list);"
+        planes = layer.planes(window, channels, 4)
+        entries = layer.entries(channels * planes.size, self.weight[0].size)
+        types = {"x": ctype(x), "b": offset.ctype, "a": sums, "y": ctype(layer.output), "l": entries}
+        kernel, rule = layer.kernel("ternary_convolution", **types), layer.rule(self.requantization)
+        taps = f"static const int32_t taps[] = {{{', '.join(map(str, planes.taps))}}};"
+        declared = f"{layer.window(window, channels)}\n{planes.declared}\n{taps}\n{rule}"
+        numbers = f"{self.groups}, {len(self.weight) // self.groups}, {x.zero}, taps, {arrays}, {offset.name}, &rule"
+        return f"{declared}\n{kernel}(x, y, &window, &planes, {numbers}, map, list);"
 
     def bound(self, program: Program) -> int:
         """See `Step.bound`."""
