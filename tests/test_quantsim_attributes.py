@@ -138,6 +138,10 @@ def test_the_users_members_are_there():
     sim = calibrated(QuantizationSimModel(model, DUMMY))
     assert isinstance(sim.model, Own)
     assert isinstance(sim.model[2], nn.ReLU)
+    assert [isinstance(m, (nn.Conv2d, nn.Linear)) for m in sim.model] == [True, False, False, False, True]
+    assert (len(sim.model), sim.model[-1].out_features, sim.model[0].kernel_size) == (5, 10, (3, 3))
+    with pytest.raises(ConfigError, match="a part of a quantized Sequential"):
+        sim.model[:2]
     assert sim.model.classes == 10
     with torch.no_grad():
         assert torch.equal(sim.model.predict(images()), sim.model(images()).argmax(1))

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -38,12 +39,15 @@ class QuantizedLayer(nn.Module):
     source: FakeQuantize | None = None
 
     def __init__(self, layer: nn.Module, weight: FakeQuantize | None, bias: FakeQuantize | None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.__dict__.update({k: v for k, v in vars(layer).items() if not k.startswith("_")})
         self.weight, self.bias = layer.weight, layer.bias
         self.weight_quantizer, self.bias_quantizer = weight, bias
         object.__setattr__(self, "layer", layer)  # its configuration; the parameters are registered once, above
-        self.training = layer.training
         self._known: tuple[tuple[Any, ...], WideSums | None] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, (type(self.layer),), self.__dict__
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Any
@@ -93,6 +97,16 @@ class QuantizedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.layer)
+
+
+@cache
+def layer_class(kind: type) -> type[QuantizedLayer]:
+    """The class of quantized layers of a kind, such as `nn.Conv2d`: they are instances of it, with its attributes."""
+    return type(f"Quantized{kind.__name__}", (QuantizedLayer, kind), {})
+
+
+def _empty(kind: type) -> QuantizedLayer:
+    return object.__new__(layer_class(kind))
 
 
 SUMS = (m.Add, m.Sub, m.Mul, m.MatMul, m.Mean, m.Sum, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -145,7 +159,9 @@ class CustomSimulation:
     def _wrap_layers(self, model: fx.GraphModule) -> None:
         for layer in self.placement.layers:
             weight, bias = (self._quantizer(s, caches=True) if s else None for s in (layer.weight, layer.bias))
-            model.set_submodule(layer.module, QuantizedLayer(model.get_submodule(layer.module), weight, bias))
+            module = model.get_submodule(layer.module)
+            kind: Any = type(module)
+            model.set_submodule(layer.module, layer_class(kind)(module, weight, bias))
 
     def _widen(self, model: fx.GraphModule) -> None:
         """Lets layers and sums use float64 where float32 may not hold what a quantizer then rounds."""

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from pow2quant.errors import ConfigError
 from pow2quant.frontends.batches import inputs
 
 RETURNED = "pow2quant_returned"
@@ -57,10 +58,12 @@ def returning(network: nn.Module) -> nn.Module:
 def like(network: nn.Module, user: nn.Module) -> nn.Module:
     """`returning`, with the methods and plain attributes of the user's network: `network.predict(x)`, `network[0]`.
 
-    Its forward is the quantized one. What a Sequential has lost (a folded module) is an Identity, so that numbers stay.
+    Its forward is the quantized one. What a Sequential has lost (a folded module) is an Identity, so that numbers stay;
+    it has as many modules as the user's, and no parts of it can be taken, since quantizers stand between them.
     """
     own = () if isinstance(user, fx.GraphModule) else (type(user),)
-    shared: fx.GraphModule = fx.GraphModule.__new__(type(type(user).__name__, (fx.GraphModule, *own), {}))
+    members = _sequence(list(user._modules)) if isinstance(user, nn.Sequential) else {}
+    shared: fx.GraphModule = fx.GraphModule.__new__(type(type(user).__name__, (fx.GraphModule, *own), members))
     shared.__dict__.update({k: v for k, v in vars(user).items() if k not in vars(network)} | vars(returning(network)))
     shared._forward_hooks = OrderedDict(shared._forward_hooks)
     shared._forward_pre_hooks = OrderedDict(network._forward_pre_hooks)
@@ -68,3 +71,18 @@ def like(network: nn.Module, user: nn.Module) -> nn.Module:
         shared._modules = {name: nn.Identity() for name in user._modules} | network._modules
     shared.recompile()
     return shared
+
+
+def _sequence(names: Sequence[str]) -> dict[str, Any]:
+    """What makes a network with quantizers among its modules the user's Sequential of these names."""
+
+    def item(self: nn.Module, index: int | slice) -> nn.Module | None:
+        if isinstance(index, slice):
+            raise ConfigError("a part of a quantized Sequential would lack the quantizers between its modules")
+        return self._modules[names[index]]
+
+    return {
+        "__len__": lambda self: len(names),
+        "__iter__": lambda self: (self._modules[name] for name in names),
+        "__getitem__": item,
+    }
