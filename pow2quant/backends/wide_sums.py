@@ -3,7 +3,8 @@
 Convolutions have no fast kernels in float64 (4 to 11 times the cost of float32), so they are split: x = sum_i x_i and
 w = sum_j w_j, where every part has few bits, times a power of two. The sums of x_i * w_j stay within 2^24, so that
 float32 holds them in any order of summation; their total is taken in float64. A 16-bit x and an 8-bit w take two such
-convolutions, 16 bits on both sides four. Matrix products take twice as long in float64, and are computed there.
+convolutions, 16 bits on both sides four. Matrix products take twice as long in float64, and are computed there. So is
+everything on a GPU, where convolutions in float32 may be Winograd's, which round.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def wide_sums(
     """
     if largest_sum(layer, weight, bias, source, own) <= FLOAT32_EXACT:
         return None
-    has_kernel = isinstance(layer, CONVOLUTIONS) and weight[0, 0].numel() > 1
-    if not (has_kernel and _exact(source, own)):
+    slow = isinstance(layer, CONVOLUTIONS) and weight[0, 0].numel() > 1 and weight.device.type == "cpu"
+    if not (slow and _exact(source, own)):
         return WideSums(False)
     scale, codes = _codes(weight, own)
     farthest, heaviest = _farthest(source), float(codes.max())
