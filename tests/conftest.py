@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small networks run eight times faster
+
+_CACHE = tempfile.TemporaryDirectory()  # the user's own stays as it is
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

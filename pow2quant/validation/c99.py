@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from pow2quant.errors import DataError, MissingExtraError, UnsupportedModelError
 from pow2quant.integer.emit_c import code
 from pow2quant.integer.run import dequantize, quantize
 from pow2quant.saving import scratch
+from pow2quant.validation import compiled
 from pow2quant.validation.agreement import Executor
 from pow2quant.validation.files import opened
 
@@ -87,7 +89,7 @@ def compiler() -> str | None:
 
 
 class Library:
-    """A program's C as shared libraries, compiled when they are first needed."""
+    """A program's C as shared libraries, compiled when they are first needed, or taken from an earlier run."""
 
     def __init__(self, program: Program, flags: Sequence[str] = FLAGS) -> None:
         self.program, self.flags = program, flags
@@ -136,17 +138,25 @@ class Library:
         return self._compiled("traced.c", {"traced.c": TRACED})
 
     def _compiled(self, source: str, more: dict[str, str]) -> ctypes.CDLL:
+        texts = code(self.program) | more
+        flags = (*self.flags, "-shared", "-fPIC")
+        name = compiled.key(texts, compiler() or "", flags) if compiler() else ""
         with scratch() as folder:
-            for name, text in (code(self.program) | more).items():
-                Path(folder, name).write_text(text, encoding="utf-8")
             library = Path(folder, "model.so")
-            build(Path(folder, source), library, (*self.flags, "-shared", "-fPIC"))
+            if compiled.take(name, library):
+                with suppress(OSError):  # damaged: compiled anew
+                    return ctypes.CDLL(str(library))
+            for file, text in texts.items():
+                Path(folder, file).write_text(text, encoding="utf-8")
+            build(Path(folder, source), library, flags)
             try:
-                return ctypes.CDLL(str(library))
+                loaded = ctypes.CDLL(str(library))
             except OSError:  # a compiler for another machine
                 raise UnsupportedModelError(
                     f"{compiler()} makes no library that this machine can load; set CC to another compiler"
                 ) from None
+            compiled.keep(name, library)
+            return loaded
 
 
 def build(source: Path, target: Path, flags: Sequence[str]) -> None:
