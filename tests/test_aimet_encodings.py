@@ -376,7 +376,7 @@ CORRUPT = [
     (changed(ONE, [A, 0], "input"), r"activation_encodings\[0\]: expected an object, got str"),
     (
         changed(ONE, [A, 0, "enc_type"], "PER_BLOCK"),
-        "input: enc_type must be PER_TENSOR or PER_CHANNEL, got 'PER_BLOCK'",
+        "input: block_size needs the shape of 1 scales under 'pow2quant.block_scales'; version 2.0.0 states it",
     ),
     (changed(ONE, [A, 0, "enc_type"], "LPBQ"), "input: enc_type must be PER_TENSOR"),
     (changed(ONE, [A, 0, "block_size"], 16), "input: block_size is not supported: only per-tensor and per-channel"),

@@ -363,9 +363,9 @@ class _Entry:
             self.refuse(key, f"must be True or False, got {min(texts - {'True', 'False'})!r:.80}")
         return {text == "True" for text in texts}
 
-    def numbers(self, key: str) -> NDArray[np.float64]:
+    def numbers(self, key: str, nested: bool = False) -> NDArray[np.float64]:
         value = self[key]
-        for number in _flat(value):
+        for number in _flat(value) if nested else value if isinstance(value, list) else [value]:
             if type(number) not in (int, float) or not abs(number) <= FLOAT32_MAX:
                 self.refuse(key, f"must be finite numbers, got {number!r:.80}")
         if value == []:
@@ -375,8 +375,8 @@ class _Entry:
         except ValueError:
             self.refuse(key, "must be lists of equal lengths")
 
-    def integers(self, key: str) -> NDArray[np.int64]:
-        numbers = self.numbers(key)
+    def integers(self, key: str, nested: bool = False) -> NDArray[np.int64]:
+        numbers = self.numbers(key, nested)
         if (numbers != np.rint(numbers)).any() or (np.abs(numbers) > 1 << 32).any():
             self.refuse(key, f"must be whole numbers of at most 32 bits, got {self[key]!r:.80}")
         return numbers.astype(np.int64)
@@ -469,19 +469,19 @@ def _from_2_0_0(entry: _Entry, exact: Exact | None, _: int) -> Encoding | None:
     if not is_integer or unsigned not in ("", "u") or not bits.isdecimal() or len(bits) > 3:
         entry.refuse("output_dtype", f"must be an integer type such as uint8, got {entry['output_dtype']!r}")
     grid, axis = exact or (IntGrid(int(bits), not unsigned), None)
-    scale = entry.numbers("y_scale")
+    blocks = bool(entry.fields.get("block_size"))
+    scale = entry.numbers("y_scale", nested=blocks)
     if "axis" in entry.fields:
         axis = entry.one("axis", int)
         if axis < 0:
             entry.refuse("axis", f"must not be negative, got {axis}")
     elif scale.size == 1:
         scale = scale.reshape(())
-    if entry.fields.get("block_size"):
-        zero_point = entry.integers("y_zero_point") if "y_zero_point" in entry.fields else np.zeros((), np.int64)
+    if blocks:
+        stated = "y_zero_point" in entry.fields
+        zero_point = entry.integers("y_zero_point", nested=True) if stated else np.zeros((), np.int64)
         channels = None if axis is None else 1 - axis
         return Encoding(scale.astype(np.float32), zero_point, grid, channels, entry.integer("block_size"))
-    if scale.ndim > 1:
-        entry.refuse("y_scale", "must be one number or a list of them where there is no block_size")
     zero_point = entry.integers("y_zero_point") if "y_zero_point" in entry.fields else np.zeros_like(scale, np.int64)
     if zero_point.size not in (1, scale.size):
         entry.refuse("y_zero_point", f"has {zero_point.size} values for {scale.size} scales")
