@@ -1,7 +1,9 @@
 """`auto`: which chain is chosen, within which budget, on which images; that the run is then that of the chain."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,15 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 
 import pow2quant
 from pow2quant import config as configuration
 from pow2quant.cli import main
 from pow2quant.config import Choice
 from pow2quant.errors import DataError
-from pow2quant.methods.auto import ALIGN, BIAS, NOISE, Auto, Chain, Facts, Trial, best, blocks, cheap, learned
+from pow2quant.methods.auto import ALIGN, BIAS, NOISE, Auto, Chain, Facts, Trial, best, blocks, cheap, learned, named
 from pow2quant.models import DIGITS_WEIGHTS, digits_cnn, load_weights
+from pow2quant.runs import choosing, unfinished
 from pow2quant.runs.choosing import split
 
 NARROW = Facts(4, 4, depthwise=False, default=(ALIGN, NOISE))
@@ -166,6 +169,36 @@ def test_a_run_keeps_the_chosen_chain_and_can_be_repeated(tmp_path: Path) -> Non
     assert again.report["auto"] is None
     for name in ("model.onnx", "model.encodings"):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_killed_in_a_trial_it_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    tried: list[str] = []
+    stop = 4
+    attempted = choosing.with_methods
+
+    def counted(job: Any, chain: Any, batches: Any = None) -> Any:
+        if batches is not None:
+            tried.append(named(chain))
+            if len(tried) == stop:
+                raise KeyboardInterrupt
+        return attempted(job, chain, batches)
+
+    monkeypatch.setattr(choosing, "with_methods", counted)
+    monkeypatch.setattr(unfinished, "PAUSE", 0)
+    monkeypatch.setattr(unfinished, "SHARE", 0)
+    run = partial(pow2quant.quantize, network, torch.rand(32, 6), methods="auto", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(output=tmp_path / "run")
+    found = run(output=tmp_path / "run")
+    resumed, stop = list(tried), 0
+    tried.clear()
+    whole = run(output=tmp_path / "whole")
+    assert resumed == [*tried[:4], *tried[3:]], "three are known, the fourth is tried again"
+    assert [t["methods"] for t in found.report["auto"]] == [t["methods"] for t in whole.report["auto"]]
+    assert (tmp_path / "run" / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
+    assert not (tmp_path / "run.unfinished").exists()
 
 
 def test_it_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

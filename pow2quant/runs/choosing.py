@@ -22,6 +22,7 @@ from pow2quant.methods.auto import Auto, Chain, Facts, Trial, best, named
 from pow2quant.plugins import resolve
 from pow2quant.runs.chains import fixed
 from pow2quant.runs.job import Job, rewritten
+from pow2quant.runs.unfinished import NOTHING
 
 
 def chooser_of(config: RunConfig) -> Auto | None:
@@ -43,12 +44,18 @@ def decided(job: Job) -> Job:
         return job
     seen, held_back = split(list(job.calibration()), chooser.held_back)
 
-    def attempt(chain: Chain) -> Trial:
+    numbers, silent = job.unfinished.numbers(job.fingerprint), replace(job, progress=SILENT, unfinished=NOTHING)
+
+    def measured(chain: Chain) -> list[float]:
         torch.manual_seed(job.config.seed)
         started = time.monotonic()
-        sim = with_methods(replace(job, progress=SILENT), chain, seen).quantized()
+        sim = with_methods(silent, chain, seen).quantized()
         seconds = time.monotonic() - started
-        return Trial(chain, _noise(sim.model, job.model, held_back, job.device), seconds)
+        return [seconds, *_noise(sim.model, job.model, held_back, job.device)]
+
+    def attempt(chain: Chain) -> Trial:
+        seconds, *noise = numbers.several(f"auto: {named(chain)}", lambda: measured(chain))
+        return Trial(chain, np.array(noise), seconds)
 
     trials = chooser.choose(_facts(job), attempt, job.progress.note)
     choice = best(trials)

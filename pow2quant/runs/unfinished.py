@@ -169,28 +169,32 @@ class Numbers:
     path: Path | None
     fingerprint: Callable[[], str]
     pace: _Pace = field(default_factory=_Pace)
-    _known: dict[str, float] | None = None
+    _known: dict[str, list[float]] | None = None
 
     def get(self, name: str, measure: Callable[[], float]) -> float:
         """The number, as it is known or is measured now."""
+        return self.several(name, lambda: [measure()])[0]
+
+    def several(self, name: str, measure: Callable[[], Iterable[float]]) -> list[float]:
+        """The same for several numbers that are measured at once."""
         known = self._read() if self._known is None else self._known
         self._known = known
         if name not in known:
-            known[name] = float(measure())
+            known[name] = [float(value) for value in measure()]
             self.pace.write(self._write)
         return known[name]
 
-    def _read(self) -> dict[str, float]:
+    def _read(self) -> dict[str, list[float]]:
         if self.path is not None and self.path.is_file():
             with suppress(ValueError, KeyError, TypeError):
                 document = json.loads(self.path.read_text())
                 if document["fingerprint"] == self.fingerprint():
-                    return dict(document["numbers"])
+                    return dict(document["measured"])
         return {}
 
     def _write(self) -> None:
         if self.path is not None:
-            document = {"fingerprint": self.fingerprint(), "numbers": self._known}
+            document = {"fingerprint": self.fingerprint(), "measured": self._known}
             write(self.path, json.dumps(document).encode())
 
 

@@ -86,7 +86,7 @@ def quantized(
     if given.methods is None:
         config = with_chain(config, configuration.default_methods(config) if default is None else default, progress)
     methods_of(config, given)
-    job = replace(decided(Job.start(config, progress, given)), unfinished=kept)
+    job = decided(replace(Job.start(config, progress, given), unfinished=kept))
     return job, job.quantized(), job.steps
 
 
