@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -98,7 +99,12 @@ def amd_quark(given: Given) -> Run:
 
     file = given.model.with_name("quantized.onnx")
     tool = ModelQuantizer(Config(global_quant_config=get_default_config("XINT8")))
-    tool.quantize_model(str(given.model), str(file), _reader(given))
+    here = Path.cwd()
+    os.chdir(file.parent)  # it writes a report where it stands
+    try:
+        tool.quantize_model(str(given.model), str(file), _reader(given))
+    finally:
+        os.chdir(here)
     return _session(file)
 
 

@@ -44,13 +44,13 @@ class Pools(nn.Module):
 
 
 class Shuffle(nn.Module):
-    """Channels split, joined and shuffled, a gate per channel, padding and nearest resizing."""
+    """Channels split, joined and shuffled, a gate per channel, a mean over channels, padding and nearest resizing."""
 
     shape = (3, 8, 8)
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.branch, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(8, 5, 1)
+        self.first, self.branch, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(9, 5, 1)
         self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Shuffle(nn.Module):
         n, c, h, w = y.shape
         y = y.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
         gate = torch.sigmoid(self.up(torch.relu(self.down(y.mean((2, 3))))))
-        y = F.pad(y * gate[:, :, None, None], (1, 0, 0, 1))
+        y = F.pad(torch.cat([y * gate[:, :, None, None], y.mean(1, keepdim=True)], 1), (1, 0, 0, 1))
         return self.last(F.interpolate(y, scale_factor=2, mode="nearest"))
 
 

@@ -19,17 +19,17 @@ pytest.importorskip("esp_ppq")
 
 
 class Sums(nn.Module):
-    """Layers, a depthwise one among them, a sum of two scales, a maximum, a mean, and a linear layer."""
+    """Layers, a depthwise and a transposed one among them, a sum of two scales, a maximum, a mean, a linear layer."""
 
     def __init__(self):
         super().__init__()
         self.first, self.depthwise = nn.Conv2d(3, 6, 3, padding=1, stride=2), nn.Conv2d(6, 6, 3, padding=1, groups=6)
-        self.pool, self.last = nn.MaxPool2d(2), nn.Linear(6, 5)
+        self.up, self.pool, self.last = nn.ConvTranspose2d(6, 6, 3, 2), nn.MaxPool2d(2), nn.Linear(6, 5)
         nn.init.uniform_(self.depthwise.weight, -1, 1)
 
     def forward(self, x):
         y = torch.relu(self.first(x))
-        return self.last(self.pool(torch.relu(y + self.depthwise(y))).mean((2, 3)))
+        return self.last(self.pool(self.up(torch.relu(y + self.depthwise(y)))).mean((2, 3)))
 
 
 def agreement(target, folder):

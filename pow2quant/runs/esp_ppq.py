@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pow2quant.artifact import Artifact
+    from pow2quant.pow2_constraints import Encoding
 
     Arrays = Sequence[NDArray[np.float32]]
 
@@ -105,14 +106,28 @@ class _File:
 
     def _put_scales(self, graph: Any) -> None:
         """Replaces what was calibrated. A configuration that another one dominates has the other's scale."""
+        encodings = self._encodings(graph)
         configurations = [
             (configuration, variable.name)
             for operation in graph.operations.values()
             for configuration, variable in getattr(operation, "config_with_variable", ())
-            if variable.name in self.network.encodings
+            if variable.name in encodings
         ]
         own = [pair for pair in configurations if pair[0].dominated_by is pair[0]]
         for configuration, name in [*configurations, *own]:  # a tensor's own encoding counts
-            scale = torch.tensor(self.network.encodings[name].scale, dtype=torch.float32)
+            scale = torch.tensor(encodings[name].scale, dtype=torch.float32)
             configuration.dominated_by.scale = scale
             configuration.dominated_by.offset = torch.zeros_like(scale)
+
+    def _encodings(self, graph: Any) -> dict[str, Encoding]:
+        """The network's, and those of what esp-ppq puts in (zeros between the inputs of a transposed convolution)."""
+        known = {name for node in self.network.model.graph.node for name in node.output}
+        found = dict(self.network.encodings)
+        for operation in graph.topological_sort():
+            source = operation.inputs[0].name if operation.inputs else ""
+            found |= {
+                result.name: found[source]
+                for result in operation.outputs
+                if result.name not in known and source in found
+            }
+        return found

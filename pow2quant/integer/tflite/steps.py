@@ -197,25 +197,39 @@ def _sum(graph: Graph, step: Sum) -> None:
 
 
 def _average(graph: Graph, step: Average) -> None:
-    """A mean over the whole map, or a convolution with equal weights 2^-n."""
-    x, result = (graph.program.tensors[name] for name in (step.inputs[0], step.output))
-    window, counts = step.window, np.unique(step.counts)
+    """A mean over whole rows, or a convolution with equal weights 2^-n."""
+    x, window, counts = graph.program.tensors[step.inputs[0]], step.window, np.unique(step.counts)
     area = math.prod(window.kernel)
     if len(counts) > 1 or counts[0] != area:
         raise _refused(step, "an average whose divisor is not the number of its window's values")
-    if len(x.shape) == 3 and math.prod(x.shape[1:]) == area and math.prod(window.result) == 1:
-        axes = graph.constant(f"{step.output}.axes", np.array([1, 2], np.int32))
-        _activation(graph, step)
-        made = graph.encoded(result, (1, 1, 1, x.shape[0]), f"{step.output}.mean")
-        graph.operator("MEAN", [graph.activation(x.name), axes], made, graph.options("Reducer", keepDims=True))
-        graph.known[step.output] = graph.reshaped(made, physical(result.shape), result)
+    padded = any(max(p, 0) for p in (*window.before, *window.after))
+    if math.prod(window.result) == 1 and not padded:
+        _mean(graph, step, x.size // area, area)
         return
-    if area & (area - 1) or any(max(p, 0) for p in (*window.before, *window.after)):
+    if area & (area - 1) or padded:
         raise _refused(step, "an average of windows whose size is no power of two, or that are padded")
     channels = x.size // math.prod(window.size)
     ones = np.ones((channels, 1, *window.kernel), np.int64)
     scales = [1.0 / area] * channels
     _convolve(graph, step, ones, np.zeros(channels, np.int64), channels, scales, _activation(graph, step))
+
+
+def _mean(graph: Graph, step: Average, rows: int, length: int) -> None:
+    """The mean of every row of `length` codes, which are the channels of a map (1, 1, length, rows)."""
+    x, result = (graph.program.tensors[name] for name in (step.inputs[0], step.output))
+    _activation(graph, step)
+    if x.shape[:1] == (rows,) and len(x.shape) == 3:
+        source = graph.activation(x.name)
+    else:
+        listed = graph.reshaped(graph.channels_first(x.name), (1, rows, length), x)
+        source = graph.reshaped(graph.transposed(listed, (0, 2, 1), x), (1, 1, length, rows), x)
+    axes = graph.constant(f"{step.output}.axes", np.array([1, 2], np.int32))
+    made = graph.encoded(result, (1, 1, 1, rows), f"{step.output}.mean")
+    graph.operator("MEAN", [source, axes], made, graph.options("Reducer", keepDims=True))
+    if result.shape[:1] == (rows,):
+        graph.known[step.output] = graph.reshaped(made, physical(result.shape), result)
+    else:
+        graph.put(graph.reshaped(made, (1, *result.shape), result), step.output)
 
 
 def _maximum(graph: Graph, step: Maximum) -> None:
