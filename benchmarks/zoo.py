@@ -168,7 +168,7 @@ def commit() -> str:
 
 def commits(results: list[dict[str, Any]]) -> str:
     """Which commits the results are of, and how many of each where there are several."""
-    counts = Counter(r.get("commit", "unknown") for r in results)
+    counts = Counter(r.get("commit", "earlier ones") for r in results)
     parts = [name if len(counts) == 1 else f"{name} ({n} results)" for name, n in counts.most_common()]
     return f"Commit {parts[0]}." if len(parts) == 1 else f"Commits {', '.join(parts)}."
 

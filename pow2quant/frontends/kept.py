@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.operators import called
 
 TRUTH = "pow2quant_truth"
 """Stands in a node's `meta` whose values are 0 and 1."""
@@ -35,7 +36,7 @@ class Kept:
 
     def taken_out(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """(the scores, what is kept of them) of a node that takes values out as a computed mask says; else None."""
-        module, operands = self.module(node), node.all_input_nodes
+        module, operands = called(self.network, node), node.all_input_nodes
         if isinstance(module, m.Select) and len(operands) == 3:
             condition, first, second = operands
             for scores, fill, holds in ((first, second, True), (second, first, False)):
@@ -80,26 +81,24 @@ class Kept:
                 return truth
             return self._not(truth) if sign * high <= HIDES and low == 0 else None
         operands = node.all_input_nodes
-        if isinstance(self.module(node), MOVES):
+        if isinstance(called(self.network, node), MOVES):
             inner = self._of_mask(operands[0], sign)
             return None if inner is None else self._moved(node, inner)
-        if not isinstance(self.module(node), m.Add) or len(operands) != 2:
+        if not isinstance(called(self.network, node), m.Add) or len(operands) != 2:
             return None
         parts = [self._part(operand, sign) for operand in operands]
         return None if parts[0] is None or parts[1] is None else self.both(parts[0], parts[1])
 
     def _part(self, node: fx.Node, sign: int) -> fx.Node | None:
         """What one summand of a mask keeps."""
-        module = self.module(node)
-        return (
-            self.constant(node, sign * module.value.detach())
-            if isinstance(module, m.Constant)
-            else self._of_mask(node, sign)
-        )
+        module = called(self.network, node)
+        if isinstance(module, m.Constant):
+            return self.constant(node, sign * module.value.detach())
+        return self._of_mask(node, sign)
 
     def _values(self, node: fx.Node) -> tuple[fx.Node, float, float] | None:
         """Truth values that decide a node's, and what it is where they are 0, and where they are 1; or None."""
-        module, operands = self.module(node), node.all_input_nodes
+        module, operands = called(self.network, node), node.all_input_nodes
         shape, free = node.meta["shape"], node.meta["free"]
         if TRUTH in node.meta:
             return node, 0.0, 1.0
@@ -126,14 +125,14 @@ class Kept:
 
     def _not(self, truth: fx.Node) -> fx.Node:
         """The contrary; of a contrary what it was made of."""
-        module = self.module(truth)
+        module = called(self.network, truth)
         if isinstance(module, m.Scale) and float(module.factor) == -1 and TRUTH in truth.all_input_nodes[0].meta:
             return truth.all_input_nodes[0]
         return self._write(truth, "not", m.Scale(-1.0, 1.0), (truth,), truth.meta["shape"], truth.meta["free"])
 
     def _number(self, node: fx.Node) -> float | None:
         """A constant's value, if it has but one."""
-        module = self.module(node)
+        module = called(self.network, node)
         values = module.value.detach().unique().tolist() if isinstance(module, m.Constant) else []
         return float(values[0]) if len(values) == 1 else None
 
@@ -158,10 +157,6 @@ class Kept:
             made.meta = {TRUTH: True, "dtype": torch.float32, "shape": tuple(shape), "free": tuple(free)}
             self._written[origin, kind] = made
         return self._written[origin, kind]
-
-    def module(self, node: fx.Node) -> nn.Module | None:
-        """The module that a node calls."""
-        return self.network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _broadcasts(mask: fx.Node, scores: fx.Node, result: fx.Node) -> bool:

@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.kept import HIDES, MOVES
+from pow2quant.frontends.operators import called
 
 LARGEST = (m.Largest, m.ArgMax, m.TopK, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 """Modules that give the largest of several values, or its place."""
@@ -17,9 +18,9 @@ LARGEST = (m.Largest, m.ArgMax, m.TopK, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d
 def fill_with_least(network: fx.GraphModule) -> None:
     """Changes the network in place; every node has its `shape` and `free` in `meta`."""
     for node in list(network.graph.nodes):
-        if isinstance(_module(network, node), m.Select) and _is_ranked(network, node):
+        if isinstance(called(network, node), m.Select) and _is_ranked(network, node):
             for at, other in ((1, 2), (2, 1)):
-                fill = _module(network, node.args[at])
+                fill = called(network, node.args[at])
                 if isinstance(fill, m.Constant) and float(fill.value.detach().max()) <= HIDES:
                     node.args = tuple(
                         _least(network, node, node.args[other]) if i == at else operand
@@ -31,7 +32,7 @@ def _is_ranked(network: fx.GraphModule, node: fx.Node) -> bool:
     """Whether only the largest of its values are read, through moves."""
 
     def ranks(user: fx.Node) -> bool:
-        module = _module(network, user)
+        module = called(network, user)
         return isinstance(module, LARGEST) or (isinstance(module, MOVES) and _is_ranked(network, user))
 
     return bool(node.users) and all(map(ranks, node.users))
@@ -47,7 +48,3 @@ def _least(network: fx.GraphModule, node: fx.Node, x: fx.Node) -> fx.Node:
     made.meta = {key: value for key, value in x.meta.items() if key in ("dtype", "free")}
     made.meta["shape"] = (x.meta["shape"][0], *(1,) * (rank - 1))
     return made
-
-
-def _module(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return network.get_submodule(str(node.target)) if node.op == "call_module" else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import fx, nn
 
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends.modules import CONVOLUTIONS, TRANSPOSED
@@ -24,6 +24,11 @@ OPERATORS: Rows = {
     **shape.ROWS,
     **constants.ROWS,
 }
+
+
+def called(network: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module that a node of a prepared network calls, or None."""
+    return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def operator(module: nn.Module) -> Operator | None:

@@ -11,12 +11,13 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.dropouts import DROPOUT, bypass
 from pow2quant.frontends.kept import HIDES, MOVES, Kept
 from pow2quant.frontends.modules.normalization import LOWEST
+from pow2quant.frontends.operators import called
 
 ROUNDING = 2**-20
 """How far products of rounded factors are from the factor that was meant, relative to it."""
@@ -27,7 +28,7 @@ def gather_scores(network: fx.GraphModule) -> list[str]:
     gone: list[str] = []
     kept = Kept(network)
     for node in list(network.graph.nodes):
-        module = _module(network, node)
+        module = called(network, node)
         if isinstance(module, m.MatMul):
             _join_factors(network, node, gone)
         elif isinstance(module, (m.Softmax, m.MaskedSoftmax)):
@@ -75,18 +76,18 @@ def _gathered(
 
 def _added(network: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
     """(the operand, the mask) of a node that adds a mask that takes values out, and that nothing else reads."""
-    module = _module(network, node)
+    module = called(network, node)
     if len(node.users) != 1:
         return None
     if isinstance(module, m.Masked) and module.value <= HIDES:
         fill = -math.inf if module.value == -math.inf else LOWEST
         source, mask = node.all_input_nodes[0], torch.zeros(module.mask.shape).masked_fill(module.mask, fill)
     elif isinstance(module, (m.Add, m.Sub)):
-        constants = [x for x in node.all_input_nodes if isinstance(_module(network, x), m.Constant)]
+        constants = [x for x in node.all_input_nodes if isinstance(called(network, x), m.Constant)]
         if len(constants) != 1 or (isinstance(module, m.Sub) and node.args[0] in constants):
             return None
         source = next(x for x in node.all_input_nodes if x not in constants)
-        held: Any = _module(network, constants[0])
+        held: Any = called(network, constants[0])
         mask = held.value.detach() if isinstance(module, m.Add) else -held.value.detach()
     else:
         return None
@@ -101,7 +102,7 @@ def _leaves_something(mask: Tensor, rank: int, dim: int) -> bool:
 
 def _factor(network: fx.GraphModule, node: fx.Node) -> float | None:
     """The positive number that a node multiplies its operand by, if nothing else reads it."""
-    module = _module(network, node)
+    module = called(network, node)
     if len(node.users) != 1 or not isinstance(module, m.Scale) or float(module.offset):
         return None
     return float(module.factor) if 0 < float(module.factor) < math.inf else None
@@ -114,7 +115,7 @@ def _pulled(network: fx.GraphModule, node: fx.Node, gone: list[str]) -> float:
         source = node.all_input_nodes[0]
         _drop(network, node, source, gone)
         return number * _pulled(network, source, gone)
-    module, operands = _module(network, node), node.all_input_nodes
+    module, operands = called(network, node), node.all_input_nodes
     through = isinstance(module, MOVES) or (isinstance(module, m.MatMul) and len(operands) == 2)
     return math.prod(_pulled(network, x, gone) for x in operands) if through and len(node.users) == 1 else 1.0
 
@@ -135,14 +136,10 @@ def _join_factors(network: fx.GraphModule, node: fx.Node, gone: list[str]) -> No
 
 def _meant(network: fx.GraphModule, scores: fx.Node, factor: float) -> float:
     """1 / sqrt(C) where the factor of a product over C values is that up to rounding; else the factor."""
-    if not isinstance(_module(network, scores), m.MatMul):
+    if not isinstance(called(network, scores), m.MatMul):
         return factor
     root = 1 / math.sqrt(scores.all_input_nodes[0].meta["shape"][-1])
     return root if abs(factor - root) <= ROUNDING * root else factor
-
-
-def _module(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _drop(network: fx.GraphModule, node: fx.Node, source: fx.Node, gone: list[str]) -> None:

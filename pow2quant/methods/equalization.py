@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from pow2quant.backends.base import Batch, inputs
 from pow2quant.errors import DataError
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.operators import called
 
 ROUNDS = 40
 """Over all groups, at most: neighbouring groups share a layer, so that one moves what the other has evened out."""
@@ -222,26 +223,22 @@ def pairs(network: fx.GraphModule) -> list[Group]:
     """
     found = []
     for node in network.graph.nodes:
-        module = _module(network, node)
+        module = called(network, node)
         if not isinstance(module, (nn.ReLU, nn.ReLU6)):
             continue
         (writer,) = node.all_input_nodes
         readers = _constant_readers(network, node)
-        layer = _module(network, writer)
+        layer = called(network, writer)
         if readers and isinstance(layer, WEIGHTED) and layer.bias is not None and len(writer.users) == 1:
             found.append(Group([node], [writer], readers, [node] if isinstance(module, nn.ReLU6) else []))
     return found
-
-
-def _module(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _constant_readers(network: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     """All layers that read a tensor; none where one would not read a constant per channel as such."""
     found = []
     for user in node.users:
-        module: Any = _module(network, user)
+        module: Any = called(network, user)
         if isinstance(module, nn.Linear) or (isinstance(module, (nn.Conv1d, nn.Conv2d)) and not _padding(module)):
             readers = [user] if module.bias is not None else []
         elif isinstance(module, (m.Mean, nn.Flatten)) and _homogeneous(module, user):

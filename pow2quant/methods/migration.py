@@ -14,6 +14,7 @@ from pow2quant.backends.base import Batch, inputs
 from pow2quant.config import finite
 from pow2quant.errors import DataError
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.operators import called
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
@@ -49,7 +50,7 @@ def groups(network: fx.GraphModule) -> list[tuple[fx.Node, list[fx.Node]]]:
 
     found = []
     for node in network.graph.nodes:
-        module = _module(network, node)
+        module = called(network, node)
         if isinstance(module, NORMS) and len(module.normalized_shape) == 1 and module.weight is not None:
             readers = _readers(network, node)
             if readers and all(own(n) for n in (node, *readers)):
@@ -64,9 +65,9 @@ def _readers(network: fx.GraphModule, norm: fx.Node) -> list[fx.Node]:
         sources = node.all_input_nodes
         if carried.isdisjoint(sources):
             continue
-        if isinstance(_module(network, node), nn.Linear):
+        if isinstance(called(network, node), nn.Linear):
             readers.append(node)
-        elif carried.issuperset(sources) and _keeps_channels(_module(network, node), node):
+        elif carried.issuperset(sources) and _keeps_channels(called(network, node), node):
             carried.add(node)
         else:
             return []
@@ -86,10 +87,6 @@ def _keeps_channels(module: nn.Module | None, node: fx.Node) -> bool:
     if isinstance(module, (m.Concat, m.Take)):
         return module.dim % len(shape) != last
     return isinstance(module, m.ZeroPad) and not any(module.pads[:2])
-
-
-def _module(network: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def peaks(network: fx.GraphModule, norms: Iterable[fx.Node], batches: Iterable[Batch]) -> dict[str, Tensor]:
