@@ -390,11 +390,11 @@ class _Entry:
 
 def _flat(value: Any) -> Iterator[Any]:
     """What nested lists hold."""
-    if isinstance(value, list):
-        for item in value:
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, list):
             yield from _flat(item)
-    else:
-        yield value
+        else:
+            yield item
 
 
 if TYPE_CHECKING:
@@ -408,8 +408,9 @@ def _from_0_6_1(entry: _Entry, exact: Exact | None, axis: int) -> Encoding | Non
     if _is_float(_Entry(entry.where, content[0]), "bitwidth"):
         return None
     channels = _by_key(entry.where, content, ("bitwidth", "scale", "offset", "is_symmetric"))
-    for fields in content:
-        _refuse_keys(_Entry(entry.where, fields), ("zero_point_shift", "rows_per_block"))
+    unknown = "zero_point_shift", "rows_per_block"
+    for fields in (f for f in content if not f.keys().isdisjoint(unknown)):
+        _refuse_keys(_Entry(entry.where, fields), unknown)
     bits = channels.integers("bitwidth").tolist()
     scale, offset = channels.numbers("scale"), channels.integers("offset")
     return _encoding(
