@@ -85,7 +85,7 @@ def test_the_folder_holds_metrics_and_curves(weights, tmp_path):
     assert (result.folder / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
     page = (result.folder / "report.html").read_text()
     assert "simulation, best of QAT" in page
-    assert "Weights quantized, 2 epochs in" in page
+    assert "Weights quantized; 2 epochs in" in page
 
 
 def test_tensorboard_shows_every_epoch(weights, tmp_path):

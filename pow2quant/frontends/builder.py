@@ -80,12 +80,13 @@ class Builder:
     def build(self) -> fx.GraphModule:
         """The prepared network, without shapes. Raises UnsupportedModelError, naming the user's line."""
         first, second = self.programs
-        specs, others = ({s.arg.name: s for s in p.graph_signature.input_specs} for p in self.programs)
+        specs = {s.arg.name: s for s in first.graph_signature.input_specs}
+        others = iter(second.graph_signature.input_specs)  # in the same order, perhaps under other names
         self.names.read(first.graph, specs)
         for node, twin in zip(first.graph.nodes, second.graph.nodes, strict=True):
             self.twins[node] = twin
             if node.op == "placeholder":
-                self._placeholder(node, twin, specs[node.name], others[twin.name])
+                self._placeholder(node, twin, specs[node.name], next(others))
             elif node.op == "output":
                 self.graph.output(self._output(node))
             elif node.op == "get_attr":
