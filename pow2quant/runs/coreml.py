@@ -23,7 +23,9 @@ def export_coreml(artifact: Artifact, folder: Path, *, batch: int = 1) -> Path:
     not convert; OutputError where the file, read back, does not hold the scales of the network.
     """
     try:
-        coremltools: Any = import_module("coremltools")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it imports ExecuTorch where that is installed
+            coremltools: Any = import_module("coremltools")
     except ImportError as error:
         raise MissingExtraError(f"coremltools is not installed: pip install 'pow2quant[coreml]' ({error})") from error
     require_half_even(artifact)
