@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from pow2quant import QuantPlan, prepare, simulate
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.onnx.network import read_network
+from pow2quant.frontends.scores import gather_scores
 from tests.prepared import outcome
 
 T, C = 5, 6
@@ -142,3 +143,23 @@ def test_a_row_without_values_gives_no_numbers():
     assert torch.isnan(network(X)).any()
     hidden = prepare(Attention(by_hand(lambda s, q, k: (q @ k).masked_fill(nothing < 0, -1e9))).eval(), X)
     assert torch.isfinite(hidden(X)).all()
+
+
+def test_of_what_an_expanded_constant_follows_no_factor_is_taken():
+    """Its second operand counts by its shape alone."""
+    root = {"q": m.Constant(torch.randn(1, T, C)), "halved": m.Scale(0.5), "expand": m.Expand()}
+    root |= {"product": m.MatMul(), "softmax": m.Softmax(-1)}
+    graph = fx.Graph()
+    x, k = graph.placeholder("x"), graph.placeholder("k")
+    like, q = graph.call_module("halved", (x,)), graph.call_module("q")
+    scores = graph.call_module("product", (graph.call_module("expand", (q, like)), k))
+    graph.output(graph.call_module("softmax", (scores,)))
+    network = fx.GraphModule(root, graph)
+    given = {"x": torch.randn(3, 2), "k": torch.randn(3, C, T)}
+    shapes = {"x": (3, 2), "k": (3, C, T), "halved": (3, 2), "q": (1, T, C), "expand": (3, T, C)}
+    for node in graph.nodes:
+        node.meta = {"shape": shapes.get(str(node.target), (3, T, T)), "free": ()}
+    wanted = network(**given)
+    assert gather_scores(network) == []
+    network.recompile()
+    assert torch.equal(network(**given), wanted)

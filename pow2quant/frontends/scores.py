@@ -116,8 +116,11 @@ def _pulled(network: fx.GraphModule, node: fx.Node, gone: list[str]) -> float:
         _drop(network, node, source, gone)
         return number * _pulled(network, source, gone)
     module, operands = called(network, node), node.all_input_nodes
-    through = isinstance(module, MOVES) or (isinstance(module, m.MatMul) and len(operands) == 2)
-    return math.prod(_pulled(network, x, gone) for x in operands) if through and len(node.users) == 1 else 1.0
+    if isinstance(module, MOVES):
+        operands = operands[:1]  # of a second one the shape alone counts
+    elif not isinstance(module, m.MatMul) or len(operands) != 2:
+        return 1.0
+    return math.prod(_pulled(network, x, gone) for x in operands) if len(node.users) == 1 else 1.0
 
 
 def _join_factors(network: fx.GraphModule, node: fx.Node, gone: list[str]) -> None:
