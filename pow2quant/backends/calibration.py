@@ -167,10 +167,8 @@ def _weight_encoding(sim: Simulation, layer: Layer) -> Encoding:
     assert layer.weight is not None
     name = layer.weight.name
     spec = sim.placement.specs[name]
-    weight, form = (
-        sim.parameter(name).detach().cpu().numpy(),
-        Format(spec.bits, spec.symmetric, spec.power_of_2, layer.axis),
-    )
+    weight = sim.parameter(name).detach().cpu().numpy()
+    form = Format(spec.bits, spec.symmetric, spec.power_of_2, layer.axis)
     try:
         if layer.block is not None:
             return choose_blocks(spec.range, weight, form, layer.block)

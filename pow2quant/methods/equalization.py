@@ -176,7 +176,7 @@ def peaks(network: fx.GraphModule, found: list[Group], batches: Iterable[Batch])
         for group, names in zip(found, watched, strict=True)
         for name in names
     ]
-    _run(network, batches, hooks)
+    run_hooked(network, batches, hooks)
     if found and not moments:
         raise DataError("the calibration data are empty")
 
@@ -186,7 +186,7 @@ def peaks(network: fx.GraphModule, found: list[Group], batches: Iterable[Batch])
     return [torch.stack([widened(*moments[name]) for name in names]).amax(0) for names in watched]
 
 
-def _run(network: fx.GraphModule, batches: Iterable[Batch], hooks: list[RemovableHandle]) -> None:
+def run_hooked(network: fx.GraphModule, batches: Iterable[Batch], hooks: list[RemovableHandle]) -> None:
     """Runs the network, if there is a hook to be called, and removes the hooks."""
     try:
         with torch.no_grad():
@@ -288,7 +288,7 @@ def normals(network: fx.GraphModule, nodes: list[fx.Node], batches: Iterable[Bat
         return hook
 
     unknown = [str(n.target) for n in nodes if "normal" not in n.meta]
-    _run(network, batches, [network.get_submodule(n).register_forward_hook(look(n)) for n in unknown])
+    run_hooked(network, batches, [network.get_submodule(n).register_forward_hook(look(n)) for n in unknown])
 
     def of(node: fx.Node) -> tuple[Tensor, Tensor]:
         if "normal" in node.meta:

@@ -10,18 +10,17 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from pow2quant.backends.base import Batch, inputs
-from pow2quant.config import finite
+from pow2quant.backends.base import Batch
 from pow2quant.errors import DataError
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.operators import called
+from pow2quant.methods.equalization import run_hooked
+from pow2quant.methods.rounding import SHARE
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 MOST = 12
 """No factor is beyond 2^MOST, or below 2^-MOST: gamma is an integer of 15 bits."""
-
-SHARE = finite("a number from 0 to 1", lambda v: 0 <= v <= 1)
 
 
 def factors(activations: Tensor, weights: Tensor, strength: float) -> Tensor:
@@ -102,13 +101,7 @@ def peaks(network: fx.GraphModule, norms: Iterable[fx.Node], batches: Iterable[B
 
     names = [str(node.target) for node in norms]
     hooks = [network.get_submodule(name).register_forward_hook(look(name)) for name in names]
-    try:
-        with torch.no_grad():
-            for batch in batches if hooks else ():
-                network(*inputs(batch))
-    finally:
-        for handle in hooks:
-            handle.remove()
+    run_hooked(network, batches, hooks)
     if hooks and not found:
         raise DataError("the calibration data are empty")
     return found

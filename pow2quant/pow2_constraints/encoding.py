@@ -217,14 +217,19 @@ class Encoding:
     def check_fits(self, shape: Sequence[int]) -> None:
         """Raises EncodingError where a tensor of this shape does not have the channels and blocks of this encoding."""
         if self.block is not None:
-            expected = [-(-n // self.block) if d + (self.axis or 0) == 1 else n for d, n in enumerate(shape)]
-            if [*self.scale.shape] != expected:
+            assert self.axis is not None
+            expected = block_shape(shape, self.axis, self.block)
+            if self.scale.shape != expected:
                 raise EncodingError(
-                    f"shape {tuple(shape)} in blocks of {self.block} has scales {tuple(expected)}, not "
-                    f"{self.scale.shape}"
+                    f"shape {tuple(shape)} in blocks of {self.block} has scales {expected}, not {self.scale.shape}"
                 )
         elif self.axis is not None and tuple(shape[self.axis :][:1]) != self.scale.shape:
             raise EncodingError(f"shape {tuple(shape)} has no {self.scale.size} channels along axis {self.axis}")
+
+
+def block_shape(shape: Sequence[int], axis: int, block: int) -> tuple[int, ...]:
+    """The shape of the scales of a tensor in blocks along 1 - axis, of which the last may be shorter."""
+    return tuple(-(-n // block) if d == 1 - axis else n for d, n in enumerate(shape))
 
 
 def _along(values: NDArray[Any], axis: int | None, ndim: int) -> NDArray[Any]:

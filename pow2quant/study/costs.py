@@ -17,6 +17,7 @@ from pow2quant.backends.placement import Layer, Placement
 from pow2quant.config import Legal
 from pow2quant.errors import ConfigError
 from pow2quant.frontends.modules import TRANSPOSED
+from pow2quant.pow2_constraints.encoding import block_shape
 from pow2quant.study.candidates import CANDIDATES, Group, Plan
 from pow2quant.study.program import Quantity
 
@@ -83,8 +84,7 @@ def _scales(shape: Sequence[int], layer: Layer) -> int:
         return 1
     if layer.block is None:
         return shape[layer.axis]
-    inputs = shape[1 - layer.axis]
-    return math.prod(shape) // inputs * -(-inputs // layer.block)
+    return math.prod(block_shape(shape, layer.axis, layer.block))
 
 
 def macs(module: nn.Module, node: fx.Node) -> int:

@@ -24,6 +24,7 @@ from pow2quant.backends.placement import Placement, connect, place
 from pow2quant.config import QuantPlan
 from pow2quant.errors import ConfigError, EncodingError, UnsupportedModelError
 from pow2quant.pow2_constraints import IntGrid
+from pow2quant.pow2_constraints.encoding import block_shape
 
 
 class AimetSimulation:
@@ -65,10 +66,9 @@ class AimetSimulation:
         layer = next((y for y in self.placement.layers if y.weight == site), None)
         axis, block = (0 if site.role == "bias" else None, None) if layer is None else (layer.axis, layer.block)
         sizes = self.parameter(site.name).shape if axis is not None else ()
-        if block is None:
-            shape = tuple(n if d == axis else 1 for d, n in enumerate(sizes))
-        else:
-            shape = tuple(-(-n // block) if d + (axis or 0) == 1 else n for d, n in enumerate(sizes))
+        shape = tuple(n if d == axis else 1 for d, n in enumerate(sizes))
+        if axis is not None and block is not None:
+            shape = block_shape(sizes, axis, block)
         holder, key = readers.get(site.name, (site.module, 0))
         module: Any = self.model.get_submodule(holder)
         cls = constrained if spec.power_of_2 and site.role != "bias" else free

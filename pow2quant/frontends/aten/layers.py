@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +15,26 @@ from pow2quant.frontends.builder import Builder, Handler
 
 def linear(b: Builder, node: fx.Node, x: Any, weight: Tensor, bias: Tensor | None, name: str | None) -> fx.Node:
     """x @ weight.T + bias. x: (N, …, C_in); one with more than two dimensions is (N·…, C_in) between two reshapes."""
+    return of_rows(b, node, b.operand(node, x), b.shape_with_batch(node), weight, bias, name)
+
+
+def of_rows(
+    b: Builder,
+    node: fx.Node,
+    x: fx.Node,
+    shape: Sequence[int],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    name: str | None = None,
+) -> fx.Node:
+    """The same of a prepared node; shape: of the result, with -1 for what grows with the batch."""
     with torch.device("meta"):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
     equip(layer, weight, bias)
-    if b.rank(x) == 2:
-        return b.call(node, layer, b.operand(node, x), name=name)
-    rows = b.call(node, m.Reshape((-1, layer.in_features)), b.operand(node, x), kind="rows")
-    result = b.call(node, layer, rows, name=name)
-    return b.call(node, m.Reshape(b.shape_with_batch(node)), result, kind="unrows")
+    if len(shape) == 2:
+        return b.call(node, layer, x, name=name)
+    rows = b.call(node, m.Reshape((-1, layer.in_features)), x, kind="rows")
+    return b.call(node, m.Reshape(shape), b.call(node, layer, rows, name=name), kind="unrows")
 
 
 def equip(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.aten.layers import equip, linear
+from pow2quant.frontends.aten.layers import linear, of_rows
 from pow2quant.frontends.builder import Builder, Handler
 
 
@@ -140,16 +140,13 @@ def _index_add(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
 
 def _combined(b: Builder, node: fx.Node, x: fx.Node, dim: int, weight: torch.Tensor) -> fx.Node:
     """weight (out, in): sums of slices along a dimension."""
-    order = [d for d in range(b.rank(x)) if d != dim] + [dim]
-    back = [order.index(d) for d in range(len(order))]
-    shape = [-1 if b.free(x)[d] else b.shape(x)[d] for d in order]
-    with torch.device("meta"):
-        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    equip(layer, weight, None)
-    rows = b.call(node, m.Permute(order), b.operand(node, x)) if order != sorted(order) else b.operand(node, x)
-    rows = b.call(node, m.Reshape((-1, weight.shape[1])), rows, kind="rows")
-    result = b.call(node, m.Reshape([*shape[:-1], weight.shape[0]]), b.call(node, layer, rows), kind="unrows")
-    return b.call(node, m.Permute(back), result) if order != sorted(order) else result
+    rest = [d for d in range(b.rank(x)) if d != dim]
+    shape = [*(-1 if b.free(x)[d] else b.shape(x)[d] for d in rest), weight.shape[0]]
+    if dim == len(rest):
+        return of_rows(b, node, b.operand(node, x), shape, weight)
+    order = [*rest, dim]
+    turned = of_rows(b, node, b.call(node, m.Permute(order), b.operand(node, x)), shape, weight)
+    return b.call(node, m.Permute([order.index(d) for d in range(len(order))]), turned)
 
 
 ROWS: dict[str, Handler] = {

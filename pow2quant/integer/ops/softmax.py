@@ -74,10 +74,10 @@ class SoftmaxStep:
         numbers += [defined.reciprocal_bits, defined.reciprocal_bits - FINE]
         arguments = f"{layer.operand(0)}, y, {', '.join(map(str, numbers))}, {entries.name}, &rule"
         if masked:
-            arguments += f", {layer.operand(1)}, {layer.input(1).size}, {_half(layer.input(1))}"
+            arguments += f", {layer.operand(1)}, {layer.input(1).size}, {_half(layer.input(1))}, {HIDDEN}"
         elif kept is not None:
             mask = _repeated(kept, x.shape)
-            arguments += f", {layer.typed_array('kept', mask.astype(np.uint8)).name}, {mask.size}, 0"
+            arguments += f", {layer.typed_array('kept', mask.astype(np.uint8)).name}, {mask.size}, 0, {HIDDEN}"
         return f"{layer.rule(self.requantization)}\n{softmax}({arguments});"
 
     def bound(self, program: Program) -> int:
