@@ -5,7 +5,7 @@
 NETWORKS.py defines `ZOO`, a dictionary of name -> (group, factory, shapes of the inputs without the batch, kind), kind
 being "img" (smoothed noise), "tok" (integers below 100) or anything else (normal noise). What its factories need (timm,
 transformers, ...) must be installed; pow2quant needs none of it. Each network runs in a process of its own; results are
-appended to a file of JSON lines, and a network that stands there is not run again. --page writes the table.
+appended to a file of JSON lines, and a network that is in it is not run again. --page writes the table.
 
 Batch norm statistics are estimated on a batch of noise: random weights make any input as good as any other. The engine
 and the C run where one input costs few enough operations (--engine-macs, --c-macs).
@@ -177,14 +177,14 @@ def page(results: list[dict[str, Any]], of: int, options: argparse.Namespace) ->
     """The table of the documentation, in Markdown. of: how many networks there are, those included that did not run."""
     count = Counter(r["result"] for r in results)
     lines = [
-        "# Networks that were tried",
+        f"# {options.title}",
         "",
         f"`benchmarks/zoo.py` on {len(results)} of {of} networks with random weights, W8A8, `custom` backend, "
         f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}, "
         f"{time.strftime('%B %d, %Y')}: **{count['exact']} exact** (0 differing "
         "elements in onnxruntime without and with its optimizations, and in the engine and the C where they run), "
         + ", ".join(f"{n} {kind}" for kind, n in sorted(count.items()) if kind != "exact")
-        + ". Refused is one clear line; the reasons stand below.",
+        + ". Refused is one clear line; the reasons are below.",
         "",
         f"The engine runs where one input costs at most {options.engine_macs:.0e} multiplications, the C at most "
         f"{options.c_macs:.0e}. {commits(results)}",
@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="names or groups; all without them")
     parser.add_argument("--results", type=Path, default=Path("zoo.jsonl"))
     parser.add_argument("--page", type=Path)
+    parser.add_argument("--title", default="Networks that were tried", help="of the page")
     parser.add_argument("--timeout", type=float, default=180)
     parser.add_argument("--engine-macs", type=float, default=4e7)
     parser.add_argument("--c-macs", type=float, default=1e7)
