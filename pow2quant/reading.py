@@ -146,6 +146,8 @@ def tensor_of(x: Any, where: str) -> Tensor:
     if isinstance(x, Tensor):
         return x
     array = np.array(x, order="C")
+    if array.dtype.kind in "SU":
+        raise DataError(f"{where}: holds text ({str(array.flat[0])!r}); expected numbers, class indices for labels")
     if array.dtype.kind not in "fiub":
         raise DataError(f"{where}: holds an array of {array.dtype}; expected numbers")
     return torch.from_numpy(array)
@@ -248,12 +250,12 @@ def _input(x: Any, where: str) -> Tensor:
 
 
 def _targets_of(targets: Any, where: str) -> Any:
-    """Arrays and lists of numbers as tensors on the CPU, of float32 or integers; all else as it is."""
+    """Arrays and lists of numbers as tensors on the CPU, of float32 or integers; text as lists; all else as it is."""
 
     def tensor(x: Any) -> Any:
         if (is_array(x) or isinstance(x, np.generic)) and not isinstance(x, Tensor):
             x = np.array(x)
-            x = torch.from_numpy(x) if x.dtype.kind in "fiub" else x
+            x = torch.from_numpy(x) if x.dtype.kind in "fiub" else x.tolist() if x.dtype.kind in "SUO" else x
         if not isinstance(x, Tensor):
             return x
         check_has_values(x, where)
@@ -262,6 +264,8 @@ def _targets_of(targets: Any, where: str) -> Any:
 
     if isinstance(targets, (list, tuple)) and targets and all(isinstance(x, (int, float)) for x in targets):
         targets = torch.tensor(targets)
+    elif isinstance(targets, tuple) and all(isinstance(x, str | bytes) for x in targets):
+        targets = list(targets)  # not several targets, but what a DataLoader makes of one text for each sample
     return pytree.tree_map(tensor, targets)
 
 

@@ -323,6 +323,40 @@ def test_detection_is_judged_by_the_user_s_metric(mine: Path, capsys: pytest.Cap
     assert run("qat", "segmenter", "boxes", "--loss", "mine.py:own_loss")["task"] == "none"
 
 
+IMAGES, WORDS = np.zeros((4, 1, 8, 8), np.float32), ["cat", "dog", "cat", "ant"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [(torch.zeros(1, 8, 8), word) for word in WORDS],
+        (IMAGES, np.array(WORDS)),
+        [(IMAGES, np.array(WORDS))],
+        [(torch.zeros(4, 1, 8, 8), WORDS)],
+        [(torch.zeros(4, 1, 8, 8), tuple(WORDS))],
+        [{"image": IMAGES, "label": WORDS}],
+        {"image": IMAGES, "label": np.array(WORDS)},
+        [(IMAGES, np.array(WORDS, object))],
+    ],
+)
+def test_labels_that_are_text_are_refused(data: Any) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    with pytest.raises(DataError, match=r"text \('cat'\).*class indices"):
+        pow2quant.quantize(network, data, progress=False)
+
+
+def test_text_is_for_a_metric_that_reads_it_and_no_target_is_left_out_in_silence() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    few, text = {"report": {"statistics": False, "latency": False}}, [(torch.zeros(4, 1, 8, 8), WORDS)]
+    result = pow2quant.quantize(network, text, metric=lambda outputs, words: words.count("cat"), config=few)
+    assert next(iter(result.report["metrics"].values()))["quantized"] == 2
+    result = pow2quant.quantize(network, text, task="none", config=few)
+    assert not any("targets" in warning for warning in result.report["verdict"]["warnings"])
+    masks = [(torch.zeros(4, 1, 8, 8), torch.zeros(4, 8, 8).long())]
+    warning = pow2quant.quantize(network, masks, config=few).report["verdict"]["warnings"][0]
+    assert "the targets, of shape (4, 8, 8), fit no task for outputs of (N, 3)" in warning
+
+
 def test_losses_that_fit_and_losses_that_do_not() -> None:
     logits = torch.zeros(4, 3)
     assert float(loss_of(nn.CrossEntropyLoss(), (logits, logits), torch.zeros(4, dtype=torch.long))) > 1

@@ -35,7 +35,7 @@ from pow2quant.runs.pixels import Normalizing, Pixels, take_bytes
 from pow2quant.runs.unfinished import NOTHING as NOTHING_KEPT
 from pow2quant.runs.unfinished import Unfinished, fingerprint_of
 from pow2quant.tasks.base import Counter, Metric, Task
-from pow2quant.tasks.choosing import task_of
+from pow2quant.tasks.choosing import task_of, unread
 from pow2quant.tasks.judging import counted, leading, value_of
 
 T = TypeVar("T")
@@ -119,7 +119,9 @@ class Job:
         several = isinstance(targets, tuple) and len(shapes[1]) == 1 and not (metric or config.training.criterion)
         task = task_of(config.task, metric, targets[0] if several else targets, shapes[1])
         if task.name == "none" and config.task is None and targets is not None:
-            progress.note("warning: the targets fit no task and are not used; --task or --metric say what they are")
+            warning = unread(targets[0] if several else targets, shapes[1], cast(Checked, data.test).name)
+            progress.note(f"warning: {warning}")
+            data = replace(data, warnings=(*data.warnings, warning))
         check = task.check
         if several and task.name != "none":
             progress.note(f"targets: the first of {len(targets)} is used")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pow2quant.errors import ConfigError
+from pow2quant.errors import ConfigError, DataError
 from pow2quant.plugins import names, resolve
 from pow2quant.tasks.base import Metric, Shapes, Task
 from pow2quant.tasks.own import NONE, metric_of
@@ -50,6 +50,25 @@ def task_of(name: str | None, metric: Any, targets: Any, shapes: Shapes) -> Task
         raise ConfigError("metric: the data have no targets to compare with")
     own = metric_of(metric, task.metrics, getattr(task, "arguments", NONE))
     return Judged(task, (own, *(m for m in task.metrics if m.name != own.name)))
+
+
+def unread(targets: Any, shapes: Shapes, where: str) -> str:
+    """That targets which fit no task are not used, as a warning.
+
+    Raises DataError for text: which output stands for which word is not in the data, and a guess would count wrong.
+    """
+    text = next((x for x in targets if isinstance(x, str | bytes)), None) if isinstance(targets, list) else None
+    if text is not None:
+        raise DataError(
+            f"{where}: the targets are text ({text!r}); give class indices, in the order of the network's outputs, "
+            "or --metric, or --task none"
+        )
+    kind = f"of shape {tuple(targets.shape)}" if hasattr(targets, "shape") else f"a {type(targets).__name__}"
+    outputs = ", ".join(f"(N, {', '.join(map(str, shape))})" for shape in shapes)
+    return (
+        f"the targets, {kind}, fit no task for outputs of {outputs} and are not used; "
+        "--task or --metric say what they are"
+    )
 
 
 def _fitting(targets: Any, shapes: Shapes, judged: bool) -> str:
