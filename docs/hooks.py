@@ -21,6 +21,7 @@ MARKERS = {
     "<!-- generated: configuration -->": "configuration",
     "<!-- generated: operations -->": "operations",
     "<!-- generated: methods -->": "methods",
+    "<!-- generated: rewrites -->": "rewrites",
 }
 
 USE = {
@@ -79,6 +80,17 @@ def methods() -> str:
     summary = {name: _summary(plugins.resolve("methods", name)).split("\n")[0] for name in plugins.TABLES["methods"]}
     rows = "\n".join(f"| `{name}` | {_cell(text)} | {' | '.join(USE[name])} |" for name, text in summary.items())
     return f"| method | what it is | cost | use it for |\n|---|---|---|---|\n{rows}"
+
+
+def rewrites() -> str:
+    """onnxruntime's optimizers: a row for those that do the same."""
+    from pow2quant.rewrites import REWRITES
+
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for rewrite in REWRITES:
+        kinds.setdefault((rewrite.guard, rewrite.level), []).append(f"`{rewrite.name}`")
+    rows = "\n".join(f"| {', '.join(names)} | {level} | {_cell(guard)} |" for (guard, level), names in kinds.items())
+    return f"| optimizers | level | what they do, and why values stay |\n|---|---|---|\n{rows}"
 
 
 def command_line() -> str:

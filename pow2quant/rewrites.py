@@ -32,26 +32,27 @@ class Rewrite:
     guard: str
 
 
-_MOVES = "moves, joins or drops nodes that do not compute; the values stay"
-_FLOAT = "reaches float nodes only: a node without encodings on both sides is not proved"
-_ABSENT = "its pattern is not in a file that is proved: the certificate knows none of the operations it makes"
-_EXACT_SUM = "folds into a layer: two layers have Q/DQ between them, and a layer with a float weight is not proved"
+_MOVES = "move, join or drop nodes that do not compute: the same values"
+_FLOAT = "change float nodes only; a node without encodings of its inputs and result is not proved"
+_ABSENT = "replace patterns that no proved file contains: the certificate knows none of the operations they make"
+_EXACT_SUM = "fold into a layer: there is Q/DQ between two layers, and a layer with a float weight is not proved"
 
 REWRITES: tuple[Rewrite, ...] = (
     Rewrite(
         "DoubleQDQPairsRemover",
         "basic",
-        "merges Q-DQ-Q-DQ into one pair with a third scale: CHANGES VALUES. The exporter keeps a node between the "
-        "pairs, the certificate refuses two encodings of one storage type with nothing between that stays",
+        "merges Q-DQ-Q-DQ into one pair with a third scale, which **changes values**. The exporter keeps a node "
+        "between the pairs; the certificate refuses two encodings of one storage type if no node between them stays",
     ),
     Rewrite(
         "Pad_Fusion",
         "basic",
-        "moves a float Pad into the pool or convolution behind it; MaxPool then pads with minus infinity: CHANGES "
-        "VALUES. The exporter keeps a node between the two, the certificate refuses; Conv and AveragePool pad with 0",
+        "moves a float Pad into the next pool or convolution; MaxPool then pads with minus infinity, which **changes "
+        "values**. The exporter keeps a node between the two; the certificate refuses files without it. Conv and "
+        "AveragePool pad with 0",
     ),
     *(
-        Rewrite(name, "basic", "drops a node that does nothing: exact, but Q/DQ pairs may meet (above)")
+        Rewrite(name, "basic", "drop nodes that do nothing: exact, but Q/DQ pairs may become neighbours (first row)")
         for name in (
             *("EliminateIdentity", "EliminateDropout", "EliminateSlice", "NoopElimination", "ExpandElimination"),
             *("CastElimination", "CastChainElimination", "UnsqueezeElimination", "PreShapeNodeElimination"),
@@ -68,17 +69,17 @@ REWRITES: tuple[Rewrite, ...] = (
     Rewrite(
         "TransposeOptimizer",
         "basic",
-        "moves and cancels Transpose, so Q/DQ pairs may meet (above); in front of a Transpose it rounds what is "
-        "rounded behind it, a float graph output too: CHANGES VALUES. The exporter keeps a node between the output and "
-        "the Transpose, the certificate refuses",
+        "moves and cancels Transpose, so two Q/DQ pairs may become neighbours (first row). It moves a rounding in "
+        "front of a Transpose, and a float output of the graph is then rounded too, which **changes values**. The "
+        "exporter keeps a node between the output and the Transpose; the certificate refuses files without it",
     ),
     Rewrite("ConstantFolding", "basic", "computes constants with the same kernels"),
     Rewrite("QDQPropagationTransformer", "basic", "repeats an encoding around a node that only moves values"),
     Rewrite(
         "WeightBiasQuantization",
         "basic",
-        "quantizes float biases: every bias is int32 in units of s_in * s_w in our files, and a layer with a float "
-        "bias is not proved",
+        "quantizes float biases. In files of pow2quant every bias is int32 in units of s_in * s_w, and a layer with a "
+        "float bias is not proved",
     ),
     *(
         Rewrite(name, "basic", _EXACT_SUM)
@@ -87,13 +88,13 @@ REWRITES: tuple[Rewrite, ...] = (
             *("MatMulAddFusion", "GemmSumFusion", "DivMulFusion"),
         )
     ),
-    Rewrite("ClipQuantRewrite", "extended", "drops a Clip that the Q behind it repeats: the same codes"),
-    Rewrite("ReluQuantRewrite", "extended", "drops a Relu in front of a Q whose least code is zero: the same codes"),
+    Rewrite("ClipQuantRewrite", "extended", "drops a Clip if the next Q saturates at the same bounds: the same codes"),
+    Rewrite("ReluQuantRewrite", "extended", "drops a Relu before a Q whose smallest code is zero: the same codes"),
     Rewrite(
         "QDQSelectorActionTransformer",
         "extended",
-        "computes DQ-node-Q on integers: the sums that the certificate bounds, and one rounding; odd zero points "
-        "behind Add, Mul and AveragePool, quotients that miss ties, and results beyond int32 are refused",
+        "computes DQ-node-Q on integers: the sums that the certificate bounds, and one rounding. The certificate "
+        "refuses odd zero points of Add, Mul and AveragePool, quotients that miss ties, and results beyond int32",
     ),
     Rewrite("QDQFinalCleanupTransformer", "extended", "drops a DQ-Q pair of one encoding: the same codes"),
     Rewrite("QDQS8ToU8Transformer", "extended", "adds 128 to codes and zero point: the same values"),
@@ -120,10 +121,10 @@ REWRITES: tuple[Rewrite, ...] = (
         )
     ),
     *(
-        Rewrite(name, "layout", "another order in memory: sums within 2^24 are exact in any order")
+        Rewrite(name, "layout", "use another order in memory: sums within 2^24 are exact in any order")
         for name in ("NchwcTransformer", "NhwcTransformer", "ConvAddActivationFusion")
     ),
-    Rewrite("MemcpyTransformer", "layout", "copies between devices: there is one"),
+    Rewrite("MemcpyTransformer", "layout", "copies between devices; here is only one"),
 )  # fmt: skip
 """Every transformer, and what guards a value against it."""
 

@@ -1,6 +1,7 @@
 """What onnxruntime's optimizers, extreme scales and tampered files do to a proof."""
 
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -256,9 +257,11 @@ def test_every_pair_of_softmax_codes_agrees_and_is_observed_only():
 
 
 def test_the_documentation_lists_every_rewrite():
-    page = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text(encoding="utf-8")
+    docs = Path(__file__).parents[1] / "docs"
+    assert "<!-- generated: rewrites -->" in (docs / "numerics.md").read_text(encoding="utf-8")
+    rows = runpy.run_path(str(docs / "hooks.py"))["rewrites"]().splitlines()
     for rewrite in REWRITES:
-        assert f"| `{rewrite.name}` | {rewrite.level} | {rewrite.guard} |" in page
+        assert any(f"`{rewrite.name}`" in row and f" | {rewrite.level} | " in row for row in rows)
     assert len({rewrite.name for rewrite in REWRITES}) == len(REWRITES)
 
 
