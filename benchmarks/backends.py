@@ -18,8 +18,8 @@ from itertools import islice, product
 from pathlib import Path
 
 import torch
+from chains import Chains
 from families import images, with_statistics
-from methods import Chains
 from torch import Tensor, nn
 
 from pow2quant import datasets, models

@@ -16,7 +16,8 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from methods import DOCS, Bench, Experiment, Row, add_network, load, measured, put, write, written
+from chains import written
+from methods import DOCS, Bench, Experiment, Row, add_network, load, measured, put, write
 
 from pow2quant.config import RunConfig, default_methods, with_values
 

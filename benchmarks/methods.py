@@ -14,11 +14,8 @@ bits are those of onnxruntime is what `ptq` and `backends.py` show. Networks, we
 from __future__ import annotations
 
 import argparse
-import copy
-import inspect
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby, islice, product
@@ -27,14 +24,12 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-import yaml
+from chains import Chains, auto, methods, written
 from torch import Tensor, nn
 
-from pow2quant import datasets, models, prepare, simulate
+from pow2quant import datasets, models
 from pow2quant.backends.base import Simulation
-from pow2quant.backends.fold import fold_batch_norm
-from pow2quant.config import Choice, DataConfig, QuantPlan, RunConfig, parameters, with_values
-from pow2quant.plugins import resolve
+from pow2quant.config import DataConfig, QuantPlan
 from pow2quant.report.document import environment
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -44,7 +39,8 @@ BEGIN, END = "<!-- rows: written by benchmarks/methods.py -->\n", "<!-- end of r
 @dataclass(frozen=True)
 class Experiment:
     """What decides a row. chain: as on the command line. range: of all but biases. seed: None where
-    nothing depends on it. images: how many. block: inputs that share an exponent, None for all of a channel.
+    nothing depends on it. images: how many. block: inputs that share an exponent, None for all of a channel. last: the
+    layer whose output has 8 bits whatever the others have, None where it has as many.
     """
 
     network: str
@@ -59,12 +55,14 @@ class Experiment:
     calibration_images: int = 512
     test_images: int = 10_000
     block: int | None = None
+    last: str | None = None
 
     @property
     def table(self) -> str:
         """The heading of the table it stands in."""
         activations = ", activations float" if self.activation_bits is None else f"A{self.activation_bits}"
         rest = ", per tensor" * self.per_tensor + ", free scales" * (not self.power_of_2)
+        rest += ", logits of 8 bits" * (self.last is not None)
         return f"{self.network}: W{self.weight_bits}{activations}{rest}"
 
     @property
@@ -74,7 +72,10 @@ class Experiment:
 
     def plan(self) -> QuantPlan:
         free = not self.power_of_2
-        return plan(self.weight_bits, self.activation_bits, self.per_tensor, free, self.range, self.block)
+        made = plan(self.weight_bits, self.activation_bits, self.per_tensor, free, self.range, self.block)
+        if self.last is None or made.output is None:
+            return made
+        return replace(made, overrides=((self.last, {"output": replace(made.output, bits=8)}),))
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Row:
     """A measured experiment. accuracy, float_accuracy, difference, zeros (of the weights): per cent.
 
     interval: half of the 95 % interval of the paired difference. seconds: of the process, for calibration and methods.
+    chosen: the chain that `auto` took.
     """
 
     experiment: Experiment
@@ -93,6 +95,7 @@ class Row:
     zeros: float
     seconds: float
     machine: str
+    chosen: str | None = None
 
 
 def widths(text: str) -> tuple[int, int | None]:
@@ -110,64 +113,6 @@ def plan(
     specs |= {role: replace(specs[role], range=range_) for role in ("weight", "input", "output")}
     specs["weight"] = replace(specs["weight"], block=block)
     return QuantPlan(**(specs if activation else {**dict.fromkeys(roles), "weight": specs["weight"]}))
-
-
-def methods(chain: str) -> tuple[Choice, ...]:
-    """What `a, b: {key: value}` or `a+b` stands for."""
-    listed = [] if chain == "none" else yaml.safe_load(f"[{chain.replace('+', ', ')}]")
-    return with_values(RunConfig(), {"ptq.methods": listed}).ptq.methods or ()
-
-
-def written(chain: Iterable[Choice]) -> str:
-    """The one way in which a chain is written."""
-    texts = [
-        f"{name}: {yaml.safe_dump(dict(values), default_flow_style=True, width=1000).strip()}" if values else name
-        for name, values in chain
-    ]
-    return ", ".join(texts) or "none"
-
-
-class Chains:
-    """Simulations of a network after chains of methods.
-
-    What a chain has in common with one before, from its beginning and as far as no random number is drawn, is kept.
-    """
-
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
-        self.model, self.batches = model, batches
-        self._kept: dict[tuple[str, ...], tuple[Simulation, float]] = {}
-
-    def simulation(
-        self, chain: str, plan: QuantPlan, backend: str = "custom", seed: int = 0
-    ) -> tuple[Simulation, float, bool]:
-        """The simulation, the process's seconds that it took (those of what was kept, too), and whether by chance."""
-        torch.manual_seed(seed)
-        seeded = torch.get_rng_state()
-        choices = methods(chain)
-        made = [parameters(resolve("methods", name), values, name) for name, values in choices]
-        rewrites = [method for method in made if hasattr(method, "rewrite")]
-        keys = [(str(plan), backend, written(choices[:n])) for n in range(len(made) + 1)]
-        done = next((n for n in reversed(range(len(keys))) if keys[n] in self._kept), None)
-        started = time.process_time()
-        if done is None:
-            done, sim, before = len(rewrites), self._calibrated(rewrites, plan, backend), 0.0
-        else:
-            kept, before = self._kept[keys[done]]
-            sim = copy.deepcopy(kept)
-        for n in range(done, len(made)):
-            made[n].apply(sim, self.batches)
-            if backend == "custom" and torch.equal(torch.get_rng_state(), seeded):
-                self._kept[keys[n + 1]] = copy.deepcopy(sim), before + time.process_time() - started
-        return sim, before + time.process_time() - started, not torch.equal(torch.get_rng_state(), seeded)
-
-    def _calibrated(self, rewrites: Sequence[Any], plan: QuantPlan, backend: str) -> Simulation:
-        network = fold_batch_norm(prepare(self.model, self.batches[0][:1]))
-        for method in rewrites:
-            more = {"plan": plan} if "plan" in inspect.signature(method.rewrite).parameters else {}
-            network = method.rewrite(network, self.batches, **more)
-        sim = simulate(network, self.batches[0][:1], plan, backend)
-        sim.calibrate(self.batches)
-        return sim
 
 
 @torch.inference_mode()
@@ -213,21 +158,25 @@ class Bench:
                 images,
                 len(self.truth),
                 block or None,
+                options.last_layer,
             )
 
     def measure(self, experiment: Experiment) -> Row:
         chain, plan = experiment.chain, experiment.plan()
-        sim, seconds, by_chance = self.chains.simulation(chain, plan, experiment.backend, experiment.seed)
+        chooser, chosen, spent = auto(chain), None, 0.0
+        if chooser is not None:
+            chosen, spent = self.chains.choice(chooser, plan, experiment.backend, experiment.seed or 0)
+        sim, seconds, by_chance = self.chains.simulation(chosen or chain, plan, experiment.backend, experiment.seed)
         got = logits(sim.model, self.test)
         hits, own = ((x.argmax(1) == self.truth).double() * 100 for x in (self.expected, got))
         difference = own - hits
         sqnr = 10 * torch.log10(self.expected.square().sum() / (got - self.expected).square().sum())
         interval = 1.96 * difference.std() / len(difference) ** 0.5
         figures = (own.mean(), hits.mean(), difference.mean(), interval)
-        rest = (round(sqnr.item(), 2), round(zeros(sim), 1), round(seconds, 1))
-        if not by_chance:
+        rest = (round(sqnr.item(), 2), round(zeros(sim), 1), round(spent + seconds, 1))
+        if not by_chance and chooser is None:
             experiment = replace(experiment, seed=None)
-        return Row(experiment, *(round(x.item(), 3) for x in figures), *rest, self.machine)
+        return Row(experiment, *(round(x.item(), 3) for x in figures), *rest, self.machine, chosen)
 
 
 def load(path: Path) -> list[Row]:
@@ -282,6 +231,7 @@ def by_line(row: Row) -> tuple[str, str, str, int, int]:
 def _line(same: Sequence[Row], images: int, sparse: bool) -> str:
     first = same[0].experiment
     label = "no method" if first.chain == "none" else f"`{first.chain}`"
+    label += f": `{same[0].chosen}`" * (same[0].chosen is not None)
     label += f", range `{first.range}`" * (first.range != "mse")
     label += f", blocks of {first.block}" * (first.block is not None)
     label += f", on `{first.backend}`" * (first.backend != "custom")
@@ -352,6 +302,7 @@ def main() -> None:
     parser.add_argument("--per-tensor", action="store_true")
     parser.add_argument("--free-scales", action="store_true")
     parser.add_argument("--blocks", nargs="+", type=int, default=[0], help="inputs that share an exponent; 0: all")
+    parser.add_argument("--last-layer", help="the layer whose outputs are the logits, to give them 8 bits")
     parser.add_argument("--backend", default="custom")
     parser.add_argument("--rows", type=Path, default=DOCS / "results.json")
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")

@@ -14,7 +14,8 @@ import argparse
 from itertools import islice
 
 import torch
-from methods import Chains, logits, plan, widths
+from chains import Chains
+from methods import logits, plan, widths
 
 from pow2quant import datasets, models
 from pow2quant.config import DataConfig

@@ -26,7 +26,7 @@ from pow2quant.pow2_constraints import Encoding, IntGrid, Observed, choose, powe
 from pow2quant.pow2_constraints.snap import Format
 from pow2quant.runs import simulate
 from pow2quant.tasks.classification import Classification
-from pow2quant.training import checkpoint, schedule
+from pow2quant.training import checkpoint, distilling, schedule
 from pow2quant.training.batch_norm import MOMENTUM
 from pow2quant.training.exponents import OSCILLATES, REACH, RULES, Exponents
 from pow2quant.training.trainer import Trainer
@@ -500,8 +500,8 @@ def test_distillation_is_the_divergence_of_softened_distributions():
     logits, teacher = torch.randn(2, 5, 7, generator=generator)
     p, q = ((x / 3).softmax(1).double() for x in (teacher, logits))
     expected = 9 * (p * (p / q).log()).sum(1).mean()
-    assert float(schedule.distillation(logits, teacher, 3.0)) == pytest.approx(float(expected), rel=1e-5)
-    assert float(schedule.distillation(logits, logits, 2.0)) == 0
+    assert float(distilling.divergence(logits, teacher, 3.0)) == pytest.approx(float(expected), rel=1e-5)
+    assert float(distilling.divergence(logits, logits, 2.0)) == 0
 
 
 def test_the_share_of_quantized_sites():

@@ -43,6 +43,7 @@ _TEXT = Legal(lambda: "text", lambda v: bool(v))
 _RATE = finite("a number above 0", lambda v: v > 0)
 _DECAY = finite("a number from 0 up", lambda v: v >= 0)
 _SHARE = finite("a number from 0 to 1", lambda v: 0 <= v <= 1)
+_BELOW_ONE = finite("a number from 0 up to but not 1", lambda v: 0 <= v < 1)
 _OBJECTIVE = one_of(lambda: OBJECTIVES)
 _SENSITIVITY = one_of(lambda: SENSITIVITIES)
 _MODE = one_of(lambda: MODES)
@@ -158,10 +159,13 @@ class TrainingConfig:
     folded. freeze_batch_norm: the share of all steps after which batch norm uses its running statistics. warmup_epochs:
     epochs without quantization. gradual_epochs: epochs after the warm-up, over which the share of quantized tensors
     grows. gradient_clip: the largest norm of the gradient. distillation: share of the loss that compares with the float
-    network's logits. temperature: of distillation. precision: `bfloat16` and `float16` are mixed, for devices that are
-    faster so. keep: the `last` epoch, or the one that was `best` on the test data (which makes its accuracy there a
-    little too good). patience: epochs without a better accuracy until training stops. checkpoint_minutes: between
-    checkpoints, beside that of every epoch. tensorboard: curves are written for TensorBoard too.
+    network's logits. temperature: of distillation. feature_distillation: weight of the mean squared error behind every
+    block, by the energy of what the float network computes there; it is added to the loss. average: decay of the moving
+    average of the weights, which is measured and kept in their place; 0: none. precision: `bfloat16` and `float16` are
+    mixed, for devices that are faster so. keep: the `last` epoch, or the one that was `best` on the test data (which
+    makes its accuracy there a little too good). patience: epochs without a better accuracy until training stops.
+    checkpoint_minutes: between checkpoints, beside that of every epoch. tensorboard: curves are written for TensorBoard
+    too.
     """
 
     epochs: Annotated[int, _COUNT] = 20
@@ -184,6 +188,8 @@ class TrainingConfig:
     gradient_clip: Annotated[float | None, _RATE] = None
     distillation: Annotated[float, _SHARE] = 0.0
     temperature: Annotated[float, _RATE] = 1.0
+    feature_distillation: Annotated[float, _DECAY] = 0.0
+    average: Annotated[float, _BELOW_ONE] = 0.0
     precision: Annotated[str, _PRECISION] = "float32"
     keep: Annotated[str, _KEEP] = "last"
     patience: Annotated[int | None, _COUNT] = None

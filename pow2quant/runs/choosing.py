@@ -51,13 +51,13 @@ def decided(job: Job) -> Job:
         started = time.monotonic()
         sim = with_methods(silent, chain, seen).quantized()
         seconds = time.monotonic() - started
-        return [seconds, *_noise(sim.model, job.model, held_back, job.device)]
+        return [seconds, *noise(sim.model, job.model, held_back, job.device)]
 
     def attempt(chain: Chain) -> Trial:
-        seconds, *noise = numbers.several(f"auto: {named(chain)}", lambda: measured(chain))
-        return Trial(chain, np.array(noise), seconds)
+        seconds, *found = numbers.several(f"auto: {named(chain)}", lambda: measured(chain))
+        return Trial(chain, np.array(found), seconds)
 
-    trials = chooser.choose(_facts(job), attempt, job.progress.note)
+    trials = chooser.choose(facts(job.network, job.config), attempt, job.progress.note)
     choice = best(trials)
     job.progress.note(
         f"auto: chosen: {named(choice.chain)}, {choice.sqnr_db:.2f} dB on {len(choice.noise)} images held back"
@@ -95,19 +95,19 @@ def split(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Bat
     return parts
 
 
-def _facts(job: Job) -> Facts:
-    quantization = job.config.quantization
-    weight, output = quantization.weight, quantization.output
+def facts(network: nn.Module, config: RunConfig) -> Facts:
+    """What decides which chains are worth a trial for a network and its widths."""
+    weight, output = config.quantization.weight, config.quantization.output
     return Facts(
         None if weight is None else weight.bits,
         None if output is None else output.bits,
-        any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in job.network.modules()),
-        configuration.default_methods(job.config),
+        any(isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1 for m in network.modules()),
+        configuration.default_methods(config),
     )
 
 
 @torch.no_grad()
-def _noise(model: nn.Module, exact: nn.Module, batches: Sequence[Batch], device: torch.device) -> NDArray[np.float64]:
+def noise(model: nn.Module, exact: nn.Module, batches: Sequence[Batch], device: torch.device) -> NDArray[np.float64]:
     """Per image, the mean over the outputs of the error's energy by the output's mean energy over all images."""
     errors, signals = [], []
     for batch in batches:

@@ -53,6 +53,13 @@ def load(path: Path) -> Any:
         raise FileFormatError(f"{path}: not a checkpoint of pow2quant: {error}") from error
 
 
+def difference(before: str, now: str) -> str:
+    """The first line in which two configurations differ."""
+    pairs = zip(before.splitlines(), now.splitlines(), strict=False)
+    was, has = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
+    return f"was made with another configuration ({was!r}, now {has!r}); start anew with --overwrite"
+
+
 def _rich(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value

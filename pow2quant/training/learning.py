@@ -25,7 +25,8 @@ class Learning:
     """A calibrated simulation that learns.
 
     parameters: the float parameters that are trained, by name. config: says what is quantized and how exponents and
-    batch norm are treated. active: the names of the sites that are quantized now; whole: of all that can be.
+    batch norm are treated. active: the names of the sites that are quantized now; whole: of all that can be. watched:
+    what sites have computed last, for those whose names are its keys.
     Raises ConfigError where nothing can be trained.
     """
 
@@ -34,6 +35,7 @@ class Learning:
         self.table = sim.encodings()
         self.sites = schedule.quantized_sites(sim.sites, config)
         self.whole = self.active = frozenset(s.name for s in self.sites)
+        self.watched: dict[str, Tensor] = {}
         if not self.sites:
             raise ConfigError(f"training.mode: {config.mode!r} trains nothing, as the plan quantizes no weight")
         found = {s.name: self.table[s.name] for s in self.sites if s.role != "input"}
@@ -78,6 +80,12 @@ class Learning:
 
     def tap(self, site: Site, x: Tensor, quantized: Tensor) -> Tensor:
         """What a site computes with at the moment; see `backends.base.Tap`."""
+        value = self._computed(site, x, quantized)
+        if site.name in self.watched:
+            self.watched[site.name] = value
+        return value
+
+    def _computed(self, site: Site, x: Tensor, quantized: Tensor) -> Tensor:
         norm = self.norms.get(site.module)
         if norm is not None and site.role == "output":
             x = self.norms.output(norm, x)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -163,15 +162,6 @@ class Schedule:
         """The inverse of `state`."""
         if self.scheduler is not None:
             self.scheduler.load_state_dict({**self.scheduler.state_dict(), **state})
-
-
-def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Knowledge distillation, Hinton et al. 2015, section 2: T^2 * KL(teacher / T || logits / T), the mean of a batch.
-
-    logits, teacher: (N, classes).
-    """
-    student, target = (F.log_softmax(x.float() / temperature, dim=1) for x in (logits, teacher))
-    return temperature**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
 
 
 def quantized_share(config: TrainingConfig, epoch: int) -> float:

@@ -30,7 +30,9 @@ from pow2quant.errors import ConfigError, FileFormatError, Pow2QuantError, Train
 from pow2quant.tasks.base import Task
 from pow2quant.tasks.judging import judged, leading
 from pow2quant.training import checkpoint, curves, schedule
+from pow2quant.training.averaging import Average
 from pow2quant.training.curves import Epoch
+from pow2quant.training.distilling import Distillation
 from pow2quant.training.learning import Learning
 from pow2quant.training.processes import Processes
 
@@ -76,6 +78,9 @@ class Trainer:
             )
         self.learning = Learning(self.sim, self.parameters, self.config)
         self.exponents, self.norms, self.tensors = self.learning.exponents, self.learning.norms, self.learning.tensors
+        self.average = Average(self.tensors, self.config.average)
+        self.distillation = Distillation(self.config, self.task.name, self.teacher, self.sim, self.device)
+        self.learning.watched = self.distillation.watched
         self.steps = len(self.data.train) * self.config.epochs
         self.criterion = schedule.criterion_of(self.config, self.task.loss)
         self.metric = leading(self.task)
@@ -135,14 +140,15 @@ class Trainer:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Within it the simulation computes with what is learned; sites that learn have no encoding of their own."""
-        for module in (self.sim.model, self.teacher):
+        networks = (self.sim.model, self.teacher, self.distillation.teacher)
+        for module in networks:
             module.to(memory_format=LAYOUT)
         self.norms.arrange(LAYOUT)
         try:
             with self.learning.computing():
                 yield
         finally:
-            for module in (self.sim.model, self.teacher):
+            for module in networks:
                 module.to(memory_format=torch.contiguous_format)
 
     def _placed(self, batch: Batch) -> list[Tensor]:
@@ -215,6 +221,7 @@ class Trainer:
         if self.exponent_optimizer is not None and any(p.grad is not None for p in self.exponents.parameters()):
             self.scaler.step(self.exponent_optimizer)
         self.scaler.update()
+        self.average.advance()
         self.norms.advance()
         self.schedule.after_step()
         if not all(bool(torch.isfinite(values).all()) for values in self.exponents.learned):
@@ -225,16 +232,9 @@ class Trainer:
         self.total, self.samples = self.total + value * count, self.samples + count
 
     def _loss(self, results: Any, arguments: list[Tensor], targets: Any) -> Tensor:
-        share = self.config.distillation
-        first = inputs(results)[0]
-        loss = schedule.loss_of(self.criterion, results, targets) if share < 1 else first.new_zeros(())
-        if not share:
-            return loss
-        with torch.no_grad(), self._precision():
-            teacher = inputs(self.teacher(*arguments))[0]
-        if self.task.name not in ("classification", "segmentation", "none"):
-            return (1 - share) * loss + share * nn.functional.mse_loss(first, teacher)
-        return (1 - share) * loss + share * schedule.distillation(first, teacher, self.config.temperature)
+        share, first = self.config.distillation, inputs(results)[0]
+        loss = self.distillation.loss(first, arguments)
+        return loss if share == 1 else loss + (1 - share) * schedule.loss_of(self.criterion, results, targets)
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.config.precision == "float32":
@@ -274,7 +274,9 @@ class Trainer:
     def _measure(self, loss: float | None, seconds: float) -> None:
         """Adds an epoch to the history; remembers it if it is the best of those in which everything was quantized."""
         epoch = 0 if loss is None else self.epoch + 1
-        accuracy = self.accuracy()
+        with self.average.taken():
+            accuracy = self.accuracy()
+            learned = [t.detach().clone() for t in self.learned] if self.config.keep == "best" else []
         moved = int((self.exponents.k != self.exponents.calibrated).sum())
         self.history.append(
             Epoch(
@@ -299,9 +301,7 @@ class Trainer:
         if self.active == self.learning.whole and (
             not self.best or self.metric.better(accuracy, self.best["accuracy"])
         ):
-            self.best = {"accuracy": accuracy, "epoch": epoch}
-            if self.config.keep == "best":
-                self.best["learned"] = [t.detach().clone() for t in self.learned]
+            self.best = {"accuracy": accuracy, "epoch": epoch} | ({"learned": learned} if learned else {})
 
     def _is_over(self) -> bool:
         """Whether training is to stop early."""
@@ -321,6 +321,7 @@ class Trainer:
     @torch.no_grad()
     def _keep(self) -> None:
         """Puts what is to be kept into the simulation: the last epoch's, or the best one's."""
+        self.average.exchange()
         for tensor, value in zip(self.learned, self.best.get("learned", self.learned), strict=True):
             tensor.copy_(value)
         self.learning.settle()
@@ -332,6 +333,7 @@ class Trainer:
         state = {
             "identity": self.identity,
             "parameters": self.tensors,
+            "average": [self.average.steps, self.average.values],
             "statistics": self.norms.statistics,
             "exponents": self.exponents.state(),
             "optimizers": [o.state_dict() for o in (self.optimizer, self.exponent_optimizer) if o is not None],
@@ -374,9 +376,10 @@ class Trainer:
     @torch.no_grad()
     def _take(self, state: dict[str, Any]) -> None:
         if state["identity"] != self.identity:
-            raise ConfigError(f"{self.path}: {_difference(state['identity'], self.identity)}")
+            raise ConfigError(f"{self.path}: {checkpoint.difference(state['identity'], self.identity)}")
         for tensor, value in zip(self.tensors, state["parameters"], strict=True):
             tensor.copy_(value)
+        self.average.restore(*state["average"])
         self.norms.statistics.copy_(state["statistics"])
         self.exponents.restore(state["exponents"])
         optimizers = [o for o in (self.optimizer, self.exponent_optimizer) if o is not None]
@@ -397,10 +400,3 @@ def _seed(seed: int, epoch: int) -> None:
     random.seed(mixed)
     np.random.seed(mixed)  # noqa: NPY002 (what data sets of users draw from)
     torch.manual_seed(mixed)
-
-
-def _difference(before: str, now: str) -> str:
-    """The first line in which two configurations differ."""
-    pairs = zip(before.splitlines(), now.splitlines(), strict=False)
-    was, has = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
-    return f"was made with another configuration ({was!r}, now {has!r}); start anew with --overwrite"
