@@ -119,8 +119,7 @@ class Layer:
 
     def kernel(self, name: str, **types: str) -> str:
         """A kernel's name, written out for these types and the step's rounding."""
-        rule = getattr(self.step, "requantization", None)
-        return self.source.kernel(name, **({} if rule is None else rounding(rule)), **types)
+        return self.source.kernel(name, **({} if self.step.rule is None else rounding(self.step.rule)), **types)
 
     def array(self, what: str, values: NDArray[Any], least: str = "int8", zeros: int = 0) -> Array:
         """A constant array in the narrowest signed type, but none narrower than `least`; `zeros` follow the values."""
@@ -325,14 +324,7 @@ class Loops:
     @classmethod
     def through(cls, views: Sequence[NDArray[np.int64]]) -> Loops:
         """Through views, of equal shape, of flat indices."""
-        found: list[tuple[int, ...]] = []
-        for count, *strides in zip(views[0].shape, *(v.strides for v in views), strict=True):
-            steps = tuple(s // views[0].itemsize for s in strides)
-            if found and count > 1 and found[-1][1:] == tuple(count * s for s in steps):
-                found[-1] = (found[-1][0] * count, *steps)
-            elif count > 1:
-                found.append((count, *steps))
-        return cls(found or [(1, *[1] * len(views))], [int(v.flat[0]) for v in views])
+        return cls(nested(views) or [(1, *[1] * len(views))], [int(v.flat[0]) for v in views])
 
     def starts_behind(self, depth: int) -> list[str]:
         """The flat index in every array that the `depth` outermost loops have reached."""
@@ -347,6 +339,18 @@ class Loops:
             head = f"for (int32_t i{d} = 0; i{d} < {self.nest[d][0]}; i{d}++) {{"
             body = [head, *indented(body), "}"]
         return body
+
+
+def nested(views: Sequence[NDArray[np.int64]]) -> list[tuple[int, ...]]:
+    """The loops, (count, stride in every array) each, through views, of equal shape, of flat indices; as few as do."""
+    found: list[tuple[int, ...]] = []
+    for count, *strides in zip(views[0].shape, *(v.strides for v in views), strict=True):
+        steps = tuple(s // views[0].itemsize for s in strides)
+        if found and count > 1 and found[-1][1:] == tuple(count * s for s in steps):
+            found[-1] = (found[-1][0] * count, *steps)
+        elif count > 1:
+            found.append((count, *steps))
+    return found
 
 
 def rounding(rule: Requantization) -> dict[str, str]:

@@ -68,13 +68,13 @@ class LayerBound:
     tensor: str
     accumulator_max: int | None
     bits: int | None
-    per_channel: tuple[int, ...]
     proved: bool
+    proved_integers: bool
     int32_safe: bool
     shift: int | tuple[int, ...] | None
     reason: str
-    raw_per_channel: tuple[int, ...] = ()
-    proved_integers: bool = False
+    per_channel: tuple[int, ...]
+    raw_per_channel: tuple[int, ...]
 
     def channels(self) -> dict[str, list[int] | list[bool] | None]:
         """What holds for every output channel, in JSON's types; None where it is unknown.
@@ -142,19 +142,7 @@ class Certificate:
 
         per_channel: with `channels` in every entry, see `LayerBound.channels` (certificate.json).
         """
-        keys = (
-            "node",
-            "op",
-            "tensor",
-            "accumulator_max",
-            "bits",
-            "proved",
-            "proved_integers",
-            "int32_safe",
-            "shift",
-            "reason",
-        )
-        layers = [{key: getattr(layer, key) for key in keys} for layer in self.layers]
+        layers = [{k: v for k, v in vars(layer).items() if not k.endswith("per_channel")} for layer in self.layers]
         if per_channel:
             layers = [entry | {"channels": layer.channels()} for entry, layer in zip(layers, self.layers, strict=True)]
         return {
@@ -199,11 +187,12 @@ def _follow(tensors: Tensors, node: onnx.NodeProto) -> LayerBound | None:
         tensor=node.output[0],
         accumulator_max=largest,
         bits=None if largest is None else largest.bit_length() + 1,
-        per_channel=magnitudes,
         proved=not reason,
+        proved_integers=False,
         int32_safe=largest is not None and largest <= INT32_MAX,
         shift=_shift(tensors, node, accumulator),
         reason=reason,
+        per_channel=magnitudes,
         raw_per_channel=_raw(tensors, node),
     )
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
     from pow2quant.artifact import Artifact
-    from pow2quant.integer.program import Program, Step, Tensor
+    from pow2quant.integer.program import Program, Tensor
 
 PLAN = "plan.json"
 CODE = ("model.h", "model.c", "kernels.h", "weights.h")
@@ -181,7 +181,8 @@ class Source:
         places = [*self.inputs, *self.outputs]
         calls = [f"{p.name}[v]" for p in self.inputs] + [p.name for p in self.outputs]
         stack = [layer.held * BLOCK * _bits(layer.sums) // 8 for layer in self.layers if layer.sums]
-        ends = [e for step in self.program.steps for e in _ends(step)]
+        rules = [step.rule for step in self.program.steps if step.rule is not None]
+        ends = [e for rule in rules for e in (rule.zero, rule.low, rule.high)]
         return {
             "prefix": self.prefix,
             "ram": self.memory.ram,
@@ -197,7 +198,7 @@ class Source:
             "names": ", ".join(p.name for p in places),
             "calls": ", ".join(calls),
             "used": self.used,
-            "round": "round_half_even" if all(_rounding(step) == HALF_EVEN for step in self.program.steps) else "round",
+            "round": "round_half_even" if all(rule.rounding == HALF_EVEN for rule in rules) else "round",
             "rule_type": "int32_t" if all(-(2**31) <= e < 2**31 for e in ends) else "int64_t",
             "kernels": list(self.kernels.values()),
             "arrays": self.arrays,
@@ -281,7 +282,7 @@ class Source:
         for name, dtype, _ in layer.scratch:
             parameters.append(f"{dtype}_t *{name.rpartition(' ')[2]}")
             arguments.append(self._in_arena(self.memory.spots[name], dtype))
-        rule = getattr(step, "requantization", None)
+        rule = step.rule
         shift = "" if rule is None else " … ".join(map(str, sorted({int(rule.shift.min()), int(rule.shift.max())})))
         return {
             "index": layer.index,
@@ -302,16 +303,6 @@ class Source:
             "result": self.pointer(output),
             "count": output.size,
         }
-
-
-def _ends(step: Step) -> list[int]:
-    rule = getattr(step, "requantization", None)
-    return [] if rule is None else [rule.zero, rule.low, rule.high]
-
-
-def _rounding(step: Step) -> str:
-    rule = getattr(step, "requantization", None)
-    return HALF_EVEN if rule is None else str(rule.rounding)
 
 
 def _bits(kind: str) -> int:

@@ -80,7 +80,7 @@ class Layers:
         for step in program.steps:
             writer = WRITERS.get(type(step))
             if writer is None:
-                raise _refused(step, f"{type(step).__name__.lower()} is not written to hls4ml")
+                raise step.refused(f"{type(step).__name__.lower()} is not written to hls4ml")
             writer(self, step)
         self.ends = [self.names[name] if outputs is None else self.copy(name) for name in self.outputs]
 
@@ -113,11 +113,11 @@ class Layers:
         """The layer of a step, and the ReLU that is fused into it. shape: of its result, a map or a row."""
         result = self.program.tensors[step.output]
         name = self.add(kind, inputs, {**precision, "result": fixed(result)}, **rest)
-        rule: Requantization | None = getattr(step, "requantization", None)
+        rule: Requantization | None = step.rule
         if rule is not None and (rule.low, rule.high) != (result.low, result.high):
             activations = {(0, result.high): "relu", (0, math.ldexp(6, -result.exponent)): "relu6"}
             if (rule.low, rule.high) not in activations:
-                raise _refused(step, f"clips codes to {rule.low} to {rule.high}; hls4ml has ReLU and ReLU6")
+                raise step.refused(f"clips codes to {rule.low} to {rule.high}; hls4ml has ReLU and ReLU6")
             kind = activations[rule.low, rule.high]
             name = self.add("Activation", [name], {"result": fixed(result)}, activation=kind, n_in=result.size)
         self.names[step.output] = name
@@ -175,7 +175,7 @@ def _products(layers: Layers, step: Any) -> tuple[dict[str, str], NDArray[np.flo
 def _dense(layers: Layers, step: Dense) -> None:
     name = step.inputs[0]
     if layers.program.tensors[name].size != step.weight.shape[1]:
-        raise _refused(step, "a linear layer over the last of several dimensions")
+        raise step.refused("a linear layer over the last of several dimensions")
     types, weight, bias = _products(layers, step)
     row = layers.shaped(name, (layers.program.tensors[name].size,))
     data = {"weight_data": weight[:, layers.orders[name]].T.copy(), "bias_data": bias}
@@ -188,22 +188,16 @@ def _convolution(layers: Layers, step: Convolution) -> None:
     outputs, channels = weight.shape[:2]
     depthwise = step.groups != 1
     if depthwise and (channels, outputs) != (1, step.groups):
-        raise _refused(step, "a grouped convolution; hls4ml has depthwise ones")
-    _windowed(
-        layers,
-        step,
-        types,
-        weight.transpose(2, 3, 0, 1) if depthwise else weight.transpose(2, 3, 1, 0),
-        bias,
-        depthwise,
-    )
+        raise step.refused("a grouped convolution; hls4ml has depthwise ones")
+    kernel = weight.transpose(2, 3, 0, 1) if depthwise else weight.transpose(2, 3, 1, 0)
+    _windowed(layers, step, types, kernel, bias, depthwise)
 
 
 def _average(layers: Layers, step: Average) -> None:
     """A mean over 2^n values: a depthwise convolution whose weights are 2^-n."""
     x, count = layers.program.tensors[step.inputs[0]], int(step.counts.max())
     if count != int(step.counts.min()) or count & (count - 1):
-        raise _refused(step, "a mean that is not over 2^n values everywhere")
+        raise step.refused("a mean that is not over 2^n values everywhere")
     log, channels = count.bit_length() - 1, x.size // math.prod(step.window.size)
     types = {
         "weight": _type(2, -log),
@@ -216,7 +210,7 @@ def _average(layers: Layers, step: Average) -> None:
 
 def _maximum(layers: Layers, step: Maximum) -> None:
     if any(p > 0 for p in (*step.window.before, *step.window.after)):
-        raise _refused(step, "a maximum with padding")
+        raise step.refused("a maximum with padding")
     x = layers.program.tensors[step.inputs[0]]
     channels = x.size // math.prod(step.window.size)
     pool = dict(zip(("pool_height", "pool_width"), step.window.kernel, strict=True))
@@ -234,7 +228,7 @@ def _windowed(
 ) -> None:
     """kernel: (height, width, inputs, outputs), of a depthwise convolution (height, width, channels, 1)."""
     if step.window.dilations != (1, 1) and step.window.kernel != (1, 1):
-        raise _refused(step, "a dilated convolution")
+        raise step.refused("a dilated convolution")
     inputs = [_map(layers, step, kernel.shape[2])]
     kind, key = ("DepthwiseConv2D", "depthwise_data") if depthwise else ("Conv2D", "weight_data")
     sizes = {"n_chan": kernel.shape[2], "n_filt": len(bias)}
@@ -249,7 +243,7 @@ def _map(layers: Layers, step: Any, channels: int) -> str:
     """The input in the shape (height, width, channels), in which its values have to lie already."""
     name = step.inputs[0]
     if not np.array_equal(layers.orders[name], _channels_last((channels, *step.window.size))):
-        raise _refused(step, "reads a map that was reshaped")
+        raise step.refused("reads a map that was reshaped")
     return layers.shaped(name, (channels, *step.window.size))
 
 
@@ -264,10 +258,10 @@ def _places(window: Window) -> dict[str, Any]:
 def _sum(layers: Layers, step: Sum) -> None:
     a, b = (layers.program.tensors[name] for name in step.inputs)
     if a.constant is not None or b.constant is not None or a.shape != b.shape:
-        raise _refused(step, "a sum with a constant, or of two shapes")
+        raise step.refused("a sum with a constant, or of two shapes")
     shape = layers.shapes[step.inputs[0]]
     if not all(np.array_equal(layers.orders[name], _channels_last(shape)) for name in step.inputs):
-        raise _refused(step, "a sum of what was reshaped")
+        raise step.refused("a sum of what was reshaped")
     inputs = [layers.shaped(name, shape) for name in step.inputs]
     layers.put(step, "Merge", inputs, {}, shape, op="subtract" if step.subtracts else "add")
 
@@ -284,10 +278,6 @@ def _shape(shape: tuple[int, ...]) -> list[int]:
 
 def _channels_last(shape: tuple[int, ...]) -> Order:
     return np.moveaxis(np.arange(math.prod(shape)).reshape(shape), 0, -1).reshape(-1)
-
-
-def _refused(step: Any, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{step.node}: {why}")
 
 
 WRITERS: dict[type, Callable[[Layers, Any], None]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,7 +26,7 @@ def channels_last(program: Program) -> Program:
     Raises UnsupportedModelError where no input is an image, or an image is an output, too.
     """
     tensors = dict(program.tensors)
-    steps: list[Any] = []
+    steps: list[Step] = []
     renamed: dict[str, str] = {}
     for name in program.inputs:
         image = tensors[name]
@@ -40,7 +40,7 @@ def channels_last(program: Program) -> Program:
         steps.append(_moved(tensors[name], tensors[renamed[name]]))
     if not renamed:
         raise UnsupportedModelError("no input is an image (channels, height, width): layout nhwc is for these")
-    steps += [_reading(step, renamed) for step in program.steps]
+    steps += [replace(step, inputs=tuple(renamed.get(n, n) for n in step.inputs)) for step in program.steps]
     return replace(program, tensors=tensors, steps=tuple(steps))
 
 
@@ -48,8 +48,3 @@ def _moved(last: Tensor, first: Tensor) -> Copy:
     read = np.arange(last.size).reshape(last.shape).transpose(2, 0, 1)
     part = Part.of(0, read, np.arange(first.size).reshape(first.shape))
     return Copy(first.name, (last.name,), first.name, (part,))
-
-
-def _reading(step: Step, renamed: dict[str, str]) -> Any:
-    known: Any = step
-    return replace(known, inputs=tuple(renamed.get(name, name) for name in step.inputs))

@@ -76,14 +76,13 @@ def _add(graph: Lowering, node: onnx.NodeProto) -> None:
     if defined is not None:
         LOWER_DEFINED[type(defined)](graph, node, defined)
         return
-    core, low, high = _peeled(graph, node)
+    core, source, low, high = _peeled(graph, node)
     output = node.output[0]
     graph.rounding = graph.target.rounding.of((node if core is None else core).op_type)
     if core is None:
-        source = graph.read(_behind_clips(graph, node), rows=True)
-        target = graph.declare(output)
-        requantization = graph.requantization(np.array(source.exponent), target, low, high)
-        graph.steps.append(Copy.whole(node.name or output, source, target, requantization))
+        x, target = graph.read(source, rows=True), graph.declare(output)
+        requantization = graph.requantization(x.exponent, target, low, high)
+        graph.steps.append(Copy.whole(node.name or output, x, target, requantization))
     elif _is_function(graph, core):
         lower_function(graph, node, core, low, high)
     elif _reads_float(graph, core):
@@ -100,9 +99,9 @@ def _reads_float(graph: Lowering, node: onnx.NodeProto) -> bool:
     return any(n.startswith(f"{node.name}.") and n not in graph.floats and n not in graph.tensors for n in data)
 
 
-def _peeled(graph: Lowering, node: onnx.NodeProto) -> tuple[onnx.NodeProto | None, float, float]:
-    """The node behind fused ReLUs and clips (None: there is an encoded tensor), and the real ends of these."""
-    low, high = -math.inf, math.inf
+def _peeled(graph: Lowering, node: onnx.NodeProto) -> tuple[onnx.NodeProto | None, str, float, float]:
+    """The node behind fused ReLUs and clips (None: an encoded tensor), what they read, and the real ends of these."""
+    source, low, high = "", -math.inf, math.inf
     current: onnx.NodeProto | None = node
     while current is not None and current.op_type in ("Relu", "Clip"):
         ends = _ends(graph, current)
@@ -110,13 +109,7 @@ def _peeled(graph: Lowering, node: onnx.NodeProto) -> tuple[onnx.NodeProto | Non
         low, high = min(max(ends[0], low), high), max(min(ends[1], high), low)
         source = current.input[0]
         current = None if source in graph.encodings else graph.producers.get(source)
-    return current, low, high
-
-
-def _behind_clips(graph: Lowering, node: onnx.NodeProto) -> str:
-    while node.input[0] not in graph.encodings:
-        node = graph.producers[node.input[0]]
-    return str(node.input[0])
+    return current, source, low, high
 
 
 def _ends(graph: Lowering, node: onnx.NodeProto) -> tuple[float, float]:
@@ -143,7 +136,7 @@ def _is_function(graph: Lowering, core: onnx.NodeProto) -> bool:
 
 def _require_64_bits(program: Program, step: Step) -> None:
     """Raises UnsupportedModelError, naming the node, where a sum, or its shift to the left, may leave int64."""
-    rule = getattr(step, "requantization", None)
+    rule = step.rule
     # an average shifts its sum before it divides, so that its bound has the shift
     up = 0 if rule is None or isinstance(step, Average) else max(0, -int(np.min(rule.shift)))
     if (largest := step.bound(program) << up) > INT64_HALF:

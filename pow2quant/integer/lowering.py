@@ -17,7 +17,7 @@ from pow2quant.errors import EncodingError, NotPowerOfTwoError, UnsupportedModel
 from pow2quant.functions import accepts, region
 from pow2quant.graphs import GraphIndex
 from pow2quant.integer.batch import Found, Place, places
-from pow2quant.integer.nodes import attribute, title
+from pow2quant.integer.nodes import title
 from pow2quant.integer.program import Requantization, Step, Tensor
 from pow2quant.operators import Values, values
 from pow2quant.pow2_constraints import Encoding, IntGrid
@@ -65,26 +65,24 @@ class Lowering:
     def of(cls, artifact: Artifact) -> Lowering:
         """Reads an artifact's graph; its inputs become tensors."""
         model = _with_batch(artifact.model, 1)
-        floats = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-        for node in model.graph.node:
-            if node.op_type == "Constant":
-                floats[node.output[0]] = numpy_helper.to_array(attribute(node, "value", None))
+        index = GraphIndex(model.graph)
+        floats = index.constants
         shapes = {name: value.shape for name, value in floats.items()} | _shapes(model)
         inputs = tuple(v.name for v in model.graph.input if v.name not in floats)
         graph = cls(
             encodings=dict(artifact.encodings),
             floats=floats,
             shapes=shapes,
-            producers={name: node for node in model.graph.node for name in node.output},
+            producers=index.producers,
             inputs=inputs,
             outputs=tuple(v.name for v in model.graph.output),
             places=places(inputs, model.graph.node, floats, shapes, _shapes(_with_batch(artifact.model, 2))),
-            index=GraphIndex(model.graph),
+            index=index,
             pixels=takes_pixels(artifact.model),
             target=targets.of(artifact.model),
         )
         indices = [v for v in model.graph.input if v.type.tensor_type.elem_type in INDICES and v.name not in floats]
-        graph.encodings |= {v.name: _of_indices(graph.index, graph.encodings, v.name) for v in indices}
+        graph.encodings |= {v.name: _of_indices(index, graph.encodings, v.name) for v in indices}
         for name in inputs:
             graph.declare(name)
         return graph
@@ -192,7 +190,7 @@ class Lowering:
         return [self.read(name, rows=True) for name in sources]
 
     def requantization(
-        self, exponent: Ints, target: Tensor, low: float = -math.inf, high: float = math.inf
+        self, exponent: int | Ints, target: Tensor, low: float = -math.inf, high: float = math.inf
     ) -> Requantization:
         """From an accumulator in units of 2^exponent, () or (C,), to a tensor's codes, real values clipped first.
 

@@ -11,7 +11,7 @@ import onnx
 from pow2quant.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -24,6 +24,18 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 def title(node: onnx.NodeProto) -> str:
     """How an error names a node."""
     return f"{node.op_type} {node.name or node.output[0]}"
+
+
+def reduced_axes(node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]], rank: int) -> list[int] | None:
+    """The dimensions that a mean, sum or extreme goes over, sorted; None where they are computed, not constant."""
+    if node.op_type == "GlobalAveragePool":
+        return list(range(2, rank))
+    axes = attribute(node, "axes", None)
+    if axes is None and len(node.input) > 1 and node.input[1]:
+        axes = constants.get(node.input[1])
+        if axes is None:
+            return None
+    return sorted(int(axis) % rank for axis in (range(rank) if axes is None else axes))
 
 
 @dataclass(frozen=True)

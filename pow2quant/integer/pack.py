@@ -141,7 +141,6 @@ class _Pack:
     def step(self, program: Program, step: Step) -> dict[str, Any]:
         """A step's entry: the fields of its class, arrays as files, and how large its integers get."""
         entry: dict[str, Any] = {"node": step.node, "kind": type(step).__name__.lower()}
-        assert is_dataclass(step)
         for field in fields(step):
             value = getattr(step, field.name)
             if field.name == "weight" and (ternary := Ternary.of(value)) is not None:

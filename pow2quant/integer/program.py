@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pow2quant.errors import UnsupportedModelError
 from pow2quant.pow2_constraints.arithmetic import HALF_EVEN, requantize
 
 if TYPE_CHECKING:
@@ -111,45 +112,49 @@ class Requantization:
             shift = shift.reshape(-1, *[1] * (-1 - channel_axis))
         return requantize(accumulator, shift, self.zero, self.low, self.high, self.rounding)
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether codes less their zero come out as they went in, but for clipping."""
-        return not self.shift.any()
 
-
-class Step(Protocol):
+@dataclass(frozen=True, eq=False)
+class Step:
     """One operation of a program: codes in, codes out.
 
     node: the ONNX node it comes from. inputs, output: names of tensors.
     """
 
-    @property
-    def node(self) -> str: ...
+    node: str
+    inputs: tuple[str, ...]
+    output: str
 
     @property
-    def inputs(self) -> tuple[str, ...]: ...
+    def rule(self) -> Requantization | None:
+        """How its accumulator becomes codes; None where codes are looked up, or moved part by part."""
+        found: Requantization | None = getattr(self, "requantization", None)
+        return found
 
-    @property
-    def output(self) -> str: ...
+    def refused(self, why: str) -> UnsupportedModelError:
+        """The error of a format that has no such step."""
+        return UnsupportedModelError(f"{self.node}: {why}")
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """The output's codes (N, *shape) from the inputs' codes (N, *shape), constants without N."""
-        ...
+        """The output's codes from the inputs' codes (N, *shape), constants without N.
+
+        In any integer type, and any shape of N samples: the engine gives them those of the output.
+        """
+        raise NotImplementedError
 
     def bound(self, program: Program) -> int:
         """The largest magnitude that any intermediate integer of the reference arithmetic can have."""
-        ...
+        return max(program.tensors[name].magnitude for name in self.inputs)
 
     def work(self, program: Program) -> int:
         """Multiply-accumulates of one sample, or what else is done to every code."""
-        ...
+        return program.tensors[self.output].size
 
     def emit_c(self, layer: Any) -> str:
         """The body of the step's function in C; empty where the output shares the input's memory.
 
         layer: a `c_layer.Layer`, which writes what steps have in common.
         """
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,7 +69,8 @@ def _execute(program: Program, inputs: Sequence[Codes], watch: Watch | None) -> 
         for name in program.inputs:
             watch(name, values[name])
     for i, step in enumerate(program.steps):
-        values[step.output] = step.run(program, *(values[name] for name in step.inputs))
+        result, codes = program.tensors[step.output], step.run(program, *(values[name] for name in step.inputs))
+        values[step.output] = codes.astype(result.dtype, copy=False).reshape(-1, *result.shape)
         if watch:
             watch(step.output, values[step.output])
         for name in set(step.inputs):

@@ -11,8 +11,9 @@ import onnx
 
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_layer import ctype
-from pow2quant.integer.nodes import Window, attribute, title
+from pow2quant.integer.nodes import Window, attribute, reduced_axes, title
 from pow2quant.integer.ops.copy import Copy, Part
+from pow2quant.integer.program import Step
 from pow2quant.pow2_constraints.arithmetic import mean_round, saturate
 
 if TYPE_CHECKING:
@@ -22,30 +23,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Average:
+class Average(Step):
     """y = round(sum over a window of (x - zero) / (count * 2^shift)) + zero, clipped.
 
     counts: by how many values each result is divided, () or (result height, result width). The shift is that of the
     requantization; a negative one multiplies the sum.
     """
 
-    node: str
-    inputs: tuple[str]
-    output: str
     window: Window
     counts: Ints
     requantization: Requantization
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
         (x,) = inputs
-        tensor, result = program.tensors[self.inputs[0]], program.tensors[self.output]
-        maps = x.reshape(len(x), -1, *self.window.size).astype(np.int64) - tensor.zero
+        maps = x.reshape(len(x), -1, *self.window.size).astype(np.int64) - program.tensors[self.inputs[0]].zero
         sums = self.window.patches(maps, 0).sum((-2, -1))
         rule = self.requantization
         quotient = mean_round(sums, self.counts, int(rule.shift), rule.rounding)
-        codes = saturate(quotient + rule.zero, rule.low, rule.high)
-        return codes.astype(result.dtype).reshape(len(x), *result.shape)
+        return saturate(quotient + rule.zero, rule.low, rule.high)
 
     @property
     def up(self) -> int:
@@ -58,7 +53,6 @@ class Average:
         return max(0, int(self.requantization.shift))
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`."""
         rule = self.requantization
         if rule.rounding == "gemmlowp":
             return self._emit_multiplied(layer)
@@ -73,7 +67,7 @@ class Average:
         log = int(self.counts.max()).bit_length() - 1
         factors = (2**30 << np.frexp(self.counts.astype(np.float64))[1].astype(np.int64) - 1) // self.counts
         if len(np.unique(self.counts)) > 1:
-            raise UnsupportedModelError(f"{self.node}: a divisor that depends on the place, with rounding gemmlowp")
+            raise self.refused("a divisor that depends on the place, with rounding gemmlowp")
         return self._emit(layer, "int64_t", factors.reshape(-1), int(self.requantization.shift) - 1 + log)
 
     def _emit(self, layer: Layer, a: str, counts: Ints, up: int) -> str:
@@ -85,12 +79,10 @@ class Average:
         return f"{window}\n{average}(x, y, &window, {numbers});"
 
     def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
         numerator = math.prod(self.window.kernel) * program.tensors[self.inputs[0]].magnitude << self.up
         return max(numerator, int(self.counts.max()) << self.down)
 
     def work(self, program: Program) -> int:
-        """See `Step.work`."""
         return program.tensors[self.output].size * math.prod(self.window.kernel)
 
 
@@ -105,7 +97,7 @@ def lower_pool(graph: Lowering, node: onnx.NodeProto, output: str, low: float, h
     counts = window.patches(np.ones((1, 1, *window.size), np.int64), counts_padding).sum((-2, -1))[0, 0]
     if (counts == counts.flat[0]).all():
         counts = counts[0, 0]
-    requantization = graph.requantization(np.array(x.exponent), target, low, high)
+    requantization = graph.requantization(x.exponent, target, low, high)
     graph.steps.append(Average(node.name or output, (x.name,), output, window, np.asarray(counts), requantization))
 
 
@@ -113,7 +105,7 @@ def lower_mean(graph: Lowering, node: onnx.NodeProto, output: str, low: float, h
     """GlobalAveragePool, ReduceMean or ReduceSum over any dimensions but the batch."""
     x, target = graph.read(node.input[0], rows=True), graph.declare(output)
     source, window = reduced(graph, node, output)
-    requantization = graph.requantization(np.array(x.exponent), target, low, high)
+    requantization = graph.requantization(x.exponent, target, low, high)
     count = np.array(1 if node.op_type == "ReduceSum" else math.prod(window.kernel))
     graph.steps.append(Average(node.name or output, (source,), output, window, count, requantization))
 
@@ -123,7 +115,9 @@ def reduced(graph: Lowering, node: onnx.NodeProto, output: str) -> tuple[str, Wi
     x = graph.read(node.input[0], rows=True)
     rank = len(graph.shape(node.input[0]))
     front = rank - len(x.shape)
-    axes = _axes(graph, node, rank)
+    axes = reduced_axes(node, graph.floats, rank)
+    if axes is None:
+        raise UnsupportedModelError(f"{title(node)}: its axes are computed, not constant")
     name, source = node.name or output, x.name
     kept = [a for a in range(front, rank) if a not in axes]
     order = [*kept, *axes]
@@ -134,14 +128,3 @@ def reduced(graph: Lowering, node: onnx.NodeProto, output: str) -> tuple[str, Wi
         graph.steps.append(Copy(name, (x.name,), source, (Part.of(0, view, np.arange(x.size).reshape(view.shape)),)))
     length = math.prod(x.shape[a - front] for a in axes)
     return source, Window.of(onnx.helper.make_node("AveragePool", [], []), [length], [length])
-
-
-def _axes(graph: Lowering, node: onnx.NodeProto, rank: int) -> list[int]:
-    if node.op_type == "GlobalAveragePool":
-        return list(range(2, rank))
-    axes = attribute(node, "axes", None)
-    if axes is None and len(node.input) > 1 and node.input[1]:
-        axes = graph.floats.get(node.input[1])
-        if axes is None:
-            raise UnsupportedModelError(f"{title(node)}: its axes are computed, not constant")
-    return sorted(int(a) % rank for a in (range(rank) if axes is None else axes))

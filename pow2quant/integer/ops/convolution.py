@@ -12,7 +12,7 @@ from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_layer import LANES, Planes, ctype, folded
 from pow2quant.integer.nodes import Window, attribute, title
 from pow2quant.integer.ops.copy import Copy, Part
-from pow2quant.integer.program import exact_kind, largest_sum
+from pow2quant.integer.program import Step, exact_kind, largest_sum
 from pow2quant.integer.ternary import Ternary
 
 if TYPE_CHECKING:
@@ -31,15 +31,12 @@ ROWS = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Convolution:
+class Convolution(Step):
     """y = requantize(sum of w * (x - zero) over a window + bias), zero beyond the map.
 
     weight: (C_out, C_in / groups, kernel height, kernel width). bias: (C_out,), in units of s_in * s_w.
     """
 
-    node: str
-    inputs: tuple[str]
-    output: str
     weight: Ints
     bias: Ints
     groups: int
@@ -47,11 +44,9 @@ class Convolution:
     requantization: Requantization
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
         (x,) = inputs
-        tensor, result = program.tensors[self.inputs[0]], program.tensors[self.output]
-        kind = exact_kind(self.bound(program))
-        maps = x.reshape(len(x), -1, *self.window.size).astype(kind) - kind.type(tensor.zero)
+        kind, zero = exact_kind(self.bound(program)), program.tensors[self.inputs[0]].zero
+        maps = x.reshape(len(x), -1, *self.window.size).astype(kind) - kind.type(zero)
         patches = self.window.patches(maps, 0)
         weight, n, g = self.weight.astype(kind), len(x), self.groups
         if weight.shape[1] == 1 and len(weight) == g:
@@ -63,11 +58,10 @@ class Convolution:
             rows = weight.reshape(g, len(weight) // g, -1)
             sums = rows @ columns.reshape(n, g, rows.shape[2], -1)
         accumulator = sums.reshape(n, len(weight), -1).astype(np.int64) + self.bias[:, None]
-        codes = self.requantization(accumulator, channel_axis=-2)
-        return codes.astype(result.dtype).reshape(n, *result.shape)
+        return self.requantization(accumulator, channel_axis=-2)
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`. The code of zero goes into the bias."""
+        """The code of zero goes into the bias."""
         x, outputs = layer.input(0), len(self.weight) // self.groups
         bias, bound = folded(self.weight, self.bias, x)
         a = layer.accumulator(bound, self.requantization)
@@ -125,11 +119,9 @@ class Convolution:
         return f"{declared}\n{kernel}(x, y, &window, &planes, {numbers}, map, list);"
 
     def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
         return largest_sum(self.weight, self.bias, program.tensors[self.inputs[0]])
 
     def work(self, program: Program) -> int:
-        """See `Step.work`."""
         return program.tensors[self.output].size * math.prod(self.weight.shape[1:])
 
 

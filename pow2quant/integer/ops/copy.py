@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.integer.c_layer import Loops, braced
+from pow2quant.integer.c_layer import Loops, braced, nested
 from pow2quant.integer.nodes import attribute, title
 from pow2quant.integer.ops import embedding
-from pow2quant.integer.program import Requantization
+from pow2quant.integer.program import Requantization, Step
 
 if TYPE_CHECKING:
     import onnx
@@ -33,7 +33,7 @@ class Part:
     """
 
     input: int
-    loops: tuple[tuple[int, int, int], ...]
+    loops: tuple[tuple[int, ...], ...]
     read_start: int
     write_start: int
     requantization: Requantization | None = field(default=None)
@@ -45,17 +45,7 @@ class Part:
         """From two views of equal shape of the input's and the output's flat indices."""
         assert read.shape == write.shape
         assert read.size
-        item = read.itemsize
-        loops: list[tuple[int, int, int]] = []
-        for count, r, w in zip(read.shape, read.strides, write.strides, strict=True):
-            if count == 1:
-                continue
-            r, w = r // item, w // item
-            if loops and loops[-1][1:] == (count * r, count * w):
-                loops[-1] = (loops[-1][0] * count, r, w)
-            else:
-                loops.append((count, r, w))
-        return cls(input, tuple(loops), int(read.flat[0]), int(write.flat[0]), requantization)
+        return cls(input, tuple(nested([read, write])), int(read.flat[0]), int(write.flat[0]), requantization)
 
     @cached_property
     def indices(self) -> tuple[Ints, Ints]:
@@ -81,12 +71,9 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class Copy:
+class Copy(Step):
     """Moves codes from the inputs to their places in the output; fill: the code of what no part writes."""
 
-    node: str
-    inputs: tuple[str, ...]
-    output: str
     parts: tuple[Part, ...]
     fill: int | None = None
 
@@ -98,7 +85,6 @@ class Copy:
         return cls(node, (source.name,), target.name, (part,))
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
         result = program.tensors[self.output]
         activations = [x for x, name in zip(inputs, self.inputs, strict=True) if program.tensors[name].constant is None]
         codes = np.full((len(activations[0]), result.size), self.fill or 0, result.dtype)
@@ -109,10 +95,9 @@ class Copy:
             if part.requantization is not None:
                 moved = part.requantization(moved.astype(np.int64) - tensor.zero)
             codes[:, write] = moved
-        return codes.reshape(len(codes), *result.shape)
+        return codes
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`."""
         size, lines = layer.output.size, []
         if self.fill is not None and sum(len(part.indices[0]) for part in self.parts) < size:
             lines.append(f"for (int32_t i = 0; i < {size}; i++)\n    y[i] = {self.fill};")
@@ -120,14 +105,9 @@ class Copy:
         return "\n".join(lines + (blocks if len(blocks) == 1 else [braced(block) for block in blocks]))
 
     def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
         bounds = [program.tensors[name].magnitude for name in self.inputs]
         shifts = [0 if p.requantization is None else max(0, -int(p.requantization.shift)) for p in self.parts]
         return max(bounds[part.input] << shift for part, shift in zip(self.parts, shifts, strict=True))
-
-    def work(self, program: Program) -> int:
-        """See `Step.work`."""
-        return program.tensors[self.output].size
 
 
 Move = tuple["NDArray[np.int64]", "NDArray[np.int64]"]
@@ -147,22 +127,18 @@ def lower_concat(graph: Lowering, node: onnx.NodeProto, output: str, low: float,
         shape = source.shape[front:] if len(source.shape) == rank else source.shape  # a constant has a batch of one
         place: list[slice] = [slice(None)] * axis
         write = whole[(*place, slice(start, start + shape[axis]))]
-        requantization = graph.requantization(np.array(source.exponent), target, low, high)
-        parts.append(Part.of(i, np.arange(source.size).reshape(shape), write, unless_idle(source, requantization)))
+        read = np.arange(source.size).reshape(shape)
+        parts.append(Part.of(i, read, write, passing(graph, source, target, low, high)))
         start += shape[axis]
     names = tuple(source.name for source in sources)
     graph.steps.append(Copy(node.name or output, names, output, tuple(parts)))
 
 
-def unless_idle(source: Tensor, requantization: Requantization) -> Requantization | None:
-    """None where codes pass through a requantization unchanged."""
-    idle = (
-        requantization.is_identity
-        and source.zero == requantization.zero
-        and requantization.low <= source.low
-        and source.high <= requantization.high
-    )
-    return None if idle else requantization
+def passing(graph: Lowering, source: Tensor, target: Tensor, low: float, high: float) -> Requantization | None:
+    """How codes become those of another tensor; None where they pass unchanged."""
+    rule = graph.requantization(source.exponent, target, low, high)
+    idle = not rule.shift.any() and source.zero == rule.zero and rule.low <= source.low and source.high <= rule.high
+    return None if idle else rule
 
 
 def _flat(shape: tuple[int, ...]) -> NDArray[np.int64]:
@@ -174,7 +150,7 @@ def _move(
 ) -> None:
     """Adds a copy of the first input; `move` sees shapes with their batch of one."""
     source, target = graph.read(node.input[0], rows=True), graph.declare(output)
-    requantization = unless_idle(source, graph.requantization(np.array(source.exponent), target, *ends))
+    requantization = passing(graph, source, target, *ends)
     part = Part.of(0, *move, requantization)
     graph.steps.append(Copy(node.name or output, (source.name,), output, (part,), fill=fill))
 
@@ -226,7 +202,7 @@ def lower_gather(graph: Lowering, node: onnx.NodeProto, output: str, low: float,
     if indices is None or indices.ndim > 1:
         raise UnsupportedModelError(f"{title(node)}: only constant places, in one dimension")
     source, target = graph.read(node.input[0], rows=True), graph.declare(output)
-    rule = unless_idle(source, graph.requantization(np.array(source.exponent), target, low, high))
+    rule = passing(graph, source, target, low, high)
     places = np.atleast_1d(indices).astype(np.int64) % shape[axis]
     full = _flat((*shape[:axis], len(places), *shape[axis + 1 :]))
     before = (slice(None),) * axis

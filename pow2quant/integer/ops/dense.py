@@ -10,7 +10,7 @@ import numpy as np
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_layer import ctype, folded
 from pow2quant.integer.nodes import attribute, title
-from pow2quant.integer.program import exact_kind, largest_sum
+from pow2quant.integer.program import Step, exact_kind, largest_sum
 from pow2quant.integer.ternary import Ternary
 
 if TYPE_CHECKING:
@@ -22,30 +22,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
+class Dense(Step):
     """y = requantize(w @ (x - zero) + bias) for every row of x.
 
     weight: (M, K). bias: (M,), in units of s_in * s_w. x: (…, K) -> y: (…, M).
     """
 
-    node: str
-    inputs: tuple[str]
-    output: str
     weight: Ints
     bias: Ints
     requantization: Requantization
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
         (x,) = inputs
-        tensor, result = program.tensors[self.inputs[0]], program.tensors[self.output]
-        kind = exact_kind(self.bound(program))
-        rows = x.reshape(-1, self.weight.shape[1]).astype(kind) - kind.type(tensor.zero)
+        kind, zero = exact_kind(self.bound(program)), program.tensors[self.inputs[0]].zero
+        rows = x.reshape(-1, self.weight.shape[1]).astype(kind) - kind.type(zero)
         accumulator = (rows @ self.weight.T.astype(kind)).astype(np.int64) + self.bias
-        return self.requantization(accumulator, channel_axis=-1).astype(result.dtype).reshape(len(x), *result.shape)
+        return self.requantization(accumulator, channel_axis=-1)
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`. The code of zero goes into the bias."""
+        """The code of zero goes into the bias."""
         x, result = layer.input(0), layer.output
         bias, bound = folded(self.weight, self.bias, x)
         a = layer.accumulator(bound, self.requantization)
@@ -64,11 +59,9 @@ class Dense:
         return f"{rule}\n{dense}(x, y, {sizes}, {arrays}, {folded_bias.name}, &rule);"
 
     def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
         return largest_sum(self.weight, self.bias, program.tensors[self.inputs[0]])
 
     def work(self, program: Program) -> int:
-        """See `Step.work`."""
         return program.tensors[self.output].size * int(self.weight.shape[1])
 
 

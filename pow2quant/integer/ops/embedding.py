@@ -9,6 +9,7 @@ import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.nodes import attribute, title
+from pow2quant.integer.program import Step
 
 if TYPE_CHECKING:
     import onnx
@@ -19,23 +20,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Embedding:
+class Embedding(Step):
     """y[…] = table[x[…]]; table: (rows, C), codes of the result. x: indices, one of which is no row's is clipped."""
 
-    node: str
-    inputs: tuple[str]
-    output: str
     table: Ints
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
         (x,) = inputs
-        result = program.tensors[self.output]
-        index = np.clip(x.astype(np.int64), 0, len(self.table) - 1)
-        return self.table[index].astype(result.dtype).reshape(len(x), *result.shape)
+        return self.table[np.clip(x.astype(np.int64), 0, len(self.table) - 1)]
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`."""
         x, result = layer.input(0), layer.output
         table = layer.typed_array("table", self.table.astype(result.dtype))
         rows, width = self.table.shape
@@ -45,12 +39,7 @@ class Embedding:
         )
 
     def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
         return int(np.abs(self.table).max())
-
-    def work(self, program: Program) -> int:
-        """See `Step.work`."""
-        return program.tensors[self.output].size
 
 
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
@@ -59,6 +48,6 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
     if matrix.constant is None or matrix.constant.ndim < 2 or attribute(node, "axis", 0) != 0:
         raise UnsupportedModelError(f"{title(node)}: only rows of a constant are taken by computed indices")
     x, target = graph.read(node.input[1], rows=True), graph.declare(output)
-    requantization = graph.requantization(np.array(matrix.exponent), target, low, high)
+    requantization = graph.requantization(matrix.exponent, target, low, high)
     table = requantization(matrix.constant - matrix.zero).reshape(len(matrix.constant), -1)
     graph.steps.append(Embedding(node.name or output, (x.name,), output, table))

@@ -10,7 +10,7 @@ import numpy as np
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.nodes import title
 from pow2quant.integer.ops.sum import aligned
-from pow2quant.integer.program import on_one_scale
+from pow2quant.integer.program import Step, on_one_scale
 
 if TYPE_CHECKING:
     import onnx
@@ -21,24 +21,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Extreme:
+class Extreme(Step):
     """y = requantize(the larger, or the smaller, of (a - zero_a) * 2^shift_a and (b - zero_b) * 2^shift_b)."""
 
-    node: str
-    inputs: tuple[str, str]
-    output: str
     shifts: tuple[int, int]
     largest: bool
     requantization: Requantization
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
         a, b = on_one_scale(program, self.inputs, inputs, self.shifts)
-        extreme = np.maximum(a, b) if self.largest else np.minimum(a, b)
-        return self.requantization(extreme).astype(program.tensors[self.output].dtype)
+        return self.requantization(np.maximum(a, b) if self.largest else np.minimum(a, b))
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`."""
 
         def term(kind: str, *places: str) -> str:
             values = [layer.value(n, kind, place) for n, place in enumerate(places)]
@@ -48,12 +42,7 @@ class Extreme:
         return layer.elementwise(layer.broadcast(), term, self.requantization, self.bound(layer.program))
 
     def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
         return max(program.tensors[n].magnitude << s for n, s in zip(self.inputs, self.shifts, strict=True))
-
-    def work(self, program: Program) -> int:
-        """See `Step.work`."""
-        return program.tensors[self.output].size
 
 
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
@@ -62,5 +51,5 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
         raise UnsupportedModelError(f"{title(node)}: {len(node.input)} operands; two have integers")
     a, b = (graph.operand(name, rows=True) for name in node.input)
     exponent, shifts = aligned(node, a, b)
-    rule = graph.requantization(np.array(exponent), graph.declare(output), low, high)
+    rule = graph.requantization(exponent, graph.declare(output), low, high)
     graph.steps.append(Extreme(node.name or output, (a.name, b.name), output, shifts, node.op_type == "Max", rule))

@@ -12,7 +12,7 @@ from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_layer import ctype
 from pow2quant.integer.nodes import title
 from pow2quant.integer.ops.dense import lower_matrix
-from pow2quant.integer.program import exact_kind
+from pow2quant.integer.program import Step, exact_kind
 
 if TYPE_CHECKING:
     import onnx
@@ -23,25 +23,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class MatMul:
+class MatMul(Step):
     """y = requantize((a - zero_a) @ (b - zero_b)): (…, T, K) @ (…, K, M) -> (…, T, M), equal in front."""
 
-    node: str
-    inputs: tuple[str, str]
-    output: str
     requantization: Requantization
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
         kind = exact_kind(self.bound(program))
         a, b = (
             x.astype(kind) - kind.type(program.tensors[name].zero) for x, name in zip(inputs, self.inputs, strict=True)
         )
-        codes = self.requantization((a @ b).astype(np.int64))
-        return codes.astype(program.tensors[self.output].dtype)
+        return self.requantization((a @ b).astype(np.int64))
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`."""
         a, b = layer.input(0), layer.input(1)
         kind = layer.accumulator(self.bound(layer.program), self.requantization)
         matmul = layer.kernel("matmul", x=ctype(a), w=ctype(b), a=kind, y=ctype(layer.output))
@@ -51,12 +45,10 @@ class MatMul:
         return f"{layer.rule(self.requantization)}\n{matmul}({operands}, y, {sizes}, &rule);"
 
     def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
         a, b = (program.tensors[name] for name in self.inputs)
         return a.shape[-1] * a.magnitude * b.magnitude
 
     def work(self, program: Program) -> int:
-        """See `Step.work`."""
         return program.tensors[self.output].size * program.tensors[self.inputs[0]].shape[-1]
 
 
@@ -69,5 +61,5 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
     in_front = a.constant is not None and len(a.shape) == 2 and math.prod(b.shape[:-2]) == 1
     if not in_front and (len(a.shape) < 2 or a.shape[:-2] != b.shape[:-2]):
         raise UnsupportedModelError(f"{title(node)}: {a.shape} @ {b.shape} broadcasts; equal leading dimensions do not")
-    requantization = graph.requantization(np.array(a.exponent + b.exponent), graph.declare(output), low, high)
+    requantization = graph.requantization(a.exponent + b.exponent, graph.declare(output), low, high)
     graph.steps.append(MatMul(node.name or output, (a.name, b.name), output, requantization))

@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_layer import ctype
 from pow2quant.integer.nodes import Window, attribute, title
 from pow2quant.integer.ops.average import reduced
-from pow2quant.integer.ops.copy import Copy, unless_idle
+from pow2quant.integer.ops.copy import Copy, passing
+from pow2quant.integer.program import Step
 
 if TYPE_CHECKING:
     import onnx
@@ -23,35 +22,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Maximum:
+class Maximum(Step):
     """The largest code of every window; what lies beyond the map does not count."""
 
-    node: str
-    inputs: tuple[str]
-    output: str
     window: Window
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
         (x,) = inputs
         lowest = program.tensors[self.inputs[0]].low
         patches = self.window.patches(x.reshape(len(x), -1, *self.window.size), lowest)
         codes: Codes = patches.max((-2, -1))
-        return codes.reshape(len(x), *program.tensors[self.output].shape)
+        return codes
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`."""
         x = layer.input(0)
         channels = x.size // math.prod(self.window.size)
         maximum = layer.kernel("maximum", x=ctype(x), y=ctype(layer.output))
         return f"{layer.window(self.window, channels)}\n{maximum}(x, y, &window, {x.low});"
 
-    def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
-        return program.tensors[self.inputs[0]].magnitude
-
     def work(self, program: Program) -> int:
-        """See `Step.work`."""
         return program.tensors[self.output].size * math.prod(self.window.kernel)
 
 
@@ -70,7 +59,7 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
 
 
 def _add(graph: Lowering, name: str, x: Tensor, target: Tensor, window: Window, low: float, high: float) -> None:
-    requantization = unless_idle(x, graph.requantization(np.array(x.exponent), target, low, high))
+    requantization = passing(graph, x, target, low, high)
     if requantization is None:
         graph.steps.append(Maximum(name, (x.name,), target.name, window))
         return

@@ -10,7 +10,7 @@ import numpy as np
 
 from pow2quant.functions import DEPTH, RECIPROCAL, Norm
 from pow2quant.integer.c_layer import ctype
-from pow2quant.integer.program import storage
+from pow2quant.integer.program import Step, storage
 
 if TYPE_CHECKING:
     import onnx
@@ -21,17 +21,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class NormStep:
+class NormStep(Step):
     """y = requantize(y'), y' the definition's result in units of 2^-fine."""
 
-    node: str
-    inputs: tuple[str]
-    output: str
     definition: Norm
     requantization: Requantization
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
         (x,) = inputs
         tensor, defined = program.tensors[self.inputs[0]], self.definition
         n, f = defined.length, defined.precision(tensor.encoding)
@@ -45,10 +41,9 @@ class NormStep:
         gamma, beta = defined.factors()
         half = 1 << defined.drop >> 1
         y = (z.reshape(-1, *tensor.shape) * gamma + beta + half) >> defined.drop
-        return self.requantization(y).astype(program.tensors[self.output].dtype)
+        return self.requantization(y)
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`."""
         x, defined = layer.input(0), self.definition
         kind = layer.accumulator(self.bound(layer.program), self.requantization)
         gamma, beta = (
@@ -64,16 +59,14 @@ class NormStep:
         return f"{layer.rule(self.requantization)}\n{norm}({arguments}, &rule);"
 
     def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
         return (self.definition.magnitude >> self.definition.drop) + 1
 
     def work(self, program: Program) -> int:
-        """See `Step.work`."""
         return 4 * program.tensors[self.output].size
 
 
 def lower(graph: Lowering, node: onnx.NodeProto, defined: Norm) -> None:
     """A node that bears this definition."""
     (x,), target = graph.defined_inputs(node), graph.declare(node.output[0])
-    requantization = graph.requantization(np.array(-defined.fine), target)
+    requantization = graph.requantization(-defined.fine, target)
     graph.steps.append(NormStep(node.name or target.name, (x.name,), target.name, defined, requantization))

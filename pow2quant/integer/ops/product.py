@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from pow2quant.integer.program import broadcast
+from pow2quant.integer.program import Step, on_one_scale
 
 if TYPE_CHECKING:
     import onnx
@@ -18,25 +16,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Product:
+class Product(Step):
     """y = requantize((a - zero_a) * (b - zero_b))."""
 
-    node: str
-    inputs: tuple[str, str]
-    output: str
     requantization: Requantization
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
-        result = program.tensors[self.output]
-        a, b = (
-            x.astype(np.int64) - program.tensors[name].zero
-            for x, name in zip(broadcast(program, self.inputs, inputs), self.inputs, strict=True)
-        )
-        return self.requantization(a * b).astype(result.dtype)
+        a, b = on_one_scale(program, self.inputs, inputs, (0, 0))
+        return self.requantization(a * b)
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`."""
 
         def term(kind: str, *places: str) -> str:
             return " * ".join(layer.value(n, kind, place) for n, place in enumerate(places))
@@ -44,17 +33,12 @@ class Product:
         return layer.elementwise(layer.broadcast(), term, self.requantization, self.bound(layer.program))
 
     def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
         a, b = (program.tensors[name].magnitude for name in self.inputs)
         return a * b
-
-    def work(self, program: Program) -> int:
-        """See `Step.work`."""
-        return program.tensors[self.output].size
 
 
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
     """Mul of activations, or with an encoded constant."""
     a, b = (graph.operand(name, rows=True) for name in node.input)
-    requantization = graph.requantization(np.array(a.exponent + b.exponent), graph.declare(output), low, high)
+    requantization = graph.requantization(a.exponent + b.exponent, graph.declare(output), low, high)
     graph.steps.append(Product(node.name or output, (a.name, b.name), output, requantization))

@@ -12,7 +12,7 @@ from pow2quant.errors import UnsupportedModelError
 from pow2quant.functions import FINE, HIDDEN, Softmax
 from pow2quant.integer.c_layer import ctype
 from pow2quant.integer.nodes import title
-from pow2quant.integer.program import storage
+from pow2quant.integer.program import Step, storage
 
 if TYPE_CHECKING:
     import onnx
@@ -24,18 +24,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class SoftmaxStep:
+class SoftmaxStep(Step):
     """y = requantize(p), p in units of 2^-24, along one axis. table: E for d = 0, 1, …, and 0 for all that follow."""
 
-    node: str
-    inputs: tuple[str, ...]
-    output: str
     definition: Softmax
     table: Ints
     requantization: Requantization
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
         defined = self.definition
         codes, *keep = (
             x.astype(np.int64).reshape(-1, *program.tensors[name].shape)
@@ -50,10 +46,9 @@ class SoftmaxStep:
         entries = self.table[np.minimum(apart, len(self.table) - 1)]
         reciprocal = (1 << defined.reciprocal_bits) // entries.sum(defined.axis, keepdims=True)
         p = entries * reciprocal >> (defined.reciprocal_bits - FINE)
-        return self.requantization(p).astype(program.tensors[self.output].dtype)
+        return self.requantization(p)
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`."""
         x, defined, masked = layer.input(0), self.definition, len(self.inputs) > 1
         kind = layer.accumulator(self.bound(layer.program), self.requantization)
         entries = layer.typed_array("table", self.table.astype(storage(0, int(self.table.max()))))
@@ -81,11 +76,9 @@ class SoftmaxStep:
         return f"{layer.rule(self.requantization)}\n{softmax}({arguments});"
 
     def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
         return int(2**FINE)
 
     def work(self, program: Program) -> int:
-        """See `Step.work`."""
         return 3 * program.tensors[self.output].size
 
 
@@ -100,7 +93,7 @@ def _repeated(kept: NDArray[np.bool_], shape: tuple[int, ...]) -> NDArray[np.boo
 def lower(graph: Lowering, node: onnx.NodeProto, defined: Softmax) -> None:
     """A node that bears this definition."""
     (x, *keep), target = graph.defined_inputs(node), graph.declare(node.output[0])
-    requantization = graph.requantization(np.array(-FINE), target)
+    requantization = graph.requantization(-FINE, target)
     for mask in keep:
         _require_repeated(node, x.shape, mask.shape)
     names = tuple(tensor.name for tensor in (x, *keep))

@@ -9,7 +9,7 @@ import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.nodes import title
-from pow2quant.integer.program import on_one_scale
+from pow2quant.integer.program import Step, on_one_scale
 from pow2quant.operators import Values, values
 from pow2quant.pow2_constraints import Encoding, IntGrid, power_of_two
 
@@ -25,24 +25,18 @@ LARGEST_SHIFT = 40
 
 
 @dataclass(frozen=True, eq=False)
-class Sum:
+class Sum(Step):
     """y = requantize((a - zero_a) * 2^shift_a +- (b - zero_b) * 2^shift_b), one of the shifts zero."""
 
-    node: str
-    inputs: tuple[str, str]
-    output: str
     shifts: tuple[int, int]
     subtracts: bool
     requantization: Requantization
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
-        result = program.tensors[self.output]
         a, b = on_one_scale(program, self.inputs, inputs, self.shifts)
-        return self.requantization(a - b if self.subtracts else a + b).astype(result.dtype)
+        return self.requantization(a - b if self.subtracts else a + b)
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`."""
         sign = "-" if self.subtracts else "+"
 
         def term(kind: str, *places: str) -> str:
@@ -53,21 +47,16 @@ class Sum:
         return layer.elementwise(layer.broadcast(), term, self.requantization, self.bound(layer.program))
 
     def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
         (a, b), (i, j) = (program.tensors[name].ends for name in self.inputs), self.shifts
         low, high = (-b[1], -b[0]) if self.subtracts else b
         return max((a[1] << i) + (high << j), -(a[0] << i) - (low << j))
-
-    def work(self, program: Program) -> int:
-        """See `Step.work`."""
-        return program.tensors[self.output].size
 
 
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
     """Add or Sub. Raises UnsupportedModelError where the scales are further apart than 64 bits can hold."""
     a, b = (_summand(graph, name) for name in node.input)
     exponent, shifts = aligned(node, a, b)
-    requantization = graph.requantization(np.array(exponent), graph.declare(output), low, high)
+    requantization = graph.requantization(exponent, graph.declare(output), low, high)
     names = (a.name, b.name)
     graph.steps.append(Sum(node.name or output, names, output, shifts, node.op_type == "Sub", requantization))
 

@@ -16,6 +16,7 @@ import numpy as np
 from pow2quant import functions
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.nodes import attribute, title
+from pow2quant.integer.program import Step
 from pow2quant.operators import OPERATIONS, Double
 
 if TYPE_CHECKING:
@@ -31,26 +32,20 @@ LARGEST = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class Table(Step):
     """y = table[x - low]; table: (codes,) or one row per channel (C, codes)."""
 
-    node: str
-    inputs: tuple[str]
-    output: str
     table: Ints
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
         (x,) = inputs
         index = x.astype(np.int64) - program.tensors[self.inputs[0]].low
-        result = program.tensors[self.output]
         if self.table.ndim == 1:
-            return self.table[index].astype(result.dtype)
+            return self.table[index]
         channel = np.arange(len(self.table)).reshape(-1, *[1] * (x.ndim - 2))
-        return self.table[channel, index].astype(result.dtype)
+        return self.table[channel, index]
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`."""
         x, result = layer.input(0), layer.output
         layer.overwrites = [x.name]
         table = layer.typed_array("table", self.table.astype(result.dtype))
@@ -65,12 +60,7 @@ class Table:
         ).replace("- -", "+ ")
 
     def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
         return int(np.abs(self.table).max())
-
-    def work(self, program: Program) -> int:
-        """See `Step.work`."""
-        return program.tensors[self.output].size
 
 
 def lower_defined(graph: Lowering, node: onnx.NodeProto, defined: functions.Lookup) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from pow2quant.integer.ops.copy import Copy, unless_idle
+from pow2quant.integer.ops.copy import Copy, passing
+from pow2quant.integer.program import Step
 
 if TYPE_CHECKING:
     import onnx
@@ -18,37 +17,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class View(Step):
     """The input's codes in another shape: the output may share its memory."""
 
-    node: str
-    inputs: tuple[str]
-    output: str
-
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        """See `Step.run`."""
         (x,) = inputs
-        return x.reshape(len(x), *program.tensors[self.output].shape)
+        return x
 
     def emit_c(self, layer: Layer) -> str:
-        """See `Step.emit_c`. A wider type takes memory of its own."""
+        """A wider type takes memory of its own."""
         if layer.input(0).dtype == layer.output.dtype:
             return ""
         return f"for (int32_t i = 0; i < {layer.output.size}; i++)\n    y[i] = x[i];"
 
-    def bound(self, program: Program) -> int:
-        """See `Step.bound`."""
-        return program.tensors[self.inputs[0]].magnitude
-
     def work(self, program: Program) -> int:
-        """See `Step.work`."""
         return 0
 
 
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
     """A view, or where the encoding changes a copy."""
     source, target = graph.read(node.input[0], rows=True), graph.declare(output)
-    requantization = unless_idle(source, graph.requantization(np.array(source.exponent), target, low, high))
+    requantization = passing(graph, source, target, low, high)
     name = node.name or output
     if requantization is None:
         graph.steps.append(View(name, (source.name,), output))

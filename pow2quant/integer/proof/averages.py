@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pow2quant.integer.lattice import FLOAT32_EXACT, Lattice, NotProvedError
-from pow2quant.integer.nodes import attribute
+from pow2quant.integer.nodes import attribute, reduced_axes
 from pow2quant.integer.proof.elements import zero_point_of
 from pow2quant.integer.proof.tensors import Judged, Tensors
 
@@ -85,18 +85,10 @@ def _counts(tensors: Tensors, node: onnx.NodeProto) -> list[int]:
     shape = tensors.shapes.get(node.input[0])
     if shape is None:
         raise NotProvedError(f"the shape of {node.input[0]} is not known")
-    lengths = [shape[axis] for axis in _averaged_axes(tensors, node, len(shape))]
+    axes = reduced_axes(node, tensors.constants, len(shape))
+    if axes is None:
+        raise NotProvedError(f"{node.input[1]} is computed, not constant")
+    lengths = [shape[axis] for axis in axes]
     if None in lengths:
         raise NotProvedError(f"how many values of {node.input[0]} are averaged is not known")
     return [math.prod(filter(None, lengths))]
-
-
-def _averaged_axes(tensors: Tensors, node: onnx.NodeProto, rank: int) -> list[int]:
-    if node.op_type == "GlobalAveragePool":
-        return list(range(2, rank))
-    axes = attribute(node, "axes", None)
-    if axes is None and len(node.input) > 1 and node.input[1]:
-        axes = tensors.constants.get(node.input[1])
-        if axes is None:
-            raise NotProvedError(f"{node.input[1]} is computed, not constant")
-    return list(range(rank)) if axes is None else [int(axis) for axis in axes]

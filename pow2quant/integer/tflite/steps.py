@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.ops.average import Average
 from pow2quant.integer.ops.convolution import Convolution
 from pow2quant.integer.ops.copy import Copy
@@ -35,12 +34,8 @@ def write(graph: Graph, step: Step) -> None:
     """Adds a step's operators. Raises UnsupportedModelError, naming the node, for one that TFLite does not have."""
     writer = WRITERS.get(type(step))
     if writer is None:
-        raise _refused(step, f"{type(step).__name__.lower()} is not written to TFLite")
+        raise step.refused(f"{type(step).__name__.lower()} is not written to TFLite")
     writer(graph, step)
-
-
-def _refused(step: Step, why: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"{step.node}: {why}")
 
 
 def _activation(graph: Graph, step: Any) -> int:
@@ -56,7 +51,7 @@ def _activation(graph: Graph, step: Any) -> int:
         ]
         if codes == [rule.low, rule.high]:
             return int(getattr(graph.s.ActivationFunctionType, name))
-    raise _refused(step, f"clips codes to {rule.low} to {rule.high}; TFLite has ReLU, ReLU6 and [-1, 1]")
+    raise step.refused(f"clips codes to {rule.low} to {rule.high}; TFLite has ReLU, ReLU6 and [-1, 1]")
 
 
 def _scales(x: Tensor, result: Tensor, rule: Requantization) -> list[float]:
@@ -66,7 +61,7 @@ def _scales(x: Tensor, result: Tensor, rule: Requantization) -> list[float]:
 
 def _biases(graph: Graph, step: Any, bias: NDArray[np.int64], scales: list[float], x: Tensor) -> int:
     if np.abs(bias).max(initial=0) >= 2**31:
-        raise _refused(step, "a bias beyond 32 bits")
+        raise step.refused("a bias beyond 32 bits")
     return graph.constant(f"{step.output}.bias", bias.astype(np.int32), [s * 2.0**x.exponent for s in scales])
 
 
@@ -149,7 +144,7 @@ def _convolve(
     """A convolution; weight (C_out, C_in / groups, kernel height, kernel width)."""
     x, window = graph.program.tensors[step.inputs[0]], step.window
     if np.abs(weight).max(initial=0) > 128 or weight.max(initial=0) > 127:
-        raise _refused(step, "weights beyond 8 bits")
+        raise step.refused("weights beyond 8 bits")
     source, padding = _padded(graph, _map(graph, step.inputs[0], window), window, x)
     options = _window_options(window, padding) | {"fusedActivationFunction": activation}
     depthwise = weight.shape[1] == 1 and groups > 1
@@ -171,7 +166,7 @@ def _convolve(
 def _dense(graph: Graph, step: Dense) -> None:
     x, result = (graph.program.tensors[name] for name in (step.inputs[0], step.output))
     if np.abs(step.weight).max(initial=0) > 128 or step.weight.max(initial=0) > 127:
-        raise _refused(step, "weights beyond 8 bits")
+        raise step.refused("weights beyond 8 bits")
     scales = _scales(x, result, step.requantization)
     weight = graph.constant(f"{step.output}.weight", step.weight.astype(np.int8), scales)
     source = graph.channels_first(step.inputs[0]) if len(x.shape) == 3 else graph.activation(step.inputs[0])
@@ -201,13 +196,13 @@ def _average(graph: Graph, step: Average) -> None:
     x, window, counts = graph.program.tensors[step.inputs[0]], step.window, np.unique(step.counts)
     area = math.prod(window.kernel)
     if len(counts) > 1 or counts[0] != area:
-        raise _refused(step, "an average whose divisor is not the number of its window's values")
+        raise step.refused("an average whose divisor is not the number of its window's values")
     padded = any(max(p, 0) for p in (*window.before, *window.after))
     if math.prod(window.result) == 1 and not padded:
         _mean(graph, step, x.size // area, area)
         return
     if area & (area - 1) or padded:
-        raise _refused(step, "an average of windows whose size is no power of two, or that are padded")
+        raise step.refused("an average of windows whose size is no power of two, or that are padded")
     channels = x.size // math.prod(window.size)
     ones = np.ones((channels, 1, *window.kernel), np.int64)
     scales = [1.0 / area] * channels
@@ -235,7 +230,7 @@ def _mean(graph: Graph, step: Average, rows: int, length: int) -> None:
 def _maximum(graph: Graph, step: Maximum) -> None:
     x, window = graph.program.tensors[step.inputs[0]], step.window
     if window.dilations != (1, 1):
-        raise _refused(step, "a dilated maximum")
+        raise step.refused("a dilated maximum")
     source, padding = _padded(graph, _map(graph, step.inputs[0], window), window, x, fill=x.low)
     options = graph.options(
         "Pool2D",
@@ -269,10 +264,10 @@ def _copy(graph: Graph, step: Copy) -> None:
         graph.operator("CONCATENATION", sources, graph.activation(step.output), options)
         return
     if len({part.input for part in step.parts}) > 1 or any(p.requantization for p in step.parts):
-        raise _refused(step, "this movement of codes is not written to TFLite")
+        raise step.refused("this movement of codes is not written to TFLite")
     x = graph.program.tensors[step.inputs[step.parts[0].input]]
     if x.constant is not None:
-        raise _refused(step, "moves a constant")
+        raise step.refused("moves a constant")
     pads = _pads(step, x, result)
     if pads is not None:
         axes = (1, 2, 0) if len(x.shape) == 3 else range(len(x.shape))
@@ -315,7 +310,7 @@ def _requantized(graph: Graph, step: Copy, index: int, part: Any) -> int:
     if rule is None:
         return index
     if (rule.low, rule.high) != (result.low, result.high):
-        raise _refused(step, "a clip of its own")
+        raise step.refused("a clip of its own")
     made = graph.encoded(result, graph.shape(index), f"{step.output}.requantized{len(graph.tensors)}")
     return graph.operator("QUANTIZE", [index], made, graph.options("Quantize"))
 
@@ -344,7 +339,7 @@ def _table(graph: Graph, step: Table) -> None:
     """A function's table, looked up by code."""
     x, result = (graph.program.tensors[name] for name in (step.inputs[0], step.output))
     if step.table.ndim > 1:
-        raise _refused(step, "one table per channel")
+        raise step.refused("one table per channel")
     source, name = graph.activation(x.name), f"{step.output}.code"
     shape = graph.shape(source)
     wide = graph.operator(
