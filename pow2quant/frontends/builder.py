@@ -379,9 +379,13 @@ class Builder:
         """Which dimensions of a captured node grow with the batch."""
         return tuple(a != b for a, b in zip(self.shape(node), self.shape(self.twins[node]), strict=True))
 
+    def open_shape(self, node: Any) -> list[int]:
+        """The shape of a captured node with -1 for what grows with the batch."""
+        return [-1 if free else d for d, free in zip(self.shape(node), self.free(node), strict=True)]
+
     def shape_with_batch(self, node: fx.Node) -> tuple[int, ...]:
-        """The node's shape with -1 for the one dimension that grows with the batch."""
-        shape = [-1 if free else d for d, free in zip(self.shape(node), self.free(node), strict=True)]
+        """The same where one dimension grows at most. Raises UnsupportedModelError for several."""
+        shape = self.open_shape(node)
         if shape.count(-1) > 1:
             raise self.unsupported(node, f"more than one dimension grows with the batch: {self.shape(node)}")
         return tuple(shape)

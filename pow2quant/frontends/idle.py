@@ -16,6 +16,7 @@ from pow2quant.frontends import modules as m
 from pow2quant.frontends.dropouts import bypass
 from pow2quant.frontends.least import fill_with_least
 from pow2quant.frontends.scores import gather_scores
+from pow2quant.frontends.writing import many
 
 Shape = tuple[int, ...]
 
@@ -38,9 +39,9 @@ def _pad(module: m.ZeroPad | m.ConstantPad, shape: Shape) -> bool:
 
 
 def _pool(module: Any, shape: Shape) -> bool:
-    sizes = [size for value in (module.kernel_size, module.stride) for size in _many(value)]
+    sizes = [size for value in (module.kernel_size, module.stride) for size in many(value, 1)]
     divided = getattr(module, "divisor_override", None) not in (None, 1)
-    return set(sizes) == {1} and not any(_many(module.padding)) and not divided
+    return set(sizes) == {1} and not any(many(module.padding, 1)) and not divided
 
 
 def _reduction(module: Any, shape: Shape) -> bool:
@@ -55,10 +56,6 @@ def _resample(module: m.Resample, shape: Shape) -> bool:
             return False
         total *= float(weight[0, 0])
     return total == float(module.divisor)
-
-
-def _many(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 IDLE: dict[type[nn.Module], Callable[[Any, Shape], bool]] = {

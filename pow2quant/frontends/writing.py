@@ -35,7 +35,10 @@ class OnnxGraph:
 
 @dataclass(frozen=True)
 class Node:
-    """What an emitter needs to know of a node: names as in ONNX, shapes (of any one batch) as in PyTorch."""
+    """What an emitter needs to know of a node: names as in ONNX, shapes (of any one batch) as in PyTorch.
+
+    parameters: the initializers of a layer, its weight first, by what the module calls them.
+    """
 
     name: str
     inputs: tuple[str, ...]
@@ -75,9 +78,9 @@ class Operator:
 Rows = dict[type[nn.Module], Operator]
 
 
-def plain(op: str, **attributes: Any) -> Emit:
-    """One node of this type, with these attributes."""
-    return lambda module, node, graph: graph.node(op, node.inputs, node.output, node.name, **attributes)
+def plain(op: str, of: Callable[[Any], dict[str, Any]] = lambda _: {}, **attributes: Any) -> Emit:
+    """One node of this type, with these attributes, and those that follow from the module."""
+    return lambda module, node, graph: graph.node(op, node.inputs, node.output, node.name, **attributes, **of(module))
 
 
 def many(value: Any, n: int) -> list[int]:

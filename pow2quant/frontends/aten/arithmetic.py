@@ -12,6 +12,7 @@ from torch import fx, nn
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.aten.layers import linear
 from pow2quant.frontends.aten.normalization import normalized
+from pow2quant.frontends.aten.products import scaled
 from pow2quant.frontends.builder import Builder, Handler
 
 
@@ -95,16 +96,13 @@ def _div(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     if not b.is_data(a.other):
         return b.call(node, m.Mul(), b.operand(node, a.self), b.hold(node, 1.0 / b.tensor(node, a.other)))
     if b.number(a.self) is not None:
-        reciprocal = b.call(node, m.Reciprocal(), b.operand(node, a.other))
-        return reciprocal if b.number(a.self) == 1 else b.call(node, m.Scale(b.number(a.self) or 0.0), reciprocal)
+        return scaled(b, node, b.call(node, m.Reciprocal(), b.operand(node, a.other)), b.number(a.self) or 0.0)
     return b.call(node, m.Div(), b.operand(node, a.self), b.operand(node, a.other))
 
 
 def _addcmul(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     """self + value * tensor1 * tensor2."""
-    product = _result(_mul(b, node, SimpleNamespace(self=a.tensor1, other=a.tensor2)))
-    if a.value != 1:
-        product = b.call(node, m.Scale(float(a.value)), product)
+    product = scaled(b, node, _result(_mul(b, node, SimpleNamespace(self=a.tensor1, other=a.tensor2))), a.value)
     return b.call(node, m.Add(), b.operand(node, a.self), product)
 
 
@@ -127,11 +125,7 @@ def _addmm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         return linear(b, node, a.mat1, weight, offset, None)
     product = b.call(node, m.MatMul(), b.operand(node, a.mat1), b.operand(node, a.mat2))
     bias = b.operand(node, a.self)
-    scaled = [
-        x if factor == 1 else b.call(node, m.Scale(float(factor)), x)
-        for x, factor in ((product, a.alpha), (bias, a.beta))
-    ]
-    return b.call(node, m.Add(), *scaled)
+    return b.call(node, m.Add(), scaled(b, node, product, a.alpha), scaled(b, node, bias, a.beta))
 
 
 def _result(value: Any) -> fx.Node:

@@ -86,8 +86,7 @@ def _index(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     linear = torch.zeros((), dtype=torch.int64)
     for t, size in zip(torch.broadcast_tensors(*tensors), sizes, strict=True):
         linear = linear * size + t % size
-    shape = [-1 if f else d for d, f in zip(b.shape(a.self), b.free(a.self), strict=True)]
-    x = b.operand(node, a.self)
+    x, shape = b.operand(node, a.self), b.open_shape(a.self)
     if len(dims) > 1:
         x = b.call(node, m.Reshape([*shape[: dims[0]], math.prod(sizes), *shape[dims[-1] + 1 :]]), x)
     x = take(b, node, x, dims[0], linear.flatten().tolist(), math.prod(sizes))
@@ -183,7 +182,7 @@ def _unfold(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     dim, size = _along(b, node, a.self, int(a.dimension))
     starts = range(0, size - int(a.size) + 1, int(a.step))
     x = take(b, node, b.operand(node, a.self), dim, [s + i for s in starts for i in range(int(a.size))], size)
-    shape = [-1 if f else d for d, f in zip(b.shape(a.self), b.free(a.self), strict=True)]
+    shape = b.open_shape(a.self)
     x = b.call(node, m.Reshape([*shape[:dim], len(starts), int(a.size), *shape[dim + 1 :]]), x)
     order = [*range(dim + 1), *range(dim + 2, b.rank(node)), dim + 1]
     return x if order == sorted(order) else b.call(node, m.Permute(order), x)

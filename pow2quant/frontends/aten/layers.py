@@ -11,6 +11,9 @@ from torch import Tensor, fx, nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.builder import Builder, Handler
+from pow2quant.frontends.modules import weighted
+from pow2quant.frontends.modules.weighted import equip
+from pow2quant.frontends.writing import many
 
 
 def linear(b: Builder, node: fx.Node, x: Any, weight: Tensor, bias: Tensor | None, name: str | None) -> fx.Node:
@@ -28,20 +31,11 @@ def of_rows(
     name: str | None = None,
 ) -> fx.Node:
     """The same of a prepared node; shape: of the result, with -1 for what grows with the batch."""
-    with torch.device("meta"):
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    equip(layer, weight, bias)
+    layer = weighted.linear(weight, bias)
     if len(shape) == 2:
         return b.call(node, layer, x, name=name)
-    rows = b.call(node, m.Reshape((-1, layer.in_features)), x, kind="rows")
+    rows = b.call(node, m.Reshape((-1, weight.shape[1])), x, kind="rows")
     return b.call(node, m.Reshape(shape), b.call(node, layer, rows, name=name), kind="unrows")
-
-
-def equip(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Gives a layer its parameters: the user's own, so that shared ones stay shared."""
-    for role, value in (("weight", weight), ("bias", bias)):
-        if value is not None:
-            setattr(layer, role, value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach().float()))
 
 
 def _weights(b: Builder, node: fx.Node, a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
@@ -57,54 +51,24 @@ def _linear(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return linear(b, node, a.input, *_weights(b, node, a), b.owner(node, a.weight))
 
 
-CONVOLUTIONS: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-TRANSPOSED: dict[int, type[nn.Module]] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+def _conv(spatial: int, transposed: bool = False) -> Handler:
+    names = ("stride", "padding", "dilation", *(["output_padding"] if transposed else []))
 
-
-def _conv(spatial: int) -> Handler:
     def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         weight, bias = _weights(b, node, a)
-        channels = weight.shape[1] * a.groups
-        options: dict[str, Any] = {k: numbers(getattr(a, k), spatial) for k in ("stride", "dilation")}
-        padding = a.padding if isinstance(a.padding, str) else numbers(a.padding, spatial)
-        kind: Any = CONVOLUTIONS[spatial]
-        with torch.device("meta"):
-            layer = kind(
-                channels, weight.shape[0], tuple(weight.shape[2:]), padding=padding, groups=a.groups,
-                bias=bias is not None, **options,
-            )  # fmt: skip
-        equip(layer, weight, bias)
-        return b.call(node, layer, _batched(b, node, a.input, spatial), name=b.owner(node, a.weight))
-
-    return handler
-
-
-def _batched(b: Builder, node: fx.Node, x: Any, spatial: int) -> fx.Node:
-    if b.rank(x) != spatial + 2:
-        raise b.unsupported(node, f"a convolution of an image without a batch: {b.shape(x)}")
-    return b.operand(node, x)
-
-
-def _conv_transpose(spatial: int) -> Handler:
-    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-        weight, bias = _weights(b, node, a)
-        names = ("stride", "padding", "output_padding", "dilation")
-        options: dict[str, Any] = {k: numbers(getattr(a, k), spatial) for k in names}
-        kind: Any = TRANSPOSED[spatial]
-        with torch.device("meta"):
-            layer = kind(
-                weight.shape[0], weight.shape[1] * a.groups, tuple(weight.shape[2:]), groups=a.groups,
-                bias=bias is not None, **options,
-            )  # fmt: skip
-        equip(layer, weight, bias)
-        return b.call(node, layer, _batched(b, node, a.input, spatial), name=b.owner(node, a.weight))
+        if b.rank(a.input) != spatial + 2:
+            raise b.unsupported(node, f"a convolution of an image without a batch: {b.shape(a.input)}")
+        given = {name: getattr(a, name) for name in names}
+        options = {k: v if isinstance(v, str) else numbers(v, spatial) for k, v in given.items()}
+        layer = weighted.convolution(weight, bias, a.groups, transposed, **options)
+        return b.call(node, layer, b.operand(node, a.input), name=b.owner(node, a.weight))
 
     return handler
 
 
 def numbers(value: Any, n: int) -> tuple[int, ...]:
     """One for each of n dimensions, from one or as many."""
-    values = [int(v) for v in value] if isinstance(value, (tuple, list)) else [int(value)]
+    values = many(value, 1)
     return tuple(values * n if len(values) == 1 else values)
 
 
@@ -146,14 +110,14 @@ def _layer_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
 def _prelu(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     weight = b.parameter(node, a.weight)
     layer = nn.PReLU(weight.numel())
-    equip(layer, weight, None)
+    layer.weight = weight
     return b.call(node, layer, b.operand(node, a.self), name=b.owner(node, a.weight))
 
 
 ROWS: dict[str, Handler] = {
     "linear": _linear,
-    **{f"conv{n}d": _conv(n) for n in CONVOLUTIONS},
-    **{f"conv_transpose{n}d": _conv_transpose(n) for n in TRANSPOSED},
+    **{f"conv{n}d": _conv(n) for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": _conv(n, transposed=True) for n in (1, 2, 3)},
     "batch_norm": _batch_norm,
     "_native_batch_norm_legit_no_training": _batch_norm_parts,
     "layer_norm": _layer_norm,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.builder import Builder, Handler
@@ -44,8 +45,7 @@ def _compare_integers(b: Builder, node: fx.Node, relation: str, a: SimpleNamespa
 
 
 def _one_hot(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    shape = [-1 if free else d for d, free in zip(b.shape(a.self), b.free(a.self), strict=True)]
-    column = b.call(node, m.Reshape([*shape, 1]), b.operand(node, a.self))
+    column = b.call(node, m.Reshape([*b.open_shape(a.self), 1]), b.operand(node, a.self))
     return b.call(node, m.CompareIntegers("Equal", torch.arange(b.shape(node)[-1])), column, kind="one_hot")
 
 
@@ -53,12 +53,8 @@ def _not(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return b.call(node, m.Scale(-1.0, 1.0), b.operand(node, a.self))
 
 
-def _and(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    return b.call(node, m.Minimum(), b.operand(node, a.self), b.operand(node, a.other))
-
-
-def _or(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    return b.call(node, m.Maximum(), b.operand(node, a.self), b.operand(node, a.other))
+def _of_two(make: Callable[[], nn.Module]) -> Handler:
+    return lambda b, node, a: b.call(node, make(), b.operand(node, a.self), b.operand(node, a.other))
 
 
 def choose(b: Builder, node: fx.Node, condition: Any, x: Any, y: Any) -> fx.Node:
@@ -95,9 +91,9 @@ ROWS: dict[str, Handler] = {
     "gt": _compare("Greater"), "ge": _compare("GreaterOrEqual"), "lt": _compare("Less"),
     "le": _compare("LessOrEqual"), "eq": _compare("Equal"), "ne": _compare("NotEqual"),
     **dict.fromkeys(("logical_not", "bitwise_not"), _not),
-    **dict.fromkeys(("logical_and", "bitwise_and", "__and__"), _and),
+    **dict.fromkeys(("logical_and", "bitwise_and", "__and__"), _of_two(m.Minimum)),
     **dict.fromkeys(("logical_xor", "bitwise_xor", "__xor__"), _compare("NotEqual")),
-    **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _or),
+    **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _of_two(m.Maximum)),
     "where": _where, "masked_fill": _masked_fill, "tril": _triangle(torch.tril), "triu": _triangle(torch.triu),
     "one_hot": _one_hot,
 }  # fmt: skip

@@ -9,9 +9,9 @@ from torch import fx, nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.aten.layers import ROWS as LAYERS
-from pow2quant.frontends.aten.layers import equip
 from pow2quant.frontends.builder import Builder, Handler
 from pow2quant.frontends.captured import arguments, operation
+from pow2quant.frontends.modules.weighted import equip
 
 
 def _softmax(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:

@@ -11,6 +11,7 @@ from torch import fx
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.aten.layers import linear, of_rows
+from pow2quant.frontends.aten.shapes import permuted
 from pow2quant.frontends.builder import Builder, Handler
 
 
@@ -59,8 +60,7 @@ def _summed(b: Builder, node: fx.Node, x: fx.Node, names: str, kept: str) -> tup
 
 
 def _permuted(b: Builder, node: fx.Node, x: fx.Node, names: str, wanted: str) -> fx.Node:
-    order = [names.index(c) for c in wanted]
-    return x if order == sorted(order) else b.call(node, m.Permute(order), x)
+    return permuted(b, node, x, [names.index(c) for c in wanted])
 
 
 def _product(
@@ -97,12 +97,16 @@ def _size(group: str, sizes: Sizes) -> int:
     return -1 if any(sizes[c][1] for c in group) else math.prod(sizes[c][0] for c in group)
 
 
+def scaled(b: Builder, node: fx.Node, x: fx.Node, factor: float) -> fx.Node:
+    """factor * x; x itself where the factor is one."""
+    return x if factor == 1 else b.call(node, m.Scale(float(factor)), x)
+
+
 def _baddbmm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     """beta * self + alpha * batch1 @ batch2."""
     product = b.call(node, m.MatMul(), b.operand(node, a.batch1), b.operand(node, a.batch2))
-    terms = [(b.operand(node, a.self), a.beta), (product, a.alpha)]
-    scaled = [x if factor == 1 else b.call(node, m.Scale(float(factor)), x) for x, factor in terms]
-    return b.call(node, m.Add(), *scaled)
+    terms = [scaled(b, node, b.operand(node, a.self), a.beta), scaled(b, node, product, a.alpha)]
+    return b.call(node, m.Add(), *terms)
 
 
 def _bilinear(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.aten.layers import equip
 from pow2quant.frontends.builder import Builder, Handler, Parts
 from pow2quant.frontends.captured import scope
+from pow2quant.frontends.modules import weighted
 
 
 @dataclass
@@ -53,10 +53,7 @@ class Cell:
 
     def linear(self, x: fx.Node, weight: Tensor, bias: Tensor | None, kind: str) -> fx.Node:
         """A layer on (N, C)."""
-        with torch.device("meta"):
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-        equip(layer, weight, bias)
-        return self.call(layer, x, kind=kind)
+        return self.call(weighted.linear(weight, bias), x, kind=kind)
 
     def call(self, module: nn.Module, *args: fx.Node, kind: str | None = None) -> fx.Node:
         """A module of this cell."""

@@ -23,19 +23,18 @@ def dimensions(b: Builder, node: fx.Node, a: SimpleNamespace) -> list[int]:
     return found
 
 
-def _reduction(make: Callable[[list[int], bool], nn.Module], kind: str | None = None) -> Handler:
+def reduced(b: Builder, node: fx.Node, a: SimpleNamespace) -> tuple[list[int], bool]:
+    """The `dimensions`, and whether they stay as ones."""
+    return dimensions(b, node, a), bool(getattr(a, "keepdim", False))
+
+
+def _reduction(make: type[m.Reduction], kind: str | None = None, truths: bool = False) -> Handler:
+    """truths: of truth values only."""
+
     def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-        module = make(dimensions(b, node, a), bool(getattr(a, "keepdim", False)))
-        return b.call(node, module, b.operand(node, a.self), kind=kind)
-
-    return handler
-
-
-def _of_truths(make: type[m.Reduction]) -> Handler:
-    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-        if a.self.meta["val"].dtype != torch.bool:
+        if truths and a.self.meta["val"].dtype != torch.bool:
             raise b.unsupported(node, "of what is no truth value; compare it first (x != 0)")
-        return b.call(node, make(dimensions(b, node, a), bool(getattr(a, "keepdim", False))), b.operand(node, a.self))
+        return b.call(node, make(*reduced(b, node, a)), b.operand(node, a.self), kind=kind)
 
     return handler
 
@@ -45,8 +44,7 @@ def _spread(root: bool) -> Handler:
         correction = getattr(a, "correction", None)
         if hasattr(a, "unbiased"):
             correction = 1 if a.unbiased else 0
-        dims, keepdim = dimensions(b, node, a), bool(getattr(a, "keepdim", False))
-        module = m.Variance(dims, keepdim, 1.0 if correction is None else float(correction), root)
+        module = m.Variance(*reduced(b, node, a), 1.0 if correction is None else float(correction), root)
         return b.call(node, module, b.operand(node, a.self), kind="std" if root else "var")
 
     return handler
@@ -55,12 +53,12 @@ def _spread(root: bool) -> Handler:
 def _norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     order = getattr(a, "ord", getattr(a, "p", 2))
     order, x = 2 if order is None else order, b.operand(node, a.self)
-    dims, keepdim = dimensions(b, node, a), bool(getattr(a, "keepdim", False))
+    along = reduced(b, node, a)
     if order == float("inf"):
-        return b.call(node, m.Largest(dims, keepdim), b.call(node, m.Abs(), x), kind="norm")
+        return b.call(node, m.Largest(*along), b.call(node, m.Abs(), x), kind="norm")
     if order not in (1, 2):
         raise b.unsupported(node, f"a norm of order {order}; 1, 2 and infinity are supported")
-    return b.call(node, m.Norm(dims, keepdim, int(order)), x)
+    return b.call(node, m.Norm(*along, int(order)), x)
 
 
 def _cdist(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
@@ -75,7 +73,7 @@ def _cdist(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
 def _unsqueezed(b: Builder, node: fx.Node, x: fx.Node, at: int) -> fx.Node:
     if not b.is_data(x):
         return b.hold(node, b.tensor(node, x).unsqueeze(at))
-    shape = [-1 if free else d for d, free in zip(b.shape(x), b.free(x), strict=True)]
+    shape = b.open_shape(x)
     shape.insert(len(shape) + 1 + at, 1)
     return b.call(node, m.Reshape(shape), b.operand(node, x))
 
@@ -86,7 +84,7 @@ def _extreme(of_one: type[m.Reduction], of_two: type[nn.Module]) -> Handler:
     def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node | Parts:
         if hasattr(a, "other"):
             return b.call(node, of_two(), b.tensor_or_number(node, a.self), b.tensor_or_number(node, a.other))
-        dims, keepdim = dimensions(b, node, a), bool(getattr(a, "keepdim", False))
+        dims, keepdim = reduced(b, node, a)
         if not hasattr(a, "dim"):
             return b.call(node, of_one(dims, keepdim), b.operand(node, a.self))
 
@@ -150,7 +148,7 @@ def _ranked(place: Callable[[int, SimpleNamespace], int]) -> Handler:
                 raise b.unsupported(user, "the place of a value; its value alone is supported")
             least = b.call(user, m.TopK(k, dim, largest=False), b.operand(user, a.self))
             last = b.call(user, m.Slice([(dim, k - 1, k, 1)]), least)
-            shape = [-1 if f else d for d, f in zip(b.shape(a.self), b.free(a.self), strict=True)]
+            shape = b.open_shape(a.self)
             return last if a.keepdim else b.call(user, m.Reshape([*shape[:dim], *shape[dim + 1 :]]), last)
 
         return part
@@ -176,7 +174,7 @@ ROWS: dict[str, Handler] = {
     "mean": _reduction(m.Mean, "mean"),
     "sum": _reduction(m.Sum),
     "amax": _reduction(m.Largest), "amin": _reduction(m.Least),
-    "any": _of_truths(m.Largest), "all": _of_truths(m.Least),
+    "any": _reduction(m.Largest, truths=True), "all": _reduction(m.Least, truths=True),
     "max": _extreme(m.Largest, m.Maximum), "min": _extreme(m.Least, m.Minimum),
     "maximum": _extreme(m.Largest, m.Maximum), "minimum": _extreme(m.Least, m.Minimum),
     "fmax": _extreme(m.Largest, m.Maximum), "fmin": _extreme(m.Least, m.Minimum),

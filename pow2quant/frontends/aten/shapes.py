@@ -24,17 +24,20 @@ def _reshape(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return b.call(node, module, b.operand(node, a.self), kind="flatten" if flat else "reshape")
 
 
+def permuted(b: Builder, node: fx.Node, x: fx.Node, order: Sequence[int]) -> fx.Node:
+    """x with its dimensions in this order; x itself where it has them so."""
+    return x if list(order) == sorted(order) else b.call(node, m.Permute(order), x)
+
+
 def _permute(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    dims = [int(d) % b.rank(a.self) for d in a.dims]
-    return b.operand(node, a.self) if dims == sorted(dims) else b.call(node, m.Permute(dims), b.operand(node, a.self))
+    return permuted(b, node, b.operand(node, a.self), [int(d) % b.rank(a.self) for d in a.dims])
 
 
 def _transpose(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    rank = b.rank(a.self)
     i, j = (int(getattr(a, names[0], getattr(a, names[1], 0))) for names in (("dim0", "axis0"), ("dim1", "axis1")))
-    dims = list(range(rank))
+    dims = list(range(b.rank(a.self)))
     dims[i], dims[j] = dims[j], dims[i]
-    return b.operand(node, a.self) if i % rank == j % rank else b.call(node, m.Permute(dims), b.operand(node, a.self))
+    return permuted(b, node, b.operand(node, a.self), dims)
 
 
 def _movedim(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
@@ -43,9 +46,7 @@ def _movedim(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     order = [d for d in range(rank) if d not in sources]
     for target, source in sorted(zip(targets, sources, strict=True)):
         order.insert(target, source)
-    return (
-        b.operand(node, a.self) if order == sorted(order) else b.call(node, m.Permute(order), b.operand(node, a.self))
-    )
+    return permuted(b, node, b.operand(node, a.self), order)
 
 
 def _matrix_transposed(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
@@ -81,8 +82,8 @@ def one(b: Builder, node: fx.Node, x: Any, dim: int, index: int) -> fx.Node:
         raise b.unsupported(node, "one element of the batch")
     index %= b.shape(x)[dim]
     current = cut(b, node, x, dim, index, index + 1)
-    shape = [-1 if f else d for i, (d, f) in enumerate(zip(b.shape(x), b.free(x), strict=True)) if i != dim]
-    return b.call(node, m.Reshape(shape), current)
+    shape = b.open_shape(x)
+    return b.call(node, m.Reshape([*shape[:dim], *shape[dim + 1 :]]), current)
 
 
 def _select(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pow2quant.frontends.modules.exact import Function
-from pow2quant.frontends.modules.rounded import Rounded, nonzero, single
+from pow2quant.frontends.modules.rounded import Described, Rounded, nonzero, single
 from pow2quant.functions import Lookup
 from pow2quant.pow2_constraints import Encoding
 
@@ -74,20 +74,6 @@ class Scale(Function):
         return f"factor={float(self.factor)}, offset={float(self.offset)}"
 
 
-class Mean(nn.Module):
-    """The mean over `dims`."""
-
-    def __init__(self, dims: Sequence[int], keepdim: bool) -> None:
-        super().__init__()
-        self.dims, self.keepdim = tuple(dims), keepdim
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(self.dims, self.keepdim)
-
-    def extra_repr(self) -> str:
-        return f"dims={self.dims}, keepdim={self.keepdim}"
-
-
 class Div(Rounded):
     """x / y, broadcasting; 0 / 0 is 0, anything else divided by zero saturates."""
 
@@ -129,7 +115,7 @@ class Choose(nn.Module):
         return torch.where(self.mask, x, y)
 
 
-class Masked(nn.Module):
+class Masked(Described):
     """`value` where the constant mask is true, else x. mask: truth values that broadcast against x."""
 
     def __init__(self, mask: Tensor, value: float) -> None:
@@ -142,23 +128,24 @@ class Masked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.where(self.mask, self.value, x)
 
-    def extra_repr(self) -> str:
-        return f"value={self.value}"
 
-
-class Reduction(nn.Module):
+class Reduction(Described):
     """Something of all values along `dims`."""
 
     def __init__(self, dims: Sequence[int], keepdim: bool) -> None:
         super().__init__()
         self.dims, self.keepdim = tuple(dims), keepdim
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v}" for k, v in vars(self).items() if k != "training" and not k.startswith("_"))
-
     def count(self, x: Tensor) -> int:
         """How many values are reduced to one."""
         return math.prod(x.shape[d] for d in self.dims)
+
+
+class Mean(Reduction):
+    """The mean over `dims`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.dims, self.keepdim)
 
 
 class Sum(Reduction):
@@ -228,7 +215,7 @@ class Norm(Reduction):
         return torch.sqrt((wide * wide).sum(self.dims, self.keepdim)).to(x.dtype)
 
 
-class CumSum(nn.Module):
+class CumSum(Described):
     """Sums of everything in front, along one dimension."""
 
     def __init__(self, dim: int) -> None:
@@ -237,6 +224,3 @@ class CumSum(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cumsum(x, self.dim)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}"

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pow2quant.frontends.modules.functions import RELATIONS
+from pow2quant.frontends.modules.rounded import Described
 
 
 class Constant(nn.Module):
@@ -26,7 +27,7 @@ class Constant(nn.Module):
         return f"shape={tuple(self.value.shape)}"
 
 
-class Expand(nn.Module):
+class Expand(Described):
     """The first operand, repeated along `dim` as often as the second is long there: a constant gets the batch."""
 
     def __init__(self, dim: int = 0) -> None:
@@ -37,9 +38,6 @@ class Expand(nn.Module):
         shape = [-1] * x.ndim
         shape[self.dim] = like.shape[self.dim]
         return x.expand(shape)
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}"
 
 
 class Embedding(nn.Embedding):

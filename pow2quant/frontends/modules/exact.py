@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pow2quant.frontends.modules.rounded import Described
 from pow2quant.functions import Definition, Lookup, accepts
 from pow2quant.pow2_constraints import Encoding
 
@@ -64,7 +65,7 @@ class Exact(nn.Module):
         raise NotImplementedError
 
 
-class Function(Exact):
+class Function(Described, Exact):
     """A function of one tensor, element by element: rounded once from float64, or a table (`pow2quant.functions`)."""
 
     _known: tuple[Encoding, Encoding, Lookup] | None = None
@@ -73,8 +74,9 @@ class Function(Exact):
         return self.compute(x.double()).to(x.dtype)
 
     def compute(self, x: Tensor) -> Tensor:
-        """The function of a float64 tensor."""
-        raise NotImplementedError
+        """The function of a float64 tensor; by default that of PyTorch's module which it derives from."""
+        result: Tensor = super(Exact, self).forward(x)
+        return result
 
     def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> Lookup | None:
         """See `Exact.definition`."""
@@ -94,9 +96,6 @@ class Function(Exact):
         table = torch.from_numpy(defined.values()).to(codes.device)
         least = int(encoding.grid.qmin) - int(encoding.zero_point)
         return table[(codes.long() - least).clamp_(0, len(table) - 1)]
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v}" for k, v in vars(self).items() if k != "training" and not k.startswith("_"))
 
 
 class _Replaced(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pow2quant.frontends.modules.exact import Function
-from pow2quant.frontends.modules.rounded import TINY, nonzero, single
+from pow2quant.frontends.modules.rounded import TINY, Described, nonzero, single
 
 
 class HardSwish(Function):
@@ -22,15 +22,9 @@ class HardSwish(Function):
 class Sigmoid(Function, nn.Sigmoid):
     """Rounded once from float64, or a table."""
 
-    def compute(self, x: Tensor) -> Tensor:
-        return nn.Sigmoid.forward(self, x)
-
 
 class Tanh(Function, nn.Tanh):
     """Rounded once from float64, or a table."""
-
-    def compute(self, x: Tensor) -> Tensor:
-        return nn.Tanh.forward(self, x)
 
 
 class SiLU(Function, nn.SiLU):
@@ -42,9 +36,6 @@ class SiLU(Function, nn.SiLU):
 
 class GELU(Function, nn.GELU):
     """Rounded once from float64, or a table."""
-
-    def compute(self, x: Tensor) -> Tensor:
-        return nn.GELU.forward(self, x)
 
 
 class ELU(Function, nn.ELU):
@@ -274,11 +265,8 @@ class Threshold(Function):
     def plain(self, x: Tensor) -> Tensor:
         return torch.where((x.abs() if self.magnitude else x) > self.threshold, x, self.value)
 
-    def extra_repr(self) -> str:
-        return f"threshold={self.threshold}, value={self.value}, magnitude={self.magnitude}"
 
-
-class Clamp(nn.Module):
+class Clamp(Described):
     """x, not below `low` and not above `high`, of which one may be None."""
 
     def __init__(self, low: float | None, high: float | None) -> None:
@@ -287,9 +275,6 @@ class Clamp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.clamp(self.low, self.high)
-
-    def extra_repr(self) -> str:
-        return f"low={self.low}, high={self.high}"
 
 
 class Compare(Function):

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 
 
-class Rounded(nn.Module):
+class Described(nn.Module):
+    """A module whose text says what it holds, but for tensors."""
+
+    def extra_repr(self) -> str:
+        hidden = ("training", "ends")
+        return ", ".join(f"{k}={v}" for k, v in vars(self).items() if k not in hidden and not k.startswith("_"))
+
+
+class Rounded(Described):
     """A function that is computed in float64 and rounded once. Its constants are float32 numbers, as in ONNX."""
 
     def forward(self, *tensors: Tensor) -> Tensor:
@@ -16,9 +24,6 @@ class Rounded(nn.Module):
     def compute(self, *tensors: Tensor) -> Tensor:
         """The function of float64 tensors."""
         raise NotImplementedError
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v}" for k, v in vars(self).items() if k != "training" and not k.startswith("_"))
 
 
 def single(value: float) -> float:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pow2quant.frontends.modules.rounded import Described
 
-class Concat(nn.Module):
+
+class Concat(Described):
     """Concatenation along `dim`."""
 
     def __init__(self, dim: int) -> None:
@@ -20,11 +22,8 @@ class Concat(nn.Module):
     def forward(self, *tensors: Tensor) -> Tensor:
         return torch.cat(tensors, self.dim)
 
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}"
 
-
-class Reshape(nn.Module):
+class Reshape(Described):
     """Reshape to `shape`, in which -1 stands for the dimension that holds the batch."""
 
     def __init__(self, shape: Sequence[int]) -> None:
@@ -34,11 +33,8 @@ class Reshape(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.reshape(self.shape)
 
-    def extra_repr(self) -> str:
-        return f"shape={self.shape}"
 
-
-class Permute(nn.Module):
+class Permute(Described):
     """A permutation of the dimensions."""
 
     def __init__(self, dims: Sequence[int]) -> None:
@@ -47,9 +43,6 @@ class Permute(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(self.dims).contiguous()
-
-    def extra_repr(self) -> str:
-        return f"dims={self.dims}"
 
 
 class Slice(nn.Module):
@@ -70,7 +63,7 @@ class Slice(nn.Module):
         return ", ".join(f"dim {d}: {a}:{'' if b is None else b}:{s}" for d, a, b, s in self.slices)
 
 
-class ZeroPad(nn.Module):
+class ZeroPad(Described):
     """Padding with zeros; `pads` in the order of `torch.nn.functional.pad`, last dimension first."""
 
     def __init__(self, pads: Sequence[int]) -> None:
@@ -80,11 +73,8 @@ class ZeroPad(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x, self.pads)
 
-    def extra_repr(self) -> str:
-        return f"pads={self.pads}"
 
-
-class NearestUpsample(nn.Module):
+class NearestUpsample(Described):
     """Repeats every value `factors` times along each spatial dimension."""
 
     def __init__(self, factors: Sequence[int]) -> None:
@@ -93,9 +83,6 @@ class NearestUpsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.interpolate(x, scale_factor=[float(f) for f in self.factors], mode="nearest")
-
-    def extra_repr(self) -> str:
-        return f"factors={self.factors}"
 
 
 class Take(nn.Module):
@@ -115,7 +102,7 @@ class Take(nn.Module):
         return f"dim={self.dim}, indices={len(self.indices)}"
 
 
-class ConstantPad(nn.Module):
+class ConstantPad(Described):
     """Padding with `value`; `pads` in the order of `torch.nn.functional.pad`, last dimension first."""
 
     def __init__(self, pads: Sequence[int], value: float) -> None:
@@ -125,11 +112,8 @@ class ConstantPad(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x, self.pads, value=self.value)
 
-    def extra_repr(self) -> str:
-        return f"pads={self.pads}, value={self.value}"
 
-
-class TopK(nn.Module):
+class TopK(Described):
     """The `count` largest values along `dim`, or the least ones, in order."""
 
     def __init__(self, count: int, dim: int, largest: bool = True) -> None:
@@ -138,6 +122,3 @@ class TopK(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.topk(x, self.count, self.dim, self.largest).values
-
-    def extra_repr(self) -> str:
-        return f"count={self.count}, dim={self.dim}, largest={self.largest}"

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 from torch import Tensor, nn
 
+from pow2quant.frontends.modules import weighted
+from pow2quant.frontends.modules.weighted import equip
 from pow2quant.frontends.onnx.file import OnnxFile, attribute
 from pow2quant.frontends.onnx.windows import interleaved, paddings
-
-CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED: tuple[type[nn.Module], ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class Weights(Protocol):
@@ -55,17 +54,6 @@ class SamePadded(nn.Module):
         return result
 
 
-def equipped(layer: nn.Module, weight: nn.Parameter | None, bias: nn.Parameter | None) -> nn.Module:
-    """The layer with these parameters. Raises ValueError where a shape is not the layer's."""
-    for name, value in (("weight", weight), ("bias", bias)):
-        own = getattr(layer, name)
-        if (own is None) != (value is None) or (own is not None and value is not None and own.shape != value.shape):
-            given = None if value is None else tuple(value.shape)
-            raise ValueError(f"its {name} has shape {given}, not {None if own is None else tuple(own.shape)}")
-        setattr(layer, name, value)
-    return layer
-
-
 def _conv(w: Weights, node: NodeProto) -> nn.Module:
     weight, bias = w.parameter(node, 1), w.parameter(node, 2)
     assert weight is not None
@@ -73,14 +61,10 @@ def _conv(w: Weights, node: NodeProto) -> nn.Module:
     n = len(kernel)
     same = attribute(node, "auto_pad", "NOTSET").startswith("SAME")
     before, behind = ([0] * n, [0] * n) if same else paddings(node, [], kernel)
-    kind: Any = CONVOLUTIONS[n - 1]
-    with torch.device("meta"):
-        layer = kind(
-            weight.shape[1] * group, weight.shape[0], tuple(kernel), tuple(attribute(node, "strides", [1] * n)),
-            tuple(before) if before == behind else 0, tuple(attribute(node, "dilations", [1] * n)), group,
-            bias is not None,
-        )  # fmt: skip
-    equipped(layer, weight, bias)
+    layer = weighted.convolution(
+        weight, bias, group, stride=tuple(attribute(node, "strides", [1] * n)),
+        padding=tuple(before) if before == behind else 0, dilation=tuple(attribute(node, "dilations", [1] * n)),
+    )  # fmt: skip
     if same:
         return SamePadded(node, layer)
     return layer if before == behind else PaddedConvolution(interleaved(before, behind), layer)
@@ -94,14 +78,11 @@ def _conv_transpose(w: Weights, node: NodeProto) -> nn.Module:
     before, behind = paddings(node, [], kernel)
     if before != behind or attribute(node, "output_shape") or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
         raise w.file.error(node, "its padding (unequal, by output_shape or auto_pad) is not supported")
-    kind: Any = TRANSPOSED[n - 1]
-    with torch.device("meta"):
-        layer = kind(
-            weight.shape[0], weight.shape[1] * group, tuple(kernel), tuple(attribute(node, "strides", [1] * n)),
-            tuple(before), tuple(attribute(node, "output_padding", [0] * n)), group, bias is not None,
-            tuple(attribute(node, "dilations", [1] * n)),
-        )  # fmt: skip
-    return equipped(layer, weight, bias)
+    return weighted.convolution(
+        weight, bias, group, transposed=True, stride=tuple(attribute(node, "strides", [1] * n)), padding=tuple(before),
+        output_padding=tuple(attribute(node, "output_padding", [0] * n)),
+        dilation=tuple(attribute(node, "dilations", [1] * n)),
+    )  # fmt: skip
 
 
 def linear(w: Weights, node: NodeProto, transposed: bool) -> nn.Module | None:
@@ -113,9 +94,7 @@ def linear(w: Weights, node: NodeProto, transposed: bool) -> nn.Module | None:
         weight = nn.Parameter(weight.detach().t().contiguous())
     if bias is not None and bias.shape != (len(weight),):
         bias = nn.Parameter(bias.detach().reshape(-1).expand(len(weight)).contiguous())
-    with torch.device("meta"):
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    return equipped(layer, weight, bias)
+    return weighted.linear(weight, bias)
 
 
 def _gemm(w: Weights, node: NodeProto) -> nn.Module | None:
@@ -136,7 +115,7 @@ def _batch_norm(w: Weights, node: NodeProto) -> nn.Module:
     scale, bias = w.parameter(node, 1), w.parameter(node, 2)
     mean, variance = (torch.from_numpy(np.array(w.constant(node, i), np.float32)) for i in (3, 4))
     layer = BatchNorm(len(mean), attribute(node, "epsilon", 1e-5), 1 - attribute(node, "momentum", 0.9))
-    equipped(layer, scale, bias)
+    equip(layer, scale, bias)
     layer.running_mean, layer.running_var = mean, variance
     return layer
 
@@ -163,7 +142,7 @@ def _layer_norm(w: Weights, node: NodeProto) -> nn.Module | None:
     if scale is None or (axis < 0 and scale.ndim != -axis) or len([o for o in node.output if o]) > 1:
         return None
     layer = LayerNorm(scale.shape, attribute(node, "epsilon", 1e-5), bias=bias is not None)
-    return equipped(layer, scale, bias)
+    return equip(layer, scale, bias)
 
 
 def _rms_norm(w: Weights, node: NodeProto) -> nn.Module | None:

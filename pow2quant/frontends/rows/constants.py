@@ -25,10 +25,6 @@ def _embedding(module: m.Embedding, node: Node, graph: OnnxGraph) -> None:
     graph.node("Gather", [node.parameters["weight"], node.inputs[0]], node.output, node.name, axis=0)
 
 
-def _argmax(f: Formula, module: m.ArgMax, x: str) -> str:
-    return f("ArgMax", x, axis=module.dim, keepdims=int(module.keepdim))
-
-
 def _compare_integers(f: Formula, module: m.CompareIntegers, x: str) -> str:
     return compared(f, module.relation, f("Cast", x, to=INT64), f.integers(module.values.cpu().numpy()))
 
@@ -39,5 +35,5 @@ ROWS: Rows = {
     m.Embedding: Operator("Gather", _embedding, stored="weight", own=Kind.COMPUTE, integers=True, proved=True),
     m.CompareIntegers: Operator("Cast", formula(_compare_integers), integers=True, proved=True),
     m.Real: Operator("Cast", plain("Cast", to=FLOAT), integers=True),
-    m.ArgMax: Operator("ArgMax", formula(_argmax), proved=True),
+    m.ArgMax: Operator("ArgMax", plain("ArgMax", lambda x: {"axis": x.dim, "keepdims": int(x.keepdim)}), proved=True),
 }

@@ -27,18 +27,6 @@ def _silu(module: nn.SiLU, node: Node, graph: OnnxGraph) -> None:
     graph.node("Mul", [node.inputs[0], f"{node.name}.sigmoid"], node.output, node.name)
 
 
-def _gelu(module: nn.GELU, node: Node, graph: OnnxGraph) -> None:
-    graph.node("Gelu", node.inputs, node.output, node.name, approximate=module.approximate)
-
-
-def _leaky_relu(module: nn.LeakyReLU, node: Node, graph: OnnxGraph) -> None:
-    graph.node("LeakyRelu", node.inputs, node.output, node.name, alpha=module.negative_slope)
-
-
-def _elu(module: nn.ELU, node: Node, graph: OnnxGraph) -> None:
-    graph.node("Elu", node.inputs, node.output, node.name, alpha=module.alpha)
-
-
 def _prelu(module: nn.PReLU, node: Node, graph: OnnxGraph) -> None:
     slope = module.weight.detach().cpu().numpy()
     shape = (-1, *[1] * (len(node.shapes[0]) - 2)) if slope.size > 1 else (1,)
@@ -68,9 +56,11 @@ ROWS: Rows = {
     m.Hardsigmoid: Operator("HardSigmoid", plain("HardSigmoid", alpha=1 / 6, beta=0.5), integers=True, proved=True),
     m.HardSwish: Operator("HardSwish", plain("HardSwish"), integers=True, proved=True),
     m.SiLU: Operator("Mul", _silu, integers=True, proved=True),
-    m.GELU: Operator("Gelu", _gelu, integers=True, proved=True),
-    m.ELU: Operator("Elu", _elu, integers=True, proved=True),
-    m.LeakyReLU: Operator("LeakyRelu", _leaky_relu, integers=True, proved=True),
+    m.GELU: Operator("Gelu", plain("Gelu", lambda x: {"approximate": x.approximate}), integers=True, proved=True),
+    m.ELU: Operator("Elu", plain("Elu", lambda x: {"alpha": x.alpha}), integers=True, proved=True),
+    m.LeakyReLU: Operator(
+        "LeakyRelu", plain("LeakyRelu", lambda x: {"alpha": x.negative_slope}), integers=True, proved=True
+    ),
     nn.PReLU: Operator("PRelu", _prelu, integers=True),
     m.Scale: Operator("Mul", _scale, clipped=True, integers=True, proved=True),
 }

@@ -11,15 +11,7 @@ from torch import nn
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.modules.normalization import HALF, LOWEST
 from pow2quant.frontends.rows.composed import not_below, product, times
-from pow2quant.frontends.writing import Formula, Node, OnnxGraph, Operator, Rows, formula
-
-
-def _softmax(module: nn.Softmax, node: Node, graph: OnnxGraph) -> None:
-    graph.node("Softmax", node.inputs, node.output, node.name, axis=module.dim)
-
-
-def _log_softmax(module: nn.LogSoftmax, node: Node, graph: OnnxGraph) -> None:
-    graph.node("LogSoftmax", node.inputs, node.output, node.name, axis=module.dim)
+from pow2quant.frontends.writing import Formula, Node, OnnxGraph, Operator, Rows, formula, plain
 
 
 def _masked_softmax(f: Formula, module: m.MaskedSoftmax, x: str, keep: str = "") -> str:
@@ -92,8 +84,8 @@ def _local_response_norm(module: m.LocalResponseNorm, node: Node, graph: OnnxGra
 
 
 ROWS: Rows = {
-    m.Softmax: Operator("Softmax", _softmax, integers=True, proved=True),
-    m.LogSoftmax: Operator("LogSoftmax", _log_softmax),
+    m.Softmax: Operator("Softmax", plain("Softmax", lambda x: {"axis": x.dim}), integers=True, proved=True),
+    m.LogSoftmax: Operator("LogSoftmax", plain("LogSoftmax", lambda x: {"axis": x.dim})),
     m.MaskedSoftmax: Operator("Softmax", formula(_masked_softmax), integers=True, proved=True),
     m.LayerNorm: Operator("LayerNormalization", _layer_norm, integers=True, proved=True),
     m.Normalize: Operator("Div", formula(_normalize)),

@@ -6,25 +6,13 @@ import numpy as np
 from torch import nn
 
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.writing import Formula, Node, OnnxGraph, Operator, Rows, formula, pads_of
+from pow2quant.frontends.writing import Formula, Node, OnnxGraph, Operator, Rows, formula, pads_of, plain
 from pow2quant.operators import Kind
-
-
-def _concat(module: m.Concat, node: Node, graph: OnnxGraph) -> None:
-    graph.node("Concat", node.inputs, node.output, node.name, axis=module.dim)
-
-
-def _flatten(module: nn.Flatten, node: Node, graph: OnnxGraph) -> None:
-    graph.node("Flatten", node.inputs, node.output, node.name, axis=1)
 
 
 def _reshape(module: m.Reshape, node: Node, graph: OnnxGraph) -> None:
     shape = graph.constant(f"{node.name}.shape", np.array(module.shape, np.int64))
     graph.node("Reshape", [node.inputs[0], shape], node.output, node.name)
-
-
-def _permute(module: m.Permute, node: Node, graph: OnnxGraph) -> None:
-    graph.node("Transpose", node.inputs, node.output, node.name, perm=list(module.dims))
 
 
 def _slice(module: m.Slice, node: Node, graph: OnnxGraph) -> None:
@@ -74,10 +62,10 @@ ROWS: Rows = {
     m.TopK: Operator("TopK", _topk, proved=True),
     m.Take: Operator("Gather", formula(_take), integers=True, proved=True),
     m.ConstantPad: Operator("Pad", _pad, own=Kind.COMPUTE, integers=True, proved=True),
-    m.Concat: Operator("Concat", _concat, integers=True, proved=True),
-    nn.Flatten: Operator("Flatten", _flatten, integers=True, proved=True),
+    m.Concat: Operator("Concat", plain("Concat", lambda x: {"axis": x.dim}), integers=True, proved=True),
+    nn.Flatten: Operator("Flatten", plain("Flatten", axis=1), integers=True, proved=True),
     m.Reshape: Operator("Reshape", _reshape, integers=True, proved=True),
-    m.Permute: Operator("Transpose", _permute, integers=True, proved=True),
+    m.Permute: Operator("Transpose", plain("Transpose", lambda x: {"perm": list(x.dims)}), integers=True, proved=True),
     m.Slice: Operator("Slice", _slice, integers=True, proved=True),
     m.ZeroPad: Operator("Pad", _pad, integers=True, proved=True),
     m.NearestUpsample: Operator("Resize", _upsample, integers=True, proved=True),

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from pow2quant.frontends.writing import Node, OnnxGraph, Operator, Rows, pads_of
+from pow2quant.frontends.writing import Emit, Node, OnnxGraph, Operator, Rows, pads_of
 
 
-def _weighted_inputs(node: Node) -> list[str]:
-    return [
-        node.inputs[0],
-        node.parameters["weight"],
-        *([node.parameters["bias"]] if "bias" in node.parameters else []),
-    ]
-
-
-def conv_pads(module: nn.Conv1d | nn.Conv2d) -> tuple[list[int], list[int]]:
+def conv_pads(module: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d) -> tuple[list[int], list[int]]:
     """Zeros in front of and behind every spatial dimension, also for padding="same"."""
     if module.padding == "valid":
         return [0] * len(module.kernel_size), [0] * len(module.kernel_size)
@@ -26,46 +18,32 @@ def conv_pads(module: nn.Conv1d | nn.Conv2d) -> tuple[list[int], list[int]]:
     return pads, pads
 
 
-def _conv(module: nn.Conv2d, node: Node, graph: OnnxGraph) -> None:
-    graph.node(
-        "Conv",
-        _weighted_inputs(node),
-        node.output,
-        node.name,
-        kernel_shape=list(module.kernel_size),
-        strides=list(module.stride),
-        pads=pads_of(*conv_pads(module)),
-        dilations=list(module.dilation),
-        group=module.groups,
-    )
+def _conv(op: str) -> Emit:
+    def emit(module: nn.Conv2d | nn.ConvTranspose2d, node: Node, graph: OnnxGraph) -> None:
+        attributes = {
+            "kernel_shape": list(module.kernel_size),
+            "strides": list(module.stride),
+            "pads": pads_of(*conv_pads(module)),
+            "dilations": list(module.dilation),
+            "group": module.groups,
+        }
+        if op == "ConvTranspose":
+            attributes["output_padding"] = [int(p) for p in module.output_padding]
+        graph.node(op, [node.inputs[0], *node.parameters.values()], node.output, node.name, **attributes)
 
-
-def _conv_transpose(module: nn.ConvTranspose2d, node: Node, graph: OnnxGraph) -> None:
-    pads = [int(p) for p in module.padding]
-    graph.node(
-        "ConvTranspose",
-        _weighted_inputs(node),
-        node.output,
-        node.name,
-        kernel_shape=list(module.kernel_size),
-        strides=list(module.stride),
-        pads=pads_of(pads, pads),
-        output_padding=[int(p) for p in module.output_padding],
-        dilations=list(module.dilation),
-        group=module.groups,
-    )
+    return emit
 
 
 def _linear(module: nn.Linear, node: Node, graph: OnnxGraph) -> None:
-    graph.node("Gemm", _weighted_inputs(node), node.output, node.name, transB=1)
+    graph.node("Gemm", [node.inputs[0], *node.parameters.values()], node.output, node.name, transB=1)
 
 
 ROWS: Rows = {
-    nn.Conv1d: Operator("Conv", _conv, integers=True, proved=True),
-    nn.Conv2d: Operator("Conv", _conv, integers=True, proved=True),
-    nn.ConvTranspose1d: Operator("ConvTranspose", _conv_transpose, integers=True, proved=True),
-    nn.ConvTranspose2d: Operator("ConvTranspose", _conv_transpose, integers=True, proved=True),
-    nn.Conv3d: Operator("Conv", _conv, proved=True),
-    nn.ConvTranspose3d: Operator("ConvTranspose", _conv_transpose, proved=True),
+    nn.Conv1d: Operator("Conv", _conv("Conv"), integers=True, proved=True),
+    nn.Conv2d: Operator("Conv", _conv("Conv"), integers=True, proved=True),
+    nn.ConvTranspose1d: Operator("ConvTranspose", _conv("ConvTranspose"), integers=True, proved=True),
+    nn.ConvTranspose2d: Operator("ConvTranspose", _conv("ConvTranspose"), integers=True, proved=True),
+    nn.Conv3d: Operator("Conv", _conv("Conv"), proved=True),
+    nn.ConvTranspose3d: Operator("ConvTranspose", _conv("ConvTranspose"), proved=True),
     nn.Linear: Operator("Gemm", _linear, integers=True, proved=True),
 }
