@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -134,6 +135,11 @@ class _Unmarked:
 
 
 UNMARKED: Marks = _Unmarked()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 class Tapped(Protocol):

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from pow2quant.artifact import Site, Table
-from pow2quant.backends.base import ALL, Batch, Simulation, inputs
+from pow2quant.backends.base import ALL, Batch, Simulation, device_of, inputs
 from pow2quant.backends.fitting import fit_accumulators, fit_shifts, tie
 from pow2quant.backends.placement import Layer, Placement
-from pow2quant.config import TensorSpec
 from pow2quant.errors import ConfigError, DataError, EncodingError, WeightsError
 from pow2quant.pow2_constraints import Encoding, Format, IntGrid, Observed, ceil_exponent, choose, power_of_two
 from pow2quant.pow2_constraints.blocks import choose_blocks
@@ -74,7 +73,7 @@ def _chosen(sim: Simulation, batches: Iterable[Batch], roles: Collection[str]) -
         table = fit_shifts(placement, observed, fit_accumulators(sim, table))
     for layer in placement.layers:
         if "bias" in roles and layer.bias is not None:
-            table[layer.bias.name] = bias_encoding(layer, table, sim.parameter(layer.bias.name), placement.specs)
+            table[layer.bias.name] = bias_encoding(sim, layer, table)
     return table
 
 
@@ -107,7 +106,7 @@ def observe(
                 samples[site.name].append(x.flatten()[:: -(-x.numel() // SAMPLE) | 1].clone())
         return x
 
-    device = next((p.device for p in sim.model.parameters()), torch.device("cpu"))
+    device = device_of(sim.model)
     with sim.intercept(record), torch.no_grad():
         for index, batch in enumerate(batches):
             sim.model(*(x.to(device) for x in _arguments(sim, batch, index)))
@@ -136,9 +135,7 @@ def _arguments(sim: Simulation, batch: Any, index: int) -> tuple[Tensor, ...]:
     return inputs(read(batch, Signature(tuple(names), len(names)), f"calibration data, batch {index}")[0])
 
 
-def bias_encoding(
-    layer: Layer, table: Mapping[str, Encoding], bias: Tensor, specs: Mapping[str, TensorSpec]
-) -> Encoding:
+def bias_encoding(sim: Simulation, layer: Layer, table: Mapping[str, Encoding]) -> Encoding:
     """The lattice s_in * s_w (exponents add) on a signed grid. Raises EncodingError when the bias does not fit it."""
     assert layer.bias is not None
     assert layer.input is not None
@@ -146,9 +143,9 @@ def bias_encoding(
     missing = [s.name for s in (layer.input, layer.weight) if s.name not in table]
     if missing:
         raise EncodingError(f"{layer.bias.name}: needs the encoding of {missing[0]}, which has none yet")
-    source, weight = table[layer.input.name], table[layer.weight.name]
+    source, weight, bias = table[layer.input.name], table[layer.weight.name], sim.parameter(layer.bias.name)
     scale = np.broadcast_to(source.scale * weight.per_channel.scale, bias.shape)
-    grid = IntGrid(specs[layer.bias.name].bits, signed=True)
+    grid = IntGrid(sim.placement.specs[layer.bias.name].bits, signed=True)
     codes = np.rint(bias.detach().cpu().double().numpy() / scale)
     if (codes < grid.qmin).any() or (codes > grid.qmax).any():
         channel = int(np.abs(codes).argmax())

@@ -12,6 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from pow2quant.backends.base import Batch
 from pow2quant.errors import UnsupportedModelError, WeightsError
 from pow2quant.frontends.modules import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, Reshape, depthwise
+from pow2quant.frontends.operators import called
 
 
 def fold_batch_norm(network: fx.GraphModule, batches: Iterable[Batch] = ()) -> fx.GraphModule:
@@ -24,7 +25,7 @@ def fold_batch_norm(network: fx.GraphModule, batches: Iterable[Batch] = ()) -> f
     """
     with torch.no_grad():
         for node in list(network.graph.nodes):
-            if node.op == "call_module" and isinstance(network.get_submodule(node.target), BATCH_NORMS):
+            if isinstance(called(network, node), BATCH_NORMS):
                 _fold(network, node)
     network.graph.lint()
     network.recompile()
@@ -53,7 +54,7 @@ def _fold(network: fx.GraphModule, node: fx.Node) -> None:
     _check_variance(f"{node.target}.running_var", norm.running_var, norm.eps)
     gamma = norm.weight.double() if norm.affine else torch.ones_like(norm.running_var, dtype=torch.float64)
     beta = norm.bias.double() if norm.affine else torch.zeros_like(gamma)
-    layer = network.get_submodule(str(before.target)) if before.op == "call_module" else None
+    layer = called(network, before)
     fused = _fused(layer, norm) if layer is not None and len(before.users) == 1 else None
     if fused is not None:
         network.set_submodule(str(before.target), fused.requires_grad_())  # PyTorch freezes a bias that it adds

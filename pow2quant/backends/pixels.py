@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from pow2quant.backends.placement import tensor_name
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends.modules import CONVOLUTIONS, Concat, ConstantPad, Slice, ZeroPad
+from pow2quant.frontends.operators import called
 
 LARGEST = 255
 """The largest pixel: a byte's."""
@@ -50,9 +51,7 @@ def carriers(network: fx.GraphModule) -> set[str]:
     """The tensors that hold pixels in a network into which a normalization was folded."""
     nodes = [node for node in network.graph.nodes if node.op == "placeholder"]
     for node in network.graph.nodes:
-        moves = node.op == "call_module" and isinstance(
-            network.get_submodule(str(node.target)), (Slice, ConstantPad, Concat)
-        )
+        moves = isinstance(called(network, node), (Slice, ConstantPad, Concat))
         if moves and all(source in nodes for source in node.all_input_nodes):
             nodes.append(node)
     return {tensor_name(node) for node in nodes}
@@ -64,7 +63,7 @@ def _per_channel(values: Sequence[float], channels: int) -> Tensor:
 
 def _layer_behind(network: fx.GraphModule, reader: fx.Node) -> tuple[tuple[int, ...], fx.Node]:
     """The padding of zeros in front of a convolution, as `F.pad` takes it, and the convolution."""
-    module = network.get_submodule(str(reader.target)) if reader.op == "call_module" else None
+    module = called(network, reader)
     if isinstance(module, ZeroPad) and len(reader.users) == 1 and not any(module.pads[4:]):
         (behind,) = reader.users
         pads, layer = _layer_behind(network, behind)

@@ -17,7 +17,7 @@ from pow2quant.errors import ConfigError
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.idle import DROPPED
 from pow2quant.frontends.kept import TRUTH
-from pow2quant.frontends.operators import operator, weight_axis
+from pow2quant.frontends.operators import called, operator, weight_axis
 from pow2quant.operators import Kind
 from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 from pow2quant.targets import Target
@@ -124,9 +124,9 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
     for node in network.graph.nodes:
         if node.op == "output":
             continue
-        module = network.get_submodule(node.target) if node.op == "call_module" else None
+        module = called(network, node)
         kind = _kind(module)
-        if (row := operator(module) if module is not None else None) is not None:
+        if (row := operator(module)) is not None:
             require_operation(plan.target, str(node.target), row.onnx)
         if kind is Kind.INDEX or not value_type(node).is_floating_point:
             carried[node.name] = None
@@ -200,7 +200,7 @@ def _check_overrides(network: fx.GraphModule, plan: QuantPlan) -> None:
 
 
 def _kind(module: nn.Module | None) -> Kind:
-    row = operator(module) if module is not None else None
+    row = operator(module)
     return row.kind if row is not None else Kind.COMPUTE
 
 
@@ -240,9 +240,9 @@ def _fused_into_reader(network: fx.GraphModule, node: fx.Node, kind: Kind) -> bo
     """Whether the node's only reader is a ReLU-like operation, which then holds the quantizer of both."""
     if node.op != "call_module" or len(node.users) != 1:
         return False
-    row, reader = operator(network.get_submodule(str(node.target))), next(iter(node.users))
+    row, (reader,) = operator(called(network, node)), node.users
     fusable = kind is Kind.WEIGHTED or (row is not None and row.clipped)
-    return fusable and reader.op == "call_module" and _kind(network.get_submodule(str(reader.target))) is Kind.CLIP
+    return fusable and _kind(called(network, reader)) is Kind.CLIP
 
 
 def _rounded_next(network: fx.GraphModule, quantized: Mapping[str, Site]) -> frozenset[str]:
@@ -250,18 +250,14 @@ def _rounded_next(network: fx.GraphModule, quantized: Mapping[str, Site]) -> fro
     found = set(quantized)
     for node in reversed(network.graph.nodes):
         reader = next(iter(node.users)) if len(node.users) == 1 else None
-        if reader is None or reader.name not in found or reader.op != "call_module":
-            continue
-        if _kind(network.get_submodule(str(reader.target))) in (Kind.CLIP, Kind.PASS):
+        if reader is not None and reader.name in found and _kind(called(network, reader)) in (Kind.CLIP, Kind.PASS):
             found.add(node.name)
     return frozenset(found)
 
 
 def _is_summand(network: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a sum is the node's only reader."""
-    reader = next(iter(node.users)) if len(node.users) == 1 else None
-    module = network.get_submodule(str(reader.target)) if reader is not None and reader.op == "call_module" else None
-    return isinstance(module, (m.Add, m.Sub))
+    return len(node.users) == 1 and isinstance(called(network, next(iter(node.users))), (m.Add, m.Sub))
 
 
 def _roundings(
@@ -277,7 +273,7 @@ def _roundings(
         if site is None or node.op != "call_module":
             continue
         core = behind_clips(network, node, carried)
-        row = operator(network.get_submodule(str(core.target))) if core.op == "call_module" else None
+        row = operator(called(network, core))
         function = row is not None and row.onnx in TWO_OPERANDS and sum(isinstance(a, fx.Node) for a in core.args) < 2
         if row is not None and not function and (rule := target.rounding.of(row.onnx)) != HALF_EVEN:
             found[site.name] = rule
@@ -286,7 +282,7 @@ def _roundings(
 
 def behind_clips(network: fx.GraphModule, node: fx.Node, carried: Mapping[str, Site | None]) -> fx.Node:
     """The node whose result is rounded at a site: that behind ReLUs and clips between which nothing is rounded."""
-    while node.op == "call_module" and _kind(network.get_submodule(str(node.target))) is Kind.CLIP:
+    while _kind(called(network, node)) is Kind.CLIP:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         if carried[source.name] is not None:
@@ -309,7 +305,7 @@ def _rounded(
         if site is None or node.op != "call_module":
             continue
         core = behind_clips(network, node, carried)
-        module = network.get_submodule(str(core.target)) if core.op == "call_module" else None
+        module = called(network, core)
         if _kind(module) is Kind.WEIGHTED:
             results[str(core.target)] = site
         if isinstance(module, ALIGNED):
@@ -335,12 +331,12 @@ def _ties(network: fx.GraphModule, quantized: dict[str, Site], specs: dict[str, 
     """The inputs of a Concat take its encoding, if nothing else reads them: then it is the union of their ranges."""
     leaders: dict[str, str] = {}
     for node in network.graph.nodes:
-        if node.op != "call_module" or _kind(network.get_submodule(node.target)) is not Kind.CONCAT:
+        if _kind(called(network, node)) is not Kind.CONCAT:
             continue
         target = quantized.get(node.name)
         for source in node.args:
-            while len(source.users) == 1 and source.op == "call_module" and source.name not in quantized:
-                if _kind(network.get_submodule(source.target)) is not Kind.PASS:
+            while len(source.users) == 1 and source.name not in quantized:
+                if _kind(called(network, source)) is not Kind.PASS:
                     break
                 source = source.args[0]
             own = quantized.get(source.name)

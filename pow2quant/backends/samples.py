@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from pow2quant.artifact import Site
-from pow2quant.backends.base import Batch, Simulation, inputs
+from pow2quant.backends.base import Batch, Simulation, device_of, inputs
 
 SAMPLES = 32
 """Inputs that are run."""
@@ -48,7 +48,7 @@ def sample(sim: Simulation, batches: Iterable[Batch], seed: int) -> tuple[dict[s
     ranges: dict[str, list[tuple[Tensor, Tensor]]] = {}
     count = 0
     generator = torch.Generator().manual_seed(seed)
-    device = next((p.device for p in sim.model.parameters()), torch.device("cpu"))
+    device = device_of(sim.model)
     for batch in _first(batches, SAMPLES):
         chosen: dict[str, Tensor] = {}
         count += len(inputs(batch)[0])
@@ -104,8 +104,7 @@ def _exact(
                     ranges[site.name] = _range(result)
             return result
 
-    own = next((p.device for p in sim.network.parameters()), torch.device("cpu"))
-    Recorder(sim.network).run(*(x.to(own) for x in inputs(batch)))
+    Recorder(sim.network).run(*(x.to(device_of(sim.network)) for x in inputs(batch)))
     return found, ranges
 
 

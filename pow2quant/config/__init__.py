@@ -2,7 +2,7 @@
 
 from pow2quant.config.building import defaults, parameters
 from pow2quant.config.choices import EXPONENT_METHODS, NONE, Choice, method_named
-from pow2quant.config.legal import Legal, finite, integer, one_of
+from pow2quant.config.legal import ABOVE_ZERO, FROM_ZERO, SHARE, Legal, finite, integer, one_of
 from pow2quant.config.plan import BLOCK_BITS, BLOCKS, ROLES, WIDTHS, QuantPlan, TensorSpec
 from pow2quant.config.resolving import default_methods, dump, from_mapping, load, plan_of, read, with_values
 from pow2quant.config.sections import (
@@ -21,13 +21,16 @@ from pow2quant.config.sections import (
 from pow2quant.config.users_code import from_file, is_in_file, users_code
 
 __all__ = [
+    "ABOVE_ZERO",
     "BATCH_NORMS",
     "BLOCKS",
     "BLOCK_BITS",
     "EXPONENT_METHODS",
+    "FROM_ZERO",
     "NONE",
     "ROLES",
     "SENSITIVITIES",
+    "SHARE",
     "TERNARY",
     "WIDTHS",
     "Choice",

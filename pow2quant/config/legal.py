@@ -56,6 +56,11 @@ def finite(words: str, accepts: Callable[[float], bool] = lambda v: True) -> Leg
     return Legal(lambda: words, lambda v: math.isfinite(v) and accepts(v))
 
 
+ABOVE_ZERO = finite("a number above 0", lambda v: v > 0)
+FROM_ZERO = finite("a number from 0 up", lambda v: v >= 0)
+SHARE = finite("a number from 0 to 1", lambda v: 0 <= v <= 1)
+
+
 def one_of(options: Callable[[], Any]) -> Legal:
     """What `options()` holds."""
     return Legal(lambda: f"one of {', '.join(sorted(options()))}", lambda v: v in options())

@@ -20,7 +20,7 @@ from pow2quant.config.choices import (
     Choice,
     without_none,
 )
-from pow2quant.config.legal import Legal, finite, integer, one_of
+from pow2quant.config.legal import ABOVE_ZERO, FROM_ZERO, SHARE, Legal, integer, one_of
 from pow2quant.config.plan import BIAS, INPUT, OUTPUT, WEIGHT, TensorSpec
 from pow2quant.plugins import names
 from pow2quant.targets import presets
@@ -40,9 +40,6 @@ SENSITIVITIES = ("kl", "loss", "sqnr", "hessian")
 
 _COUNT = integer(1)
 _TEXT = Legal(lambda: "text", lambda v: bool(v))
-_RATE = finite("a number above 0", lambda v: v > 0)
-_DECAY = finite("a number from 0 up", lambda v: v >= 0)
-_SHARE = finite("a number from 0 to 1", lambda v: 0 <= v <= 1)
 _BELOW_ONE = finite("a number from 0 up to but not 1", lambda v: 0 <= v < 1)
 _OBJECTIVE = one_of(lambda: OBJECTIVES)
 _SENSITIVITY = one_of(lambda: SENSITIVITIES)
@@ -169,8 +166,8 @@ class TrainingConfig:
     """
 
     epochs: Annotated[int, _COUNT] = 20
-    learning_rate: Annotated[float, _RATE] = 1e-4
-    weight_decay: Annotated[float, _DECAY] = 0.01
+    learning_rate: Annotated[float, ABOVE_ZERO] = 1e-4
+    weight_decay: Annotated[float, FROM_ZERO] = 0.01
     batch_size: Annotated[int, _COUNT] = 64
     criterion: Annotated[Choice | None, CHOICE] = None
     optimizer: Annotated[Choice, CHOICE] = field(default=Choice("AdamW"))
@@ -178,22 +175,22 @@ class TrainingConfig:
     final_ptq: bool = True
     mode: Annotated[str, _MODE] = "weights"
     exponents: Annotated[str, _EXPONENTS] = "tqt"
-    exponent_learning_rate: Annotated[float, _RATE] = 0.01
-    freeze_exponents: Annotated[float, _SHARE] = 0.5
+    exponent_learning_rate: Annotated[float, ABOVE_ZERO] = 0.01
+    freeze_exponents: Annotated[float, SHARE] = 0.5
     ternary: Annotated[str | None, _TERNARY] = None
     batch_norm: Annotated[str, _BATCH_NORM] = "live"
-    freeze_batch_norm: Annotated[float, _SHARE] = 0.5
+    freeze_batch_norm: Annotated[float, SHARE] = 0.5
     warmup_epochs: Annotated[int, _EPOCHS] = 0
     gradual_epochs: Annotated[int, _EPOCHS] = 0
-    gradient_clip: Annotated[float | None, _RATE] = None
-    distillation: Annotated[float, _SHARE] = 0.0
-    temperature: Annotated[float, _RATE] = 1.0
-    feature_distillation: Annotated[float, _DECAY] = 0.0
+    gradient_clip: Annotated[float | None, ABOVE_ZERO] = None
+    distillation: Annotated[float, SHARE] = 0.0
+    temperature: Annotated[float, ABOVE_ZERO] = 1.0
+    feature_distillation: Annotated[float, FROM_ZERO] = 0.0
     average: Annotated[float, _BELOW_ONE] = 0.0
     precision: Annotated[str, _PRECISION] = "float32"
     keep: Annotated[str, _KEEP] = "last"
     patience: Annotated[int | None, _COUNT] = None
-    checkpoint_minutes: Annotated[float, _RATE] = 15.0
+    checkpoint_minutes: Annotated[float, ABOVE_ZERO] = 15.0
     tensorboard: bool = False
 
 

@@ -31,9 +31,9 @@ def called(network: nn.Module, node: fx.Node) -> nn.Module | None:
     return network.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def operator(module: nn.Module) -> Operator | None:
-    """The row of a module's exact type, or None."""
-    return OPERATORS.get(type(module))
+def operator(module: nn.Module | None) -> Operator | None:
+    """The row of a module's exact type; None where there is none."""
+    return None if module is None else OPERATORS.get(type(module))
 
 
 def weight_axis(module: nn.Module) -> int | None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from pow2quant.artifact import Site
 from pow2quant.backends.base import SILENT, UNMARKED, Batch, Marks, Progress, Simulation
 from pow2quant.config import one_of
-from pow2quant.methods.reconstruction import Part, Quantize, blocks, layers, quantizing, walk
-from pow2quant.methods.rounding import LearnedRounding, output_sqnr, soft_weights, write_weights
+from pow2quant.methods.reconstruction import Part, Quantize, blocks, layers, output_sqnr, quantizing, walk
+from pow2quant.methods.rounding import LearnedRounding, soft_weights, write_weights
 
 
 def activated_layers(sim: Simulation) -> list[Part]:
@@ -50,9 +50,8 @@ class AdaRound(LearnedRounding):
             def quantize(site: Site, x: Tensor, inside: Quantize = inside, result: Site | None = result) -> Tensor:
                 return x if site == result else inside(site, x)
 
-            before = output_sqnr(step, quantize)
+            before = output_sqnr(sim, step, quantize)
             self.learn(step, weights, quantize)
             write_weights(sim, step, weights)
-            progress.note(
-                f"{', '.join(y.module for y in step.layers)}: output {before} -> {output_sqnr(step, quantize)}"
-            )
+            names = ", ".join(layer.module for layer in step.layers)
+            progress.note(f"{names}: output {before} -> {output_sqnr(sim, step, quantize)}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pow2quant.config import Choice, finite
+from pow2quant.config import ABOVE_ZERO, Choice, finite
 
 Chain = tuple[Choice, ...]
 
@@ -102,7 +102,7 @@ class Auto:
     minutes: no trial begins that would take their sum beyond. held_back: share of the calibration images that judges.
     """
 
-    minutes: Annotated[float, finite("a number above 0", lambda v: v > 0)] = 10.0
+    minutes: Annotated[float, ABOVE_ZERO] = 10.0
     held_back: Annotated[float, finite("a number above 0 and below 1", lambda v: 0 < v < 1)] = 0.25
 
     def choose(self, facts: Facts, attempt: Callable[[Chain], Trial], note: Callable[[str], None]) -> list[Trial]:

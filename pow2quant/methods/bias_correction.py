@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
 from pow2quant.config import one_of
+from pow2quant.frontends.operators import called
 from pow2quant.methods.reconstruction import (
     Step,
     activation,
@@ -72,7 +73,7 @@ def expected_input(network: fx.GraphModule, node: fx.Node) -> Tensor | None:
     """E[x] per channel of what a layer reads, (C,), from the batch norm in front of it; None where there is none."""
     (source,) = node.all_input_nodes
     low, high = -math.inf, math.inf
-    clip = network.get_submodule(str(source.target)) if source.op == "call_module" else None
+    clip = called(network, source)
     if isinstance(clip, (nn.ReLU, nn.Hardtanh)):  # ReLU6 is a Hardtanh
         low, high = (0.0, math.inf) if isinstance(clip, nn.ReLU) else (float(clip.min_val), float(clip.max_val))
         (source,) = source.all_input_nodes

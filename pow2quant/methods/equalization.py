@@ -90,7 +90,7 @@ def groups(network: fx.GraphModule) -> list[Group]:
     for node in network.graph.nodes:
         sources = list(node.all_input_nodes)
         of[node] = Group([node])
-        module = network.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = called(network, node)
         if isinstance(module, WEIGHTED) and not (isinstance(module, TRANSPOSED) and module.groups > 1):
             of[node].writers.append(node)
             of[sources[0]].readers.append(node)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
-from pow2quant.config import finite, integer, one_of
+from pow2quant.config import ABOVE_ZERO, FROM_ZERO, finite, integer, one_of
 from pow2quant.methods.reconstruction import Step, encode_weight, is_rounded, output_sqnr, walk
 from pow2quant.pow2_constraints import Encoding, power_of_two
 
@@ -106,8 +106,6 @@ REGULARIZERS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "L1": soft_threshold,
 }
 REGULARIZER = one_of(lambda: REGULARIZERS)
-SCALAR = finite("a number above 0", lambda v: v > 0)
-FROM_ZERO = finite("a number from 0 up", lambda v: v >= 0)
 RATE = finite("a number above 0, at most 1", lambda v: 0 < v <= 1)
 
 
@@ -130,8 +128,8 @@ class Gpfq:
     builds_on_exponents: ClassVar[bool] = True
     rounds_weights: ClassVar[bool] = True
 
-    conv_scalar: Annotated[float | None, SCALAR] = None
-    linear_scalar: Annotated[float | None, SCALAR] = None
+    conv_scalar: Annotated[float | None, ABOVE_ZERO] = None
+    linear_scalar: Annotated[float | None, ABOVE_ZERO] = None
     narrow: bool = False
     stochastic: bool = False
     regularizer: Annotated[str, REGULARIZER] = "none"

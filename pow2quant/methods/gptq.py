@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
-from pow2quant.config import integer
+from pow2quant.config import ABOVE_ZERO, SHARE, integer
 from pow2quant.methods.gpfq import KINDS, RATE, Grid, grid_of, samples_of
 from pow2quant.methods.output_mse import least_error
 from pow2quant.methods.reconstruction import encode_weight, is_rounded, output_sqnr, walk, write_bias
-from pow2quant.methods.rounding import ABOVE_ZERO, SHARE
 from pow2quant.pow2_constraints import Encoding
 
 BLOCK = 128

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from pow2quant.artifact import Site, Table
-from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
+from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, device_of, inputs
 from pow2quant.backends.calibration import bias_encoding, observe, with_room_for_bias
 from pow2quant.config import TensorSpec, integer, one_of
 from pow2quant.errors import ConfigError, EncodingError
@@ -182,7 +182,7 @@ def completed(sim: Simulation, table: Mapping[str, Encoding]) -> Table:
         if layer.weight is not None:
             found[layer.weight.name] = with_room_for_bias(sim, layer, found)
         if layer.bias is not None:
-            found[layer.bias.name] = bias_encoding(layer, found, sim.parameter(layer.bias.name), sim.placement.specs)
+            found[layer.bias.name] = bias_encoding(sim, layer, found)
     return found
 
 
@@ -267,7 +267,7 @@ class _Loss:
         weights = [y.weight for y in sim.placement.layers if y.weight is not None and not is_rounded(sim, y)]
         self.moving = {site.name: sim.parameter(site.name).cpu().numpy().copy() for site in weights}
         self._made: dict[str, tuple[Encoding, Tensor]] = {}
-        self.device = next((p.device for p in sim.model.parameters()), torch.device("cpu"))
+        self.device = device_of(sim.model)
         network = copy.deepcopy(sim.network).to(self.device)
         (end,) = (node for node in network.graph.nodes if node.op == "output")
         end.args = (tuple(end.all_input_nodes),)  # the order in which `Step.finish` gives the results

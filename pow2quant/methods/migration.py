@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from pow2quant.backends.base import Batch
+from pow2quant.config import SHARE
 from pow2quant.errors import DataError
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.operators import called
 from pow2quant.methods.equalization import run_hooked
-from pow2quant.methods.rounding import SHARE
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 

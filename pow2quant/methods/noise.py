@@ -22,6 +22,7 @@ from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.placement import Placement
 from pow2quant.config import TensorSpec
 from pow2quant.errors import DataError
+from pow2quant.frontends.operators import called
 from pow2quant.methods.equalization import columns
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose
 
@@ -243,7 +244,7 @@ class _Seen(fx.Interpreter):
 
 
 def _is_clip(network: nn.Module, node: fx.Node) -> bool:
-    return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), nn.ReLU6)
+    return isinstance(called(network, node), nn.ReLU6)
 
 
 def _patches(layer: Any, x: Tensor) -> Tensor:

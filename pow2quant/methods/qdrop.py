@@ -16,6 +16,7 @@ from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import SILENT, UNMARKED, Batch, Marks, Progress, Simulation
 from pow2quant.backends.calibration import observe
 from pow2quant.backends.fake_quant import learned
+from pow2quant.config import FROM_ZERO, SHARE
 from pow2quant.errors import ConfigError
 from pow2quant.methods.reconstruction import (
     Quantize,
@@ -25,16 +26,14 @@ from pow2quant.methods.reconstruction import (
     encode_weight,
     error_moments,
     is_rounded,
+    output_sqnr,
     quantizing,
     walk,
 )
 from pow2quant.methods.rounding import (
-    FROM_ZERO,
-    SHARE,
     LearnedRounding,
     SoftWeight,
     mixed,
-    output_sqnr,
     rectified_sigmoid,
     soft_weights,
     write_weights,
@@ -106,14 +105,14 @@ class QDrop(LearnedRounding):
             weights, scales = soft_weights(sim, step), learned_scales(sim, step) if self.lr_activation else {}
             if not (weights or scales):
                 continue
-            before = output_sqnr(step, quantizing(sim.encodings()))
+            before = output_sqnr(sim, step)
             thetas = [scale.theta for scale in scales.values()]
             settle = partial(keep_better, sim, step, weights, scales)
             self.learn(step, weights, self._dropping(sim, scales), thetas, self.lr_activation, settle)
             encode_activations(sim, {name: scale.encoding() for name, scale in scales.items()})
             write_weights(sim, step, weights)
-            after = output_sqnr(step, quantizing(sim.encodings()))
-            progress.note(f"{', '.join(y.module for y in step.layers)}: output {before} -> {after}")
+            names = ", ".join(layer.module for layer in step.layers)
+            progress.note(f"{names}: output {before} -> {output_sqnr(sim, step)}")
 
     def _dropping(self, sim: Simulation, scales: dict[str, LearnedScale]) -> Quantize:
         fixed = quantizing(sim.encodings())

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from pow2quant.artifact import Site, Table
-from pow2quant.backends.base import UNMARKED, Batch, Marks, Simulation, inputs
+from pow2quant.backends.base import UNMARKED, Batch, Marks, Simulation, device_of, inputs
 from pow2quant.backends.calibration import bias_encoding, with_room_for_bias
 from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.placement import Layer
@@ -198,8 +198,7 @@ def encode_activations(sim: Simulation, encodings: Table) -> None:
         if layer.input is not None and layer.input.name in changed and layer.weight is not None:
             table[layer.weight.name] = with_room_for_bias(sim, layer, table)
             if layer.bias is not None:
-                bias = sim.parameter(layer.bias.name)
-                table[layer.bias.name] = bias_encoding(layer, table, bias, sim.placement.specs)
+                table[layer.bias.name] = bias_encoding(sim, layer, table)
     sim.load(table)
 
 
@@ -240,17 +239,16 @@ def sqnr_db(targets: Sequence[Tensor], mean_squares: Tensor) -> str:
 
 
 @torch.no_grad()
-def output_sqnr(sim: Simulation, step: Step) -> str:
-    """`sqnr_db` of what the part computes, quantized as the simulation says now, from its quantized inputs."""
-    quantize = quantizing(sim.encodings())
+def output_sqnr(sim: Simulation, step: Step, quantize: Quantize | None = None) -> str:
+    """`sqnr_db` of what the part computes from its quantized inputs. quantize: None for what the simulation says now."""
+    quantize = quantize or quantizing(sim.encodings())
     _, square = error_moments((step.run(x, quantize) for x in step.inputs), step.targets)
     return sqnr_db(step.targets, square)
 
 
 def _encode_bias(sim: Simulation, layer: Layer, table: Table) -> None:
     if layer.bias is not None:
-        bias = sim.parameter(layer.bias.name)
-        table[layer.bias.name] = bias_encoding(layer, table, bias, sim.placement.specs)
+        table[layer.bias.name] = bias_encoding(sim, layer, table)
     sim.load(table)
 
 
@@ -262,7 +260,7 @@ class _Twin:
 
     def __init__(self, sim: Simulation) -> None:
         self.sim = sim
-        self.device = next((p.device for p in sim.model.parameters()), torch.device("cpu"))
+        self.device = device_of(sim.model)
         self.network: nn.Module = copy.deepcopy(sim.network).to(self.device)
         self.layers = {layer.module: layer for layer in sim.placement.layers}
         self.sites = {s.name: s for s in sim.sites}

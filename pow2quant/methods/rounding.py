@@ -17,17 +17,14 @@ from torch import Tensor, nn
 
 from pow2quant.artifact import Site
 from pow2quant.backends.base import Simulation
-from pow2quant.config import finite, integer
+from pow2quant.config import ABOVE_ZERO, FROM_ZERO, SHARE, finite, integer
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.methods.reconstruction import Quantize, Step, error_moments, is_rounded, quantizing, sqnr_db
+from pow2quant.methods.reconstruction import Quantize, Step, is_rounded, quantizing
 from pow2quant.pow2_constraints import Encoding
 
 ZETA, GAMMA = 1.1, -0.1
 """Between them the sigmoid is stretched, so that h reaches 0 and 1 (below eq. 23)."""
 
-SHARE = finite("a number from 0 to 1", lambda v: 0 <= v <= 1)
-ABOVE_ZERO = finite("a number above 0", lambda v: v > 0)
-FROM_ZERO = finite("a number from 0 up", lambda v: v >= 0)
 FROM_ONE = finite("a number from 1 up", lambda v: v >= 1)
 
 
@@ -164,10 +161,3 @@ def write_weights(sim: Simulation, step: Step, weights: Mapping[str, SoftWeight]
     for layer in step.layers:
         if layer.weight is not None and layer.weight.name in weights:
             sim.parameter(layer.weight.name).copy_(quantize(layer.weight, weights[layer.weight.name].rounded()))
-
-
-@torch.no_grad()
-def output_sqnr(step: Step, quantize: Quantize) -> str:
-    """How far the part is from its targets, for people."""
-    _, square = error_moments((step.run(x, quantize) for x in step.inputs), step.targets)
-    return sqnr_db(step.targets, square)

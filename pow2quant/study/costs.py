@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from pow2quant import config as configuration
 from pow2quant.backends.placement import Layer, Placement
-from pow2quant.config import Legal
+from pow2quant.config import ABOVE_ZERO, FROM_ZERO, Legal
 from pow2quant.errors import ConfigError
 from pow2quant.frontends.modules import TRANSPOSED
 from pow2quant.pow2_constraints.encoding import block_shape
@@ -144,8 +144,6 @@ def _by_layer(layers: Sequence[LayerShape], groups: Mapping[str, Group], cost: A
     return Quantity(singles, pairs)
 
 
-_POSITIVE = configuration.finite("a number above 0", lambda v: v > 0)
-_FROM_ZERO = configuration.finite("a number from 0 up", lambda v: v >= 0)
 _TEXT = Legal(lambda: "text")
 _RATES = Legal(lambda: "{4x8: NUMBER, 8x8: NUMBER, ...}: widths of weight and input")
 _LAYERS = Legal(lambda: "{LAYER: {4x8: MICROSECONDS, ...}}: by layer, then by widths of weight and input")
@@ -164,8 +162,8 @@ class Chip:
     name: Annotated[str, _TEXT] = "a chip"
     layers: Annotated[Mapping[str, Any], _LAYERS] = field(default_factory=dict)
     macs_per_us: Annotated[Mapping[str, Any], _RATES] = field(default_factory=dict)
-    weight_bytes_per_us: Annotated[float | None, _POSITIVE] = None
-    layer_us: Annotated[float, _FROM_ZERO] = 0.0
+    weight_bytes_per_us: Annotated[float | None, ABOVE_ZERO] = None
+    layer_us: Annotated[float, FROM_ZERO] = 0.0
 
     def microseconds(self, layer: LayerShape, weight: str, entering: str) -> float:
         """A layer's time. weight, entering: candidates' names. Raises ConfigError, naming the key that is missing."""

@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from pow2quant.artifact import Artifact, Site, Table
-from pow2quant.backends.aimet.modules import device_of, load_aimet, quiet, readers_of_inputs
+from pow2quant.backends.aimet.modules import load_aimet, quiet, readers_of_inputs
 from pow2quant.backends.aimet.quantizers import WIDEST, site_quantizers
-from pow2quant.backends.base import ALL, Batch, Tap, inputs, tapping
+from pow2quant.backends.base import ALL, Batch, Tap, device_of, inputs, tapping
 from pow2quant.backends.calibration import calibrate
 from pow2quant.backends.export import to_artifact
 from pow2quant.backends.placement import Placement, connect, place
@@ -103,9 +103,7 @@ class AimetSimulation:
                 raise ConfigError(f'{name}: a quantizer of another shape is not possible here; use placement="aimet"')
             if found is not None and found is not quantizer:
                 slot[key] = quantizer
-                vars(quantizer).pop(
-                    "_cached_v2_quantizer", None
-                )  # the plain one, kept among attributes that they share
+                vars(quantizer).pop("_cached_v2_quantizer", None)  # the plain one, among attributes that they share
                 quantizer.qmin, quantizer.qmax, quantizer.symmetric = found.qmin, found.qmax, found.symmetric
                 if quantizer.encoded and quantizer.site.role != "bias":
                     quantizer.set_range(found.min.detach(), found.max.detach())

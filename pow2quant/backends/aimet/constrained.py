@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from pow2quant.backends.aimet.modules import device_of, load_aimet, quiet, readers_of_inputs
+from pow2quant.backends.aimet.modules import load_aimet, quiet, readers_of_inputs
 from pow2quant.backends.aimet.quantizers import WIDEST, constrained_scale, covering
-from pow2quant.backends.base import Batch, inputs
+from pow2quant.backends.base import Batch, device_of, inputs
 from pow2quant.backends.placement import place
 from pow2quant.config import QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError

@@ -14,7 +14,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from pow2quant.errors import MissingExtraError
@@ -153,11 +152,6 @@ def _quantized(cls: type[nn.Module], mixin: type) -> type:
         "_supports_dynamic_input_count": classmethod(lambda _: bool(cls.forward.__code__.co_flags & 4)),
     }
     return type(f"Quantized{cls.__name__}", (mixin, cls), members)
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the parameters are."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def readers_of_inputs(model: fx.GraphModule) -> dict[str, tuple[str, int]]:
