@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
-import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
+from pow2quant.integer.c_text import comment, ctype, declared, indented, numbers, times, total
 from pow2quant.integer.program import storage
 from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 
@@ -27,12 +26,6 @@ BLOCK = 64
 
 LANES = 64
 """Lengths of dot products are rounded up to a multiple of so many codes, or fewer: see `templates/lanes.c.j2`."""
-
-WIDTH = 120
-"""Characters of a line."""
-
-NBSP = "\N{NO-BREAK SPACE}"
-"""Where a line is not broken."""
 
 
 class Surroundings(Protocol):
@@ -208,14 +201,14 @@ class Layer:
             values |= {f"{name}_y": y, f"{name}_x": x}  # in the struct's order, as C++ wants it
         values |= dict(zip(("top", "left"), window.before, strict=True))
         values |= dict(zip(("rows", "columns"), window.result, strict=True))
-        return _declared("Window", "window", values)
+        return declared("Window", "window", values)
 
     def rule(self, rule: Requantization) -> str:
         """The declaration of the constant `rule`."""
         self.source.used.add("Rule")
         shift = self.typed_array("shift", _shifts(rule).astype(np.int8).reshape(-1)).name
         numbers = {"zero": rule.zero, "low": rule.low, "high": rule.high}
-        return _declared("Rule", "rule", {"shift": shift, "per_channel": int(rule.shift.ndim > 0), **numbers})
+        return declared("Rule", "rule", {"shift": shift, "per_channel": int(rule.shift.ndim > 0), **numbers})
 
     def broadcast(self) -> Loops:
         """Loops through both operands and the output, operands repeated as in ONNX."""
@@ -293,7 +286,7 @@ class Planes:
     def declared(self) -> str:
         """The declaration of the constant `planes`."""
         names = ("lines", "count_y", "count_x", "high", "wide", "size")
-        return _declared("Planes", "planes", {name: getattr(self, name) for name in names})
+        return declared("Planes", "planes", {name: getattr(self, name) for name in names})
 
     @classmethod
     def of(cls, window: Window, channels: int, most: int) -> Planes:
@@ -368,71 +361,6 @@ def folded(weight: Ints, bias: Ints, x: Tensor) -> tuple[Ints, int]:
     return other, int((np.abs(rows).sum(1) * max(abs(x.low), abs(x.high)) + np.abs(other)).max())
 
 
-def ctype(tensor: Tensor) -> str:
-    """The C type of a tensor's codes."""
-    return f"{tensor.dtype}_t"
-
-
-def numbers(values: NDArray[Any]) -> str:
-    """Numbers of an initializer, in lines of equal counts."""
-    texts = list(map(str, values.reshape(-1).tolist()))
-    per_line = (WIDTH - 4) // (max(map(len, texts), default=1) + 2)
-    return ",\n".join(f"    {', '.join(texts[i : i + per_line])}" for i in range(0, len(texts), per_line))
-
-
-def indented(lines: Iterable[str]) -> list[str]:
-    """Lines one level further in."""
-    return [f"    {line}" for line in lines]
-
-
-def braced(text: str) -> str:
-    """Lines as a block of their own."""
-    return "\n".join(["{", *indented(text.splitlines()), "}"])
-
-
-def total(*terms: str) -> str:
-    """Terms added up; empty ones and zeros are left out."""
-    return " + ".join(t for t in terms if t not in ("", "0")) or "0"
-
-
-def times(index: str, stride: int) -> str:
-    """index * stride."""
-    if stride == 1:
-        return index.strip("()")
-    return f"{index} * {stride}" if stride > 0 else f"{index} * ({stride})" if stride else ""
-
-
-def plain(name: str) -> str:
-    """What a C identifier can hold of an ONNX name."""
-    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
-
-
-def comment(name: str) -> str:
-    """An ONNX name as it can stand in a comment and in a table."""
-    return re.sub(r"\*/|/\*|[^ -{}~]", "_", name)
-
-
-def shape(tensor: Tensor) -> str:
-    """A tensor's shape as text."""
-    return f"({', '.join(map(str, tensor.shape))})"
-
-
 def _shifts(rule: Requantization) -> Ints:
     """The shifts. Beyond 62 nothing that 64 bits hold here is left."""
     return np.minimum(rule.shift, 62)
-
-
-def _declared(kind: str, name: str, values: dict[str, Any]) -> str:
-    """A constant struct with the names of its members."""
-    return f"static const {kind} {name} = {{" + ", ".join(f".{key}{NBSP}={NBSP}{v}" for key, v in values.items()) + "};"
-
-
-def fitted(text: str) -> list[str]:
-    """Lines of C, one level further in, broken where they are too long."""
-    lines = []
-    for line in text.splitlines():
-        inner = line.lstrip()
-        indent = "    " + line[: len(line) - len(inner)]
-        broken = textwrap.wrap(inner, WIDTH - len(indent), subsequent_indent="    ", break_on_hyphens=False)
-        lines += [indent + part.replace(NBSP, " ") for part in broken]
-    return lines

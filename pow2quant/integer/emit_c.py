@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pow2quant.errors import ConfigError
-from pow2quant.integer.c_layer import BLOCK, Array, Layer, comment, ctype, fitted, numbers, plain, shape
+from pow2quant.integer.c_layer import BLOCK, Array, Layer
+from pow2quant.integer.c_text import comment, ctype, fitted, numbers, plain, shape
 from pow2quant.integer.layout import LAYOUTS, channels_last
 from pow2quant.integer.lower import lower
 from pow2quant.integer.memory import NARROW, WIDE, Needs, Spot, place

@@ -240,7 +240,7 @@ def sqnr_db(targets: Sequence[Tensor], mean_squares: Tensor) -> str:
 
 @torch.no_grad()
 def output_sqnr(sim: Simulation, step: Step, quantize: Quantize | None = None) -> str:
-    """`sqnr_db` of what the part computes from its quantized inputs. quantize: None for what the simulation says now."""
+    """`sqnr_db` of what the part computes from its quantized inputs. quantize: None: as the simulation says now."""
     quantize = quantize or quantizing(sim.encodings())
     _, square = error_moments((step.run(x, quantize) for x in step.inputs), step.targets)
     return sqnr_db(step.targets, square)

@@ -27,6 +27,11 @@ class Candidate:
     bits: int
     spec: Mapping[str, Any] | None
 
+    @property
+    def stored(self) -> str:
+        """What an ONNX file stores a weight in: bits, or a float's name."""
+        return self.name if self.spec is None else str(next(bits for bits in (4, 8, 16) if self.bits <= bits))
+
 
 CANDIDATES: dict[str, Candidate] = {
     **{str(bits): Candidate(str(bits), bits, {"bitwidth": bits}) for bits in configuration.WIDTHS["weight"]},

@@ -7,14 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pow2quant.backends.base import SILENT
+from pow2quant.errors import ConfigError
 from pow2quant.runs import Job
 from pow2quant.runs.judging import interval_of_change
-from pow2quant.runs.unfinished import Numbers
+from pow2quant.runs.unfinished import Numbers, Unfinished, fingerprint_of
 from pow2quant.tasks.base import Counter, Metric
-from pow2quant.tasks.judging import value_of
+from pow2quant.tasks.judging import SQNR, leading, value_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,15 @@ class Judge:
     job: Job
     metric: Metric
     numbers: Numbers
+
+    @classmethod
+    def of(cls, job: Job, name: str | None, unfinished: Unfinished) -> Judge:
+        """By the metric with this name, by default the task's leading one. Raises ConfigError for an unknown one."""
+        known = {m.name: m for m in (*job.task.metrics, SQNR)}
+        if name is not None and name not in known:
+            raise ConfigError(f"constraint: {name} is no metric of {job.task.name}; legal: {', '.join(known)}")
+        metric = leading(job.task) if name is None else known[name]
+        return cls(job, metric, unfinished.numbers(lambda: _fingerprint(job)))
 
     @cached_property
     def _float(self) -> Counter:
@@ -58,3 +69,10 @@ class Judge:
         value = self.numbers.get(name, lambda: value_of(self.metric, counter()))
         low, high = (self.numbers.get(f"{name}, end {i}", lambda i=i: end(i)) for i in (0, 1))  # type: ignore[misc]
         return Judged(value, None if math.isnan(low) else (low, high))
+
+
+def _fingerprint(job: Job) -> str:
+    """What every number depends on."""
+    tests = job.sample(job.config.ptq.max_eval_batches).batches
+    tensors = (x for batch in tests for x in pytree.tree_leaves(batch) if isinstance(x, Tensor))
+    return fingerprint_of([job.fingerprint()], tensors)

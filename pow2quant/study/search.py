@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from pow2quant import config as configuration
 from pow2quant import run_folder
@@ -29,7 +26,7 @@ from pow2quant.report import summary
 from pow2quant.runs import Job, Result, Simulated, finish, write_report
 from pow2quant.runs.chains import fixed, with_chain
 from pow2quant.runs.choosing import decided
-from pow2quant.runs.unfinished import NOTHING, Unfinished, beside, fingerprint_of
+from pow2quant.runs.unfinished import NOTHING, Unfinished, beside
 from pow2quant.saving import write
 from pow2quant.study import costs, latency, limits
 from pow2quant.study.candidates import CANDIDATES, Group, Plan, configured, groups_of, sorted_names, uniform
@@ -37,11 +34,9 @@ from pow2quant.study.costs import Chip, LayerShape
 from pow2quant.study.front import Point, draw, front, table
 from pow2quant.study.judging import Judge
 from pow2quant.study.limits import Request
-from pow2quant.study.program import Problem, Quantity
-from pow2quant.study.sensitivity import Measurement, Table
+from pow2quant.study.program import Problem
+from pow2quant.study.sensitivity import Measurement, Table, csv_of, expected_loss
 from pow2quant.study.sweep import BEST, best_text
-from pow2quant.tasks.base import Metric
-from pow2quant.tasks.judging import SQNR, leading
 from pow2quant.training.schedule import criterion_of
 
 PLAN, CHIP = "plan.yaml", "latency.yaml"
@@ -137,8 +132,7 @@ class Search:
         if not any(g.is_open for g in groups):
             raise ConfigError("candidates: nothing is left to choose; every tensor's width is decided by overrides")
         layers = costs.layers_of(job.network, placement, groups)
-        metric = _metric(job, limits.metric_named(request.constraints))
-        judge = Judge(job, metric, unfinished.numbers(lambda: _fingerprint(job)))
+        judge = Judge.of(job, limits.metric_named(request.constraints), unfinished)
         work = cls(request, job, groups, layers, Problem({}, {}), None, {}, 0.0, state, progress, judge)
         work.chip = work._chip()
         names = {g.name: g.candidates for g in groups}
@@ -241,7 +235,7 @@ class Search:
             **{name: best_text(configured(self.job.config, self.groups, chosen.plan), name) for name in (PLAN, BEST)},
             run_folder.SEARCH: json.dumps(document, indent=2) + "\n",
             "pareto.csv": table(points, axis, chosen),
-            "sensitivity.csv": self._sensitivity_table(),
+            "sensitivity.csv": csv_of(self.sensitivities, self.request.search.sensitivity),
         }
         if self.chip is not None:
             texts[CHIP] = latency.dump(self.chip)
@@ -258,7 +252,7 @@ class Search:
 
     def _networks(self) -> Iterator[tuple[Plan, Artifact]]:
         """The whole network at every pair of widths whose weights are stored differently: in 4, 8, 16 bits or float."""
-        stored = {_storage(name): name for name in sorted_names(self.request.search.candidates)}
+        stored = {CANDIDATES[name].stored: name for name in sorted_names(self.request.search.candidates)}
         pairs = [(w, a) for w in stored.values() for a in self.request.search.activation_candidates or (None,)]
         for weight, output in self.progress.track(pairs, "timing layers in onnxruntime", len(pairs)):
             plan = uniform(self.groups, "weight", weight)
@@ -312,8 +306,8 @@ class Search:
             self.groups, self.simulations, batches, criterion, job.config.seed, self.progress, self.judge.numbers.get
         )
         self.sensitivities = measurement.table(metric)
-        loss = Quantity({name: _falling(list(row.values())) for name, row in self.sensitivities.items()}, {})
-        self.problem = replace(self.problem, quantities={**self.problem.quantities, "loss": loss})
+        quantities = {**self.problem.quantities, "loss": expected_loss(self.sensitivities)}
+        self.problem = replace(self.problem, quantities=quantities)
         self.points = {key: replace(p, loss=self.problem.value("loss", p.plan)) for key, p in self.points.items()}
 
     def _verify(self, plan: Plan) -> Point:
@@ -393,43 +387,7 @@ class Search:
             f"{self._said(self.initial)}); wider candidates or other methods may help"
         )
 
-    def _sensitivity_table(self) -> str:
-        text = StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["tensor", "candidate", "bits", self.request.search.sensitivity])
-        for name, row in self.sensitivities.items():
-            writer.writerows([name, candidate, CANDIDATES[candidate].bits, f"{v:.6g}"] for candidate, v in row.items())
-        return text.getvalue()
-
 
 METHODS = (configuration.Choice("output_mse"), configuration.Choice("bias_correction"))
 """The default methods of a search, where a candidate has less than 8 bits. No rewrite is among them: one would have to
 know the widths that are searched."""
-
-
-def _metric(job: Job, name: str | None) -> Metric:
-    """The metric that plans are judged by: the task's leading one, or the one with this name."""
-    if name is None:
-        return leading(job.task)
-    known = {m.name: m for m in (*job.task.metrics, SQNR)}
-    if name not in known:
-        raise ConfigError(f"constraint: {name} is no metric of {job.task.name}; legal: {', '.join(known)}")
-    return known[name]
-
-
-def _fingerprint(job: Job) -> str:
-    """What every number of a search depends on."""
-    tests = job.sample(job.config.ptq.max_eval_batches).batches
-    tensors = (x for batch in tests for x in pytree.tree_leaves(batch) if isinstance(x, torch.Tensor))
-    return fingerprint_of([job.fingerprint()], tensors)
-
-
-def _storage(name: str) -> str:
-    """What an ONNX file stores a weight in."""
-    wider = (4, 8, 16)
-    return name if CANDIDATES[name].spec is None else str(next(bits for bits in wider if CANDIDATES[name].bits <= bits))
-
-
-def _falling(values: Sequence[float]) -> np.ndarray[Any, Any]:
-    """Sensitivities from the narrowest candidate up, none below that of a wider one, none below 0: that is noise."""
-    return np.maximum.accumulate(np.maximum(values, 0)[::-1])[::-1]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +17,7 @@ from torch.nn import functional as F
 from pow2quant.artifact import Site
 from pow2quant.backends.base import SILENT, Progress, Simulation, Tap
 from pow2quant.study.candidates import CANDIDATES, Group
+from pow2quant.study.program import Quantity
 from pow2quant.training.schedule import Criterion, loss_of
 
 Labelled = Sequence[tuple[tuple[Tensor, ...], Any]]
@@ -21,6 +25,22 @@ Labelled = Sequence[tuple[tuple[Tensor, ...], Any]]
 
 Table = dict[str, dict[str, float]]
 """By group, then by candidate."""
+
+
+def expected_loss(table: Table) -> Quantity:
+    """What candidates lose, from the narrowest up: none less than a wider one, and none less than 0; that is noise."""
+    falling = {name: np.maximum.accumulate(np.maximum([*row.values()], 0)[::-1])[::-1] for name, row in table.items()}
+    return Quantity(falling, {})
+
+
+def csv_of(table: Table, metric: str) -> str:
+    """A line for every candidate of every tensor."""
+    text = StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["tensor", "candidate", "bits", metric])
+    for name, row in table.items():
+        writer.writerows([name, candidate, CANDIDATES[candidate].bits, f"{v:.6g}"] for candidate, v in row.items())
+    return text.getvalue()
 
 
 def kl_divergence(logits: Tensor, expected: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.integer.c_layer import ctype
+from pow2quant.integer.c_text import ctype
 from pow2quant.integer.nodes import Window, attribute, reduced_axes, title
 from pow2quant.integer.ops.copy import Copy, Part
 from pow2quant.integer.program import Step

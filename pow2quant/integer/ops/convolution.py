@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.integer.c_layer import LANES, Planes, ctype, folded
+from pow2quant.integer.c_layer import LANES, Planes, folded
+from pow2quant.integer.c_text import ctype
 from pow2quant.integer.nodes import Window, attribute, title
 from pow2quant.integer.ops.copy import Copy, Part
 from pow2quant.integer.program import Step, exact_kind, largest_sum

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.integer.c_layer import Loops, braced, nested
+from pow2quant.integer.c_layer import Loops, nested
+from pow2quant.integer.c_text import braced
 from pow2quant.integer.nodes import attribute, title
 from pow2quant.integer.ops import embedding
 from pow2quant.integer.program import Requantization, Step

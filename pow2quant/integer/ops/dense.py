@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.integer.c_layer import ctype, folded
+from pow2quant.integer.c_layer import folded
+from pow2quant.integer.c_text import ctype
 from pow2quant.integer.nodes import attribute, title
 from pow2quant.integer.program import Step, exact_kind, largest_sum
 from pow2quant.integer.ternary import Ternary

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.integer.c_layer import ctype
+from pow2quant.integer.c_text import ctype
 from pow2quant.integer.nodes import title
 from pow2quant.integer.ops.dense import lower_matrix
 from pow2quant.integer.program import Step, exact_kind

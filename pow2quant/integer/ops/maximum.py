@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.integer.c_layer import ctype
+from pow2quant.integer.c_text import ctype
 from pow2quant.integer.nodes import Window, attribute, title
 from pow2quant.integer.ops.average import reduced
 from pow2quant.integer.ops.copy import Copy, passing

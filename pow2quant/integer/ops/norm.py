@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pow2quant.functions import DEPTH, RECIPROCAL, Norm
-from pow2quant.integer.c_layer import ctype
+from pow2quant.integer.c_text import ctype
 from pow2quant.integer.program import Step, storage
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.functions import FINE, HIDDEN, Softmax
-from pow2quant.integer.c_layer import ctype
+from pow2quant.integer.c_text import ctype
 from pow2quant.integer.nodes import title
 from pow2quant.integer.program import Step, storage
 
