@@ -17,6 +17,7 @@ from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends import modules as m
 from pow2quant.frontends import operators
 from pow2quant.frontends.captured import arguments, operation, scope, unsupported
+from pow2quant.frontends.constants import Constants, differ
 from pow2quant.frontends.dropouts import DROPOUT
 from pow2quant.frontends.export import overwrites, source_line
 from pow2quant.frontends.kept import MOVES, TRUTH
@@ -32,17 +33,6 @@ Handler = Callable[["Builder", fx.Node, SimpleNamespace], "fx.Node | Parts"]
 SIZED = frozenset({"view", "reshape", "_unsafe_view", "expand", "unflatten", "repeat"})
 """Operations whose size arguments may hold the batch size: their rows look at the result's shape instead."""
 
-EMPTY = frozenset({"empty", "empty_like", "new_empty", "empty_permuted", "empty_strided"})
-"""Operations whose result has no values yet."""
-
-BY_SHAPE = (
-    frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill", "zero"}) | EMPTY
-)
-"""Operations of which the first operand's shape counts, not its values."""
-
-LIKE_OTHER = frozenset({"type_as", "expand_as", "view_as", "reshape_as"})
-"""Operations of which the second operand's shape and type count, not its values."""
-
 
 class Builder:
     """Writes the prepared graph.
@@ -50,7 +40,7 @@ class Builder:
     model: the user's network (a copy). programs: it, captured for two batch sizes. rows: by operation, see `Handler`.
     made: for every captured node that computes on data the prepared nodes written for it. results: which of them has
     its value. new: what later readers of it read: another one, where something wrote into it.
-    constants: values that do not depend on data, by node of either capture. weighted: those that follow from weights.
+    constants: what does not depend on data; tensor, parameter, number and is_written are its methods.
     outputs: which of the tensors that the user's network returns the prepared one returns: each once. returned: how
     these stand in what the user's network returns. unrolled: over how many steps each recurrent layer is written out.
     """
@@ -65,10 +55,10 @@ class Builder:
         self.parts: dict[fx.Node, Parts] = {}
         self.made: dict[fx.Node, list[fx.Node]] = {}
         self.results: dict[fx.Node, fx.Node] = {}
-        self.constants: dict[fx.Node, Any] = {}
-        self.weighted: set[fx.Node] = set()
-        self.twins: dict[fx.Node, fx.Node] = {}
-        self.state = frozenset(model.state_dict())
+        self.constants = Constants(model, programs)
+        self.twins = self.constants.twins
+        self.tensor, self.parameter = self.constants.tensor, self.constants.parameter
+        self.number, self.is_written = self.constants.number, self.constants.is_written
         self.names = Names(model, self.modules)
         self.outputs: list[int] = []
         self.returned: Returned | None = None
@@ -93,10 +83,10 @@ class Builder:
                 self.constants[node] = getattr(first.graph_module, str(node.target))
                 self.constants[twin] = getattr(second.graph_module, str(twin.target))
             elif all(a in self.constants for a in node.all_input_nodes):
-                self._evaluate(node, twin)
-            elif node.op == "call_function" and (at := self._read_by_shape(node)) is not None:
+                self.constants.evaluate(node, twin)
+            elif node.op == "call_function" and (at := self.constants.read_by_shape(node)) is not None:
                 for one in (node, twin):
-                    self.constants[one] = self._by_shape(one, at)
+                    self.constants[one] = self.constants.by_shape(one, at)
             else:
                 self._current = self.made[node] = []
                 self._convert(node)
@@ -110,70 +100,12 @@ class Builder:
     # -- nodes -------------------------------------------------------------------------------------------------------
 
     def _placeholder(self, node: fx.Node, twin: fx.Node, spec: InputSpec, other: InputSpec) -> None:
-        if spec.kind is InputKind.USER_INPUT:
-            if isinstance(spec.arg, ConstantArgument):
-                self.constants[node] = self.constants[twin] = spec.arg.value
-            else:
-                self.new[node] = self.results[node] = self.graph.placeholder(node.name)
-            return
-        key = str(spec.target)
-        if spec.kind is InputKind.PARAMETER:
-            value: Any = self.model.get_parameter(key)
-            self.constants[node] = self.constants[twin] = value
+        if spec.kind is not InputKind.USER_INPUT:
+            self.constants.take(node, twin, spec, other)
+        elif isinstance(spec.arg, ConstantArgument):
+            self.constants[node] = self.constants[twin] = spec.arg.value
         else:
-            first, second = (_held(p, str(s.target)) for p, s in zip(self.programs, (spec, other), strict=True))
-            value = first.clone() if isinstance(first, Tensor) else first
-            self.constants[node] = value
-            self.constants[twin] = value if _same(first, second) else second
-        if key in self.state:
-            self.weighted.add(node)
-
-    def _evaluate(self, node: fx.Node, twin: fx.Node) -> None:
-        """An operation on constants: run now, once where both captures have the same operands."""
-        if any(a in self.weighted for a in node.all_input_nodes):
-            self.weighted.add(node)
-        pairs = zip(node.all_input_nodes, twin.all_input_nodes, strict=True)
-        same = not self._differ(node, twin) and all(self.constants[a] is self.constants[b] for a, b in pairs)
-        try:
-            with torch.no_grad():
-                self.constants[node] = value = self._run(node)
-                self.constants[twin] = value if same else self._run(twin)
-        except Exception as error:
-            raise self.unsupported(node, f"fails on constants ({error})") from error
-
-    def _run(self, node: fx.Node) -> Any:
-        assert callable(node.target)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.constants[n])
-        kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items()}
-        result = node.target(*args, **kwargs)
-        return result.zero_() if operation(node) in EMPTY else result
-
-    def _read_by_shape(self, node: fx.Node) -> int | None:
-        """Which operand is the only one that is computed from data, and counts by its shape and type alone."""
-        if operation(node) in BY_SHAPE:
-            return 0
-        return 1 if operation(node) in LIKE_OTHER and node.args[0] in self.constants else None
-
-    def _by_shape(self, node: fx.Node, at: int) -> Any:
-        """What an operation makes that reads the shape and type of operand `at` only."""
-        data = node.args[at]
-        assert isinstance(data, fx.Node)
-        held, self.constants[data] = (
-            self.constants.get(data),
-            torch.zeros(data.meta["val"].shape, dtype=data.meta["val"].dtype),
-        )
-        try:
-            return self._run(node)
-        finally:
-            del self.constants[data]
-            if held is not None:
-                self.constants[data] = held
-
-    @staticmethod
-    def _differ(node: fx.Node, twin: fx.Node) -> bool:
-        """Whether the two captures of an operation have different arguments, beside tensors."""
-        plain = [fx.node.map_arg((n.args, n.kwargs), lambda _: None) for n in (node, twin)]
-        return bool(plain[0] != plain[1])
+            self.new[node] = self.results[node] = self.graph.placeholder(node.name)
 
     def _convert(self, node: fx.Node) -> None:
         if node.target is py.getitem:
@@ -185,7 +117,7 @@ class Builder:
         handler = self.rows.get(name)
         if handler is None:
             raise self.unsupported(node, f"{name}() is not supported")
-        if name not in SIZED and self._differ(node, self.twins[node]):
+        if name not in SIZED and differ(node, self.twins[node]):
             raise self.unsupported(node, "an argument depends on the batch size")
         try:
             result = handler(self, node, arguments(node))
@@ -320,48 +252,6 @@ class Builder:
         """A constant as a node of the prepared graph."""
         return self.call(node, m.Constant(tensor.detach().float()), name=name, kind="constant")
 
-    def tensor(self, node: fx.Node, value: Any) -> Tensor:
-        """A constant tensor that has no row per image, or equal ones (then one row, that broadcasts)."""
-        result: Tensor
-        first, second = self.constants[value], self.constants[self.twins[value]]
-        if first is second or (first.shape == second.shape and torch.equal(first, second)):
-            result = torch.as_tensor(first)
-            return result
-        if first.ndim == second.ndim:
-            free = [d for d in range(first.ndim) if first.shape[d] != second.shape[d]]
-            if len(free) == 1:
-                rows = [t.narrow(free[0], 0, 1) for t in (first, second)]
-                if all(torch.equal(t, rows[0].expand_as(t)) for t in (first, second)):
-                    result = rows[0].clone()
-                    return result
-        raise self.unsupported(node, "a constant depends on the batch size")
-
-    def parameter(self, node: fx.Node, value: Any) -> nn.Parameter:
-        """A weight: the user's own parameter, so that it stays shared, or one made of a constant."""
-        if not isinstance(value, fx.Node) or value not in self.constants:
-            raise self.unsupported(node, "a weight is computed from the network's inputs")
-        held = self.constants[value]
-        if isinstance(held, nn.Parameter):
-            return held
-        return nn.Parameter(self.tensor(node, value).detach().float())
-
-    def is_written(self, value: Any) -> bool:
-        """Whether a constant stands in the user's code: other weights do not change it."""
-        return not isinstance(value, fx.Node) or (value in self.constants and value not in self.weighted)
-
-    def number(self, value: Any) -> float | None:
-        """A constant with a single value, or None."""
-        if isinstance(value, (bool, int, float)):
-            return float(value)
-        if isinstance(value, fx.Node) and value in self.constants:
-            held, twin = self.constants[value], self.constants[self.twins[value]]
-            single = [
-                float(torch.as_tensor(v).detach()) for v in (held, twin) if not isinstance(v, Tensor) or v.numel() == 1
-            ]
-            if len(single) == 2 and single[0] == single[1]:
-                return single[0]
-        return None
-
     def owner(self, node: fx.Node, weight: Any) -> str | None:
         """The name for a layer: the module that has `weight`, if that holds no other modules."""
         return self.names.owner(node, weight, self.constants.get(weight))
@@ -392,15 +282,3 @@ class Builder:
 
     unsupported = staticmethod(unsupported)
     """See `captured.unsupported`."""
-
-
-def _held(program: ExportedProgram, key: str) -> Any:
-    """A buffer, or a constant that forward makes."""
-    return program.constants[key] if key in program.constants else program.state_dict[key]
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Whether a constant is the same for both batch sizes."""
-    if not isinstance(first, Tensor):
-        return True
-    return first is second or (first.shape == second.shape and torch.equal(first, second))
