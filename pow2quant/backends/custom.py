@@ -251,11 +251,9 @@ class CustomSimulation:
         return self.model.get_parameter(name)
 
     def calibrate(self, batches: Iterable[Batch], roles: Collection[str] = ALL) -> Table:
-        """See `Simulation.calibrate`."""
         return calibrate(self, batches, roles)
 
     def encodings(self) -> Table:
-        """See `Simulation.encodings`."""
         return {name: q.encoding for name, q in self._quantizers.items() if q.encoding is not None}
 
     def load(self, table: Table) -> None:
@@ -273,5 +271,4 @@ class CustomSimulation:
         return tapping(self._quantizers.values(), tap)
 
     def export(self, example: Batch) -> Artifact:
-        """See `Simulation.export`."""
         return to_artifact(self.network, self.placement, self.encodings(), self.parameter)

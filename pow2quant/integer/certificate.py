@@ -232,5 +232,5 @@ def _shift(tensors: Tensors, node: onnx.NodeProto, accumulator: Lattice | None) 
     return shifts[0] if len(set(shifts)) == 1 else shifts
 
 
-def _enumerate(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _enumerate(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -70,9 +70,9 @@ def files(program: Program, prefix: str = "model") -> dict[str, str]:
     return _filled(FILES, prefix, source.document() | source.tests()) | {PLAN: source.plan_json()}
 
 
-def code(program: Program, prefix: str = "model") -> dict[str, str]:
+def code(program: Program) -> dict[str, str]:
     """The text of the files that compute the network, by name."""
-    return _filled(CODE, prefix, _source(program, prefix).document())
+    return _filled(CODE, "model", _source(program, "model").document())
 
 
 def memory(program: Program) -> tuple[int, int]:

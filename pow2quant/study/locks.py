@@ -127,10 +127,10 @@ class AdvisoryLock:
 
 
 @contextmanager
-def held(lock: Lock, patience: float = PATIENCE) -> Iterator[None]:
-    """Holds a lock. Raises OutputError when it does not become free in time."""
-    if not lock.take(patience):
-        raise OutputError(f"the study's storage has been locked for {patience:g} seconds by another process")
+def held(lock: Lock) -> Iterator[None]:
+    """Holds a lock. Raises OutputError when it does not become free within `PATIENCE`."""
+    if not lock.take(PATIENCE):
+        raise OutputError(f"the study's storage has been locked for {PATIENCE:g} seconds by another process")
     try:
         yield
     finally:

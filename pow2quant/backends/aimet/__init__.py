@@ -152,7 +152,6 @@ class AimetSimulation:
         return self.model.get_parameter(name)
 
     def calibrate(self, batches: Iterable[Batch], roles: Collection[str] = ALL) -> Table:
-        """See `Simulation.calibrate`."""
         return calibrate(self, batches, roles)
 
     def encodings(self) -> Table:

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.aten.functions import of_operands, unary
 from pow2quant.frontends.aten.layers import linear
 from pow2quant.frontends.aten.normalization import normalized
 from pow2quant.frontends.aten.products import scaled
@@ -133,16 +134,9 @@ def _result(value: Any) -> fx.Node:
     return value
 
 
-def _neg(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    return b.call(node, m.Scale(-1.0), b.operand(node, a.self))
-
-
-def _square(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    return b.call(node, m.Mul(), b.operand(node, a.self), b.operand(node, a.self))
-
-
 ROWS: dict[str, Handler] = {
-    "add": _add, "sub": _sub, "mul": _mul, "multiply": _mul, "rsub": _rsub, "neg": _neg,
+    "add": _add, "sub": _sub, "mul": _mul, "multiply": _mul, "rsub": _rsub,
+    "neg": unary(lambda a: m.Scale(-1.0)), "square": of_operands(m.Mul, "self", "self"),
     **dict.fromkeys(("div", "divide", "true_divide"), _div),
-    "addcmul": _addcmul, "matmul": _matmul, "mm": _matmul, "bmm": _matmul, "addmm": _addmm, "square": _square,
+    "addcmul": _addcmul, "matmul": _matmul, "mm": _matmul, "bmm": _matmul, "addmm": _addmm,
 }  # fmt: skip

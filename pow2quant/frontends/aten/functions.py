@@ -21,9 +21,14 @@ def given(a: SimpleNamespace) -> Any:
     return getattr(a, "self", None) if hasattr(a, "self") else a.input
 
 
-def unary(make: Callable[[SimpleNamespace], nn.Module], kind: str | None = None) -> Handler:
+def unary(make: Callable[[SimpleNamespace], nn.Module]) -> Handler:
     """A row of a function of one tensor."""
-    return lambda b, node, a: b.call(node, make(a), b.operand(node, given(a)), kind=kind)
+    return lambda b, node, a: b.call(node, make(a), b.operand(node, given(a)))
+
+
+def of_operands(make: Callable[[], nn.Module], *names: str) -> Handler:
+    """A row of an operation of these operands, and nothing else."""
+    return lambda b, node, a: b.call(node, make(), *(b.operand(node, getattr(a, name)) for name in names))
 
 
 def _same(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.aten.functions import of_operands, unary
 from pow2quant.frontends.builder import Builder, Handler
 
 MIRRORED = {"Greater": "Less", "GreaterOrEqual": "LessOrEqual", "Less": "Greater", "LessOrEqual": "GreaterOrEqual"}
@@ -49,14 +49,6 @@ def _one_hot(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return b.call(node, m.CompareIntegers("Equal", torch.arange(b.shape(node)[-1])), column, kind="one_hot")
 
 
-def _not(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    return b.call(node, m.Scale(-1.0, 1.0), b.operand(node, a.self))
-
-
-def _of_two(make: Callable[[], nn.Module]) -> Handler:
-    return lambda b, node, a: b.call(node, make(), b.operand(node, a.self), b.operand(node, a.other))
-
-
 def choose(b: Builder, node: fx.Node, condition: Any, x: Any, y: Any) -> fx.Node:
     """x where the condition is true, else y; tensors or numbers."""
     if b.is_data(condition):
@@ -67,14 +59,6 @@ def choose(b: Builder, node: fx.Node, condition: Any, x: Any, y: Any) -> fx.Node
         if number is not None and b.is_data(other) and b.shape(other) == b.shape(node):
             return b.call(node, m.Masked(where, number), b.operand(node, other))
     return b.call(node, m.Choose(mask), *(b.tensor_or_number(node, v) for v in (x, y)))
-
-
-def _where(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    return choose(b, node, a.condition, a.self, a.other)
-
-
-def _masked_fill(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    return choose(b, node, a.mask, a.value, a.self)
 
 
 def _triangle(keep: Any) -> Handler:
@@ -90,10 +74,12 @@ def _triangle(keep: Any) -> Handler:
 ROWS: dict[str, Handler] = {
     "gt": _compare("Greater"), "ge": _compare("GreaterOrEqual"), "lt": _compare("Less"),
     "le": _compare("LessOrEqual"), "eq": _compare("Equal"), "ne": _compare("NotEqual"),
-    **dict.fromkeys(("logical_not", "bitwise_not"), _not),
-    **dict.fromkeys(("logical_and", "bitwise_and", "__and__"), _of_two(m.Minimum)),
+    **dict.fromkeys(("logical_not", "bitwise_not"), unary(lambda a: m.Scale(-1.0, 1.0))),
+    **dict.fromkeys(("logical_and", "bitwise_and", "__and__"), of_operands(m.Minimum, "self", "other")),
     **dict.fromkeys(("logical_xor", "bitwise_xor", "__xor__"), _compare("NotEqual")),
-    **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), _of_two(m.Maximum)),
-    "where": _where, "masked_fill": _masked_fill, "tril": _triangle(torch.tril), "triu": _triangle(torch.triu),
+    **dict.fromkeys(("logical_or", "bitwise_or", "__or__"), of_operands(m.Maximum, "self", "other")),
+    "where": lambda b, node, a: choose(b, node, a.condition, a.self, a.other),
+    "masked_fill": lambda b, node, a: choose(b, node, a.mask, a.value, a.self),
+    "tril": _triangle(torch.tril), "triu": _triangle(torch.triu),
     "one_hot": _one_hot,
 }  # fmt: skip

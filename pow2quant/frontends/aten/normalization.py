@@ -8,18 +8,11 @@ from typing import Any
 from torch import fx, nn
 
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.aten.functions import unary
 from pow2quant.frontends.aten.layers import ROWS as LAYERS
 from pow2quant.frontends.builder import Builder, Handler
 from pow2quant.frontends.captured import arguments, operation
 from pow2quant.frontends.modules.weighted import equip
-
-
-def _softmax(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    return b.call(node, nn.Softmax(int(a.dim)), b.operand(node, a.self))
-
-
-def _log_softmax(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    return b.call(node, nn.LogSoftmax(int(a.dim)), b.operand(node, a.self))
 
 
 def _group_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
@@ -72,7 +65,8 @@ def normalized(b: Builder, node: fx.Node, a: SimpleNamespace) -> nn.Module | Non
 
 
 ROWS: dict[str, Handler] = {
-    "softmax": _softmax, "_softmax": _softmax, "log_softmax": _log_softmax, "_log_softmax": _log_softmax,
+    **dict.fromkeys(("softmax", "_softmax"), unary(lambda a: nn.Softmax(int(a.dim)))),
+    **dict.fromkeys(("log_softmax", "_log_softmax"), unary(lambda a: nn.LogSoftmax(int(a.dim)))),
     "group_norm": _group_norm, "instance_norm": _instance_norm, "rms_norm": _rms_norm,
     "cosine_similarity": _cosine_similarity,
 }  # fmt: skip

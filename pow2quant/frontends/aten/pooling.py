@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,15 +61,12 @@ def _average_pool(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         raise b.unsupported(node, "an average pool with a divisor of its own and ceil_mode")
     include = a.count_include_pad or override is not None
     windows = zip(kernel, stride, padding, strict=True)
-    functions = [_window(k, s, p, bool(a.ceil_mode), bool(include)) for k, s, p in windows]
+    options = {"ceil_mode": bool(a.ceil_mode), "count_include_pad": bool(include)}
+    functions = [partial(F.avg_pool1d, kernel_size=k, stride=s, padding=p, **options) for k, s, p in windows]
     module = m.Resample.of(functions, b.shape(a.self)[2:])
     if override is not None:
         module.divisor = module.divisor * override / math.prod(kernel)
     return b.call(node, module, b.operand(node, a.self), kind="pool")
-
-
-def _window(kernel: int, stride: int, padding: int, ceil: bool, include: bool) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.avg_pool1d(x, kernel, stride, padding, ceil, include)
 
 
 def _plain(value: Any) -> Any:
@@ -92,11 +90,8 @@ def _adaptive_average(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     if all(w % g == 0 for g, w in zip(given, wanted, strict=True)) and len(wanted) < 3:
         factors = [w // g for g, w in zip(given, wanted, strict=True)]
         return b.call(node, m.NearestUpsample(factors), x, kind="pool")
-    return b.call(node, m.Resample.of([_adaptive(w) for w in wanted], given), x, kind="pool")
-
-
-def _adaptive(size: int) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.adaptive_avg_pool1d(x, size)
+    functions = [partial(F.adaptive_avg_pool1d, output_size=w) for w in wanted]
+    return b.call(node, m.Resample.of(functions, given), x, kind="pool")
 
 
 def _adaptive_max(b: Builder, node: fx.Node, a: SimpleNamespace) -> Parts:

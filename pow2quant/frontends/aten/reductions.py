@@ -165,11 +165,6 @@ def _cumprod(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return join(b, node, dim, parts, [a.self] * len(parts))
 
 
-def _cumsum(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    (dim,) = dimensions(b, node, a)
-    return b.call(node, m.CumSum(dim), b.operand(node, a.self))
-
-
 ROWS: dict[str, Handler] = {
     "mean": _reduction(m.Mean, "mean"),
     "sum": _reduction(m.Sum),
@@ -181,7 +176,8 @@ ROWS: dict[str, Handler] = {
     "var": _spread(root=False), "std": _spread(root=True),
     "linalg_vector_norm": _norm, "norm": _norm, "cdist": _cdist,
     "logsumexp": _reduction(m.LogSumExp), "prod": _reduction(m.Product),
-    "argmax": _arg(1), "argmin": _arg(-1), "topk": _topk, "cumsum": _cumsum,
+    "argmax": _arg(1), "argmin": _arg(-1), "topk": _topk,
+    "cumsum": lambda b, node, a: b.call(node, m.CumSum(*dimensions(b, node, a)), b.operand(node, a.self)),
     "sort": _sort, "median": _ranked(lambda n, a: (n + 1) // 2), "kthvalue": _ranked(lambda n, a: int(a.k)),
     "cumprod": _cumprod,
 }  # fmt: skip

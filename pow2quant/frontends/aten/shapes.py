@@ -54,8 +54,8 @@ def _matrix_transposed(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node
     return b.call(node, m.Permute((*range(rank - 2), rank - 1, rank - 2)), b.operand(node, a.self))
 
 
-def _t(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    return b.call(node, m.Permute(range(b.rank(a.self))[::-1]), b.operand(node, a.self))
+def _reversed(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    return permuted(b, node, b.operand(node, a.self), range(b.rank(a.self))[::-1])
 
 
 def cut(b: Builder, node: fx.Node, x: Any, dim: int, start: int, stop: int, step: int = 1) -> fx.Node:
@@ -84,14 +84,6 @@ def one(b: Builder, node: fx.Node, x: Any, dim: int, index: int) -> fx.Node:
     current = cut(b, node, x, dim, index, index + 1)
     shape = b.open_shape(x)
     return b.call(node, m.Reshape([*shape[:dim], *shape[dim + 1 :]]), current)
-
-
-def _select(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    return one(b, node, a.self, int(a.dim), int(a.index))
-
-
-def _unbind(b: Builder, node: fx.Node, a: SimpleNamespace) -> Parts:
-    return lambda user, index: one(b, user, a.self, int(a.dim), index)
 
 
 def _split(b: Builder, node: fx.Node, a: SimpleNamespace) -> Parts:
@@ -192,13 +184,13 @@ ROWS: dict[str, Handler] = {
     ),
     "permute": _permute,
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
-    **dict.fromkeys(("t", "numpy_T"), _t),
+    **dict.fromkeys(("t", "numpy_T"), _reversed),
     **dict.fromkeys(("movedim", "moveaxis"), _movedim),
     **dict.fromkeys(("mT", "adjoint", "mH"), _matrix_transposed),
     "hstack": _along(1), "vstack": _along(0), "dstack": _along(2),
-    "slice": _slice, "select": _select, "unbind": _unbind, "narrow": lambda b, n, a: cut(
-        b, n, a.self, int(a.dim), int(a.start), int(a.start) + int(a.length)
-    ),
+    "slice": _slice, "select": lambda b, node, a: one(b, node, a.self, int(a.dim), int(a.index)),
+    "unbind": lambda b, _, a: lambda user, index: one(b, user, a.self, int(a.dim), index),
+    "narrow": lambda b, node, a: cut(b, node, a.self, int(a.dim), int(a.start), int(a.start) + int(a.length)),
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _split),
     **dict.fromkeys(("cat", "concat", "concatenate"), _concat),
     "stack": _stack, "copy": _copy,

@@ -79,7 +79,6 @@ class Function(Described, Exact):
         return result
 
     def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> Lookup | None:
-        """See `Exact.definition`."""
         if not accepts(target):
             return None
         if self._known is None or self._known[0] is not encoding or self._known[1] is not target:
@@ -92,7 +91,6 @@ class Function(Described, Exact):
         return self._known[2]
 
     def integers(self, codes: Tensor, defined: Lookup, encoding: Encoding) -> Tensor:
-        """See `Exact.integers`."""
         table = torch.from_numpy(defined.values()).to(codes.device)
         least = int(encoding.grid.qmin) - int(encoding.zero_point)
         return table[(codes.long() - least).clamp_(0, len(table) - 1)]

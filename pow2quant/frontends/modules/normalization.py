@@ -19,67 +19,60 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """What a prepared network holds beside the rows of `operators.OPERATORS`, until `backends.fold` has folded it."""
 
 
-def _integer_softmax(
-    codes: Tensor, defined: functions.Softmax, encoding: Encoding, keep: Tensor | None = None
-) -> Tensor:
-    """`functions.Softmax` of integers in float64, as real values."""
-    table = torch.from_numpy(defined.table(encoding).copy()).to(codes.device)
-    kept, seen = defined.kept(), codes
-    if kept is not None:
-        seen = seen - functions.HIDDEN * ~torch.from_numpy(kept).to(codes.device)
-    if keep is not None:
-        seen = seen - functions.HIDDEN * (keep <= HALF)
-    apart = (seen.amax(defined.axis, keepdim=True) - seen).clamp_(max=len(table) - 1)
-    entries = table.to(torch.float32 if defined.is_single else torch.float64)[apart.long()]
-    reciprocal = torch.floor(2.0**defined.reciprocal_bits / entries.sum(defined.axis, keepdim=True))
-    result = entries.mul_(reciprocal)
-    if not defined.is_single:
-        result.mul_(2.0 ** (functions.FINE - defined.reciprocal_bits)).floor_()
-    return result.mul_(2.0**-functions.FINE)
+class ExactSoftmax(Exact):
+    """A softmax: rounded once from float64, or `functions.Softmax`."""
+
+    def integers(
+        self, codes: Tensor, defined: functions.Softmax, encoding: Encoding, keep: Tensor | None = None
+    ) -> Tensor:
+        """`functions.Softmax` in float64."""
+        table = torch.from_numpy(defined.table(encoding).copy()).to(codes.device)
+        kept, seen = defined.kept(), codes
+        if kept is not None:
+            seen = seen - functions.HIDDEN * ~torch.from_numpy(kept).to(codes.device)
+        if keep is not None:
+            seen = seen - functions.HIDDEN * (keep <= HALF)
+        apart = (seen.amax(defined.axis, keepdim=True) - seen).clamp_(max=len(table) - 1)
+        entries = table.to(torch.float32 if defined.is_single else torch.float64)[apart.long()]
+        reciprocal = torch.floor(2.0**defined.reciprocal_bits / entries.sum(defined.axis, keepdim=True))
+        result = entries.mul_(reciprocal)
+        if not defined.is_single:
+            result.mul_(2.0 ** (functions.FINE - defined.reciprocal_bits)).floor_()
+        return result.mul_(2.0**-functions.FINE)
 
 
-class Softmax(Exact, nn.Softmax):
+class Softmax(ExactSoftmax, nn.Softmax):
     """Rounded once from float64, or `functions.Softmax`."""
 
     def plain(self, x: Tensor) -> Tensor:
         return nn.Softmax.forward(self, x.double()).to(x.dtype)
 
     def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> functions.Softmax | None:
-        """See `Exact.definition`."""
         if self.dim is None or self.dim % len(shape) == 0:
             return None
         axis = self.dim % len(shape) - len(shape)
         return functions.Softmax.of(axis, shape[axis], target.grid.width)
-
-    def integers(self, codes: Tensor, defined: functions.Softmax, encoding: Encoding) -> Tensor:
-        """See `Exact.integers`."""
-        return _integer_softmax(codes, defined, encoding)
-
-
-def _integer_norm(codes: Tensor, defined: functions.Norm, encoding: Encoding) -> Tensor:
-    """`functions.Norm` of integers in float64, as real values."""
-    n, f = defined.length, defined.precision(encoding)
-    axes = tuple(range(-len(defined.shape), 0)) if not defined.groups else (-1,)
-    rows = codes.reshape(len(codes), defined.groups, -1) if defined.groups else codes
-    spread = (rows * rows).sum(axes, keepdim=True) * n
-    centred = rows * n
-    if defined.centered:
-        total = rows.sum(axes, keepdim=True)
-        spread, centred = spread - total * total, centred - total
-    root = torch.sqrt((spread + defined.epsilon(encoding)).clamp(min=1) * 4.0**f).floor()
-    reciprocal = torch.floor(2.0**functions.RECIPROCAL / root)
-    down = 2.0 ** (f + functions.DEPTH - functions.RECIPROCAL)
-    z = torch.floor(centred * reciprocal * down + 0.5).reshape(codes.shape)
-    gamma, beta = (torch.from_numpy(v).to(codes) for v in defined.factors())
-    return torch.floor((z * gamma + beta) * 2.0**-defined.drop + 0.5) * 2.0**-defined.fine
 
 
 class ExactNorm(Exact):
     """A norm: rounded once from float64, or `functions.Norm`."""
 
     def integers(self, codes: Tensor, defined: functions.Norm, encoding: Encoding) -> Tensor:
-        """See `Exact.integers`."""
-        return _integer_norm(codes, defined, encoding)
+        """`functions.Norm` in float64."""
+        n, f = defined.length, defined.precision(encoding)
+        axes = tuple(range(-len(defined.shape), 0)) if not defined.groups else (-1,)
+        rows = codes.reshape(len(codes), defined.groups, -1) if defined.groups else codes
+        spread = (rows * rows).sum(axes, keepdim=True) * n
+        centred = rows * n
+        if defined.centered:
+            total = rows.sum(axes, keepdim=True)
+            spread, centred = spread - total * total, centred - total
+        root = torch.sqrt((spread + defined.epsilon(encoding)).clamp(min=1) * 4.0**f).floor()
+        reciprocal = torch.floor(2.0**functions.RECIPROCAL / root)
+        down = 2.0 ** (f + functions.DEPTH - functions.RECIPROCAL)
+        z = torch.floor(centred * reciprocal * down + 0.5).reshape(codes.shape)
+        gamma, beta = (torch.from_numpy(v).to(codes) for v in defined.factors())
+        return torch.floor((z * gamma + beta) * 2.0**-defined.drop + 0.5) * 2.0**-defined.fine
 
     def _definition(
         self, shape: tuple[int, ...], groups: int, centered: bool, eps: float, channels: int, encoding: Encoding
@@ -101,7 +94,6 @@ class LayerNorm(ExactNorm, nn.LayerNorm):
         return F.layer_norm(x.double(), self.normalized_shape, weight, bias, eps).to(x.dtype)
 
     def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> functions.Norm | None:
-        """See `Exact.definition`."""
         if len(shape) <= len(self.normalized_shape):
             return None
         rows = tuple(self.normalized_shape)
@@ -115,7 +107,7 @@ class LogSoftmax(nn.LogSoftmax):
         return super().forward(input.double()).to(input.dtype)
 
 
-class MaskedSoftmax(Exact):
+class MaskedSoftmax(ExactSoftmax):
     """softmax(factor * x + mask) of what is kept along `dim`, rounded once from float64, or `functions.Softmax`.
 
     The latter where the mask holds nothing but 0 and what takes values out, and leaves something of every row.
@@ -139,7 +131,6 @@ class MaskedSoftmax(Exact):
         return torch.softmax(scores, self.dim).to(x.dtype)
 
     def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> functions.Softmax | None:
-        """See `Exact.definition`."""
         axis = self.dim % len(shape) - len(shape)
         if axis == -len(shape) or self.factor <= 0:
             return None
@@ -153,12 +144,6 @@ class MaskedSoftmax(Exact):
             if not np.broadcast_to(keep, (1,) * max(0, len(shape) - keep.ndim) + keep.shape).any(axis).all():
                 return None
         return functions.Softmax.of(axis, shape[axis], target.grid.width, self.factor, keep, self.asks)
-
-    def integers(
-        self, codes: Tensor, defined: functions.Softmax, encoding: Encoding, keep: Tensor | None = None
-    ) -> Tensor:
-        """See `Exact.integers`."""
-        return _integer_softmax(codes, defined, encoding, keep)
 
     def extra_repr(self) -> str:
         shape = None if self.mask is None else tuple(self.mask.shape)
@@ -200,7 +185,6 @@ class RMSNorm(ExactNorm, nn.RMSNorm):
         return torch.finfo(torch.float32).eps if self.eps is None else self.eps
 
     def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> functions.Norm | None:
-        """See `Exact.definition`."""
         if len(shape) <= len(self.normalized_shape):
             return None
         rows = tuple(self.normalized_shape)
@@ -214,7 +198,6 @@ class GroupNorm(ExactNorm, nn.GroupNorm):
     """
 
     def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> functions.Norm | None:
-        """See `Exact.definition`."""
         return self._definition(tuple(shape[1:]), self.num_groups, True, self.eps, self.num_channels, encoding)
 
     def plain(self, input: Tensor) -> Tensor:

@@ -145,10 +145,6 @@ def _cumsum(s: Step, x: Tensor, axis: Any) -> Tensor:
     return torch.cumsum(x, int(scalar(axis, 0)))
 
 
-def _celu(s: Step, x: Tensor) -> Tensor:
-    return F.celu(x, s.attribute("alpha", 1.0))
-
-
 def _logical(function: Callable[[Tensor, Tensor], Tensor]) -> Row:
     return lambda s, a, b: function(tensor(a), tensor(b))
 
@@ -161,7 +157,8 @@ ROWS: dict[str, Row] = {
     "Reciprocal": _unary(torch.reciprocal), "Floor": _unary(torch.floor), "Ceil": _unary(torch.ceil),
     "Round": _unary(torch.round), "Sign": _unary(torch.sign), "Sin": _unary(torch.sin), "Cos": _unary(torch.cos),
     "Mish": _unary(F.mish), "HardSwish": _unary(F.hardswish), "Silu": _unary(F.silu), "Not": _unary(torch.logical_not),
-    "Selu": _unary(F.selu), "Celu": _celu, "Clip": _clip, "HardSigmoid": _hard_sigmoid,
+    "Selu": _unary(F.selu), "Clip": _clip, "HardSigmoid": _hard_sigmoid,
+    "Celu": lambda s, x: F.celu(x, s.attribute("alpha", 1.0)),
     "Elu": lambda s, x: F.elu(x, s.attribute("alpha", 1.0)),
     "LeakyRelu": lambda s, x: F.leaky_relu(x, s.attribute("alpha", 0.01)),
     "ThresholdedRelu": lambda s, x: F.threshold(x, s.attribute("alpha", 1.0), 0.0),

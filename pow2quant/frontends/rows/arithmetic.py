@@ -37,10 +37,9 @@ def _cumsum(f: Formula, module: m.CumSum, x: str) -> str:
     return f("CumSum", x, f.integers(module.dim))
 
 
-def reduce(f: Formula, op: str, x: str, module: Any, keepdim: bool | None = None) -> str:
+def reduce(f: Formula, op: str, x: str, module: Any) -> str:
     """A reduction over the module's dimensions."""
-    keep = module.keepdim if keepdim is None else keepdim
-    return f(op, x, f.integers(module.dims), keepdims=int(keep))
+    return f(op, x, f.integers(module.dims), keepdims=int(module.keepdim))
 
 
 def _reduction(op: str) -> Emit:
