@@ -13,17 +13,16 @@ Checked against what aimet-torch 2.42 writes and what aimet-torch and aimet-onnx
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 
 from pow2quant import foreign
+from pow2quant.adapters.aimet_entries import SHAPES, Entry, Reader, container, from_0_6_1, from_1_0_0, from_2_0_0
 from pow2quant.adapters.files import (
     GRIDS,
     at_least_opset,
@@ -35,24 +34,16 @@ from pow2quant.adapters.files import (
 from pow2quant.artifact import Artifact
 from pow2quant.errors import ConfigError, EncodingError, FileFormatError
 from pow2quant.foreign import parsed
-from pow2quant.pow2_constraints import Encoding, IntGrid
+from pow2quant.pow2_constraints import Encoding
 from pow2quant.saving import write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
-
-    from numpy.typing import NDArray
+    from collections.abc import Collection, Iterator, Mapping
 
     from pow2quant.artifact import Table
 
-    Exact = tuple[IntGrid, int | None]
-
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0", "2.1.0")
 """Versions that can be written and read; the last two differ only for block-wise scales that are integers."""
-
-SHAPES = "pow2quant.block_scales"
-"""The key, at the top of a 1.0.0 file, of the shapes of the scales of weights with blocks."""
-
 
 PACKAGE = "pow2quant"
 
@@ -65,8 +56,6 @@ def _producer() -> dict[str, str]:
 
 
 PRODUCER = _producer()
-
-FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def dumps(table: Table, parameter_names: Collection[str], version: str) -> str:
@@ -201,13 +190,8 @@ def _looks_like_parameter(name: str, encoding: Encoding) -> bool:
     return encoding.axis is not None or encoding.grid.width == 32 or name.rpartition(".")[2] in ("weight", "bias")
 
 
-def _container(grid: IntGrid) -> IntGrid:
-    """The grid that AIMET sees: one width, not narrow."""
-    return IntGrid(grid.width, grid.signed)
-
-
 def _offsets(encoding: Encoding) -> list[int]:
-    offsets: list[int] = np.ravel(_container(encoding.grid).qmin - encoding.zero_point).tolist()
+    offsets: list[int] = np.ravel(container(encoding.grid).qmin - encoding.zero_point).tolist()
     return offsets
 
 
@@ -287,7 +271,7 @@ def read_all(document: Any, source: str, axes: Mapping[str, int]) -> dict[str, E
         axes = {}
     shapes, table = document.get(SHAPES), dict[str, Encoding | None]()
     for name, read, content in _entries(document, source):
-        entry = _Entry(f"{source}: {name}", content, shapes.get(name) if isinstance(shapes, dict) else None)
+        entry = Entry(f"{source}: {name}", content, shapes.get(name) if isinstance(shapes, dict) else None)
         if name in table:
             entry.refuse("name", "occurs twice")
         try:
@@ -298,7 +282,7 @@ def read_all(document: Any, source: str, axes: Mapping[str, int]) -> dict[str, E
     return table
 
 
-def _entries(document: dict[str, Any], source: str) -> Iterator[tuple[str, _Reader, Any]]:
+def _entries(document: dict[str, Any], source: str) -> Iterator[tuple[str, Reader, Any]]:
     """(tensor, reader, content) of every entry: a list under `encodings` is 2.x, other lists 1.0.0, objects 0.6.1."""
     keys = ("encodings",) if "encodings" in document else ("activation_encodings", "param_encodings")
     for key in keys:
@@ -306,9 +290,9 @@ def _entries(document: dict[str, Any], source: str) -> Iterator[tuple[str, _Read
             raise FileFormatError(f"{source}: no key {key!r} (nor encodings)")
         part = document[key]
         if isinstance(part, list):
-            read = _from_2_0_0 if key == "encodings" else _from_1_0_0
+            read = from_2_0_0 if key == "encodings" else from_1_0_0
             for number, content in enumerate(part):
-                yield _Entry(f"{source}: {key}[{number}]", content).one("name", str), read, content
+                yield Entry(f"{source}: {key}[{number}]", content).one("name", str), read, content
         elif isinstance(part, dict) and key != "encodings":
             for name, content in part.items():
                 yield from _tensors(name, content, source)
@@ -316,213 +300,13 @@ def _entries(document: dict[str, Any], source: str) -> Iterator[tuple[str, _Read
             raise FileFormatError(f"{source}: {key}: expected a list or an object, got {type(part).__name__}")
 
 
-def _tensors(name: str, content: Any, source: str) -> Iterator[tuple[str, _Reader, Any]]:
+def _tensors(name: str, content: Any, source: str) -> Iterator[tuple[str, Reader, Any]]:
     """One tensor of an ONNX-named 0.6.1 file; every input and output of a module in a torch-named one."""
     if isinstance(content, list) or not isinstance(content, dict) or "bitwidth" in content:
-        yield name, _from_0_6_1, content
+        yield name, from_0_6_1, content
         return
     for direction, by_index in content.items():
         if direction not in ("input", "output") or not isinstance(by_index, dict):
             raise FileFormatError(f"{source}: {name}: {direction}: expected input or output with objects by index")
         for index, one in by_index.items():
-            yield f"{name}.{direction}" + (f".{index}" if index != "0" else ""), _from_0_6_1, one
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """The fields of one encoding, whose errors name the file, the tensor and the key.
-
-    shape: of the scales of blocks, where the file states it.
-    """
-
-    where: str
-    fields: Any
-    shape: Any = None
-
-    def refuse(self, key: str, problem: str) -> NoReturn:
-        raise FileFormatError(f"{self.where}: {key} {problem}")
-
-    def __getitem__(self, key: str) -> Any:
-        if not isinstance(self.fields, dict):
-            raise FileFormatError(f"{self.where}: expected an object, got {type(self.fields).__name__}")
-        if key not in self.fields:
-            self.refuse(key, "is missing")
-        return self.fields[key]
-
-    def one(self, key: str, kind: type) -> Any:
-        if type(self[key]) is not kind:
-            self.refuse(key, f"must be of type {kind.__name__}, got {self[key]!r}")
-        return self[key]
-
-    def flag(self, key: str) -> bool:
-        return self.flags(key, [self[key]]) == {True}
-
-    def flags(self, key: str, values: list[Any]) -> set[bool]:
-        texts = set(map(str, values))  # 1.0.0 has true, 0.6.1 "True"
-        if not texts <= {"True", "False"}:
-            self.refuse(key, f"must be True or False, got {min(texts - {'True', 'False'})!r:.80}")
-        return {text == "True" for text in texts}
-
-    def numbers(self, key: str, nested: bool = False) -> NDArray[np.float64]:
-        value = self[key]
-        for number in _flat(value) if nested else value if isinstance(value, list) else [value]:
-            if type(number) not in (int, float) or not abs(number) <= FLOAT32_MAX:
-                self.refuse(key, f"must be finite numbers, got {number!r:.80}")
-        if value == []:
-            self.refuse(key, "is empty")
-        try:
-            return np.asarray(value, np.float64)
-        except ValueError:
-            self.refuse(key, "must be lists of equal lengths")
-
-    def integers(self, key: str, nested: bool = False) -> NDArray[np.int64]:
-        numbers = self.numbers(key, nested)
-        if (numbers != np.rint(numbers)).any() or (np.abs(numbers) > 1 << 32).any():
-            self.refuse(key, f"must be whole numbers of at most 32 bits, got {self[key]!r:.80}")
-        return numbers.astype(np.int64)
-
-    def integer(self, key: str) -> int:
-        value = self.integers(key)
-        if value.ndim:
-            self.refuse(key, f"must be one number, got {self[key]!r:.80}")
-        return int(value)
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    """What nested lists hold."""
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, list):
-            yield from _flat(item)
-        else:
-            yield item
-
-
-if TYPE_CHECKING:
-    _Reader = Callable[[_Entry, Exact | None, int], Encoding | None]
-
-
-def _from_0_6_1(entry: _Entry, exact: Exact | None, axis: int) -> Encoding | None:
-    content = entry.fields if isinstance(entry.fields, list) else [entry.fields]
-    if not content:
-        entry.refuse("list of encodings", "is empty")
-    if _is_float(_Entry(entry.where, content[0]), "bitwidth"):
-        return None
-    channels = _by_key(entry.where, content, ("bitwidth", "scale", "offset", "is_symmetric"))
-    unknown = "zero_point_shift", "rows_per_block"
-    for fields in (f for f in content if not f.keys().isdisjoint(unknown)):
-        _refuse_keys(_Entry(entry.where, fields), unknown)
-    bits = channels.integers("bitwidth").tolist()
-    scale, offset = channels.numbers("scale"), channels.integers("offset")
-    return _encoding(
-        scale if len(content) > 1 else scale[0],
-        offset,
-        tuple(bits) if len(set(bits)) > 1 else bits[0],
-        channels.flags("is_symmetric", channels["is_symmetric"]) == {True},
-        exact,
-        axis,
-    )
-
-
-def _by_key(where: str, channels: list[Any], keys: tuple[str, ...]) -> _Entry:
-    """The fields of several channels as one entry of lists, which are checked at once."""
-    try:
-        return _Entry(where, {key: [fields[key] for fields in channels] for key in keys})
-    except (KeyError, TypeError):
-        for fields in channels:
-            for key in keys:
-                _Entry(where, fields)[key]  # the error that names what is missing
-        raise
-
-
-def _from_1_0_0(entry: _Entry, exact: Exact | None, axis: int) -> Encoding | None:
-    kind = entry.one("enc_type", str)
-    if _is_float(entry, "bw"):
-        return None
-    _refuse_keys(entry, ("zero_point_shift", "per_block_int_scale"))
-    if kind == "PER_BLOCK":
-        return _blocks_from_1_0_0(entry, exact, axis)
-    _refuse_keys(entry, ("block_size",))
-    if kind not in ("PER_TENSOR", "PER_CHANNEL"):
-        entry.refuse("enc_type", f"must be PER_TENSOR, PER_CHANNEL or PER_BLOCK, got {kind!r}")
-    scale, offset = np.atleast_1d(entry.numbers("scale")), np.atleast_1d(entry.integers("offset"))
-    if scale.shape != offset.shape or (kind == "PER_TENSOR" and scale.size != 1):
-        entry.refuse("scale", f"has {scale.size} values for {offset.size} offsets and enc_type {kind}")
-    bits = entry.integer("bw")
-    return _encoding(scale if kind == "PER_CHANNEL" else scale[0], offset, bits, entry.flag("is_sym"), exact, axis)
-
-
-def _blocks_from_1_0_0(entry: _Entry, exact: Exact | None, axis: int) -> Encoding:
-    scale, offset, bits = entry.numbers("scale"), entry.integers("offset"), entry.integer("bw")
-    shape = entry.shape
-    if not (isinstance(shape, list) and all(type(n) is int for n in shape) and math.prod(shape) == scale.size):
-        entry.refuse("block_size", f"needs the shape of {scale.size} scales under {SHAPES!r}; version 2.0.0 states it")
-    narrow = bool((offset == 1 - (1 << (bits - 1))).all())
-    grid, own = exact or (IntGrid(bits, True, narrow), axis)
-    if not entry.flag("is_sym") or (offset != _container(grid).qmin).any():
-        entry.refuse("offset", f"must be {_container(grid).qmin} with is_sym True where there are blocks")
-    zero = np.zeros((), np.int64)
-    return Encoding(scale.astype(np.float32).reshape(shape), zero, grid, own, entry.integer("block_size"))
-
-
-def _from_2_0_0(entry: _Entry, exact: Exact | None, _: int) -> Encoding | None:
-    _refuse_keys(entry, ("per_block_int_scale",))
-    unsigned, is_integer, bits = entry.one("output_dtype", str).partition("int")
-    if not is_integer or unsigned not in ("", "u") or not bits.isdecimal() or len(bits) > 3:
-        entry.refuse("output_dtype", f"must be an integer type such as uint8, got {entry['output_dtype']!r}")
-    grid, axis = exact or (IntGrid(int(bits), not unsigned), None)
-    blocks = bool(entry.fields.get("block_size"))
-    scale = entry.numbers("y_scale", nested=blocks)
-    if "axis" in entry.fields:
-        axis = entry.one("axis", int)
-        if axis < 0:
-            entry.refuse("axis", f"must not be negative, got {axis}")
-    elif scale.size == 1:
-        scale = scale.reshape(())
-    if blocks:
-        stated = "y_zero_point" in entry.fields
-        zero_point = entry.integers("y_zero_point", nested=True) if stated else np.zeros((), np.int64)
-        channels = None if axis is None else 1 - axis
-        return Encoding(scale.astype(np.float32), zero_point, grid, channels, entry.integer("block_size"))
-    zero_point = entry.integers("y_zero_point") if "y_zero_point" in entry.fields else np.zeros_like(scale, np.int64)
-    if zero_point.size not in (1, scale.size):
-        entry.refuse("y_zero_point", f"has {zero_point.size} values for {scale.size} scales")
-    return Encoding(scale.astype(np.float32), zero_point.reshape(-1 if scale.ndim else ()), grid, axis)
-
-
-def _is_float(entry: _Entry, width: str) -> bool:
-    """Whether the entry says that its tensor stays float16 or float32."""
-    kind = entry.one("dtype", str).lower()
-    if kind == "float" and entry.integer(width) not in (16, 32):
-        entry.refuse(width, f"must be 16 or 32 for dtype float, got {entry[width]!r}")
-    if kind not in ("int", "float"):
-        entry.refuse("dtype", f"must be int or float, got {entry['dtype']!r}")
-    return bool(kind == "float")
-
-
-def _refuse_keys(entry: _Entry, keys: tuple[str, ...]) -> None:
-    """Block-wise, vector and half-shifted grids have no counterpart here."""
-    for key in keys:
-        if isinstance(entry.fields, dict) and entry.fields.get(key):
-            entry.refuse(key, "is not supported: only per-tensor and per-channel integer encodings are")
-
-
-def _encoding(
-    scale: NDArray[np.float64],
-    offset: NDArray[np.int64],
-    bits: int | tuple[int, ...],
-    symmetric: bool,
-    exact: Exact | None,
-    axis: int,
-) -> Encoding:
-    """scale: () or (C,); offset: (C,) = qmin - zero point. Without `exact`, AIMET's own rules tell the grid.
-
-    A symmetric grid from -2^(bits-1) on is signed, from one above it signed and narrow, from 0 on unsigned; everything
-    else that is flagged symmetric is signed with a zero point, and what is not is unsigned.
-    """
-    half = np.int64(1) << (np.asarray(bits, np.int64) - 1)
-    narrow = symmetric and bool((offset == 1 - half).all())
-    grid = exact[0] if exact else IntGrid(bits, signed=symmetric and bool(offset.any()), narrow=narrow)
-    lowest = grid.qmin if exact is None else _container(grid).qmin
-    channel_axis = exact[1] if exact else axis if scale.ndim else None
-    shape = scale.shape if channel_axis is None else (-1,)
-    return Encoding(scale.astype(np.float32).reshape(shape), (lowest - offset).reshape(shape), grid, channel_axis)
+            yield f"{name}.{direction}" + (f".{index}" if index != "0" else ""), from_0_6_1, one
