@@ -14,9 +14,9 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def equip(layer: nn.Module, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
     """Gives a layer its parameters; one that is None stays what it is. Raises ValueError for another shape."""
     for name, value in (("weight", weight), ("bias", bias)):
-        own = getattr(layer, name)
         if value is None:
             continue
+        own = getattr(layer, name, None)
         if own is None or own.shape != value.shape:
             shape = None if own is None else tuple(own.shape)
             raise ValueError(f"its {name} has shape {tuple(value.shape)}, not {shape}")
