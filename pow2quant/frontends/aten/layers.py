@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from pow2quant.frontends import modules as m
@@ -38,9 +37,10 @@ def of_rows(
     return b.call(node, m.Reshape(shape), b.call(node, layer, rows, name=name), kind="unrows")
 
 
-def _weights(b: Builder, node: fx.Node, a: SimpleNamespace) -> tuple[Tensor, Tensor | None]:
-    bias = None if a.bias is None else b.parameter(node, a.bias)
-    return b.parameter(node, a.weight), bias
+def given_parameters(b: Builder, node: fx.Node, a: SimpleNamespace) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """Weight and bias, each None where there is none."""
+    weight, bias = (None if held is None else b.parameter(node, held) for held in (a.weight, getattr(a, "bias", None)))
+    return weight, bias
 
 
 def _linear(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
@@ -48,19 +48,20 @@ def _linear(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         transposed = b.call(node, m.Permute((*range(b.rank(a.weight) - 2), -1, -2)), b.operand(node, a.weight))
         product = b.call(node, m.MatMul(), b.operand(node, a.input), transposed)
         return product if a.bias is None else b.call(node, m.Add(), product, b.operand(node, a.bias))
-    return linear(b, node, a.input, *_weights(b, node, a), b.owner(node, a.weight))
+    _, bias = given_parameters(b, node, a)
+    return linear(b, node, a.input, b.parameter(node, a.weight), bias, b.owner(node, a.weight))
 
 
 def _conv(spatial: int, transposed: bool = False) -> Handler:
     names = ("stride", "padding", "dilation", *(["output_padding"] if transposed else []))
 
     def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-        weight, bias = _weights(b, node, a)
+        _, bias = given_parameters(b, node, a)
         if b.rank(a.input) != spatial + 2:
             raise b.unsupported(node, f"a convolution of an image without a batch: {b.shape(a.input)}")
         given = {name: getattr(a, name) for name in names}
         options = {k: v if isinstance(v, str) else numbers(v, spatial) for k, v in given.items()}
-        layer = weighted.convolution(weight, bias, a.groups, transposed, **options)
+        layer = weighted.convolution(b.parameter(node, a.weight), bias, a.groups, transposed, **options)
         return b.call(node, layer, b.operand(node, a.input), name=b.owner(node, a.weight))
 
     return handler
@@ -77,18 +78,13 @@ BATCH_NORMS: dict[int, type[nn.Module]] = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d,
 
 def _batch_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     kind: Any = BATCH_NORMS[b.rank(a.input)]
-    affine = a.weight is not None or a.bias is not None
     if a.running_mean is None or a.running_var is None or getattr(a, "training", False):
         raise b.unsupported(node, "batch norm without running statistics cannot be folded")
     mean, variance = (b.tensor(node, v).detach().float() for v in (a.running_mean, a.running_var))
-    norm = kind(len(mean), a.eps, a.momentum, affine)
+    weight, bias = given_parameters(b, node, a)
+    norm = kind(len(mean), a.eps, a.momentum, affine=weight is not None or bias is not None)
     norm.running_mean, norm.running_var = mean.clone(), variance.clone()
-    if affine:
-        equip(
-            norm,
-            b.parameter(node, a.weight) if a.weight is not None else torch.ones_like(mean),
-            b.parameter(node, a.bias) if a.bias is not None else torch.zeros_like(mean),
-        )
+    equip(norm, weight, bias)
     return b.call(node, norm, b.operand(node, a.input), name=b.owner(node, a.weight))
 
 
@@ -99,11 +95,9 @@ def _batch_norm_parts(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
 
 
 def _layer_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    layer = nn.LayerNorm(a.normalized_shape, a.eps, elementwise_affine=a.weight is not None, bias=a.bias is not None)
-    if a.weight is not None:
-        equip(layer, b.parameter(node, a.weight), None if a.bias is None else b.parameter(node, a.bias))
-    elif a.bias is not None:
-        equip(layer, torch.ones(a.normalized_shape), b.parameter(node, a.bias))
+    weight, bias = given_parameters(b, node, a)
+    affine = weight is not None or bias is not None
+    layer = equip(nn.LayerNorm(a.normalized_shape, a.eps, affine, bias=bias is not None), weight, bias)
     return b.call(node, layer, b.operand(node, a.input), name=b.owner(node, a.weight))
 
 

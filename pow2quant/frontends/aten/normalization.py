@@ -10,15 +10,16 @@ from torch import fx, nn
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.aten.functions import unary
 from pow2quant.frontends.aten.layers import ROWS as LAYERS
+from pow2quant.frontends.aten.layers import given_parameters
 from pow2quant.frontends.builder import Builder, Handler
 from pow2quant.frontends.captured import arguments, operation
 from pow2quant.frontends.modules.weighted import equip
 
 
 def _group_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    layer = nn.GroupNorm(int(a.num_groups), b.shape(a.input)[1], a.eps, affine=a.weight is not None)
-    if a.weight is not None:
-        equip(layer, b.parameter(node, a.weight), None if a.bias is None else b.parameter(node, a.bias))
+    weight, bias = given_parameters(b, node, a)
+    affine = weight is not None or bias is not None
+    layer = equip(nn.GroupNorm(int(a.num_groups), b.shape(a.input)[1], a.eps, affine), weight, bias)
     return b.call(node, layer, b.operand(node, a.input), name=b.owner(node, a.weight))
 
 
@@ -30,9 +31,8 @@ def _instance_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
 
 
 def _rms_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    layer = nn.RMSNorm(list(a.normalized_shape), a.eps, elementwise_affine=a.weight is not None)
-    if a.weight is not None:
-        equip(layer, b.parameter(node, a.weight), None)
+    weight, _ = given_parameters(b, node, a)
+    layer = equip(nn.RMSNorm(list(a.normalized_shape), a.eps, elementwise_affine=weight is not None), weight, None)
     return b.call(node, layer, b.operand(node, a.input), name=b.owner(node, a.weight))
 
 
