@@ -20,7 +20,7 @@ from pow2quant.config.choices import (
     Choice,
     without_none,
 )
-from pow2quant.config.legal import ABOVE_ZERO, FROM_ZERO, SHARE, Legal, integer, one_of
+from pow2quant.config.legal import ABOVE_ZERO, FROM_ZERO, SHARE, Legal, finite, integer, one_of
 from pow2quant.config.plan import BIAS, INPUT, OUTPUT, WEIGHT, TensorSpec
 from pow2quant.plugins import names
 from pow2quant.targets import presets

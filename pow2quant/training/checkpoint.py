@@ -69,10 +69,3 @@ def _rich(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "dict":
         return {key: _rich(item, tensors) for key, item in inner}
     return {"list": list, "tuple": tuple}[kind](_rich(item, tensors) for item in inner)
-
-
-def difference(before: str, now: str) -> str:
-    """The first line in which two configurations differ, as an error says it."""
-    pairs = zip(before.splitlines(), now.splitlines(), strict=False)
-    was, has = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
-    return f"was made with another configuration ({was!r}, now {has!r}); start anew with --overwrite"
