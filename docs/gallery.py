@@ -27,7 +27,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
     text = (DOCS / "gallery.md").read_text(encoding="utf-8")
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
+            if (words := shlex.split(line, comments=True))[:1] == ["pow2quant"]:
                 yield Path(words[words.index("--output") + 1]).name, words
 
 

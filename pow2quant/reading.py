@@ -148,9 +148,9 @@ def tensor_of(x: Any, where: str) -> Tensor:
     array = np.array(x, order="C")
     if array.dtype.kind in "SU":
         raise DataError(f"{where}: holds text ({str(array.flat[0])!r}); expected numbers, class indices for labels")
-    if array.dtype.kind not in "fiub":
+    if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
         raise DataError(f"{where}: holds an array of {array.dtype}; expected numbers")
-    return torch.from_numpy(array)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
 def check_has_values(x: Tensor, where: str) -> None:

@@ -3,13 +3,15 @@
 A `pyproject.toml` is installed: its entry points are found from then on, until the page ends.
 
 A block whose last line before the fence is `<!-- not executed: REASON -->` is not run, but the flags of its commands
-are checked. `<!-- output of: COMMAND -->` before a block says what printed it; only the numbers in it may be others.
-A command may say `# exit status 1` behind it, or `# exit status 0 or 1`. `# name.py` as the first line of a block makes
-a file of it, which later blocks and commands use.
+are checked. `<!-- output of: COMMAND -->` before a block says what printed it; only the numbers in it may be others;
+`<!-- lines of: COMMAND -->` that it printed each of these lines. A command may say `# exit status 1` behind it, or
+`# exit status 0 or 1`. `# name.py` as the first line of a block makes a file of it, which later blocks and commands
+use. Of `make` and `python benchmarks/NAME.py` it is checked that target, script and flags exist: they take minutes.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
 import shlex
@@ -27,10 +29,12 @@ import yaml
 
 from pow2quant import config
 from pow2quant.cli import main
+from pow2quant.study import sweep
+from pow2quant.targets import reading
 
 ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(
-    r"^(?:<!-- (?P<word>not executed|output of): (?P<what>.+?) -->\n)?"
+    r"^(?:<!-- (?P<word>not executed|output of|lines of): (?P<what>.+?) -->\n)?"
     r"```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```",
     re.DOTALL | re.MULTILINE,
 )
@@ -41,13 +45,14 @@ RUN = ("python", "bash", "yaml", "toml")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. skipped: why it is not executed; output_of: the command that printed it; snippet: its file."""
+    """A fenced block. skipped: why it is not executed; printed_by: a command; part: of that; snippet: its file."""
 
     line: int
     language: str
     text: str
     skipped: str | None
-    output_of: str | None
+    printed_by: str | None
+    part: bool
     snippet: str | None
 
 
@@ -58,9 +63,10 @@ def blocks(path: Path) -> list[Block]:
     for match in FENCE.finditer(text):
         included = SNIPPET.search(match["text"])
         whole = (ROOT / included[1]).read_text(encoding="utf-8") if included else match["text"]
-        skipped, output = (match["what"] if match["word"] == w else None for w in ("not executed", "output of"))
+        skipped = match["what"] if match["word"] == "not executed" else None
+        printed, part = None if skipped else match["what"], match["word"] == "lines of"
         line = text.count("\n", 0, match.start("text")) + 1
-        found.append(Block(line, match["language"], whole, skipped, output, included[1] if included else None))
+        found.append(Block(line, match["language"], whole, skipped, printed, part, included[1] if included else None))
     return found
 
 
@@ -110,8 +116,10 @@ def run(path: Path) -> int:
 
 
 def _execute(block: Block, place: str, namespace: dict[str, Any], printed: dict[str, str]) -> int:
-    if block.output_of:
-        _compare(block, place, printed.get(block.output_of) or _printed([*shlex.split(block.output_of), "--overwrite"]))
+    if block.printed_by:
+        words = shlex.split(block.printed_by)
+        again = ["--overwrite"] if "--output" in words else []
+        _compare(block, place, printed.get(shlex.join(words)) or _printed([*words, *again]))
     elif block.language == "python":
         if named := re.match(r"# (\S+\.py)\n", block.text):
             Path(named[1]).write_text(block.text, encoding="utf-8")
@@ -122,12 +130,22 @@ def _execute(block: Block, place: str, namespace: dict[str, Any], printed: dict[
         for words, statuses in commands(block):
             printed[shlex.join(words)] = _call(words, statuses, place)
     elif block.language == "yaml":
-        config.plan_of(config.from_mapping(yaml.safe_load(block.text), source=place))
         if named := re.match(r"# (\S+\.yaml)\n", block.text):
             Path(named[1]).write_text(block.text, encoding="utf-8")
+        _check(yaml.safe_load(block.text), block.text, place, named[1] if named else "")
     elif block.language == "toml":
         install(block.text, Path.cwd())
-    return block.language in RUN or block.output_of is not None
+    return block.language in RUN or block.printed_by is not None
+
+
+def _check(mapping: dict[str, Any], text: str, place: str, name: str) -> None:
+    """YAML of a study, of a target, or of a configuration."""
+    if "grids" in mapping:
+        sweep.read(Path(name), config.RunConfig())
+    elif "base" in mapping:
+        reading.parse(text, place)
+    else:
+        config.plan_of(config.from_mapping(mapping, source=place))
 
 
 def install(pyproject: str, folder: Path) -> None:
@@ -149,7 +167,13 @@ def install(pyproject: str, folder: Path) -> None:
 def _call(words: list[str], statuses: set[int], place: str) -> str:
     if words[0] == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in words[1:]), f"{place}: {words}"
+        goals = [word for word in words[1:] if "=" not in word]
+        assert all(re.search(rf"^{goal}:", makefile, re.MULTILINE) for goal in goals), f"{place}: {words}"
+        return ""
+    if words[0] == "python" and words[1].startswith("benchmarks/"):
+        scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+        assert (ROOT / words[1]).is_file(), f"{place}: {words[1]}"
+        assert all(f'"{word}"' in scripts for word in words[2:] if word.startswith("--")), f"{place}: {words}"
         return ""
     assert words[0] == "pow2quant", f"{place}: {words[0]} is not run here; say `<!-- not executed: … -->`"
     return _printed(words, statuses, place)
@@ -165,14 +189,25 @@ def _printed(words: list[str], statuses: Collection[int] = (0,), place: str = ""
 
 def _compare(block: Block, place: str, printed: str) -> None:
     """Trained on another machine, the last digits of an accuracy may move; the shape and the verdict may not."""
-    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", block.text).split(), place
+    shown, known = (NUMBER.sub("#", text) for text in (block.text, printed))
+    if block.part:
+        lines = [line.split() for line in known.splitlines()]
+        assert [line for line in shown.splitlines() if line.split() not in lines] == [], place
+        return
+    assert known.split() == shown.split(), place
+    for said, today in zip(_numbers(block.text), _numbers(printed), strict=True):
+        assert math.isclose(said, today, rel_tol=0.01), f"{place}: says {said}, today {today}"
     assert re.search(r"verdict: 0 of 4,500 output elements differ .* proved", printed), place
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(found.replace(",", "")) for found in re.findall(r"\d[\d,]*(?:\.\d+)?", text)]
 
 
 if __name__ == "__main__":  # python -m tests.documents FILE.md …: shows what the commands print today
     for argument in sys.argv[1:]:
         document = Path(argument)
         text = document.read_text(encoding="utf-8")
-        for shown in (block for block in blocks(document) if block.output_of):
-            text = text.replace(shown.text, _printed([*shlex.split(shown.output_of or ""), "--overwrite"]))
+        for shown in (block for block in blocks(document) if block.printed_by and not block.part):
+            text = text.replace(shown.text, _printed([*shlex.split(shown.printed_by or ""), "--overwrite"]))
         document.write_text(text, encoding="utf-8")

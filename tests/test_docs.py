@@ -55,7 +55,7 @@ def benchmarks_flags() -> set[str]:
 def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    expected = [b for b in documents.blocks(page) if b.language in documents.RUN or b.output_of]
+    expected = [b for b in documents.blocks(page) if b.language in documents.RUN or b.printed_by]
     left_out = [b for b in expected if b.skipped or (b.snippet and b.language != "yaml")]
     assert documents.run(page) == len(expected) - len(left_out)
     assert {b.snippet for b in left_out if b.snippet} <= SNIPPETS_RUN_BY.keys()
@@ -68,7 +68,10 @@ def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyt
         "bash\npow2quant list --no-such-flag",
         "bash\npow2quant validate nowhere  # exit status 1",
         "bash\nls",
+        "bash\npython benchmarks/methods.py --no-such-flag",
         "yaml\nquantisation: {}",
+        "yaml\n# study.yaml\ngrids: []",
+        "yaml\nbase: no-such-target",
     ],
 )
 def test_a_wrong_block_is_found(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +82,25 @@ def test_a_wrong_block_is_found(block: str, tmp_path: Path, monkeypatch: pytest.
         documents.run(page)
     page.write_text(f"# Wrong\n\n<!-- not executed: it is wrong -->\n```{block}\n```\n", encoding="utf-8")
     assert documents.run(page) == 0
+
+
+def test_what_a_command_is_said_to_print_is_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "page.md"
+    said = "<!-- lines of: pow2quant targets litert -->\n```text\n{}\n```\n"
+    line = documents._printed(["pow2quant", "targets", "litert"]).splitlines()[0]
+    page.write_text(said.format(line), encoding="utf-8")
+    assert documents.run(page) == 1
+    page.write_text(said.format("another line"), encoding="utf-8")
+    with pytest.raises(AssertionError):
+        documents.run(page)
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=name)
+def test_no_command_stands_in_a_block_that_is_not_run(page: Path) -> None:
+    for block in documents.blocks(page):
+        if block.language not in documents.RUN and not block.skipped:
+            assert not re.search(r"^(pow2quant|python|make|pip|git|npm) ", block.text, re.MULTILINE), block.line
 
 
 def test_few_blocks_are_not_executed_and_their_flags_exist() -> None:

@@ -252,7 +252,7 @@ def test_inputs_and_targets_are_told_apart(batch: Any, signature: Signature, inp
         ((X, Y[:3]), "arrays of different lengths: 16, 3"),
         ((X, X[:4], Y, Y[:4]), "16, 4, 16, 4; a split goes as ((X_train, y_train), (X_test, y_test))"),
         (Items((Image.new("L", (8, 8)), 0)), "found <class 'PIL.Image.Image'> (images: add ToTensor)"),
-        ((X, np.array(["a", "b"] * 8)), "holds an array of <U1; expected numbers"),
+        ((X, np.array(["a", "b"] * 8)), "holds text ('a'); expected numbers, class indices"),
     ],
 )
 def test_data_that_cannot_be_used_are_one_line(data: Any, expected: str, mine: tuple[Path, dict[str, Any]]) -> None:

@@ -181,8 +181,19 @@ def test_a_network_without_values_is_refused(made: str, tmp_path: Path) -> None:
 )
 def test_arrays_that_are_no_images_and_labels_are_refused(images: Any, labels: Any, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", train_x=images, train_y=labels, test_x=images, test_y=labels)
-    with pytest.raises(DataError, match=r"x\.npz: not images and labels as numbers, one of each"):
+    with pytest.raises(DataError, match=r"x\.npz: (train_[xy]: holds (text|an array of)|not one label for each)"):
         datasets.load(DataConfig(str(tmp_path / "x.npz")))
+
+
+def test_arrays_are_read_in_any_order_of_bytes_and_text_is_named(tmp_path: Path) -> None:
+    images, labels = np.arange(256, dtype=">f4").reshape(4, 1, 8, 8) / 256, np.arange(4, dtype=">i8")
+    np.savez(tmp_path / "big.npz", train_x=images, train_y=labels, test_x=images, test_y=labels)
+    read = next(iter(datasets.load(DataConfig(str(tmp_path / "big.npz"))).test))
+    assert np.array_equal(read[0].numpy(), images)
+    assert read[1].tolist() == [0, 1, 2, 3]
+    np.savez(tmp_path / "words.npz", train_x=images, train_y=labels, test_x=images, test_y=np.array(list("abca")))
+    with pytest.raises(DataError, match=r"words\.npz: test_y: holds text \('a'\); expected numbers, class indices"):
+        datasets.load(DataConfig(str(tmp_path / "words.npz")))
 
 
 @pytest.mark.parametrize("targets", [3, {}, {1: 2}, object(), [object()], "abc"])

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import TensorDataset
 
 from pow2quant.errors import DataError
-from pow2quant.reading import last_line
+from pow2quant.reading import last_line, tensor_of
 
 
 def arrays(path: Path) -> Any:
@@ -32,8 +31,9 @@ def arrays(path: Path) -> Any:
     arrays = {next((n for n in parts if {*n.split("_")} == {*name.split("_")}), name): a for name, a in arrays.items()}
     if not {"train_x", "test_x"} <= arrays.keys():
         return arrays
-    train, test = ([arrays[key] for key in (f"{part}_x", f"{part}_y") if key in arrays] for part in ("train", "test"))
+    tensors = {key: tensor_of(array, f"{path}: {key}") for key, array in arrays.items() if key in parts}
+    train, test = ([tensors[key] for key in parts if key in tensors and key.startswith(p)] for p in ("train", "test"))
     try:
-        return tuple(TensorDataset(*map(torch.from_numpy, part)) for part in (train, test))
-    except (AssertionError, TypeError, ValueError) as error:  # dates, text; more images than labels
-        raise DataError(f"{path}: not images and labels as numbers, one of each ({last_line(error)})") from None
+        return tuple(TensorDataset(*part) for part in (train, test))
+    except AssertionError as error:  # more images than labels
+        raise DataError(f"{path}: not one label for each image ({last_line(error)})") from None

@@ -63,7 +63,9 @@ def _called(model: nn.Module, data: datasets.Data, signature: Signature) -> Call
         outputs = _outputs(model, sample)
     except Exception as error:
         reason = " ".join(str(error).split())[:300] + _advice(model, first[0])
-        raise ModelError(f"the network fails on a sample of {described(sample)}: {reason}") from error
+        name = cast(Checked, data.calibration).name
+        whose = "the embedded digits; --data names yours" if name.startswith("digits:") else name
+        raise ModelError(f"the network fails on a sample of {described(sample)} ({whose}): {reason}") from error
     if not outputs:
         raise ModelError("the network returns no tensor")
     shapes = [tuple(x.shape[1:]) for x in inputs(sample)], [tuple(x.shape[1:]) for x in outputs]
