@@ -206,7 +206,7 @@ def test_a_search_shows_its_plans_with_their_costs(tmp_path: Path) -> None:
     assert names(page) == ["uniform 2", "plan 2 (chosen)", "uniform 8"]
     assert "Chosen: plan 2, 98.50 % (change -0.50 (-1.00 to +0.00)): plan.yaml" in text(page)
     assert [title for title in re.findall(r"<h2[^>]*>([^<]*)", page) if "against" in title] == [
-        "top-1 against packed, KiB",
+        "top-1 against packed weights, KiB",
         "top-1 against bit operations, M",
     ]
     for name in ("uniform 2", "plan 2 (chosen)", "uniform 8"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -298,7 +299,11 @@ def test_training_and_search_know_which_way_is_good(model: str, data: str, metri
     best = min if metric == "mae" else max
     assert values["qat_best"] == best(e["accuracy"] for e in epochs)
     assert "initial_accuracy" not in trained or trained["initial_accuracy"] is None
-    assert "Quality" in Path(f"qat-{data}", "report.html").read_text()
+    page = Path(f"qat-{data}", "report.html").read_text()
+    assert "Quality" in page
+    assert all(
+        re.search(rf"<b>[\d.]+.*</b><span>{metric}, {when}</span>", page, re.I) for when in ("float", "simulation")
+    )
     bound = "mae=100" if metric == "mae" else "miou=0%"
     found = run("search", model, data, "--constraint", bound, "--candidates", "2,8")["search"]
     assert found["metric"] == metric

@@ -12,7 +12,7 @@ from pow2quant.report import summary
 from pow2quant.report.page import stem
 from pow2quant.report.verdict import NEGLIGIBLE
 
-FILE, PACKED, SQNR, SPEED, SECONDS = "ONNX file, KiB", "packed, KiB", "SQNR, dB", "speed", "seconds"
+FILE, PACKED, SQNR, SPEED, SECONDS = "ONNX file, KiB", "packed weights, KiB", "SQNR, dB", "speed", "seconds"
 BITS, OPERATIONS, LATENCY = "bits of a weight", "bit operations, M", "latency, ms"
 
 FORMATS = {
