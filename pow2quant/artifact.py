@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pow2quant.plugins import resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import onnx
 
     from pow2quant.pow2_constraints import Encoding
@@ -71,6 +74,50 @@ def note_pixels(model: onnx.ModelProto) -> None:
 def takes_pixels(model: onnx.ModelProto) -> bool:
     """Whether a file's input is an image's bytes."""
     return any((entry.key, entry.value) == PIXELS for entry in model.metadata_props)
+
+
+RECURRENT = "pow2quant.recurrent"
+"""The key in a file's metadata under which its recurrent layers stand."""
+
+SEQUENCE, EVERY = "sequence", "every"
+"""The roles in a `Recurrent` of the part of a sequence that a step reads, and of all results in one tensor."""
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A recurrent layer that is written out over time.
+
+    steps: so many. whole: why it cannot go step by step, or None. tensors: by role, then by the step's number; a role
+    is what a tensor is in every step alike. States have a tensor -1 besides, their first value.
+    """
+
+    layer: str
+    steps: int
+    whole: str | None
+    tensors: dict[str, dict[int, str]]
+
+    @property
+    def states(self) -> list[dict[int, str]]:
+        """The tensors of its states."""
+        return [names for names in self.tensors.values() if -1 in names]
+
+
+def note_recurrent(model: onnx.ModelProto, layers: Sequence[Recurrent]) -> None:
+    """Notes recurrent layers in a file's metadata, where there are any."""
+    if layers:
+        model.metadata_props.add(key=RECURRENT, value=json.dumps([asdict(layer) for layer in layers]))
+
+
+def recurrent_of(model: onnx.ModelProto) -> list[Recurrent]:
+    """The recurrent layers that a file's metadata name; none where these are not understood."""
+    text = next((entry.value for entry in model.metadata_props if entry.key == RECURRENT), "[]")
+    try:
+        entries = [Recurrent(**entry) for entry in json.loads(text)]
+        return [
+            replace(e, tensors={r: {int(t): n for t, n in x.items()} for r, x in e.tensors.items()}) for e in entries
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -71,6 +72,7 @@ def _chosen(sim: Simulation, batches: Iterable[Batch], roles: Collection[str]) -
             table[layer.weight.name] = with_room_for_bias(sim, layer, table)
     if "weight" in roles:
         table = fit_shifts(placement, observed, fit_accumulators(sim, table))
+    table |= {name: table[placement.leader(name)] for name in placement.steps if name in table}
     for layer in placement.layers:
         if "bias" in roles and layer.bias is not None:
             table[layer.bias.name] = bias_encoding(sim, layer, table)
@@ -83,27 +85,31 @@ def observe(
     """Runs the network with weights as they are encoded now and float activations; what was seen at the named sites.
 
     The extremes are those of all data. The sample holds at most `SAMPLE` values per site and batch, evenly spaced by an
-    odd step, so that it does not follow the rows of an image; it is empty for `extremes_only`.
+    odd step, so that it does not follow the rows of an image; it is empty for `extremes_only`. A site of the last step
+    of a recurrent layer stands for those of all.
     Raises DataError for no batches or values that are not finite.
     """
     lows: dict[str, list[float]] = {n: [] for n in names}
     highs: dict[str, list[float]] = {n: [] for n in names}
     samples: dict[str, list[Tensor]] = {n: [] for n in names}
+    seen_at = {name: sim.placement.leader(name) for name in sim.placement.steps}
+    sizes = Counter(seen_at.values())
 
     def record(site: Site, x: Tensor, quantized: Tensor) -> Tensor:
         if site.role == "weight":
             return quantized
-        if site.name in samples:
+        if (name := seen_at.get(site.name, site.name)) in samples:
             low, high = (float(v) for v in torch.aminmax(x))
             if not (np.isfinite(low) and np.isfinite(high)):
-                batch = len(lows[site.name])
+                batch = len(lows[name]) // (1 + sizes[name])
                 if site.role == "input":
                     raise DataError(f"{site.name}: NaN or infinity in the calibration data, batch {batch}")
                 raise DataError(f"{site.name}: the network gives NaN or infinity here, calibration batch {batch}")
-            lows[site.name].append(low)
-            highs[site.name].append(high)
-            if site.name not in extremes_only:
-                samples[site.name].append(x.flatten()[:: -(-x.numel() // SAMPLE) | 1].clone())
+            lows[name].append(low)
+            highs[name].append(high)
+            if name not in extremes_only:
+                most = -(-SAMPLE // (1 + sizes[name]))
+                samples[name].append(x.flatten()[:: -(-x.numel() // most) | 1].clone())
         return x
 
     device = device_of(sim.model)

@@ -11,10 +11,11 @@ import onnx
 from torch import Tensor, fx, nn
 
 from pow2quant import targets
-from pow2quant.artifact import Artifact, Table
+from pow2quant.artifact import Artifact, Table, note_recurrent
 from pow2quant.backends.placement import Placement, tensor_name, value_type
 from pow2quant.errors import EncodingError, UnsupportedModelError
 from pow2quant.frontends.operators import operator
+from pow2quant.frontends.unrolled import recurrent
 from pow2quant.frontends.writing import OPSET, Node, OnnxGraph
 from pow2quant.functions import accepts, mark
 from pow2quant.operators import Kind
@@ -66,6 +67,7 @@ def to_artifact(
         reason = " ".join(str(error).split())[:200]
         raise UnsupportedModelError(f"the network cannot be written as ONNX: {reason}") from error
     targets.note(model, placement.target)
+    note_recurrent(model, recurrent(network, tensor_name))
     return Artifact(model, encodings)
 
 

@@ -18,6 +18,7 @@ from pow2quant.frontends import modules as m
 from pow2quant.frontends.idle import DROPPED
 from pow2quant.frontends.kept import TRUTH
 from pow2quant.frontends.operators import called, operator, weight_axis
+from pow2quant.frontends.unrolled import same_in_every_step
 from pow2quant.operators import Kind
 from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 from pow2quant.targets import Target
@@ -53,7 +54,8 @@ class Placement:
 
     sites: all of them, in order of computation. specs: how, by site name. quantized: the node (by name) behind
     which a site's quantizer stands. carried: for every node the site whose encoding its value has, None for float.
-    leaders: for a site that shares another's encoding (the inputs of a Concat), that other site's name. fused: the
+    leaders: for a site that shares another's encoding (the inputs of a Concat; every step of a recurrent layer, weights
+    too), that other site's name. steps: such sites of steps, whose values the other site does not see. fused: the
     nodes whose only reader, a ReLU or the like, holds the quantizer of both. rounded: the nodes whose result is
     rounded before anything computes with it: by their own quantizer, or behind clips and moves that alone read it.
     exact: for a node (by name) that has an integer definition, the sites of its input and of its result. roundings:
@@ -68,6 +70,7 @@ class Placement:
     quantized: dict[str, Site]
     carried: dict[str, Site | None]
     leaders: dict[str, str]
+    steps: frozenset[str]
     layers: tuple[Layer, ...]
     fused: frozenset[str]
     rounded: frozenset[str]
@@ -153,7 +156,8 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
             if isinstance(module, m.Exact) and plan.functions == "exact" and len(sources) == len(node.args):
                 exact[node.name] = sources[0], own
     _require_blocks(layers, specs)
-    ties = _ties(network, quantized, specs)
+    steps = _steps(network, quantized, specs)
+    ties = _ties(network, quantized, specs, steps)
     roundings = _roundings(network, quantized, carried, plan.target)
     results, sums = _rounded(network, quantized, carried)
     tied = _tied(sums, ties) if plan.target.tied_sums else ()
@@ -163,6 +167,7 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
         quantized,
         carried,
         ties,
+        frozenset(steps),
         tuple(layers),
         frozenset(fused),
         _rounded_next(network, quantized),
@@ -327,20 +332,43 @@ def _tied(sums: Sums, leaders: dict[str, str]) -> tuple[tuple[str, ...], ...]:
     return tuple(sorted(tuple(sorted(group)) for group in groups))
 
 
-def _ties(network: fx.GraphModule, quantized: dict[str, Site], specs: dict[str, TensorSpec]) -> dict[str, str]:
-    """The inputs of a Concat take its encoding, if nothing else reads them: then it is the union of their ranges."""
+def _steps(network: fx.GraphModule, quantized: Mapping[str, Site], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Every step of a recurrent layer takes the last one's encodings: then one program computes them all."""
     leaders: dict[str, str] = {}
+    for nodes in same_in_every_step(network):
+        weights = [name for node in nodes if (name := f"{node.target}.weight") in specs]
+        results = [quantized[node.name].name for node in nodes if node.name in quantized]
+        for names in (weights, results):
+            leaders |= {name: names[-1] for name in names[:-1] if specs[name] == specs[names[-1]]}
+    return leaders
+
+
+def _ties(
+    network: fx.GraphModule, quantized: dict[str, Site], specs: dict[str, TensorSpec], steps: Mapping[str, str]
+) -> dict[str, str]:
+    """By site the one whose encoding it takes: `steps`, and Concats.
+
+    The inputs of a Concat take its encoding, if nothing else reads them: then it is the union of their ranges. Where
+    all are the same in every step, it takes theirs.
+    """
+    leaders, led = dict(steps), {*steps, *steps.values()}
     for node in network.graph.nodes:
         if _kind(called(network, node)) is not Kind.CONCAT:
             continue
         target = quantized.get(node.name)
+        sources = []
         for source in node.args:
             while len(source.users) == 1 and source.name not in quantized:
                 if _kind(called(network, source)) is not Kind.PASS:
                     break
                 source = source.args[0]
             own = quantized.get(source.name)
-            free = len(source.users) == 1 and own is not None and own.role == "output"
+            sources.append(None if own is None else leaders.get(own.name, own.name))
+            free = len(source.users) == 1 and own is not None and own.role == "output" and own.name not in led
             if free and own is not None and target is not None and specs[own.name] == specs[target.name]:
                 leaders[own.name] = target.name
+        first = sources[0]
+        alike = first is not None and first in led and set(sources) == {first}
+        if first is not None and alike and target is not None and specs[first] == specs[target.name]:
+            leaders.setdefault(target.name, first)
     return leaders

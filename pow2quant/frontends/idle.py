@@ -1,5 +1,7 @@
 """Drops what does nothing from a prepared network: `x * 1.0`, `x + 0`, cancelling transposes, a reshape back.
 
+So does a cut that takes one operand out of a Concat.
+
 An executor's optimizer would drop them too, and let two quantizers meet that it then merges into a third; so networks
 that hold them could not be proved.
 """
@@ -13,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.dropouts import bypass
+from pow2quant.frontends.dropouts import DROPOUT, bypass
 from pow2quant.frontends.least import fill_with_least
 from pow2quant.frontends.scores import gather_scores
 from pow2quant.frontends.writing import many
@@ -118,8 +120,26 @@ def _same_value(network: fx.GraphModule, node: fx.Node) -> fx.Node | None:
             if order == sorted(order):
                 return one
         return None
+    if isinstance(module, m.Slice) and (operand := _cut_out(network, module, source)) is not None:
+        return operand
     rule = IDLE.get(type(module))
     return source if rule is not None and rule(module, source.meta["shape"]) else None
+
+
+def _cut_out(network: fx.GraphModule, module: m.Slice, source: fx.Node) -> fx.Node | None:
+    """The operand of a Concat, `source`, that a cut takes whole and alone."""
+    concat = network.get_submodule(str(source.target)) if source.op == "call_module" else None
+    if not isinstance(concat, m.Concat) or DROPOUT in source.meta or len(module.slices) != 1:
+        return None
+    dim, start, stop, step = module.slices[0]
+    shape, end = source.meta["shape"], 0
+    taken = range(*slice(start, stop, step).indices(shape[dim]))
+    for operand in source.args:
+        assert isinstance(operand, fx.Node)
+        begin, end = end, end + operand.meta["shape"][concat.dim]
+        if dim % len(shape) == concat.dim % len(shape) and taken == range(begin, end):
+            return operand
+    return None
 
 
 def _behind(

@@ -30,8 +30,9 @@ from pow2quant.frontends.export import SIZES, capture, captured, first_line, mod
 from pow2quant.frontends.fixed import in_parts, opened
 from pow2quant.frontends.idle import drop_idle
 from pow2quant.frontends.returned import RETURNED
+from pow2quant.frontends.unrolled import UNROLLED
 
-PREPARED, UNROLLED, FIXED = "pow2quant_prepared", "pow2quant_unrolled", "pow2quant_fixed"
+PREPARED, FIXED = "pow2quant_prepared", "pow2quant_fixed"
 DROPOUTS = "pow2quant_dropouts"
 
 

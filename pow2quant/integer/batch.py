@@ -27,6 +27,10 @@ RESHAPING = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 """Operations that keep the order in memory."""
 
 
+WINDOWED = ("AveragePool", "Conv", "ConvTranspose", "InstanceNormalization", "MaxPool", "Resize")
+"""Operations whose results depend on several places of an image."""
+
+
 @dataclass(frozen=True)
 class Place:
     """The dimension in which the batch lies, and by how many elements of it two samples are apart.
@@ -43,28 +47,31 @@ Found = Place | str | None
 
 
 def places(
-    inputs: Iterable[str],
+    inputs: Mapping[str, Place],
     nodes: Iterable[onnx.NodeProto],
     constants: Mapping[str, NDArray[Any]],
     single: Shapes,
     doubled: Shapes,
+    of: str = "samples of a batch",
 ) -> dict[str, Found]:
-    """The place of every tensor. single, doubled: shapes with a batch of one and of two."""
-    found: dict[str, Found] = dict.fromkeys(inputs, Place(0))
+    """The place of every tensor. single, doubled: shapes with a batch of one and of two. of: what is counted there."""
+    found: dict[str, Found] = dict(inputs)
     for node in nodes:
         for name in filter(None, node.output):
-            found[name] = _place(node, name, found, constants, single, doubled)
+            found[name] = place_of(node, name, found, constants, single, doubled, of)
     return found
 
 
-def _place(
+def place_of(
     node: onnx.NodeProto,
     name: str,
     found: dict[str, Found],
     constants: Mapping[str, NDArray[Any]],
     single: Shapes,
     doubled: Shapes,
+    of: str,
 ) -> Found:
+    """The place of a node's result; see `places`."""
     row = OPERATIONS.get(node.op_type)
     passes = row is not None and row.kind is Kind.PASS and not (node.input and node.input[0] in constants)
     read = [n for n in (node.input[:1] if passes else node.input) if n]
@@ -85,7 +92,7 @@ def _place(
     made = {_moved(node, place, single[source], shape, grown[0]) for source, place in sources} or {Place(grown[0])}
     acted = any(place.axis in _acting(node, len(single[source]), constants) for source, place in sources)
     if acted or len(made) > 1 or None in made:
-        return f"{title(node)}: mixes the samples of a batch"
+        return f"{title(node)}: mixes the {of}"
     return made.pop()
 
 
@@ -115,6 +122,8 @@ def _acting(node: onnx.NodeProto, rank: int, constants: Mapping[str, NDArray[Any
         name = node.input[index] if len(node.input) > index else ""
         return [int(v) for v in np.ravel(constants.get(name, []))]
 
+    if node.op_type in WINDOWED:
+        return set(range(2, rank))
     if node.op_type == "LayerNormalization":
         return set(range(int(attribute(node, "axis", -1)) % rank, rank))
     if node.op_type == "CumSum":

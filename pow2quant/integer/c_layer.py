@@ -27,6 +27,9 @@ BLOCK = 64
 LANES = 64
 """Lengths of dot products are rounded up to a multiple of so many codes, or fewer: see `templates/lanes.c.j2`."""
 
+SHARED = 256
+"""Arrays of so many bytes are written once, as the steps of a recurrent layer have the same; others by each layer."""
+
 
 class Surroundings(Protocol):
     """What a layer needs of the file it stands in. used: the structs that it declares."""
@@ -120,10 +123,14 @@ class Layer:
         return self.typed_array(what, values.astype(kind), zeros)
 
     def typed_array(self, what: str, values: NDArray[Any], zeros: int = 0) -> Array:
-        """A constant array in its own type."""
+        """A constant array in its own type; one that is there already, where it is large and has the same values."""
+        own = np.append(values.reshape(-1), np.zeros(zeros, values.dtype))
+        for array in self.source.arrays if own.nbytes >= SHARED else ():
+            if array.values.dtype == own.dtype and np.array_equal(array.values, own):
+                return array
         note = f"{comment(self.step.node)}: {what}, {' x '.join(map(str, values.shape)) or '1'}"
         note += f", and {zeros} zeros" if zeros else ""
-        array = Array(f"{self.name}_{what}", note, np.append(values.reshape(-1), np.zeros(zeros, values.dtype)))
+        array = Array(f"{self.name}_{what}", note, own)
         self.flash += array.values.nbytes
         self.source.arrays.append(array)
         return array

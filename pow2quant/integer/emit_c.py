@@ -1,7 +1,8 @@
 """The C writer: a program as a folder of C99 that stands alone.
 
 Every step writes itself (`emit_c` in `ops/`) as a function that calls kernels; the kernels are templates, written out
-for the types that the steps have. Where the tensors lie is planned by `memory.py`.
+for the types that the steps have. Where the tensors lie is planned by `memory.py`. A recurrent network is written
+twice: for a whole sequence, and in `step/` for one step, whose states the caller keeps.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pow2quant.errors import ConfigError
+from pow2quant.artifact import recurrent_of
+from pow2quant.errors import ConfigError, UnsupportedModelError
 from pow2quant.integer.c_layer import BLOCK, Array, Layer
 from pow2quant.integer.c_text import comment, ctype, fitted, numbers, plain, shape
 from pow2quant.integer.layout import LAYOUTS, channels_last
@@ -20,6 +22,7 @@ from pow2quant.integer.lower import lower
 from pow2quant.integer.memory import NARROW, WIDE, Needs, Spot, place
 from pow2quant.integer.pack import sample_codes
 from pow2quant.integer.run import run
+from pow2quant.integer.stream import one_step, sequence
 from pow2quant.pow2_constraints.arithmetic import HALF_EVEN, ROUNDINGS
 from pow2quant.saving import staged
 
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
     from pow2quant.integer.program import Program, Tensor
 
 PLAN = "plan.json"
+STEP = "step"
+"""The folder of the program of one step, and what its prefix ends in."""
+
 CODE = ("model.h", "model.c", "kernels.h", "weights.h")
 FILES = (*CODE, "test_vectors.h", "main.c", "Makefile", "README.md")
 """The templates of files; `model` becomes the prefix."""
@@ -58,16 +64,31 @@ def export_c(artifact: Artifact, folder: str | Path, *, prefix: str = "model", l
         raise ConfigError(f"layout: {layout!r} is not legal; legal: {', '.join(LAYOUTS)}")
     program, folder = lower(artifact), Path(folder)
     program = channels_last(program) if layout == "nhwc" else program
+    step, reason = _step(artifact)
+    texts = files(program, prefix, reason)
+    if step is not None:
+        texts |= {f"{STEP}/{name}": text for name, text in files(step, f"{prefix}_{STEP}").items()}
     with staged(folder, PLAN) as staging:
-        for name, text in files(program, prefix).items():
+        for name, text in texts.items():
+            (staging / name).parent.mkdir(exist_ok=True)
             (staging / name).write_text(text, encoding="utf-8", newline="\n")
     return folder
 
 
-def files(program: Program, prefix: str = "model") -> dict[str, str]:
-    """The text of every file by name."""
+def _step(artifact: Artifact) -> tuple[Program | None, str]:
+    """The program of one step of a recurrent network, and what a README says of it."""
+    if not recurrent_of(artifact.model):
+        return None, ""
+    try:
+        return one_step(artifact), f"`{STEP}/` has the same network for one step of the sequence at a time."
+    except UnsupportedModelError as error:
+        return None, f"It cannot go step by step: {error}."
+
+
+def files(program: Program, prefix: str = "model", steps: str = "") -> dict[str, str]:
+    """The text of every file by name. steps: what the README says of the network step by step."""
     source = _source(program, prefix)
-    return _filled(FILES, prefix, source.document() | source.tests()) | {PLAN: source.plan_json()}
+    return _filled(FILES, prefix, source.document() | source.tests() | {"steps": steps}) | {PLAN: source.plan_json()}
 
 
 def code(program: Program) -> dict[str, str]:
@@ -142,11 +163,16 @@ class Source:
         self.used: set[str] = set()
         self.constants: dict[str, str] = {}
         taken: set[str] = set()
-        tensors = program.tensors
+        tensors, carried = program.tensors, {name for pair in program.states for name in pair}
+        roles = {name: role for role in ("input", "output") for name in getattr(program, f"{role}s")}
+        roles |= dict.fromkeys(carried, "state")
         self.inputs = [
-            Place("input", _identifier("input", name, taken), tensors[name], program.pixels) for name in program.inputs
+            Place(roles[name], _identifier(roles[name], name, taken), tensors[name], program.pixels)
+            for name in program.inputs
         ]
-        self.outputs = [Place("output", _identifier("output", name, taken), tensors[name]) for name in program.outputs]
+        self.outputs = [
+            Place(roles[name], _identifier(roles[name], name, taken), tensors[name]) for name in program.outputs
+        ]
         digits = len(str(max(0, len(program.steps) - 1)))
         self.layers = []
         for i, step in enumerate(program.steps):
@@ -179,23 +205,27 @@ class Source:
 
     def document(self) -> dict[str, Any]:
         """What the templates are filled with."""
-        places = [*self.inputs, *self.outputs]
-        calls = [f"{p.name}[v]" for p in self.inputs] + [p.name for p in self.outputs]
+        inputs, outputs = ([p for p in all_ if p.role != "state"] for all_ in (self.inputs, self.outputs))
+        befores, places = self.inputs[len(inputs) :], [*inputs, *outputs]
+        calls = [f"{p.name}[v]" for p in inputs] + [p.name for p in outputs]
+        all_calls = [p.name for p in inputs] + [f"state->{p.name}" for p in befores]
+        all_calls += [p.name for p in outputs] + [f"next.{p.name}" for p in befores]
         stack = [layer.held * BLOCK * _bits(layer.sums) // 8 for layer in self.layers if layer.sums]
         rules = [step.rule for step in self.program.steps if step.rule is not None]
         ends = [e for rule in rules for e in (rule.zero, rule.low, rule.high)]
         return {
             "prefix": self.prefix,
-            "ram": self.memory.ram,
+            "ram": self.memory.ram + sum(_bytes(p) for p in befores),
             "lower_bound": self.memory.lower_bound,
             "flash": self.flash,
             "stack": max(stack, default=0),
-            "caller": sum(p.tensor.size * p.tensor.dtype.itemsize for p in places),
-            "inputs": [p.values for p in self.inputs],
-            "outputs": [p.values for p in self.outputs],
-            "signature": ", ".join(
-                f"{'const ' * (p.role == 'input')}{ctype(p.tensor)} {p.name}[{p.tensor.size}]" for p in places
-            ),
+            "caller": sum(map(_bytes, (*places, *befores))),
+            "inputs": [p.values for p in inputs],
+            "outputs": [p.values for p in outputs],
+            "states": [p.values | {"zero": p.tensor.zero} for p in befores],
+            "signature": _parameters(places, inputs),
+            "all_parameters": _parameters([*self.inputs, *self.outputs], self.inputs),
+            "all_calls": ", ".join(all_calls),
             "names": ", ".join(p.name for p in places),
             "calls": ", ".join(calls),
             "used": self.used,
@@ -213,9 +243,9 @@ class Source:
         """What the test vectors' template is filled with besides."""
         samples = max(1, min(VECTORS, LARGEST_VECTORS // max(1, sum(p.tensor.size for p in self.inputs))))
         codes = sample_codes(self.program, samples)
-        expected = run(self.program, codes)
-        tests = [(p, p.name, c) for p, c in zip(self.inputs, codes, strict=True)]
-        tests += [(p, f"expected_{p.name}", c) for p, c in zip(self.outputs, expected, strict=True)]
+        expected = sequence(self.program, codes) if self.program.states else run(self.program, codes)
+        tests = [(p, p.name, c) for p, c in zip(self.inputs, codes, strict=True) if p.role == "input"]
+        tests += [(p, f"expected_{p.name}", c) for p, c in zip(self.outputs, expected, strict=False)]
         return {
             "vectors": samples,
             "tests": [
@@ -269,8 +299,7 @@ class Source:
 
     def _copy(self, name: str) -> dict[str, Any]:
         place = next(p for p in self.outputs if p.tensor.name == name)
-        size = place.tensor.size * place.tensor.dtype.itemsize
-        return {"to": place.name, "source": self.pointer(place.tensor), "bytes": size}
+        return {"to": place.name, "source": self.pointer(place.tensor), "bytes": _bytes(place)}
 
     def _layer(self, layer: Layer) -> dict[str, Any]:
         step, output = layer.step, layer.output
@@ -304,6 +333,15 @@ class Source:
             "result": self.pointer(output),
             "count": output.size,
         }
+
+
+def _parameters(places: Sequence[Place], read: Sequence[Place]) -> str:
+    """The parameters of a function for these arrays, of which some are only read."""
+    return ", ".join(f"{'const ' * (p in read)}{ctype(p.tensor)} {p.name}[{p.tensor.size}]" for p in places)
+
+
+def _bytes(place: Place) -> int:
+    return place.tensor.size * place.tensor.dtype.itemsize
 
 
 def _bits(kind: str) -> int:

@@ -64,10 +64,10 @@ class Lowering:
     @classmethod
     def of(cls, artifact: Artifact) -> Lowering:
         """Reads an artifact's graph; its inputs become tensors."""
-        model = _with_batch(artifact.model, 1)
+        model = with_batch(artifact.model, 1)
         index = GraphIndex(model.graph)
         floats = index.constants
-        shapes = {name: value.shape for name, value in floats.items()} | _shapes(model)
+        shapes = {name: value.shape for name, value in floats.items()} | shapes_of(model)
         inputs = tuple(v.name for v in model.graph.input if v.name not in floats)
         graph = cls(
             encodings=dict(artifact.encodings),
@@ -76,7 +76,13 @@ class Lowering:
             producers=index.producers,
             inputs=inputs,
             outputs=tuple(v.name for v in model.graph.output),
-            places=places(inputs, model.graph.node, floats, shapes, _shapes(_with_batch(artifact.model, 2))),
+            places=places(
+                dict.fromkeys(inputs, Place(0)),
+                model.graph.node,
+                floats,
+                shapes,
+                shapes_of(with_batch(artifact.model, 2)),
+            ),
             index=index,
             pixels=takes_pixels(artifact.model),
             target=targets.of(artifact.model),
@@ -247,12 +253,13 @@ def _of_indices(index: GraphIndex, encodings: dict[str, Encoding], name: str) ->
     return Encoding(np.ones((), np.float32), np.zeros((), np.int64), IntGrid(bits, signed=not rows))
 
 
-def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    """The shapes that a model states, 0 for a free dimension."""
     values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
     return {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in values}
 
 
-def _with_batch(model: onnx.ModelProto, size: int) -> onnx.ModelProto:
+def with_batch(model: onnx.ModelProto, size: int) -> onnx.ModelProto:
     """A copy with every shape known. The batch of the inputs, their first dimension, becomes `size`.
 
     Raises UnsupportedModelError where the batch size is fixed.
@@ -281,7 +288,7 @@ def _joined(model: onnx.ModelProto, found: onnx.ModelProto, size: int) -> bool:
     Such a file runs with a batch of one only. found: the model with the shapes that are known. Returns whether there
     were any.
     """
-    known = _shapes(found)
+    known = shapes_of(found)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     lone = [n for n in model.graph.node if n.op_type == "Concat" and not all(known.get(n.output[0], (0,)))]
     single = {name for node in lone for name in node.input if name in constants and constants[name].dims[:1] == [1]}

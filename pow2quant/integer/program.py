@@ -163,7 +163,8 @@ class Program:
 
     tensors: every tensor by name, the constants among them. inputs, outputs: names, in the network's order.
     steps: in an order in which every tensor is computed before it is read. pixels: whether the input's codes are an
-    image's bytes as a camera gives them.
+    image's bytes as a camera gives them. states: of a program that is one step of a sequence, the last inputs, each
+    with the output that is its next value; these are the last outputs.
     """
 
     tensors: Mapping[str, Tensor]
@@ -171,6 +172,7 @@ class Program:
     outputs: tuple[str, ...]
     steps: tuple[Step, ...]
     pixels: bool = False
+    states: tuple[tuple[str, str], ...] = ()
 
     @property
     def work(self) -> int:

@@ -129,8 +129,11 @@ def walk(
 
 
 def layers(sim: Simulation) -> list[Part]:
-    """Every weighted layer as a part of its own; its target is what comes before the activation function."""
-    weighted = {layer.module for layer in sim.placement.layers}
+    """Every weighted layer as a part of its own; its target is what comes before the activation function.
+
+    A layer that recurs is one at its last step.
+    """
+    weighted = {y.module for y in sim.placement.layers if y.weight is None or y.weight.name not in sim.placement.steps}
     return [(node,) for node in sim.network.graph.nodes if node.target in weighted]
 
 
@@ -182,7 +185,8 @@ def encode_weight(sim: Simulation, layer: Layer, encoding: Encoding) -> None:
     """Loads another encoding of a layer's weight; its bias gets the lattice that follows, wide enough for it."""
     assert layer.weight is not None
     table: Table = sim.encodings() | {layer.weight.name: encoding}
-    table[layer.weight.name] = with_room_for_bias(sim, layer, table)
+    encoding = with_room_for_bias(sim, layer, table)
+    table |= {y.weight.name: encoding for y in _recurring(sim, layer) if y.weight is not None}
     _encode_bias(sim, layer, table)
 
 
@@ -246,9 +250,17 @@ def output_sqnr(sim: Simulation, step: Step, quantize: Quantize | None = None) -
     return sqnr_db(step.targets, square)
 
 
+def _recurring(sim: Simulation, layer: Layer) -> list[Layer]:
+    """The layer in every step, where it recurs."""
+    leader = None if layer.weight is None else sim.placement.leader(layer.weight.name)
+    found = [y for y in sim.placement.layers if y.weight is not None and sim.placement.leader(y.weight.name) == leader]
+    return found or [layer]
+
+
 def _encode_bias(sim: Simulation, layer: Layer, table: Table) -> None:
-    if layer.bias is not None:
-        table[layer.bias.name] = bias_encoding(sim, layer, table)
+    for y in _recurring(sim, layer):
+        if y.bias is not None:
+            table[y.bias.name] = bias_encoding(sim, y, table)
     sim.load(table)
 
 

@@ -1,4 +1,4 @@
-"""The generated C as an executor: written, compiled and run sample by sample."""
+"""The generated C as an executor: written, compiled and run sample by sample; a recurrent network step by step too."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pow2quant.integer.program import Codes, Program
+    from pow2quant.integer.program import Codes, Program, Tensor
     from pow2quant.validation.agreement import Arrays
 
-NAME = "generated C"
+NAME, STEPS = "generated C", "generated C, step by step"
 FLAGS = ("-std=c99", "-O3", "-march=native")
 """How the C is compiled; flags that the compiler does not know are left out."""
 
@@ -59,12 +59,13 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
     weights = sum(getattr(step, "weight", np.empty(0)).size for step in program.steps)
     if weights > LARGEST:
         raise UnsupportedModelError(f"{weights:,} weights: as C, more than {LARGEST:,} take a compiler gigabytes")
-    return [replace(executor(program), network=lambda: file.network)]
+    found = [executor(program), *([] if file.step is None else [executor(program, STEPS, step=file.step)])]
+    return [replace(each, network=lambda: file.network) for each in found]
 
 
-def executor(program: Program, name: str = NAME, flags: Sequence[str] = FLAGS) -> Executor:
-    """A program as an executor: real values in and out, C between."""
-    library = Library(program, flags)
+def executor(program: Program, name: str = NAME, flags: Sequence[str] = FLAGS, step: Program | None = None) -> Executor:
+    """A program as an executor: real values in and out, C between. step: computes it, step by step."""
+    library = Library(program, flags) if step is None else Steps(program, step, flags)
 
     def run(batch: Arrays) -> list[NDArray[np.float32]]:
         codes = library.run(quantize(program, batch))
@@ -157,6 +158,56 @@ class Library:
                 ) from None
             compiled.keep(name, library)
             return loaded
+
+
+class Steps(Library):
+    """The C of one step of a recurrent network, called for every step of whole sequences.
+
+    program: of these. It says where time lies: in the dimension in which it and the step differ.
+    """
+
+    def __init__(self, program: Program, step: Program, flags: Sequence[str] = FLAGS) -> None:
+        super().__init__(step, flags)
+        self.whole = program
+
+    def trace(self, inputs: Sequence[Codes]) -> dict[str, Codes]:
+        """The codes of inputs and outputs; there is no tensor of all steps between."""
+        ends = [*inputs, *self.run(inputs)]
+        return dict(zip((*self.whole.inputs, *self.whole.outputs), ends, strict=True))
+
+    def _call(self, library: ctypes.CDLL, inputs: Sequence[Codes]) -> list[Codes]:
+        given = dict(zip(self.whole.inputs, inputs, strict=True))
+        states = [self.program.tensors[name] for name, _ in self.program.states]
+        names = self.program.inputs[: -len(states)]
+        parts = [self._steps(name, given[name]) for name in names]
+        state = ctypes.create_string_buffer(sum(t.size * t.dtype.itemsize for t in states) + 8)
+        results = [self.program.tensors[name] for name in self.whole.outputs]
+        made = []
+        for sample in range(len(inputs[0])):
+            library.model_reset(state)
+            rows = []
+            for step in zip(*(part[sample] for part in parts), strict=True):
+                written = [np.empty(t.shape, t.dtype) for t in results]
+                library.model(state, *(ctypes.c_void_p(x.ctypes.data) for x in (*step, *written)))
+                rows.append(written)
+            made.append([self._joined(t, column) for t, column in zip(results, zip(*rows, strict=True), strict=True)])
+        return [np.stack(column) for column in zip(*made, strict=True)]
+
+    def _steps(self, name: str, codes: Codes) -> NDArray[Any]:
+        """(N, *shape) of whole sequences -> (N, steps, *shape) of a step, contiguous."""
+        step = self.program.tensors[name]
+        axis = self._time(step)
+        parts = [codes] if axis is None else np.split(codes, codes.shape[axis + 1], axis + 1)
+        return np.ascontiguousarray(np.stack(parts, 1), step.dtype)
+
+    def _joined(self, step: Tensor, results: Sequence[Codes]) -> Codes:
+        """The results of all steps, or the last one where the network has no more."""
+        axis = self._time(step)
+        return results[-1] if axis is None else np.concatenate(results, axis)
+
+    def _time(self, step: Tensor) -> int | None:
+        whole = self.whole.tensors[step.name].shape
+        return next((d for d, (m, n) in enumerate(zip(whole, step.shape, strict=True)) if m != n), None)
 
 
 def build(source: Path, target: Path, flags: Sequence[str]) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from pow2quant.adapters import onnx_qdq
+from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.lower import lower
+from pow2quant.integer.stream import one_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +44,14 @@ class QdqFile:
     def program(self) -> Program:
         """The network in integers. Raises as `integer.lower.lower` does."""
         return lower(self.network)
+
+    @cached_property
+    def step(self) -> Program | None:
+        """One step of a recurrent network; None where it cannot go step by step."""
+        try:
+            return one_step(self.network)
+        except UnsupportedModelError:
+            return None
 
 
 _OPEN: WeakValueDictionary[tuple[object, ...], QdqFile] = WeakValueDictionary()
