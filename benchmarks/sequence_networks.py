@@ -1,7 +1,8 @@
 """Transformers and recurrent networks that people know, at the size they have; for `benchmarks/zoo.py`.
 
+python benchmarks/zoo.py benchmarks/sequence_networks.py recurrent encoders --results sequences.jsonl --inputs 225
 python benchmarks/zoo.py benchmarks/sequence_networks.py --results sequences.jsonl --page docs/sequence-networks.md \\
-    --title "Transformers and recurrent networks" --engine-macs 1e11 --c-macs 1e11 --timeout 3600
+    --each --title "Transformers and recurrent networks" --engine-macs 1e11 --c-macs 1e11 --timeout 3600
 
 Needs timm and transformers. The weights are random, but for the LSTM and the GRU, which learn scikit-learn's digits row
 by row in seconds.

@@ -3,9 +3,10 @@
     python benchmarks/zoo.py NETWORKS.py [NAME or GROUP …] --results zoo.jsonl [--page docs/zoo.md] [--timeout 180]
 
 NETWORKS.py defines `ZOO`, a dictionary of name -> (group, factory, shapes of the inputs without the batch, kind), kind
-being "img" (smoothed noise), "tok" (integers below 100) or anything else (normal noise). What its factories need (timm,
-transformers, ...) must be installed; pow2quant needs none of it. Each network runs in a process of its own; results are
-appended to a file of JSON lines, and a network that is in it is not run again. --page writes the table.
+being "img" (smoothed noise), "tok" (integers below 100), a function of (count, seed) that gives inputs, or anything
+else (normal noise). What its factories need (timm, transformers, ...) must be installed; pow2quant needs none of it.
+Each network runs in a process of its own; results are appended to a file of JSON lines, and a network that is in it is
+not run again. --page writes the table, --each with a line for every network.
 
 Batch norm statistics are estimated on a batch of noise: random weights make any input as good as any other. The engine
 and the C run where one input costs few enough operations (--engine-macs, --c-macs).
@@ -47,8 +48,10 @@ from pow2quant.runs.executors import simulation_executor
 from pow2quant.validation.agreement import compare
 
 
-def batch(shapes: tuple[tuple[int, ...], ...], kind: str, count: int, seed: int) -> Any:
+def batch(shapes: tuple[tuple[int, ...], ...], kind: Any, count: int, seed: int) -> Any:
     """Inputs of one call, `count` samples."""
+    if callable(kind):
+        return kind(count, seed)
     generator = torch.Generator().manual_seed(seed)
 
     def one(shape: tuple[int, ...]) -> Tensor:
@@ -90,7 +93,9 @@ def try_one(network: tuple[str, Any, Any, str], options: argparse.Namespace) -> 
     model = with_statistics(factory(), batch(shapes, kind, 4, 1))
     example = batch(shapes, kind, 4, 2)
     calibration = [example, batch(shapes, kind, 4, 5)]
-    return judged(prepare(model, example), example, calibration, [batch(shapes, kind, 2, s) for s in (7, 8)], options)
+    return judged(
+        prepare(model, example), example, calibration, [batch(shapes, kind, options.inputs, s) for s in (7, 8)], options
+    )
 
 
 def judged(
@@ -104,6 +109,7 @@ def judged(
     arrays = [[x.numpy() for x in pytree.tree_leaves(test)] for test in tests]
     found: dict[str, Any] = {"proved": [sum(y.proved for y in proof.layers), len(proof.layers)], "executors": {}}
     reference = simulation_executor(sim, "custom", torch.device("cpu"))
+    found["inputs"] = [sum(len(a[0]) for a in arrays), len(arrays[0][0])]
     found["distinct"] = len(np.unique(reference.run(arrays[0])[0]))
     with tempfile.TemporaryDirectory() as folder:
         path = onnx_qdq.export_qdq(artifact, Path(folder))
@@ -201,7 +207,35 @@ def page(results: list[dict[str, Any]], of: int, options: argparse.Namespace) ->
         if r["result"] != "exact":
             why = str(r.get("reason") or r.get("first") or "").split(". Write it with")[0]
             lines.append(f"| {r['name']} | {r['result']} | {shown(why)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *(each(results) if options.each else [])]) + "\n"
+
+
+def each(results: list[dict[str, Any]]) -> list[str]:
+    """A line for every network: executors of one outcome stand together."""
+    lines = [
+        "",
+        "Inputs: those of onnxruntime, and of engine and C. Distinct codes: among the results of the latter.",
+        "",
+        "| network | inputs | distinct codes | differing of | claim | layers proved | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        found: dict[str, list[str]] = {}
+        for name, agreements in r.get("executors", {}).items():
+            for a in agreements if isinstance(agreements, list) else [[agreements, "", ""]]:
+                outcome = f"{a[0]:,} of {a[1]:,}" if a[1] else str(a[0])
+                names = found.setdefault(f"{outcome} | {str(a[2]).partition(' on ')[0]}", [])
+                if name not in names:
+                    names.append(name)
+        outcomes = [key.split(" | ") for key in found]
+        differing = "; ".join(f"{', '.join(found[' | '.join(o)])}: {o[0]}" for o in outcomes) or r["result"]
+        claims = ", ".join(dict.fromkeys(o[1] for o in outcomes if o[1]))
+        inputs, proved = (" and ".join(map(str, r.get(key, []))) for key in ("inputs", "proved"))
+        proved = proved.replace(" and ", " of ")
+        lines.append(
+            f"| {r['name']} | {inputs} | {r.get('distinct', '')} | {differing} | {claims} | {proved} | {r['seconds']} |"
+        )
+    return lines
 
 
 def shown(text: str) -> str:
@@ -217,6 +251,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("zoo.jsonl"))
     parser.add_argument("--page", type=Path)
     parser.add_argument("--title", default="Networks that were tried", help="of the page")
+    parser.add_argument("--each", action="store_true", help="a line for every network on the page")
+    parser.add_argument(
+        "--inputs", type=int, default=2, help="in each of the two batches that executors are compared on"
+    )
     parser.add_argument("--timeout", type=float, default=180)
     parser.add_argument("--engine-macs", type=float, default=4e7)
     parser.add_argument("--c-macs", type=float, default=1e7)
