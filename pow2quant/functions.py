@@ -319,7 +319,7 @@ def region(
             pending += reversed(found[name].input)
         else:
             return [], ()
-    ordered = [n for n in index.graph.node if n.output and n.output[0] in found]
+    ordered = [index.graph.node[i] for i in sorted({index.order[name] for name in found})]
     operands = 1 + getattr(definition(node), "masked", False)
     return (ordered, tuple(sources)) if len(sources) == operands else ([], ())
 

@@ -40,6 +40,12 @@ class GraphIndex:
         return {name: node for node in self.graph.node for name in node.output if name}
 
     @cached_property
+    def order(self) -> dict[str, int]:
+        """The place of an initializer among the initializers, and of a computed tensor's node among the nodes."""
+        found = {name: i for i, name in enumerate(self.parameters)}
+        return found | {name: i for i, node in enumerate(self.graph.node) for name in node.output if name}
+
+    @cached_property
     def readers(self) -> dict[str, list[onnx.NodeProto]]:
         """The nodes that read a tensor, a node once for every input."""
         found: dict[str, list[onnx.NodeProto]] = {}

@@ -19,6 +19,7 @@ from pow2quant.backends import aimet
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends import modules as m
 from pow2quant.functions import KEY, Lookup, Norm, Softmax, definition, mark
+from pow2quant.graphs import GraphIndex
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.lower import lower
 from pow2quant.integer.run import run
@@ -425,3 +426,17 @@ def test_a_table_that_is_no_table_is_not_used(codes):
     entry = artifact.model.graph.node[0].metadata_props[0]
     entry.value = json.dumps(json.loads(entry.value) | {"codes": codes})
     assert not certify(artifact).proved
+
+
+def test_all_definitions_of_a_file_are_read_at_once(monkeypatch):
+    """However many there are, its graph is searched once, not once for each."""
+    network = nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(3, 3), nn.Sigmoid())])
+    x = torch.rand(4, 3)
+    sim = simulate(network, x, QuantPlan.default(activation_bits=16), backend="custom")
+    sim.calibrate([x])
+    model = onnx_qdq.to_qdq(sim.export(x))
+    searched = []
+    monkeypatch.setattr(onnx_qdq.exact, "GraphIndex", lambda graph: searched.append(graph) or GraphIndex(graph))
+    read = onnx_qdq.from_qdq(model)
+    assert [n.op_type for n in read.model.graph.node].count("Sigmoid") == 6
+    assert len(searched) == 1

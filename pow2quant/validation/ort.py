@@ -285,6 +285,7 @@ def options(*, optimized: bool) -> onnxruntime.SessionOptions:
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     session.intra_op_num_threads = int(asked) if asked.isdigit() and int(asked) else _usable_cores()
     session.inter_op_num_threads = 1
+    session.enable_mem_reuse = False  # the search for buffers grows with the square of the nodes; memory does not grow
     session.log_severity_level = 4
     session.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < QUICK_GELU_IN_DOUBLE:

@@ -19,7 +19,7 @@ from pow2quant.functions import DEPTH, FINE, HIDDEN, RECIPROCAL, Definition, Loo
 from pow2quant.graphs import GraphIndex
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -59,25 +59,49 @@ def expand(graph: GraphProto, table: Table) -> None:
 
 def collapse(graph: GraphProto, table: Table) -> None:
     """Puts back what `expand` replaced, in place, where the operations are just those that it writes."""
-    nodes, initializers = list(graph.node), list(graph.initializer)
-    for last in graph.node:
-        replaced = _replaced(last)
-        if replaced is None:
-            continue
-        own = [n for n in nodes if n.name.startswith(f"{last.output[0]}{MARK}")]
-        constants = [t for t in initializers if t.name.startswith(f"{last.output[0]}{MARK}")]
-        rest = [n for n in nodes if n not in own]
-        candidate = GraphProto(node=[*rest, *replaced.node])
-        candidate.initializer.extend([t for t in initializers if t not in constants])
-        candidate.initializer.extend(replaced.initializer)
-        again = _Expansion.of(GraphIndex(candidate), table, replaced.node[-1]) if replaced.node else None
-        if again is None or not _equal(again, own, constants):
-            continue
-        at = nodes.index(own[0])
-        nodes = [n for n in nodes if n not in own]
-        nodes[at:at] = replaced.node
-        initializers = list(candidate.initializer)
-    _set(graph, nodes, initializers)
+    lasts = [n for n in graph.node if is_exact(n) and list(n.output) == [_result(n)]]
+    replaced = {last.output[0]: part for last in lasts if (part := _replaced(last)) is not None and part.node}
+    while replaced:
+        nodes, initializers = _put_back(graph, replaced)
+        candidate = GraphProto(node=nodes, initializer=initializers)
+        index = GraphIndex(candidate)
+        written = _by_result(graph.node), _by_result(graph.initializer)
+        wrong = [
+            result
+            for result, part in replaced.items()
+            if not _equal(_Expansion.of(index, table, part.node[-1]), *(parts.get(result, []) for parts in written))
+        ]
+        if not wrong:
+            _set(graph, nodes, initializers)
+            return
+        for result in wrong:
+            del replaced[result]
+
+
+def _put_back(graph: GraphProto, replaced: dict[str, GraphProto]) -> tuple[list[NodeProto], list[TensorProto]]:
+    """Nodes and initializers with what stood there before. replaced: by result, see `_replaced`."""
+    nodes: list[NodeProto] = []
+    pending = dict(replaced)
+    for node in graph.node:
+        result = _result(node)
+        if result not in replaced:
+            nodes.append(node)
+        elif result in pending:
+            nodes += pending.pop(result).node
+    initializers = [t for t in graph.initializer if _result(t) not in replaced]
+    return nodes, initializers + [t for part in replaced.values() for t in part.initializer]
+
+
+def _result(part: NodeProto | TensorProto) -> str:
+    """The result for which `expand` wrote a node or constant; "" for others."""
+    return part.name.rpartition(MARK)[0]
+
+
+def _by_result(parts: Iterable[Any]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for part in parts:
+        found.setdefault(_result(part), []).append(part)
+    return found
 
 
 def _set(graph: GraphProto, nodes: list[NodeProto], initializers: list[TensorProto]) -> None:
@@ -101,8 +125,10 @@ def _replaced(last: NodeProto) -> GraphProto | None:
     return graph
 
 
-def _equal(again: _Expansion, nodes: list[NodeProto], constants: list[TensorProto]) -> bool:
+def _equal(again: _Expansion | None, nodes: list[NodeProto], constants: list[TensorProto]) -> bool:
     """Whether nodes and constants are those that are written for the definition, whatever the metadata say."""
+    if again is None:
+        return False
     first, second = ([_plain(n) for n in side] for side in (again.nodes, nodes))
     values = [
         {t.name: (t.data_type, numpy_helper.to_array(t)) for t in side} for side in (again.initializers, constants)
@@ -139,8 +165,10 @@ class _Expansion:
         source = sources[0]
         if isinstance(defined, Lookup) and not defined.fits(table[source], table[node.output[0]]):
             return None
-        private = [t for t in index.graph.initializer if _is_private(index, t.name, nodes)]
-        made = cls(node.output[0], GraphProto(node=nodes, initializer=private))
+        read = {name for n in nodes for name in n.input if name in index.parameters}
+        private = [name for name in sorted(read, key=index.order.__getitem__) if _is_private(index, name, nodes)]
+        constants = [index.parameters[name] for name in private]
+        made = cls(node.output[0], GraphProto(node=nodes, initializer=constants))
         WRITERS[type(defined)](made, defined, table[source], *sources)
         made.nodes[-1].output[0] = node.output[0]
         text = base64.b64encode(made.replaced.SerializeToString(deterministic=True)).decode()
