@@ -6,13 +6,10 @@ import pickle
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -21,12 +18,9 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from pow2quant import __version__, models, plugins, progress
-from pow2quant.cli import console, main
-
-ROOT = Path(__file__).resolve().parents[1]
-SHORT = ["--max-eval-batches", "1", "--max-calibration-batches", "2", "--quiet"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+from pow2quant import models, plugins
+from pow2quant.cli import main
+from tests.commands import SHORT, command, files, refused
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +37,6 @@ def run(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     assert main(["ptq", "--weights", str(weights), "--output", str(folder), *SHORT]) == 0
     return folder
-
-
-def files(folder: Path) -> set[Path]:
-    return set(folder.rglob("*"))
-
-
-def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *words: str) -> None:
-    """The command ends with status 2 and one line on stderr that holds these words."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1, captured.err
-    assert captured.err.startswith("error: ")
-    for word in words:
-        assert word in captured.err, captured.err
 
 
 def test_ptq_prints_a_verdict_and_where_the_files_are(
@@ -136,16 +114,6 @@ def test_report_is_rebuilt(run: Path) -> None:
     (run / "report.html").unlink()
     assert main(["report", str(run)]) == 0
     assert (run / "report.html").read_bytes() == before
-
-
-def test_list_names_everything_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from pow2quant.plugins import TABLES
-
-    assert main(["list", "--json"]) == 0
-    listed = json.loads(capsys.readouterr().out)
-    assert {kind: set(entries) for kind, entries in TABLES.items()} == {k: set(listed[k]) for k in TABLES}
-    assert listed.keys() == {*TABLES, "targets"}
-    assert all(text.endswith(".") or text.startswith("not ") for k in TABLES for text in listed[k].values())
 
 
 BAD_YAML = {
@@ -291,49 +259,7 @@ def test_a_full_disk(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def command(*arguments: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
-    line = [sys.executable, *options.pop("python", []), "-m", "pow2quant", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen(line, cwd=cwd, env=ENVIRONMENT, text=True, **pipes)
-
-
-def test_help_is_quick(tmp_path: Path) -> None:
-    """Counted in modules, not in seconds, which depend on the machine."""
-    out, _ = command("--help", cwd=tmp_path).communicate()
-    for name in COMMANDS:
-        assert name in out
-    _, err = command("--help", cwd=tmp_path, python=["-X", "importtime"]).communicate()
-    loaded = {line.rpartition("|")[2].strip() for line in err.splitlines()}
-    assert "typer" in loaded
-    assert len(loaded) < 500
-    assert loaded.isdisjoint({"torch", "numpy", "onnx", "onnxruntime", "pydantic", "yaml", "jinja2"})
-
-
-COMMANDS = ("ptq", "validate", "export", "report", "list")
-IDLE = {"export", "report", "list"}
 """Commands that take --seed, --device and --config as every command does, and have no use for them."""
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_an_example_and_the_common_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([name, "--help"]) == 0
-    out = capsys.readouterr().out
-    assert f"Example: pow2quant {name}" in out
-    for flag in ("--output", "--verbose", "--quiet", "--json"):
-        assert re.search(rf"{flag}\b", out), flag
-    for flag in ("--seed", "--device", "--config"):
-        assert bool(re.search(rf"{flag}\b", out)) == (name not in IDLE), flag
-
-
-def test_a_flag_without_effect_is_taken_and_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["targets", "--seed", "3", "--device", "cpu"]) == 0
-    assert "without effect here: --seed, --device" in capsys.readouterr().err
-    assert main(["targets", "--device", "abacus"]) == 2
-
-
-def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"{__version__}\n"
 
 
 WAITING = """
@@ -539,120 +465,3 @@ def test_report_of_several_runs_compares_them(run: Path, tmp_path: Path, capsys:
     assert "2 runs compared" in (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
     refused(capsys, ["report", str(run), str(tmp_path), "--output", str(tmp_path / "new")], "report.json")
     assert not (tmp_path / "new").exists()
-
-
-def test_list_says_which_operations_have_integers(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", "--operators", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    rows = {row.pop("module"): row for row in found["modules"]}
-    assert rows["torch.nn.Conv2d"] == {
-        "in ONNX": "Conv", "integers": "yes", "claim": "proved", "what it computes": "PyTorch's"
-    }  # fmt: skip
-    assert (rows["GroupNorm"]["integers"], rows["GroupNorm"]["claim"]) == ("yes", "proved")
-    assert (rows["Div"]["integers"], rows["Div"]["claim"]) == ("no", "observed")
-    assert {"conv2d", "upsample_bilinear2d", "lstm"} <= set(found["operations"])
-
-
-def test_list_says_what_to_install(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "aimet_torch", None)
-    assert main(["list", "--output", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert re.search(r"aimet +not installed: pip install 'pow2quant\[aimet\]'", out)
-    assert "torchvision:NAME" in out
-    assert "digits" in json.loads((tmp_path / "list.json").read_text())["datasets"]
-
-
-def test_stages_without_a_terminal_are_a_few_lines(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = iter(range(1000))
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(now))))
-    for _ in console.Console().track(range(40), "thinking", 40):
-        pass
-    assert capsys.readouterr().err.splitlines() == [
-        "thinking ...",
-        "thinking: 15 of 40, 25.0 s left",
-        "thinking: 30 of 40, 10.0 s left",
-        "thinking: 42.0 s",
-    ]
-
-
-def test_a_quiet_stage_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(console.Console(quiet=True).track(range(3), "thinking")) == [0, 1, 2]
-    assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_a_terminal_gets_a_bar_and_drawn_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    master, slave = os.openpty()
-    with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        shown = console.Console(out=terminal)
-        for _ in shown.track(range(3), "thinking", 3):
-            pass
-        shown.table(["name", "text"], [["a", "[x] stays"]])
-        terminal.flush()
-        seen = ""
-        while "stays" not in seen:
-            seen += screen.read(4096).decode(errors="replace")
-    assert re.search(r"thinking .*100%.*0:00:00", seen)  # the time that is left
-    assert "thinking: 0." in seen
-    assert "\u2500\u2500\u2500" in seen
-    assert "[x] stays" in seen
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-@pytest.mark.parametrize("good", [True, False])
-def test_a_terminal_gets_a_verdict_that_wraps_at_words(good: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    path = "/a/" + "very-long-" * 5 + "path"
-    facts = {"verdict": "0 of 1,234 output elements differ between all executors", "files": path}
-    coloured = _on_a_terminal(lambda shown: shown.facts(facts, good))
-    assert ("\x1b[32m" if good else "\x1b[1;31m") in coloured
-    assert path in coloured, "a path stays in one piece"
-    monkeypatch.setenv("NO_COLOR", "1")
-    plain = _on_a_terminal(lambda shown: shown.facts(facts, good))
-    assert not re.search(r"\x1b\[[\d;]*3\d", plain)
-    lines = re.sub(r"\x1b\[[\d;]*m", "", plain).split("\r\n")
-    assert lines[0].strip() == f"{'✓' if good else '✗'} verdict: 0 of 1,234 output elements"
-    assert all(len(line) <= 40 for line in lines if path not in line)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_a_terminal_s_tables_have_their_numbers_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
-    rows = [["a long name that has to be wrapped somewhere", "1", "-2.5 %"], ["b", "1,000,000", "-"]]
-    seen = _on_a_terminal(lambda shown: shown.table(["name", "count", "change"], rows, "a title"))
-    text = re.sub(r"\x1b\[[\d;]*m", "", seen)
-    assert re.search(r"^a title", text)
-    ends = [re.search(number, text)[0] for number in ("\\n a long.* 1 +-2.5 %", "\\n b .*1,000,000 +- ")]  # type: ignore[index]
-    assert ends[0].index("1 ") == ends[1].index("0 "), "both numbers end in one column"
-
-
-def _on_a_terminal(show: Callable[[console.Console], None]) -> str:
-    """What `show` prints where the output is a terminal."""
-    master, slave = os.openpty()
-    with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:
-        show(console.Console(out=terminal))
-        terminal.write("THE END")
-        terminal.flush()
-        seen = ""
-        while not seen.endswith("THE END"):
-            seen += screen.read(4096).decode(errors="replace")
-    return seen.removesuffix("THE END")
-
-
-def test_durations() -> None:
-    assert [progress.duration(s) for s in (0.04, 59.9, 60, 3599, 7500)] == [
-        "0.0 s",
-        "59.9 s",
-        "1 min 00 s",
-        "59 min 59 s",
-        "2 h 05 min",
-    ]

@@ -28,15 +28,13 @@ from pow2quant.config import (
     TensorSpec,
     TrainingConfig,
     dump,
-    from_file,
     from_mapping,
     load,
     parameters,
     plan_of,
-    users_code,
     with_values,
 )
-from pow2quant.errors import ConfigError, ModelError
+from pow2quant.errors import ConfigError
 from pow2quant.pow2_constraints import CHOOSERS
 
 DEFAULT_FILE = Path(__file__).parents[1] / "configs" / "quantization_config.yaml"
@@ -136,14 +134,24 @@ def test_missing_keys_take_the_defaults_of_their_role(tmp_path):
 
 
 names = st.text(min_size=1, max_size=12)
+
+
 counts = st.integers(1, 10**6)
+
+
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
+
+
 floats = st.floats(allow_nan=False, allow_infinity=False)
+
+
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+
+
 rules = st.sampled_from(sorted(CHOOSERS))
 
 
@@ -171,6 +179,8 @@ def roles_of(make):
 choices = st.builds(
     Choice, names, st.dictionaries(st.text(max_size=5).filter(lambda key: key != "type"), plain, max_size=2)
 )
+
+
 configs = st.builds(
     RunConfig,
     model=st.builds(ModelConfig, names, st.none() | counts, st.none() | names),
@@ -454,73 +464,3 @@ def test_neither_torch_nor_pydantic_is_imported_along():
     code = "import sys, pow2quant.config; print({'torch', 'pydantic'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
-
-
-def test_a_file_may_import_its_neighbours(tmp_path):
-    (tmp_path / "neighbour_of_thing.py").write_text("VALUE = 7\n")
-    (tmp_path / "user.py").write_text("from neighbour_of_thing import VALUE\ndef thing(): return VALUE\n")
-    before = list(sys.path)
-    assert from_file(f"{tmp_path}/user.py:thing")() == 7
-    assert sys.path == before
-
-
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_file_may_import_as_in_its_package(depth, tmp_path):
-    """Relative imports and the package's own name, with and without __init__.py."""
-    top = tmp_path / f"package_of_depth_{depth}"
-    folder = top / "inner" if depth == 2 else top
-    folder.mkdir(parents=True)
-    for each in {top, folder} if depth else ():
-        (each / "__init__.py").write_text("")
-    (folder / "blocks.py").write_text("VALUE = 7\n")
-    (top / "common.py").write_text("FACTOR = 2\n")
-    lines = ["from .blocks import VALUE", f"from {'..' if depth == 2 else '.'}common import FACTOR"]
-    lines += [f"from {top.name}.common import FACTOR as again", "def thing(): return VALUE * FACTOR * again"]
-    (folder / "user.py").write_text("\n".join(lines))
-    before = list(sys.path)
-    assert from_file(f"{folder}/user.py:thing")() == 28
-    assert sys.path == before
-
-
-def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(tmp_path):
-    file = tmp_path / "user.py"
-    file.write_text("class Thing: pass\nSIZE = 1\n")
-    first = from_file(f"{file}:Thing")
-    assert from_file(f"{file}:Thing") is first
-    file.write_text("class Thing: pass\nSIZE = 22\n")
-    assert from_file(f"{file}:SIZE") == 22
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("import no_such_module\n", "user.py, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
-        ("x = 1\ndef thing(:\n", "user.py, line 2: SyntaxError"),
-        ("import sys\nsys.exit(3)\n", "user.py, line 2: SystemExit: 3"),
-        ("raise ValueError('one\\ntwo')\n", "user.py, line 1: ValueError: one two"),
-        ("def other(): pass\nclass Another: pass\ndef _hidden(): pass\n", "has no 'thing'; it has other, Another"),
-        ("from os import path\n", "has no 'thing'; it has nothing"),
-    ],
-)
-def test_a_file_that_fails_is_named(text, expected, tmp_path):
-    (tmp_path / "user.py").write_text(text)
-    before, modules = list(sys.path), set(sys.modules)
-    with pytest.raises(ModelError) as raised:
-        from_file(f"{tmp_path}/user.py:thing", ModelError)
-    assert expected in str(raised.value)
-    assert "\n" not in str(raised.value)
-    assert sys.path == before
-    assert len([name for name in set(sys.modules) - modules if name.startswith("pow2quant_file")]) == (
-        "has" in expected
-    )
-
-
-@pytest.mark.parametrize("name", ["nowhere.py:thing", "nowhere.py", "nowhere.py:", "thing"])
-def test_a_name_that_stands_for_no_file(name):
-    with pytest.raises(ConfigError, match=r"nowhere\.py: no such file|expected path/to/file\.py:NAME"):
-        from_file(name)
-
-
-def test_our_own_errors_pass_through_users_code_unchanged():
-    with pytest.raises(ModelError, match=r"^ours$"), users_code("user.py:thing", ConfigError):
-        raise ModelError("ours")

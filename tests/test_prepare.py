@@ -19,6 +19,7 @@ from pow2quant.frontends import modules as m
 from pow2quant.frontends.operators import OPERATORS
 from pow2quant.frontends.prepare import prepare
 from pow2quant.models import build
+from tests.preparing import same
 
 
 class Functions(nn.Module):
@@ -45,13 +46,6 @@ class Functions(nn.Module):
         x = self.fc(x.flatten(2).permute(0, 2, 1))
         x = self.tokens(F.hardswish(x)).mean(dim=1)
         return F.dropout(x, training=self.training).unsqueeze(1).squeeze(1)
-
-
-def same(network: nn.Module, model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:
-    """Both compute the same, for batches of any size."""
-    with torch.no_grad():
-        for batch in (x, x[:1], torch.cat([x, x])):
-            torch.testing.assert_close(network(batch), model(batch), rtol=tolerance, atol=tolerance)
 
 
 def test_functions_become_modules_and_the_network_computes_the_same() -> None:
@@ -103,52 +97,6 @@ def test_the_users_model_is_left_unchanged() -> None:
     assert model[2].inplace
     assert type(model[3]) is nn.Hardswish
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, m.BATCH_NORMS):
-            nn.init.uniform_(module.running_mean, -1, 1)
-            nn.init.uniform_(module.running_var, 0.3, 2)
-            if module.affine:
-                nn.init.uniform_(module.weight, -1, 2)
-                nn.init.uniform_(module.bias, -1, 1)
-    return model.eval()
-
-
-@pytest.mark.parametrize(
-    ("layers", "shape"),
-    [
-        ([nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)], (3, 8, 8)),
-        ([nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False)], (3, 8, 8)),
-        ([nn.ConvTranspose2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)], (3, 5, 5)),
-        ([nn.Conv1d(3, 8, 3, groups=1), nn.BatchNorm1d(8)], (3, 9)),
-        ([nn.Linear(6, 4), nn.BatchNorm1d(4)], (6,)),
-        ([nn.BatchNorm2d(3), nn.ReLU()], (3, 8, 8)),
-        ([nn.ReLU(), nn.BatchNorm1d(7)], (7,)),
-    ],
-)
-def test_batch_norm_is_folded_or_becomes_a_channel_wise_affine(layers: list[nn.Module], shape: tuple[int, ...]) -> None:
-    model, x = randomized(nn.Sequential(*layers)), torch.randn(4, *shape)
-    network = fold_batch_norm(prepare(model, x))
-    same(network, model, x)
-    assert not any(isinstance(module, m.BATCH_NORMS) for module in network.modules())
-
-
-def test_batch_norm_behind_a_layer_with_other_readers_is_not_folded_into_it() -> None:
-    class Fork(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.conv(x)
-            return y + self.bn(y)
-
-    model, x = randomized(Fork()), torch.randn(2, 2, 4, 4)
-    network = fold_batch_norm(prepare(model, x))
-    same(network, model, x)
-    assert isinstance(network.get_submodule("bn"), nn.Conv2d)
 
 
 class OwnConv(nn.Module):
@@ -222,127 +170,6 @@ def test_weights_that_are_not_finite_are_named() -> None:
         prepare(model, torch.randn(1, 3))
 
 
-def overwriting(x: Tensor, conv: nn.Module, how: str) -> Tensor:
-    """Reads a tensor again after something has written into it."""
-    y = conv(x)
-    if how == "relu_":
-        y.relu_()
-    elif how == "F.relu_":
-        F.relu_(y)
-    elif how == "inplace":
-        F.relu(y, inplace=True)
-    elif how == "clamp_":
-        y.clamp_(0, 1)
-    elif how == "iadd":
-        z = y
-        z += 1
-    elif how == "F.elu":
-        F.elu(y, 1.0, True)
-    elif how == "mul_":
-        y.mul_(x)
-    return conv(F.relu6(y)) + y
-
-
-@pytest.mark.parametrize("how", ["relu_", "F.relu_", "inplace", "clamp_", "iadd", "F.elu", "mul_"])
-def test_who_reads_an_overwritten_tensor_reads_the_result(how: str) -> None:
-    class Overwriting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 3, padding=1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return overwriting(x, self.conv, how)
-
-    model, x = Overwriting().eval(), torch.randn(2, 3, 6, 6)
-    same(prepare(model, x), model, x)
-
-
-def test_an_inplace_module_overwrites_too() -> None:
-    class PreActivation(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.relu = nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(inplace=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.conv(x)
-            return self.conv(self.relu(y)) + y
-
-    model, x = PreActivation().eval(), torch.randn(2, 3, 6, 6)
-    same(prepare(model, x), model, x)
-
-
-class Wrapped(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
-@pytest.mark.parametrize(
-    "function", [lambda x: torch.div(x, 2, rounding_mode="trunc"), lambda x: torch.fft.fft(x).real]
-)
-def test_nothing_is_silently_another_network(function: Callable[[Tensor], Tensor]) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"test_prepare\.py"):
-        prepare(Wrapped(function), torch.randn(1, 3, 4, 4))
-
-
-def written_later(x: Tensor) -> Tensor:
-    """A view of what is overwritten is read afterwards."""
-    y = x.tanh()
-    part = y[:, :2]
-    y.mul_(2)
-    return torch.cat([part, y], 1)
-
-
-def slice_written(x: Tensor) -> Tensor:
-    """A slice is overwritten, and the whole is read."""
-    y = x.tanh()
-    y[:, :2] = y[:, 2:4] + 1
-    return y * 2
-
-
-@pytest.mark.filterwarnings("ignore:Implicit dimension")
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: torch.add(x, x.tanh(), alpha=2),
-        lambda x: x.sub(x.tanh(), alpha=2),
-        lambda x: F.softmax(x),
-        lambda x: 3 - x,
-        lambda x: -x / 4,
-        lambda x: torch.addcmul(x, x.tanh(), x.sigmoid(), value=0.5),
-        lambda x: torch.stack([x, x.tanh()], 1).flatten(1, 2),
-        lambda x: sum(part.relu() for part in x.unbind(1)),
-        lambda x: torch.cat(list(x.split([1, 3, 2], dim=1))[::-1], 1),
-        lambda x: x.view(int(x.shape[0]), -1)[:, 3:-2:2],
-        lambda x: F.scaled_dot_product_attention(x, x.tanh(), x, scale=0.3),
-        lambda x: x @ torch.ones(4, 5) + 1,
-        lambda x: x if x.shape[1] == 6 else -x,
-        lambda x: x * torch.arange(4).type_as(x) + torch.ones(1, 6, 1, 1).expand_as(x),
-        written_later,
-        slice_written,
-    ],
-)
-def test_ways_of_writing(function: Callable[[Tensor], Tensor]) -> None:
-    model, x = Wrapped(lambda x: function(x.relu())).eval(), torch.randn(3, 6, 4, 4)
-    same(prepare(model, x), model, x)
-
-
-@pytest.mark.parametrize(
-    ("layers", "shape"),
-    [
-        ([nn.ConvTranspose2d(4, 4, 3, groups=4), nn.BatchNorm2d(4)], (4, 5, 5)),
-        ([nn.ConvTranspose2d(4, 8, 3, groups=2), nn.BatchNorm2d(8)], (4, 5, 5)),
-        ([nn.Linear(6, 4), nn.BatchNorm1d(4, affine=False)], (6,)),
-    ],
-)
-def test_batch_norm_that_pytorch_itself_folds_wrongly(layers: list[nn.Module], shape: tuple[int, ...]) -> None:
-    model, x = randomized(nn.Sequential(*layers)), torch.randn(4, *shape)
-    same(fold_batch_norm(prepare(model, x)), model, x)
-
-
 def test_a_functional_layer_in_a_module_that_holds_others() -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:
@@ -362,25 +189,6 @@ def test_a_functional_layer_in_a_module_that_holds_others() -> None:
 def test_networks_without_numbers_are_named(model: nn.Module) -> None:
     with pytest.raises(ModelError, match=r"lazy|running statistics"):
         fold_batch_norm(prepare(model, torch.randn(2, 3, 4, 4)))
-
-
-@pytest.mark.parametrize(("variance", "eps"), [(-1.0, 1e-5), (0.0, 0.0)])
-@pytest.mark.parametrize("behind", [True, False], ids=["folded", "alone"])
-def test_a_batch_norm_that_gives_nan_is_named(variance: float, eps: float, behind: bool) -> None:
-    norm = nn.BatchNorm2d(3, eps=eps)
-    assert norm.running_var is not None
-    norm.running_var[1] = variance
-    model = nn.Sequential(*([nn.Conv2d(3, 3, 1)] if behind else []), norm, nn.ReLU()).eval()
-    with pytest.raises(WeightsError, match=rf"^{int(behind)}\.running_var: {variance:g} in channel 1 \(1 of 3"):
-        fold_batch_norm(prepare(model, torch.rand(2, 3, 4, 4)))
-
-
-def test_a_negative_variance_that_eps_outweighs_is_legal() -> None:
-    norm = nn.BatchNorm2d(3)
-    assert norm.running_var is not None
-    norm.running_var[1] = -1e-6
-    model, x = nn.Sequential(nn.Conv2d(3, 3, 1), norm).eval(), torch.rand(2, 3, 4, 4)
-    same(fold_batch_norm(prepare(model, x)), model, x)
 
 
 class Nested(nn.Module):

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pow2quant import datasets, models
 from pow2quant.artifact import Site
 from pow2quant.backends.base import Simulation
-from pow2quant.backends.fake_quant import fake_quantize, learned
 from pow2quant.config import BATCH_NORMS, Choice, DataConfig, QuantPlan, TrainingConfig
-from pow2quant.errors import ConfigError, FileFormatError, TrainingError
-from pow2quant.pow2_constraints import Encoding, IntGrid, Observed, choose, power_of_two
+from pow2quant.errors import ConfigError, TrainingError
+from pow2quant.pow2_constraints import Encoding, Observed, choose, power_of_two
 from pow2quant.pow2_constraints.snap import Format
 from pow2quant.runs import simulate
 from pow2quant.tasks.classification import Classification
@@ -32,6 +27,8 @@ from pow2quant.training.exponents import OSCILLATES, REACH, RULES, Exponents
 from pow2quant.training.trainer import Trainer
 
 BACKENDS = ["custom", "aimet"]
+
+
 SHORT = TrainingConfig(epochs=2, learning_rate=1e-3, batch_size=64, mode="full")
 
 
@@ -58,64 +55,6 @@ def trainer_of(
     parameters = {name: sim.parameter(name) for name in dict(sim.network.named_parameters())}
     values = {"sim": sim, "parameters": parameters, "data": data, "teacher": network, "config": config, **more}
     return Trainer(task=Classification([(10,)]), **values)  # type: ignore[arg-type]
-
-
-# -- equations ---------------------------------------------------------------------------------------------------------
-
-
-def on_a_grid(x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
-    """The straight-through quantizer in differentiable operations: what the gradients are checked against."""
-    v = x / scale
-    code = v.round()
-    inside = (code >= low) & (code <= high)
-    return scale * torch.where(inside, v + (code - v).detach(), code.clamp(low, high))
-
-
-@pytest.mark.parametrize(
-    ("shape", "axis"),
-    [((4, 3, 5, 5), None), ((2, 9, 50, 50), None), ((6, 2, 3, 3), 0), ((90, 50, 3, 3), 0), ((3, 6, 2), 1)],
-)
-@pytest.mark.parametrize(("low", "high"), [(-8.0, 7.0), (0.0, 15.0), (-6.0, 9.0)])
-def test_gradients_are_those_of_the_straight_through_quantizer(shape, axis, low, high):
-    generator = torch.Generator().manual_seed(3)
-    x = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
-    broad = [1 if d != axis else -1 for d in range(len(shape))]
-    k = torch.tensor(-2.0) if axis is None else torch.randint(-4, 0, (shape[axis],), generator=generator).float()
-    scale = k.double().exp2().view(broad if axis is not None else ()).requires_grad_()
-    x.requires_grad_()
-    on_a_grid(x, scale, low, high).backward(grad)
-    plain = float(scale.detach()) if axis is None else scale.detach().flatten()
-    parameter = torch.zeros(() if axis is None else shape[axis], dtype=torch.float64, requires_grad=True)
-    own = x.detach().clone().requires_grad_()
-    quantized = learned(own, parameter, plain, (low, high), axis, 2.0)
-    quantized.backward(grad)
-    assert torch.equal(quantized, on_a_grid(x, scale, low, high).detach())
-    assert torch.equal(own.grad, x.grad)
-    torch.testing.assert_close(parameter.grad, 2 * (scale * scale.grad).detach().reshape(parameter.shape))
-
-
-@given(st.integers(2, 8), st.booleans(), st.integers(-10, 3), st.integers(0, 2**32 - 1))
-def test_the_quantizer_is_the_encodings_to_the_bit(bits, signed, k, seed):
-    encoding = Encoding(power_of_two(k), np.int64(0), IntGrid(bits, signed))
-    x = np.random.default_rng(seed).normal(0, 2.0 ** (k + bits - 2), 500).astype(np.float32)
-    x = np.concatenate([x, (np.arange(-40, 40) * np.float32(0.5) * encoding.scale).astype(np.float32)])
-    ends = float(encoding.grid.qmin), float(encoding.grid.qmax)
-    np.testing.assert_array_equal(fake_quantize(torch.from_numpy(x), 2.0**k, *ends).numpy(), encoding.fake_quantize(x))
-
-
-def test_slopes_are_the_papers():
-    assert RULES["tqt"].slope(2.0, 100.0, 7.0) == math.log(2)
-    assert RULES["lsq"].slope(2.0, 100.0, 7.0) == pytest.approx(1 / 2 / math.sqrt(700))
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_every_offset_lies_amid_the_parameters_that_give_it(rule):
-    offsets = torch.arange(-REACH, REACH + 1.0)
-    middles = RULES[rule].middle(offsets)
-    assert torch.equal(RULES[rule].offset(middles), offsets)
-    near = middles * 1.3 if rule == "lsq" else middles + 0.4
-    assert torch.equal(RULES[rule].offset(near), offsets)
 
 
 # -- exponents on a simulation -----------------------------------------------------------------------------------------
@@ -509,49 +448,3 @@ def test_the_share_of_quantized_sites():
     assert [schedule.quantized_share(config, e) for e in range(7)] == [0, 0, 0.25, 0.5, 0.75, 1, 1]
     sites = [Site(f"{i}.weight", "weight") for i in range(10)]
     assert schedule.active(sites, config, 3) == {f"{i}.weight" for i in range(5)}
-
-
-# -- checkpoints -------------------------------------------------------------------------------------------------------
-
-numbers = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
-tensors = st.integers(0, 3).map(lambda n: torch.arange(12.0).view(3, 4)[:, :n])
-states = st.recursive(
-    numbers | tensors,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.lists(inner, max_size=2).map(tuple)
-        | st.dictionaries(st.integers() | st.text(max_size=4), inner, max_size=3)
-    ),
-    max_leaves=10,
-)
-
-
-def same(a: object, b: object) -> bool:
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and torch.equal(a, b) and a.dtype == b.dtype
-    if isinstance(a, dict):
-        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))  # type: ignore[arg-type]
-    return a == b and type(a) is type(b)
-
-
-@settings(max_examples=60)
-@given(states)
-def test_a_checkpoint_gives_back_what_went_in(tmp_path_factory, state):
-    path = tmp_path_factory.getbasetemp() / "state.safetensors"
-    checkpoint.dump(path, state)
-    assert same(checkpoint.load(path), state)
-
-
-def test_a_checkpoint_replaces_the_old_one_whole_and_damage_is_said(tmp_path):
-    path = tmp_path / "deep" / "state.safetensors"
-    checkpoint.dump(path, {"a": torch.ones(3)})
-    with pytest.raises(TypeError, match="object cannot be saved"):
-        checkpoint.dump(path, {"a": object()})
-    assert torch.equal(checkpoint.load(path)["a"], torch.ones(3))
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-    path.write_bytes(path.read_bytes()[:-5])
-    for wrong in (path, tmp_path / "none", Path(__file__)):
-        with pytest.raises(FileFormatError, match=r"not a checkpoint|cannot be read: no such file"):
-            checkpoint.load(wrong)

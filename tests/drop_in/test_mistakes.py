@@ -1,0 +1,88 @@
+"""What AIMET does silently wrong, through the drop-in and through `simulate`."""
+
+import pytest
+import torch
+from torch import nn
+
+from pow2quant import QuantPlan, simulate
+from pow2quant.errors import DataError, UnsupportedModelError, WeightsError
+from tests.aimet_flows.digits import Net, images, trained
+from tests.drop_in.networks import DUMMY, prepared, table
+
+
+@pytest.fixture(params=["drop-in", "simulate"])
+def calibrate(request, backend):
+    """(model, batches): builds a simulation and calibrates it with them; returns it."""
+
+    def drop_in(model, batches):
+        sim = prepared(model, DUMMY, backend=backend)
+        sim.compute_encodings(lambda model: [model(x) for x in batches])
+        return sim.simulation
+
+    def plain(model, batches):
+        sim = simulate(model, DUMMY, QuantPlan.default(), backend)
+        sim.calibrate(batches)
+        return sim
+
+    return drop_in if request.param == "drop-in" else plain
+
+
+def test_no_data(calibrate):
+    with pytest.raises(DataError, match=r"^x: nothing was observed; the calibration data are empty"):
+        calibrate(trained(), [])
+
+
+def test_nan_in_the_data(calibrate):
+    spoilt = images(8).clone()
+    spoilt[3, 0, 2, 2] = torch.nan
+    with pytest.raises(DataError, match=r"calibration data, batch 1"):
+        calibrate(trained(), [images(8), spoilt])
+
+
+def test_nan_in_the_weights(calibrate):
+    model = trained()
+    with torch.no_grad():
+        model.conv2.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(WeightsError, match=r"^conv2\.weight: the weights hold NaN"):
+        calibrate(model, [images(8)])
+
+
+def test_nan_in_the_weights_later(make, calibrated):
+    before = table(calibrated)
+    with torch.no_grad():
+        calibrated.model.get_parameter("fc.weight")[0, 0] = torch.inf
+    with pytest.raises((WeightsError, DataError), match=r"^fc\.\w+: (the network gives )?NaN or infinity"):
+        calibrated.compute_encodings(lambda model: model(images(8)))
+    assert table(calibrated) == before
+
+
+def test_a_part_that_is_never_run(make):
+    with pytest.raises(DataError, match=r"^(relu1|x|relu2|fc)[\w.]*: nothing was observed"):
+        make().compute_encodings(lambda model: model.get_submodule("conv1")(images(8)))
+
+
+class Reused(Net):
+    def forward(self, x):
+        x = self.relu1(self.conv1(x))
+        return self.fc(self.flatten(self.pool(self.relu1(self.conv2(x)))))
+
+
+def test_a_reused_module_has_a_quantizer_at_each_place(calibrate):
+    sim = calibrate(Reused(), [images(8)])
+    assert {"relu1.output", "relu1_1.output"} <= sim.encodings().keys()
+
+
+class Branching(Net):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_control_flow_that_depends_on_data(calibrate):
+    with pytest.raises(UnsupportedModelError, match=r'test_mistakes\.py:\d+ "return super\(\)\.forward\(x if x\.sum'):
+        calibrate(Branching(), [images(8)])
+
+
+def test_a_module_that_forward_never_calls_is_not_there(calibrate):
+    model = trained()
+    model.spare = nn.Linear(3, 3)
+    assert not [name for name in calibrate(model, [images(8)]).encodings() if name.startswith("spare")]
