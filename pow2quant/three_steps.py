@@ -23,10 +23,11 @@ from pow2quant import run_folder
 from pow2quant.backends.base import SILENT, Progress, Simulation, inputs
 from pow2quant.backends.calibration import with_room_for_bias
 from pow2quant.config import RunConfig
-from pow2quant.errors import OutputError, TrainingError
+from pow2quant.errors import ConfigError, OutputError, TrainingError
 from pow2quant.runs import Job, Result, Simulated, finish, quantized, unfinished, write_report
 from pow2quant.runs.chains import to_train
 from pow2quant.runs.quantizing import BACKEND, BITS, Temporary, requested
+from pow2quant.runs.writing import shown
 from pow2quant.training import curves
 from pow2quant.training.learning import Learning
 from pow2quant.training.module import QatModel
@@ -44,11 +45,11 @@ def checkpoints_of(output: Path) -> Path:
 
 def qat(
     config: RunConfig,
-    output: Path,
+    output: str | os.PathLike[str],
     *,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Progress = SILENT,
+    progress: bool | Progress = SILENT,
 ) -> Result | None:
     """The three steps from a configuration to a run's folder; checkpoints stand in `<output>.training` meanwhile.
 
@@ -58,14 +59,17 @@ def qat(
     Raises Pow2QuantError for everything that a user can correct, TrainingError when training diverges; then `output` is
     as it was before, and the checkpoints are kept.
     """
-    started, checkpoints = time.monotonic(), checkpoints_of(output)
+    if not isinstance(config, RunConfig):
+        raise ConfigError("qat takes a RunConfig and a folder; for a network in Python: qat_model(model, data)")
+    target, bars = run_folder.path_of(output), shown(progress)
+    started, checkpoints = time.monotonic(), checkpoints_of(target)
     with joined(config.device) as processes:
         if processes.leads:
             _check_checkpoints(checkpoints, resume, overwrite)
-        staged = run_folder.staged(output, overwrite) if processes.leads else nullcontext()
+        staged = run_folder.staged(target, overwrite) if processes.leads else nullcontext()
         with staged as folder:
             kept = unfinished.Unfinished(checkpoints if processes.leads else None)
-            job, sim, steps = quantized(config, progress, default=to_train(config), kept=kept)
+            job, sim, steps = quantized(config, bars, default=to_train(config), kept=kept)
             ptq_accuracy = job.score(sim.model)
             trainer = Trainer(
                 sim=sim,
@@ -79,7 +83,7 @@ def qat(
                 processes=processes,
                 folder=checkpoints,
                 identity=configuration.dump(job.config),
-                progress=progress,
+                progress=bars,
             )
             with _nothing_left_before(trainer):
                 trainer.run(resume, overwrite)
@@ -101,7 +105,7 @@ def qat(
                 shutil.copytree(checkpoints / curves.BOARD, folder / curves.BOARD)
             write_report(folder, report)
     _remove(checkpoints)
-    return Result(output, report, tuple(agreements), Simulated(sim, job.example))
+    return Result(target, report, tuple(agreements), Simulated(sim, job.example))
 
 
 def qat_model(
@@ -122,8 +126,8 @@ def qat_model(
     `mode` (`weights`, or `full` for activations too), `exponents` (`tqt`, `lsq`, `fixed`), `batch_norm` (`live`,
     `folded`), `final_ptq`. Raises Pow2QuantError, one line, for everything that can be fixed.
     """
-    base, given, shown = requested(model, data, bits, methods, metric, task, backend, target, config, progress)
-    job, sim, steps = quantized(base, shown, given, to_train(base))
+    base, given, bars = requested(model, data, bits, methods, metric, task, backend, target, config, progress)
+    job, sim, steps = quantized(base, bars, given, to_train(base))
     parameters = job.parameters(sim)
     batches = ([x.to(job.device) for x in inputs(batch)] for batch in job.calibration())
     made: QatModel[Result] = QatModel(

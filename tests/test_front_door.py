@@ -275,6 +275,8 @@ def test_data_that_cannot_be_used_are_one_line(data: Any, expected: str, mine: t
         ({"model": "weights.pt"}, ModelError, "weights.pt is a file of weights; a network is path/to/file.py:factory"),
         ({"model": Randomly()}, UnsupportedModelError, "depends on more than its inputs (random numbers, dropout"),
         ({"model": program()}, UnsupportedModelError, "1.reshape: depends on the batch size"),
+        ({"methods": {"adaround": 5}}, ConfigError, "methods: {'adaround': 5} is no method; give a name (aciq"),
+        ({"methods": {5: {}}}, ConfigError, "methods: {5: {}} is no method; give a name (aciq, adaround"),
         ({"methods": AdaRound}, ConfigError, "methods: the class AdaRound is no method; give a name"),
         ({"data": Items((X[:8], Y[:8]))}, ModelError, "seems to be a batch: give DataLoader(data, batch_size=None)"),
         ({"output": 3}, ConfigError, "output: expected a path, got a int"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,16 @@ def test_a_checkpoint_of_the_module_continues_to_the_bit() -> None:
     for name, value in whole.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
     assert (whole.finish().folder / "model.onnx").read_bytes() == (other.finish().folder / "model.onnx").read_bytes()
+
+
+def test_a_module_in_training_is_not_copied() -> None:
+    """What it computes with is beside it; after `finish` it is like any other."""
+    qat, images = started("weights"), batches(1)[0][0]
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(ConfigError, match=r"copy its state_dict\(\) instead"):
+            attempt(qat)
+    qat.finish()
+    assert torch.equal(copy.deepcopy(qat)(images), qat(images))
 
 
 class Around(nn.Module):

@@ -17,7 +17,7 @@ import pytest
 from pow2quant import cli, config, models, run_folder
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError, OutputError
-from pow2quant.runs import Result, validate
+from pow2quant.runs import Result, ptq, validate
 from pow2quant.three_steps import qat
 from pow2quant.training import checkpoint
 
@@ -42,7 +42,7 @@ def configured(weights: str, **values: object) -> RunConfig:
     return config.with_values(RunConfig(), short | {k.replace("__", "."): v for k, v in values.items()})
 
 
-def run_of(configuration: RunConfig, folder: Path, **options: bool) -> Result:
+def run_of(configuration: RunConfig, folder: str | Path, **options: bool) -> Result:
     result = qat(configuration, folder, **options)
     assert result is not None
     return result
@@ -125,10 +125,26 @@ def test_weights_keep_their_encodings_in_the_final_step(weights, tmp_path):
 
 def test_two_runs_are_equal_to_the_bit(weights, tmp_path):
     states = []
-    for turn in ("a", "b"):
-        result = run_of(configured(weights, ptq__max_eval_batches=1), tmp_path / turn)
+    for folder in (tmp_path / "a", str(tmp_path / "b")):
+        result = run_of(configured(weights, ptq__max_eval_batches=1), folder, progress=False)
         states.append((result.folder / "model.safetensors").read_bytes())
     assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("call", [ptq, qat])
+@pytest.mark.parametrize(
+    ("configuration", "output", "progress", "words"),
+    [
+        ({"seed": 1}, "run", False, "takes a RunConfig and a folder; for a network in Python: "),
+        (RunConfig(), None, False, "output: expected a path, got a NoneType"),
+        (RunConfig(), "run", "yes", "progress: 'yes' is not legal"),
+    ],
+)
+def test_what_the_calls_do_not_take_is_said(call, configuration, output, progress, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        call(configuration, output, progress=progress)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unfinished_run_is_resumed_or_replaced_but_never_lost(weights, tmp_path):

@@ -47,7 +47,8 @@ def _choice_of(method: Any) -> Choice | None:
         return method
     if isinstance(method, Mapping) and len(method) == 1:
         ((name, parameters),) = method.items()
-        return Choice(name, dict(parameters or {}))
+        if isinstance(name, str) and (parameters is None or isinstance(parameters, Mapping)):
+            return Choice(name, dict(parameters or {}))
     if isinstance(method, type) or not (hasattr(method, "apply") or hasattr(method, "rewrite")):
         what = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
         raise ConfigError(

@@ -17,17 +17,15 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from pow2quant import config as configuration
-from pow2quant import run_folder
-from pow2quant.backends.base import SILENT, Progress
+from pow2quant.backends.base import Progress
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.frontends.export import module_of
 from pow2quant.models import PYTHON
-from pow2quant.progress import Bars
 from pow2quant.runs.chosen import methods_of_argument
 from pow2quant.runs.job import Given
 from pow2quant.runs.result import Result
-from pow2quant.runs.writing import ptq
+from pow2quant.runs.writing import ptq, shown
 
 BITS, BACKEND = "w8a8", "custom"
 
@@ -76,11 +74,11 @@ def quantize(
 
     Raises Pow2QuantError, one line, for everything that can be fixed.
     """
-    base, given, shown = requested(model, data, bits, methods, metric, task, backend, target, config, progress)
+    base, given, bars = requested(model, data, bits, methods, metric, task, backend, target, config, progress)
     if output is not None:
-        return ptq(base, run_folder.path_of(output), overwrite=overwrite, progress=shown, given=given)
+        return ptq(base, output, overwrite=overwrite, progress=bars, given=given)
     folder = Temporary()
-    return replace(ptq(base, folder.path / "run", progress=shown, given=given), keeps=folder)
+    return replace(ptq(base, folder.path / "run", progress=bars, given=given), keeps=folder)
 
 
 def requested(
@@ -114,18 +112,7 @@ def requested(
         methods=own,
         metric=None if isinstance(metric, str) else metric,
     )
-    return base, given, _shown(progress)
-
-
-def _shown(progress: Any) -> Progress:
-    """What tells how far a run is. Raises ConfigError for what cannot."""
-    if progress is None or isinstance(progress, bool):
-        return Bars() if progress else SILENT
-    if isinstance(progress, type) or not (hasattr(progress, "track") and hasattr(progress, "note")):
-        what = f"the class {progress.__name__}" if isinstance(progress, type) else repr(progress)
-        raise ConfigError(f"progress: {what} is not legal; legal: True, False, or an object with track and note")
-    shown: Progress = progress
-    return shown
+    return base, given, shown(progress)
 
 
 class Temporary:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from pow2quant.frontends.prepare import unrolled
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.integer.resources import resources
 from pow2quant.plugins import resolve
+from pow2quant.progress import Bars
 from pow2quant.report import document, statistics
 from pow2quant.report.network import describe
 from pow2quant.report.pages import rebuild
@@ -48,10 +50,10 @@ PATIENCE = 200_000_000_000
 
 def ptq(
     config: RunConfig,
-    output: Path,
+    output: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    progress: Progress = SILENT,
+    progress: bool | Progress = SILENT,
     given: Given = NOTHING,
 ) -> Result:
     """Post-training quantization from a configuration to a run's folder.
@@ -62,14 +64,24 @@ def ptq(
     """
     if not isinstance(config, RunConfig):
         raise ConfigError("ptq takes a RunConfig and a folder; for a network in Python: quantize(model, data)")
-    started = time.monotonic()
-    with run_folder.staged(output, overwrite) as folder, unfinished.beside(output) as kept:
-        job, sim, steps = quantized(config, progress, given, kept=kept)
+    started, target = time.monotonic(), run_folder.path_of(output)
+    with run_folder.staged(target, overwrite) as folder, unfinished.beside(target) as kept:
+        job, sim, steps = quantized(config, shown(progress), given, kept=kept)
         report, agreements = finish(job, sim, folder, [*steps, "export"])
         report["ptq_accuracy"] = report["final_accuracy"]
         report["duration_seconds"] = round(time.monotonic() - started, 2)
         write_report(folder, report)
-    return Result(output, report, tuple(agreements), Simulated(sim, job.example))
+    return Result(target, report, tuple(agreements), Simulated(sim, job.example))
+
+
+def shown(progress: Any) -> Progress:
+    """What tells how far a run is. Raises ConfigError for what cannot."""
+    if progress is None or isinstance(progress, bool):
+        return Bars() if progress else SILENT
+    if isinstance(progress, type) or not (hasattr(progress, "track") and hasattr(progress, "note")):
+        what = f"the class {progress.__name__}" if isinstance(progress, type) else repr(progress)
+        raise ConfigError(f"progress: {what} is not legal; legal: True, False, or an object with track and note")
+    return cast(Progress, progress)
 
 
 def quantized(

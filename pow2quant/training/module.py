@@ -131,6 +131,12 @@ class QatModel(nn.Module, Generic[R]):
     def _versions(self) -> int:
         return sum(parameter._version for parameter in self.parameters())
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raises ConfigError before `finish`: what it needs of the simulation behind the parameters is not copied."""
+        if self._finish is not None:
+            raise ConfigError("a model in training is neither copied nor pickled; copy its state_dict() instead")
+        return super().__reduce_ex__(protocol)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Raises ConfigError where parameters would move: the simulation behind them would stay."""
         probe = next(self.parameters())
