@@ -317,7 +317,7 @@ def test_the_study_in_the_documentation_is_legal(tmp_path: Path) -> None:
     from pow2quant.study import sweep
 
     page = (ROOT / "docs" / "howto" / "studies.md").read_text(encoding="utf-8")
-    (tmp_path / "study.yaml").write_text(page.split("```text\n")[1].split("```")[0], encoding="utf-8")
+    (tmp_path / "study.yaml").write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
     study = sweep.read(tmp_path / "study.yaml", RunConfig())
     sweep.check(study)
     assert len(study.plan) == 2 * 3 + 2
