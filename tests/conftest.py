@@ -11,8 +11,9 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small networks run eight times faster
 
-_CACHE = tempfile.TemporaryDirectory()  # the user's own stays as it is
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
+if "POW2QUANT_TEST_CACHE" not in os.environ:  # the user's own stays as it is; processes of pytest-xdist share theirs
+    _CACHE = tempfile.TemporaryDirectory()
+    os.environ["POW2QUANT_TEST_CACHE"] = os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 settings.register_profile("dev", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
