@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,3 +110,20 @@ def test_what_is_not_there_is_named(run: Path, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("[]", encoding="utf-8")
     with pytest.raises(FileFormatError, match="object"):
         explain(tmp_path, "conv1")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("report.json", {"final_quantization_details": None}),
+        ("report.json", {"target": 5}),
+        ("statistics.json", {"tensors": {}, "network": [5]}),
+        ("certificate.json", {"layers": {"a": "b"}}),
+    ],
+)
+def test_files_that_were_changed_are_no_defect(name: str, change: dict[str, Any], run: Path, tmp_path: Path) -> None:
+    changed = shutil.copytree(run, tmp_path / "run")
+    document = json.loads((changed / name).read_text(encoding="utf-8"))
+    (changed / name).write_text(json.dumps(document | change), encoding="utf-8")
+    with pytest.raises(FileFormatError, match=r"run: not the files of one finished run \(report\.json, "):
+        explain(changed, "conv1")

@@ -156,8 +156,12 @@ class Sources:
 
 
 def explain(folder: Path, layer: str) -> Explanation:
-    """The explanation of a layer of a run's folder. Raises what `Sources` and `explained` raise."""
-    return Sources(folder).explained(layer)
+    """The explanation of a layer of a run's folder. Raises FileFormatError for its files, ConfigError for the name."""
+    try:
+        return Sources(folder).explained(layer)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        files, what = ", ".join(Sources.FILES), f"{type(error).__name__}: {error}"
+        raise FileFormatError(f"{folder}: not the files of one finished run ({files}): {what}") from error
 
 
 def lines(explained: Explanation) -> Iterator[str]:
