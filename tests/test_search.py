@@ -475,6 +475,7 @@ def test_an_interrupted_search_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pow2quant.study.sensitivity.kl_divergence", interrupted)
+    monkeypatch.setattr("pow2quant.runs.unfinished.PAUSE", 3600)  # where more time is lost, what was done is kept
     arguments = ["--constraint", "accuracy=0.9", "--candidates", "4,8"]
     assert main(["search", *arguments, *short(weights, tmp_path / "run")]) == 130
     assert "nothing was written" in capsys.readouterr().err
