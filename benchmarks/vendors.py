@@ -88,8 +88,8 @@ def onnxruntime(given: Given) -> Run:
     from onnxruntime.quantization import quantize_static
 
     file = given.model.with_name("quantized.onnx")
-    quantize_static(given.model, file, _reader(given), per_channel=True)
-    return _session(file)
+    quantize_static(given.model, file, reader(given), per_channel=True)
+    return session_of(file)
 
 
 def amd_quark(given: Given) -> Run:
@@ -102,10 +102,10 @@ def amd_quark(given: Given) -> Run:
     here = Path.cwd()
     os.chdir(file.parent)  # it writes a report where it stands
     try:
-        tool.quantize_model(str(given.model), str(file), _reader(given))
+        tool.quantize_model(str(given.model), str(file), reader(given))
     finally:
         os.chdir(here)
-    return _session(file)
+    return session_of(file)
 
 
 def openvino(given: Given) -> Run:
@@ -195,24 +195,27 @@ VENDORS: dict[str, tuple[Callable[[Given], Run], str, str]] = {
 """By name: the function, the package that quantizes, and the target of this project beside it."""
 
 
-def _reader(given: Given) -> Any:
+def reader(given: Given) -> Any:
     """The images as onnxruntime's quantizer reads them."""
     from onnxruntime.quantization import CalibrationDataReader
+
+    name = onnx.load(given.model, load_external_data=False).graph.input[0].name
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         rest = iter(given.each)
 
         def get_next(self) -> dict[str, Array] | None:
-            return next(({"x": image} for image in self.rest), None)
+            return next(({name: image} for image in self.rest), None)
 
     return Reader()
 
 
-def _session(file: Path) -> Run:
+def session_of(file: Path) -> Run:
     import onnxruntime as ort
 
     session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return lambda batch: session.run(None, {"x": batch})[0]
+    first = session.get_inputs()[0]
+    return lambda batch: session.run(None, {first.name: batch})[0]
 
 
 def _by_image(run: Callable[[Array], Array]) -> Run:

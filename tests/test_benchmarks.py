@@ -11,9 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import defaults  # noqa: E402
+import kinds  # noqa: E402
 import methods as bench  # noqa: E402
 import targets as target_bench  # noqa: E402
 import vendors  # noqa: E402
+from peers import compare  # noqa: E402
 
 sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -87,6 +89,29 @@ def test_the_table_of_vendors_shows_its_rows(tmp_path: Path, monkeypatch: pytest
     assert (row.vendor, row.images) == ("onnxruntime", 128)
     assert row.accuracy > 95
     assert row.sqnr_db > 20
+
+
+def test_the_table_of_peers_has_the_closest_first() -> None:
+    row = compare.Row("net", "4:8", "auto", "bias_correction", 9, 4, "top1", 90.0, 89.0, 20.0, 0.25, 0.5, "2026-11-28")
+    other = replace(row, tool="brevitas 1.0", chain=None, sqnr_db=21.0, behind=None, error=None)
+    lines = compare.rendered([row, other]).splitlines()
+    assert lines[0] == "### net, W4A8"
+    assert [line for line in lines if line.endswith("2026-11-28 |")] == [
+        "| brevitas 1.0 | 89.00 | 21.0 | 2026-11-28 |",
+        "| **`auto`**: `bias_correction` | 89.00 | 20.0 (by hand +0.25 ± 0.50) | 2026-11-28 |",
+    ]
+
+
+def test_a_digit_is_found_with_its_place_and_class() -> None:
+    _, test = kinds.detector_data()
+    targets = test.tensors[1]
+    logits = bench.torch.nn.functional.one_hot(targets[:, 3].long(), 10).movedim(-1, 1).float()
+    perfect = bench.torch.cat([targets[:, :1] - 0.5, targets[:, 1:3], logits], 1)
+    assert kinds.found(perfect, targets) == 100
+    elsewhere = perfect.clone()
+    elsewhere[:, 1] += 0.3  # more than one of a cell's eight pixels
+    assert kinds.found(elsewhere, targets) == 0
+    assert kinds.found(perfect - 1, targets) == 0
 
 
 @pytest.mark.parametrize(

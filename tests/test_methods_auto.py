@@ -84,6 +84,21 @@ def test_rounding_is_not_learned_above_eight_bits_and_blocks_are_not_at_eight() 
     assert any(c.name == "equalize" for chain in cheap(Facts(8, 8, True, ()), ()) for c in chain)
 
 
+def test_what_learns_and_wins_gets_more_steps_where_they_fit() -> None:
+    def noise(chain: Chain) -> list[float]:
+        return [0.1, 0.1] if any(c.name == "qdrop" for c in chain) else [1.0, 1.0]
+
+    chains = [t.chain for t in Auto(minutes=600).choose(NARROW, tries(noise), lambda line: None)]
+    learning = {c.name: c.parameters["iterations"] for c in chains[-1] if "iterations" in c.parameters}
+    assert learning == {"qdrop": 2000}
+    assert [c.name for c in chains[-1]] in [[c.name for c in chain] for chain in chains[:-1]]
+    lines: list[str] = []
+    Auto(minutes=20).choose(NARROW, tries(noise, seconds=20), lines.append)
+    assert "qdrop(iterations=2000): left out" in lines[-1]
+    chains = [t.chain for t in Auto().choose(NARROW, tries(lambda c: [1.0, 1.0]), lambda line: None)]
+    assert all(c.parameters.get("iterations", 400) == 400 for chain in chains for c in chain)
+
+
 def test_no_trial_begins_that_would_end_behind_the_budget() -> None:
     lines: list[str] = []
     trials = Auto(minutes=0.5).choose(NARROW, tries(lambda c: [1.0, 1.0], seconds=1000), lines.append)

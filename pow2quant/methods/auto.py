@@ -22,9 +22,13 @@ BIAS = Choice("bias_correction")
 NOISE = Choice("output_mse")
 SQUARES = (Choice("gptq"), BIAS)
 CORRECTED = (Choice("gptq", {"correction": 1.0}), BIAS)
-ROUND = Choice("adaround", {"iterations": 400})
+STEPS = 400
+"""Of methods that learn, at first; LONGER times as many where they have won."""
+
+LONGER = 5
+ROUND = Choice("adaround", {"iterations": STEPS})
 EXPONENTS = Choice("lapq", {"bias_correction": False})
-BLOCKS = Choice("qdrop", {"iterations": 400})
+BLOCKS = Choice("qdrop", {"iterations": STEPS})
 
 COST = {
     "bias_correction": 1,
@@ -95,9 +99,9 @@ class Auto:
     """Tries chains of methods by stages and keeps the one whose outputs are closest to float on images held back.
 
     First cheap chains; on top of the best of them rounding that is learned (`gptq`, `adaround`); for activations below
-    8 bits then exponents by the loss and rounding by blocks (`lapq`, `qdrop`). A costlier chain must win by twice the
-    standard error. The images held back are calibration images, never test images; the chain that is chosen then sees
-    all of them, and is what config.yaml keeps.
+    8 bits then exponents by the loss and rounding by blocks (`lapq`, `qdrop`). Where learning has won, it is tried with
+    more steps. A costlier chain must win by twice the standard error. The images held back are calibration images,
+    never test images; the chain that is chosen then sees all of them, and is what config.yaml keeps.
 
     minutes: no trial begins that would take their sum beyond. held_back: share of the calibration images that judges.
     """
@@ -111,7 +115,7 @@ class Auto:
         note: takes a line on every trial.
         """
         tried: list[Trial] = []
-        for stage in (usual, cheap, learned, blocks):
+        for stage in (usual, cheap, learned, blocks, longer):
             for chain in stage(facts, best(tried).chain if tried else ()):
                 if chain in [t.chain for t in tried]:
                     continue
@@ -153,6 +157,16 @@ def blocks(facts: Facts, start: Chain) -> list[Chain]:
     return [(*rewrites, NOISE, BLOCKS), (*rewrites, EXPONENTS, BLOCKS), (*rewrites, EXPONENTS, *SQUARES)]
 
 
+def longer(_: Facts, start: Chain) -> list[Chain]:
+    """The best chain with more steps, where it learns."""
+    if all(c.parameters.get("iterations") != STEPS for c in start):
+        return []
+    more = {"iterations": LONGER * STEPS}
+    return [
+        tuple(c._replace(parameters={**c.parameters, **more}) if "iterations" in c.parameters else c for c in start)
+    ]
+
+
 def best(tried: Sequence[Trial]) -> Trial:
     """The trial that is the choice: each takes the place of those before it where it clearly wins."""
     found = tried[0]
@@ -179,7 +193,8 @@ def named(chain: Chain) -> str:
 
 
 def _cost(chain: Chain) -> float:
-    return 1 + sum(COST.get(c.name, max(COST.values())) for c in chain)
+    times = [float(c.parameters.get("iterations", STEPS)) / STEPS for c in chain]
+    return 1 + sum(COST.get(c.name, max(COST.values())) * n for c, n in zip(chain, times, strict=True))
 
 
 def _line(trial: Trial, before: Trial | None) -> str:
