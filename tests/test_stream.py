@@ -1,5 +1,6 @@
 """Recurrent networks step by step: the same bits as the whole sequence, in the engine and in C, and for longer ones."""
 
+import copy
 import ctypes
 import subprocess
 from pathlib import Path
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 
 from pow2quant import prepare, simulate
 from pow2quant.adapters import onnx_qdq
-from pow2quant.artifact import Artifact, recurrent_of
+from pow2quant.artifact import Artifact, Table, recurrent_of
+from pow2quant.backends.base import Simulation
 from pow2quant.config import QuantPlan
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer import run
 from pow2quant.integer.emit_c import export_c
 from pow2quant.integer.lower import lower
 from pow2quant.integer.stream import advance, first_states, one_step, sequence
+from pow2quant.methods import lapq
+from pow2quant.plugins import resolve
 from pow2quant.validation import c99
 
 needs_compiler = pytest.mark.skipif(c99.compiler() is None, reason="needs a C compiler")
@@ -168,6 +172,49 @@ def test_every_step_has_the_encodings_and_parameters_of_the_last() -> None:
     for role, names in layer.tensors.items():
         if role != "sequence":
             assert len({repr(artifact.encodings[name]) for name in names.values() if name in artifact.encodings}) == 1
+
+
+METHODS = {
+    "bias_correction": {}, "output_mse": {}, "gptq": {}, "gpfq": {}, "aciq": {}, "lapq": {"passes": 1},
+    "adaround": {"iterations": 2}, "qdrop": {"iterations": 2},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def gru() -> Simulation:
+    torch.manual_seed(0)
+    network = Last(nn.GRU)
+    network(values())
+    sim = simulate(prepare(network.eval(), values()), values(), QuantPlan.default(4, 8), backend="custom")
+    sim.calibrate([values()])
+    return sim
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_step_stays_alike_under_a_method(gru: Simulation, method: str) -> None:
+    sim = copy.deepcopy(gru)
+    resolve("methods", method)(**METHODS[method]).apply(sim, [values()])
+    artifact = sim.export(values())
+    step, program = one_step(artifact), lower(artifact)
+    codes = run.quantize(program, [values().numpy()])
+    results = np.stack([sequence(step, [x[:, None], *first_states(step, 1)])[0][-1] for x in codes[0]])
+    np.testing.assert_array_equal(results, run.run(program, codes)[0])
+
+
+def test_lapq_moves_the_weights_of_all_steps_together(gru: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[tuple[str, ...]] = []
+
+    def descend(table: Table, names: tuple[str, ...], loss: object, now: float) -> tuple[Table, float]:
+        if moved or not any(".state" in name and name.endswith(".weight") for name in names):
+            return table, now
+        moved.append(names)
+        return lapq.scaled(table, names, 2.0), now
+
+    monkeypatch.setattr(lapq, "descend", descend)
+    sim = copy.deepcopy(gru)
+    lapq.Lapq(passes=1).apply(sim, [values()])
+    assert [len(names) for names in moved] == [STEPS]
+    assert one_step(sim.export(values())).states
 
 
 REFUSED = {

@@ -147,7 +147,7 @@ class Lapq:
         coordinates = [names for found in _coordinates(sim, loss.moving, power_of_2=False).values() for names in found]
         if not (coordinates and self.evaluations):
             return table
-        first = next(walk(sim, data))
+        first = _from_first(sim, data)
 
         def at(octaves: NDArray[np.float64]) -> Table:
             moved = table
@@ -208,7 +208,7 @@ def _interpolated(sim: Simulation, data: Sequence[Batch], loss: _Loss, progress:
         own = {n: replace(best[n], axis=axis) for n, axis in axes.items()}
         return before | own | {n: best[placement.leader(n)] for n in outputs}
 
-    first = next(walk(sim, data))
+    first = _from_first(sim, data)
     tables = [at(p) for p in NORMS]
     losses = [loss(table, first) for table in tables]
     if all(map(math.isfinite, losses)):
@@ -217,6 +217,12 @@ def _interpolated(sim: Simulation, data: Sequence[Batch], loss: _Loss, progress:
         losses.append(loss(tables[-1], first))
         progress.note(f"lapq: p = {p:.2f}, loss {losses[-1]:.5f}; sampled {min(losses[:-1]):.5f}")
     return tables[int(np.argmin(losses))]
+
+
+def _from_first(sim: Simulation, data: Sequence[Batch]) -> Step:
+    """The turn of the first weighted layer in the graph: its loss is computed from there on, so in every step."""
+    weighted = {y.module for y in sim.placement.layers}
+    return next(walk(sim, data, [(next(n for n in sim.network.graph.nodes if n.target in weighted),)]))
 
 
 def _candidates(seen: Observed, spec: TensorSpec, axis: int | None) -> list[Encoding]:
@@ -246,8 +252,9 @@ def _coordinates(sim: Simulation, weights: Collection[str], *, power_of_2: bool)
     fixed = {placement.leader(name) for name in outputs[0]}
     found: dict[Part, list[tuple[str, ...]]] = {}
     for part, names in zip(parts[1:], outputs[1:], strict=True):
-        moving = [[name] for name in (f"{part[0].target}.weight",) if name in weights]
-        for leader in dict.fromkeys(map(placement.leader, names)):
+        moving: list[list[str]] = []
+        own = [name for name in (f"{part[0].target}.weight",) if name in weights]
+        for leader in dict.fromkeys(map(placement.leader, [*own, *names])):
             if leader not in fixed:
                 fixed.add(leader)
                 moving.append([s.name for s in placement.sites if placement.leader(s.name) == leader])
