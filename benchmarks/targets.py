@@ -1,9 +1,9 @@
-"""Targets: which runtimes give the bits of their simulation, what a target's rules cost, and the page that shows it.
+"""Targets: which runtimes give the bits of their simulation, what a target's rules cost, and the pages that show it.
 
     python benchmarks/targets.py --title "ResNet-20, CIFAR-10" --network models.py:cifar10_resnet20
         --weights resnet20.safetensors --data cifar10 --data-path DIR [--targets litert tract …] [--test-batches 16]
         [--bits 8:16]
-    python benchmarks/targets.py    # only writes the page again
+    python benchmarks/targets.py    # only writes the pages again
 
 Every target is quantized for as `pow2quant ptq --target` does it, and its executors run on the test images. A row
 goes to `--rows` as soon as it is measured; rows that are there are not measured again. Networks, weights and data are
@@ -42,6 +42,7 @@ from pow2quant.validation.agreement import Executor
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- rows: written by benchmarks/targets.py -->\n", "<!-- end of rows -->"
+"""Around the summary on one page, and around all rows on the other."""
 OWN = ("integer engine", "generated C")
 COLUMNS = (
     "target",
@@ -217,6 +218,34 @@ def save(path: Path, rows: Iterable[Row]) -> None:
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
 
 
+def summary(rows: Iterable[Row]) -> str:
+    """A line for every target, a column for every network: of several rows the one with most images."""
+    rows = [row for row in rows if row.widths == "8:8"]
+    networks = list(dict.fromkeys(_short(row) for row in rows))
+    lines = [f"| target | run in | {' | '.join(networks)} |", "|---" * (2 + len(networks)) + "|"]
+    for target in dict.fromkeys(row.target for row in rows):
+        own = [row for row in rows if row.target == target]
+        names = dict.fromkeys(run.executor for row in own for run in row.runs)
+        named = [name for name in names if not name.startswith(("onnxruntime,", *OWN))] or ["onnxruntime, engine, C"]
+        cells = []
+        for network in networks:
+            found = [row for row in own if _short(row) == network]
+            cells.append(_cell(max(found, key=lambda row: row.images), rows) if found else "")
+        lines.append(f"| `{target}` | {', '.join(named)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(row: Row) -> str:
+    return row.network.partition(",")[0]
+
+
+def _cell(row: Row, rows: Iterable[Row]) -> str:
+    """Differing elements, images, accuracy, and what the target's rules cost beside the default target."""
+    same = (r for r in rows if (r.network, r.images, r.target) == (row.network, row.images, targets.DEFAULT.name))
+    cost = next((f" ({row.accuracy - r.accuracy:+.2f})" for r in same if r is not row), "")
+    return f"{sum(run.differing for run in row.runs):,} in {row.images:,}; {row.accuracy:.2f} %{cost}"
+
+
 def rendered(rows: Iterable[Row]) -> str:
     """A table for every network, its targets in the order in which they were measured."""
     rows = list(rows)
@@ -264,10 +293,10 @@ def _outcome(run: Run) -> tuple[int, int, int, str]:
     return run.images, run.elements, run.differing, run.claim
 
 
-def put(page: Path, rows: Iterable[Row]) -> str:
+def put(page: Path, tables: str) -> str:
     """The page with its tables written anew."""
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    return before + BEGIN + "\n" + rendered(rows) + "\n" + END + rest.partition(END)[2]
+    return before + BEGIN + "\n" + tables + "\n" + END + rest.partition(END)[2]
 
 
 def main() -> None:
@@ -279,6 +308,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["8:8"], metavar="W:A")
     parser.add_argument("--rows", type=Path, default=DOCS / "targets.json")
     parser.add_argument("--page", type=Path, default=DOCS / "targets.md")
+    parser.add_argument("--details", type=Path, default=DOCS / "targets-measured.md")
     options = parser.parse_args()
     for name, bits in product(options.targets, options.bits) if options.network else ():
         title = options.title or options.network.rpartition(":")[2]
@@ -298,8 +328,9 @@ def main() -> None:
             flush=True,
         )
         save(options.rows, [*load(options.rows), row])
-    if options.page.exists():
-        options.page.write_text(put(options.page, load(options.rows)), encoding="utf-8")
+    for page, tables in ((options.page, summary), (options.details, rendered)):
+        if page.exists():
+            page.write_text(put(page, tables(load(options.rows))), encoding="utf-8")
 
 
 if __name__ == "__main__":

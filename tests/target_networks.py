@@ -78,4 +78,36 @@ class Signal(nn.Module):
         return self.last(self.pool(y + self.second(y)).mean(2))
 
 
+class Sums(nn.Module):
+    """Layers, a depthwise and a transposed one among them, a sum of two scales, a maximum, a mean, a linear layer."""
+
+    shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise = nn.Conv2d(3, 6, 3, padding=1, stride=2), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.up, self.pool, self.last = nn.ConvTranspose2d(6, 6, 3, 2), nn.MaxPool2d(2), nn.Linear(6, 5)
+        nn.init.uniform_(self.depthwise.weight, -1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        return self.last(self.pool(self.up(torch.relu(y + self.depthwise(y)))).mean((2, 3)))
+
+
+class Maps(nn.Module):
+    """Strided, padded and depthwise convolutions, a sum, means over 2^n values, a narrow kernel, Flatten of maps."""
+
+    shape = (3, 9, 9)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise = nn.Conv2d(3, 6, 3, padding=1, stride=2), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.mean, self.second, self.last = nn.AvgPool2d(2), nn.Conv2d(6, 4, (1, 2), bias=False), nn.Linear(4 * 2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        y = self.mean(torch.relu(y + self.depthwise(y)))
+        return self.last(self.second(y).flatten(1))
+
+
 NETWORKS = {cls.__name__: cls for cls in (Everything, Pools, Shuffle, Signal)}

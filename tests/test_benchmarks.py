@@ -13,6 +13,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import defaults  # noqa: E402
 import kinds  # noqa: E402
 import methods as bench  # noqa: E402
+import rules  # noqa: E402
 import targets as target_bench  # noqa: E402
 import vendors  # noqa: E402
 from peers import compare  # noqa: E402
@@ -56,16 +57,33 @@ def test_the_default_is_measured_beside_what_it_must_beat(tmp_path: Path, monkey
 
 
 def test_the_page_of_targets_shows_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page, rows = ROOT / "docs" / "targets.md", ROOT / "docs" / "targets.json"
-    assert page.read_text(encoding="utf-8") == target_bench.put(page, target_bench.load(rows))
-    own = tmp_path / "rows.json"
-    quick = [*QUICK, "--targets", "generic-shift", "--rows", str(own), "--page", str(tmp_path / "none.md")]
+    rows = target_bench.load(ROOT / "docs" / "targets.json")
+    for name, tables in (("targets.md", target_bench.summary), ("targets-measured.md", target_bench.rendered)):
+        page = ROOT / "docs" / name
+        assert page.read_text(encoding="utf-8") == target_bench.put(page, tables(rows))
+    own, none = tmp_path / "rows.json", str(tmp_path / "none.md")
+    quick = [*QUICK, "--targets", "generic-shift", "--rows", str(own), "--page", none, "--details", none]
     monkeypatch.setattr(sys, "argv", ["targets.py", *quick])
     target_bench.main()
     target_bench.main()  # what is there is not measured again
     (row,) = target_bench.load(own)
     assert (row.target, row.images, [run.differing for run in row.runs]) == ("generic-shift", 128, [0, 0])
     assert "| `generic-shift` |" in target_bench.rendered([row])
+    default = replace(row, target="onnxruntime", accuracy=row.accuracy + 1)
+    assert f"| 0 in 128; {row.accuracy:.2f} % (-1.00) |" in target_bench.summary([row, default])
+
+
+def test_the_table_of_wrong_rules_shows_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, rows = ROOT / "docs" / "targets.md", rules.load(ROOT / "docs" / "rules.json")
+    assert page.read_text(encoding="utf-8") == rules.put(page, rows)
+    assert [row.executor for row in rows if row.right or not all(row.wrong.values())] == []
+    assert {row.executor for row in rows} == set(rules.CASES)
+    own = tmp_path / "rules.json"
+    quick = ["--executors", "engine", "--rows", str(own), "--page", str(tmp_path / "none.md")]
+    monkeypatch.setattr(sys, "argv", ["rules.py", *quick])
+    rules.main()
+    (row,) = rules.load(own)
+    assert (row.target, row.right, row.wrong.keys()) == ("onnxruntime", 0, set(rules.KINDS))
 
 
 def test_the_table_of_vendors_shows_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,21 +68,6 @@ def test_every_rounding_is_the_same_in_simulation_engine_and_c(rule, batch):
         assert {name: int((compiled[name] != x).sum()) for name, x in engine.items()} == dict.fromkeys(engine, 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_rule_that_is_wrong_is_seen_where_its_operation_stands(kind, batch):
-    right, _, _ = run(targets.Roundings(), batch)
-    wrong, _, _ = run(targets.Roundings(**{kind: "truncate"}), batch)
-    changed = [name for name in right if (right[name] != wrong[name]).any()]
-    first = {
-        "products": "relu.output",
-        "sums": "relu_1.output",
-        "averages": "pool.output",
-        "multiplications": "mul.output",
-        "moves": "concat.output",
-    }
-    assert changed[0] == first[kind]
-
-
 def test_a_file_says_which_target_it_is_for_and_the_default_says_nothing(batch):
     sim = simulate(Everything().eval(), batch[:1])
     sim.calibrate([batch])

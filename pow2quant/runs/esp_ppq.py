@@ -38,22 +38,29 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
     Raises MissingExtraError where esp-ppq is not installed; UnsupportedModelError, naming the tensor, for an encoding
     that ESP-DL does not have.
     """
+    require()
+    file = File(opened(model).network)
+    return [Executor(f"esp-ppq ({file.chip})", file.run, file.tensors, network=lambda: file.network, measured=True)]
+
+
+def require() -> None:
+    """Raises MissingExtraError where esp-ppq is not installed."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it greets
             import_module("esp_ppq.api")
     except ImportError as error:
         raise MissingExtraError(f"esp-ppq is not installed: pip install 'pow2quant[esp-ppq]' ({error})") from error
-    network = opened(model).network.per_channel()
-    per_tensor = targets.of(network.model).limits.per_tensor
-    file = _File(network, "esp32s3" if per_tensor else "esp32p4")
-    return [Executor(f"esp-ppq ({file.chip})", file.run, file.tensors, network=lambda: network, measured=True)]
 
 
-class _File:
-    """A network in esp-ppq. chip: as it calls it."""
+class File:
+    """A network in esp-ppq. batch: that it is traced with; it runs others too. chip: as it calls it.
 
-    def __init__(self, network: Artifact, chip: str) -> None:
-        self.network, self.chip = network, chip
+    Raises UnsupportedModelError, naming the tensor, for an encoding that ESP-DL does not have.
+    """
+
+    def __init__(self, network: Artifact, batch: int = 2) -> None:
+        self.network, self.batch = network.per_channel(), batch
+        self.chip = "esp32s3" if targets.of(network.model).limits.per_tensor else "esp32p4"
         parameters = {tensor.name for tensor in network.model.graph.initializer}
         for name, encoding in network.encodings.items():
             if name not in parameters and (encoding.zero_point.any() or not encoding.grid.signed):
@@ -75,14 +82,17 @@ class _File:
 
     @cached_property
     def _executor(self) -> Any:
-        executor: Any = import_module("esp_ppq.executor").TorchExecutor(self._graph(), device="cpu")
+        executor: Any = import_module("esp_ppq.executor").TorchExecutor(self.graph, device="cpu")
         return executor
 
-    def _graph(self) -> Any:
+    @cached_property
+    def graph(self) -> Any:
         """The quantized graph, with this project's scales."""
         api: Any = import_module("esp_ppq.api")
         setting = import_module("esp_ppq.api.setting").QuantizationSettingFactory.espdl_setting()
-        shapes = [[d.dim_value or 2 for d in v.type.tensor_type.shape.dim] for v in self.network.model.graph.input]
+        shapes = [
+            [d.dim_value or self.batch for d in v.type.tensor_type.shape.dim] for v in self.network.model.graph.input
+        ]
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
         with scratch() as folder, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             onnx.save(self.network.model, folder / "model.onnx")
@@ -116,6 +126,8 @@ class _File:
         own = [pair for pair in configurations if pair[0].dominated_by is pair[0]]
         for configuration, name in [*configurations, *own]:  # a tensor's own encoding counts
             scale = torch.tensor(encodings[name].scale, dtype=torch.float32)
+            if (scale == scale.max()).all():  # a bias for each channel, where ESP-DL has one for all
+                scale = scale.max().expand_as(configuration.dominated_by.scale).clone()
             configuration.dominated_by.scale = scale
             configuration.dominated_by.offset = torch.zeros_like(scale)
 

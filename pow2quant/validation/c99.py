@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -59,13 +59,17 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
     weights = sum(getattr(step, "weight", np.empty(0)).size for step in program.steps)
     if weights > LARGEST:
         raise UnsupportedModelError(f"{weights:,} weights: as C, more than {LARGEST:,} take a compiler gigabytes")
-    found = [executor(program), *([] if file.step is None else [executor(program, STEPS, step=file.step)])]
+    found = [executor(program), *([] if file.step is None else [of_code(program, STEPS, Steps(program, file.step))])]
     return [replace(each, network=lambda: file.network) for each in found]
 
 
-def executor(program: Program, name: str = NAME, flags: Sequence[str] = FLAGS, step: Program | None = None) -> Executor:
-    """A program as an executor: real values in and out, C between. step: computes it, step by step."""
-    library = Library(program, flags) if step is None else Steps(program, step, flags)
+def executor(program: Program) -> Executor:
+    """A program as an executor: real values in and out, C between."""
+    return of_code(program, NAME, Library(program))
+
+
+def of_code(program: Program, name: str, library: Code) -> Executor:
+    """A program's C as an executor, wherever it runs."""
 
     def run(batch: Arrays) -> list[NDArray[np.float32]]:
         codes = library.run(quantize(program, batch))
@@ -87,6 +91,16 @@ def compiler() -> str | None:
     return next(
         (name for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if name and shutil.which(name)), None
     )
+
+
+class Code(Protocol):
+    """A program's C, compiled."""
+
+    def run(self, inputs: Sequence[Codes]) -> list[Codes]:
+        """Codes (N, *shape) of the network's inputs -> codes of its outputs."""
+
+    def trace(self, inputs: Sequence[Codes]) -> dict[str, Codes]:
+        """The codes of the inputs and of every step's output, by name."""
 
 
 class Library:

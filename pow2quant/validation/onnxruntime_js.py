@@ -1,4 +1,4 @@
-"""onnxruntime-web, the build for browsers (WebAssembly), under node as an executor of the QDQ file."""
+"""onnxruntime in JavaScript as executors of the QDQ file: onnxruntime-web (WebAssembly) and onnxruntime-node."""
 
 from __future__ import annotations
 
@@ -22,25 +22,39 @@ if TYPE_CHECKING:
 
     from pow2quant.validation.agreement import Executor
 
-NAME = "onnxruntime-web"
-SCRIPT = Path(__file__).parent / "templates" / "onnxruntime_web.js"
+SCRIPT = Path(__file__).parent / "templates" / "onnxruntime.js"
 
 
-def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Executor]:
-    """The QDQ file in onnxruntime-web under node, on one thread.
+def web(model: Path, pair: tuple[Path, Path] | None = None) -> list[Executor]:
+    """The QDQ file in onnxruntime-web, the build for browsers, under node; see `executor`."""
+    return [executor(model, "onnxruntime-web")]
+
+
+def node(model: Path, pair: tuple[Path, Path] | None = None) -> list[Executor]:
+    """The QDQ file in onnxruntime-node; see `executor`."""
+    return [executor(model, "onnxruntime-node")]
+
+
+def executor(model: Path, package: str) -> Executor:
+    """The QDQ file in a package of node, on one thread.
 
     Raises MissingExtraError without node, or without the package in the working folder or along NODE_PATH.
     """
     if shutil.which("node") is None:
-        raise MissingExtraError("onnxruntime-web needs node, which is not on the PATH")
-    probe = _node("probe")
-    if probe.returncode:
-        raise MissingExtraError("onnxruntime-web is not installed: npm install onnxruntime-web, or set NODE_PATH")
-    return [onnx_runtimes.executor(model, NAME, loaded)]
+        raise MissingExtraError(f"{package} needs node, which is not on the PATH")
+    if version(package) is None:
+        raise MissingExtraError(f"{package} is not installed: npm install {package}, or set NODE_PATH")
+    return onnx_runtimes.executor(model, package, lambda file: loaded(package, file))
 
 
-def loaded(model: onnx.ModelProto) -> onnx_runtimes.Run:
-    """A model for node; every call starts a process."""
+def version(package: str) -> str | None:
+    """Of onnxruntime in a package of node; None where that is not installed."""
+    probe = _node(package)
+    return None if probe.returncode else probe.stdout.strip()
+
+
+def loaded(package: str, model: onnx.ModelProto) -> onnx_runtimes.Run:
+    """A model for a package of node; every call starts a process."""
     content, names = model.SerializeToString(), [value.name for value in model.graph.input]
 
     def run(inputs: Sequence[NDArray[np.float32]]) -> list[NDArray[Any]]:
@@ -51,9 +65,9 @@ def loaded(model: onnx.ModelProto) -> onnx_runtimes.Run:
             (folder / "inputs.json").write_text(json.dumps(given), encoding="utf-8")
             for i, x in enumerate(inputs):
                 (folder / f"input{i}.bin").write_bytes(x.tobytes())
-            done = _node(str(folder))
+            done = _node(package, str(folder))
             if done.returncode:
-                raise UnsupportedModelError(f"onnxruntime-web cannot run the model: {_last_line(done.stderr)}")
+                raise UnsupportedModelError(f"{package} cannot run the model: {_last_line(done.stderr)}")
             written = json.loads((folder / "outputs.json").read_text(encoding="utf-8"))
             return [
                 np.frombuffer((folder / f"output{i}.bin").read_bytes(), entry["type"]).reshape(entry["shape"])

@@ -1,30 +1,34 @@
-// Runs an ONNX model in onnxruntime-web (WebAssembly, one thread) under node.
-// Arguments: a folder with model.onnx, inputs.json [{name, shape}] and input0.bin … (float32).
-// Writes outputs.json [{name, type, shape}] and output0.bin …; with "probe" as the only argument it prints the version.
+// Runs an ONNX model in onnxruntime-web (WebAssembly) or onnxruntime-node, on one thread.
+// Arguments: the package, and a folder with model.onnx, inputs.json [{name, shape}] and input0.bin … (float32).
+// Writes outputs.json [{name, type, shape}] and output0.bin …; without a folder it prints the version.
 
 const fs = require('fs');
 const path = require('path');
 const { createRequire } = require('module');
 
+const [name, folder] = process.argv.slice(2);
+
 function load() {
   try {
-    return createRequire(path.join(process.cwd(), 'here.js'))('onnxruntime-web');
+    return createRequire(path.join(process.cwd(), 'here.js'))(name);
   } catch {
-    return require('onnxruntime-web'); // along NODE_PATH
+    return require(name); // along NODE_PATH
   }
 }
 
 async function main() {
   const ort = load();
-  if (process.argv[2] === 'probe') {
-    console.log(ort.env.versions.web);
+  if (!folder) {
+    console.log(ort.env.versions.web || ort.env.versions.node);
     return;
   }
-  const folder = process.argv[2];
   const read = (name) => fs.readFileSync(path.join(folder, name));
   ort.env.wasm.numThreads = 1;
   ort.env.logLevel = 'error';
-  const session = await ort.InferenceSession.create(read('model.onnx'), { executionProviders: ['wasm'] });
+  const session = await ort.InferenceSession.create(read('model.onnx'), {
+    executionProviders: [name === 'onnxruntime-web' ? 'wasm' : 'cpu'],
+    intraOpNumThreads: 1,
+  });
   const feed = {};
   JSON.parse(read('inputs.json')).forEach(({ name, shape }, i) => {
     const bytes = read(`input${i}.bin`);
