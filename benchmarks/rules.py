@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -78,7 +79,7 @@ def version_of(name: str) -> str:
     if name == "c" or name.startswith("c-"):
         command = compiler() or "" if name == "c" else f"qemu-{name.removeprefix('c-')}"
         done = subprocess.run([command, "--version"], capture_output=True, encoding="utf-8", check=True)
-        return done.stdout.splitlines()[0].partition(" (Debian")[0]
+        return re.sub(r" \(.*?\)", "", done.stdout.splitlines()[0])
     package = PACKAGES.get(name, name)
     return f"{package} {version(package)}"
 
