@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
@@ -92,6 +93,28 @@ def layers(bits, signed, seed=0):
 @pytest.mark.parametrize("bits", [2, 4, 7, 8, 12, 16])
 def test_width(bits, signed):
     assert differing(layers(bits, signed)) == {}
+
+
+def convolutions(signed=True):
+    """Convolutions of 8 bits with few and many channels, products and places."""
+    rng = np.random.default_rng(0)
+    g = Graph()
+    y = g.input("x", (3, 12, 15), encoding(-4, 0 if signed else 7, 8, signed))
+    for name, channels, outputs, kernel, attributes in [
+        ("stem", 3, 9, 3, {"pads": [1, 1, 1, 1]}),
+        ("short", 9, 7, 1, {}),
+        ("long", 7, 41, 3, {"pads": [1, 0, 1, 2], "strides": [1, 2]}),
+        ("matrix", 41, 18, 1, {}),
+        ("grouped", 9, 14, 3, {"pads": [2, 2, 2, 2], "dilations": [2, 2], "group": 2}),
+        ("depthwise", 1, 14, 5, {"pads": [2, 2, 2, 2], "group": 14}),
+        ("jumping", 14, 33, 1, {"strides": [2, 2]}),
+        ("few", 33, 10, 3, {"strides": [2, 2]}),
+    ]:
+        weight = rng.integers(-128, 128, (outputs, channels, kernel, kernel))
+        bias = rng.integers(-9999, 9999, outputs)
+        grid, k = encoding(-2, 0 if signed else 3, 8, signed), rng.integers(-9, -4, outputs).tolist()
+        y = g.layer("Conv", name, y, weight, bias, grid, k=k, **attributes)
+    return g.artifact(y)
 
 
 @pytest.mark.parametrize("shifted", [False, True], ids=["codes", "shifted"])
@@ -276,14 +299,14 @@ def test_the_folder_stands_alone(written, tmp_path, compiler):
 
 
 @needs_make
-@pytest.mark.parametrize(
-    "build", ["residual network", "4 bits", "16 bits", "ternary", *("two outputs", "transposed, grouped")]
-)
-def test_sanitizers_find_nothing(build, tmp_path):
-    made = {"ternary": ternary_network, **OPERATIONS}
+@pytest.mark.parametrize("kernels", ["-DPLAIN", "-march=native"])
+@pytest.mark.parametrize("build", ["4 bits", "16 bits", "ternary", "unsigned", "signed", "transposed, grouped"])
+def test_sanitizers_find_nothing(build, kernels, tmp_path):
+    made = {"ternary": ternary_network, "signed": convolutions, **OPERATIONS}
+    made["unsigned"] = partial(convolutions, signed=False)
     artifact = layers(int(build[:2]), True) if build.endswith("bits") else made[build]()
     folder = export_c(artifact, tmp_path / "c")
-    flags = f"{' '.join(STRICT)} -O1 {SANITIZED}"
+    flags = f"{' '.join(STRICT)} -O1 {kernels} {SANITIZED}"
     probe = tmp_path / "probe.c"
     probe.write_text("int main(void) { return 0; }\n")
     if subprocess.run(["cc", *SANITIZED.split(), "-o", tmp_path / "probe", probe], check=False).returncode:
@@ -308,7 +331,7 @@ def test_the_check_finds_a_changed_weight(written, tmp_path):
 def test_integers_only(name):
     artifact = layers(16, False) if name == "widths" else OPERATIONS[name]()
     texts = files(lower(artifact))
-    source = "".join(texts[f] for f in emit_c.CODE)
+    source = "".join(texts[f] for f in emit_c.CODE if f != "vectors.h")
     source = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
     assert set(re.findall(r"#include (<.*>)", source)) <= {"<stddef.h>", "<stdint.h>", "<string.h>"}
     assert not re.search(r"\b(float|double|union|malloc|calloc|alloca|free|short|long)\b", source)
@@ -324,6 +347,7 @@ def test_integers_only(name):
 def test_sizes_are_those_of_the_compiled_objects(written):
     plan = json.loads((written / "plan.json").read_text())
     text = (written / "model.c").read_text() + (written / "weights.h").read_text()
+    text = re.sub(r"#ifdef VECTORS\n.*?#endif", "", text, flags=re.DOTALL)
     width = {"int8_t": 1, "uint8_t": 1, "int16_t": 2, "uint16_t": 2, "int32_t": 4, "uint32_t": 4, "int64_t": 8}
     arrays = re.findall(r"^static (const )?(\w+) \w+\[(\d+)\]", text, flags=re.MULTILINE)
     sizes = {True: 0, False: 0}
@@ -373,7 +397,7 @@ def test_an_older_export_is_replaced_and_nothing_else(tmp_path):
     (folder / "left.o").write_text("")
     assert export_c(OPERATIONS["conv"](), folder, prefix="net") == folder
     names = {path.name for path in folder.iterdir()}
-    assert names == {"net.c", "net.h", "kernels.h", "weights.h", "test_vectors.h", "main.c"} | {
+    assert names == {"net.c", "net.h", "kernels.h", "vectors.h", "weights.h", "test_vectors.h", "main.c"} | {
         "Makefile",
         "README.md",
         "plan.json",

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from pow2quant.backends.fake_quant import fake_quantize, learned
+from pow2quant.backends.fake_quant import BLOCK, fake_quantize, learned
 from pow2quant.pow2_constraints import Encoding, IntGrid, power_of_two
 from pow2quant.training.exponents import REACH, RULES
 
@@ -46,6 +47,25 @@ def test_gradients_are_those_of_the_straight_through_quantizer(shape, axis, low,
     assert torch.equal(quantized, on_a_grid(x, scale, low, high).detach())
     assert torch.equal(own.grad, x.grad)
     torch.testing.assert_close(parameter.grad, 2 * (scale * scale.grad).detach().reshape(parameter.shape))
+
+
+def test_only_cpus_work_on_pieces_that_fit_a_cache():
+    operations = []
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operations[-1].append(func)
+            return func(*args, **kwargs or {})
+
+    for device in ("meta", "cpu"):
+        for size in (1, 4 * BLOCK):
+            x, parameter = (torch.zeros(n, device=device, requires_grad=True) for n in (size, 1))
+            operations.append([])
+            with Noted():
+                learned(x, parameter[0], 0.5, (-8.0, 7.0), None, 1.0).sum().backward()
+    few, many, cpu_few, cpu_many = operations
+    assert few == many
+    assert len(cpu_many) > len(cpu_few)
 
 
 @given(st.integers(2, 8), st.booleans(), st.integers(-10, 3), st.integers(0, 2**32 - 1))

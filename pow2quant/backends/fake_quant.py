@@ -180,12 +180,12 @@ def scale_gradient(grad: Tensor, x: Tensor, quantized: Tensor, passed: Tensor) -
 
 
 def _blocks(scale: Scale, *tensors: Tensor) -> Iterable[tuple[Any, ...]]:
-    """The scale, and views of tensors laid out alike, in blocks of (rows, values); a row has one scale."""
+    """The scale, and views of tensors laid out alike, in blocks of (rows, values), one scale a row; off CPUs in one."""
     if tensors[0].ndim == 4 and not tensors[0].is_contiguous():
         tensors = tuple(t.permute(0, 2, 3, 1) for t in tensors)
     rows = [t.view(1 if isinstance(scale, float) else len(t), -1) for t in tensors]
     scales = scale if isinstance(scale, float) else scale.view(-1, 1)
-    if rows[0].numel() <= BLOCK:
+    if rows[0].numel() <= BLOCK or rows[0].device.type != "cpu":
         return ((scales, *rows),)
     if isinstance(scales, float):
         return ((scales, *views) for views in zip(*(t.split(BLOCK, 1) for t in rows), strict=True))

@@ -42,14 +42,17 @@ class Surroundings(Protocol):
 
     def constant(self, tensor: Tensor) -> str: ...
 
+    def offsets(self, values: NDArray[np.int32], *, vectors: bool) -> str: ...
+
 
 @dataclass(frozen=True)
 class Array:
-    """A constant array."""
+    """A constant array. vectors: only processors with dot instructions read it."""
 
     name: str
     comment: str
     values: NDArray[Any]
+    vectors: bool = False
 
     @property
     def ctype(self) -> str:
@@ -135,6 +138,10 @@ class Layer:
         self.source.arrays.append(array)
         return array
 
+    def offsets(self, values: Ints, *, vectors: bool) -> str:
+        """A constant array of places in a map. vectors: only dot instructions need it."""
+        return self.source.offsets(values.astype(np.int32).reshape(-1), vectors=vectors)
+
     def ternary(self, weight: Ternary) -> str:
         """The arrays of a ternary weight: its packed codes, and its shifts or 0."""
         packed = self.typed_array("weight", weight.packed())
@@ -165,10 +172,11 @@ class Layer:
         x = self.input(0)
         return (x.size + self.output.size) // share + self.spare // x.dtype.itemsize
 
-    def patches(self, window: Window, channels: int) -> tuple[str, int]:
-        """Scratch memory for the patches under a window, and how many it holds; and for the columns under as many.
+    def patches(self, window: Window, channels: int, least: int) -> tuple[str, int, int]:
+        """Scratch memory for the patches under a window, and for the columns under them; how many, and how many codes.
 
-        They take a quarter of what the layer reads and writes, and what else is there (`spare`); at least eight.
+        They take a quarter of what the layer reads and writes, and what else is there (`spare`); at least eight patches
+        and `least` codes.
         """
         x = self.input(0)
         column = channels * window.kernel[0]
@@ -183,9 +191,9 @@ class Layer:
         while count > 8 and count * row + columns(count) * column > most:
             count -= 8
         count = min(count, math.prod(window.result))
-        size = count * row + columns(count) * column
+        size = max(least, count * row + columns(count) * column)
         self.scratch.append((f"{self.name} patches", x.dtype, size))
-        return "patches", count
+        return "patches", count, size
 
     def accumulator(self, bound: int, rule: Requantization) -> str:
         """The type that holds every sum, none beyond `bound`, on its way to codes.

@@ -8,10 +8,12 @@ twice: for a whole sequence, and in `step/` for one step, whose states the calle
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pow2quant.artifact import recurrent_of
 from pow2quant.errors import ConfigError, UnsupportedModelError
@@ -23,14 +25,15 @@ from pow2quant.integer.memory import NARROW, WIDE, Needs, Spot, place
 from pow2quant.integer.pack import sample_codes
 from pow2quant.integer.run import run
 from pow2quant.integer.stream import one_step, sequence
+from pow2quant.integer.vectors import has_vectors
 from pow2quant.pow2_constraints.arithmetic import HALF_EVEN, ROUNDINGS
 from pow2quant.saving import staged
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     from jinja2 import Environment
+    from numpy.typing import NDArray
 
     from pow2quant.artifact import Artifact
     from pow2quant.integer.program import Program, Tensor
@@ -39,7 +42,7 @@ PLAN = "plan.json"
 STEP = "step"
 """The folder of the program of one step, and what its prefix ends in."""
 
-CODE = ("model.h", "model.c", "kernels.h", "weights.h")
+CODE = ("model.h", "model.c", "kernels.h", "vectors.h", "weights.h")
 FILES = (*CODE, "test_vectors.h", "main.c", "Makefile", "README.md")
 """The templates of files; `model` becomes the prefix."""
 
@@ -160,6 +163,7 @@ class Source:
         self.program, self.prefix = program, prefix
         self.arrays: list[Array] = []
         self.kernels: dict[str, str] = {}
+        self.vectors: list[str] = []
         self.used: set[str] = set()
         self.constants: dict[str, str] = {}
         taken: set[str] = set()
@@ -189,8 +193,11 @@ class Source:
         if full not in self.kernels:
             template = _environment().get_template(f"{name}.c.j2")
             given = {"rounding": "", "words": WORDS} | types
-            text = template.render(given, name=full, kernel=self.kernel, bits=_bits, block=BLOCK)
-            self.kernels[full] = text
+            twice = has_vectors(name, types)
+            given |= {"name": full, "kernel": self.kernel, "bits": _bits, "block": BLOCK, "has_vectors": twice}
+            self.kernels[full] = template.render(given)
+            if twice:
+                self.vectors.append(_environment().get_template(f"{name}.vectors.j2").render(given).strip())
         return full
 
     def constant(self, tensor: Tensor) -> str:
@@ -202,6 +209,16 @@ class Source:
             self.arrays.append(Array(name, f"{comment(tensor.name)}, {shape(tensor)}", values))
             self.constants[tensor.name] = name
         return self.constants[tensor.name]
+
+    def offsets(self, values: NDArray[np.int32], *, vectors: bool) -> str:
+        """The array of some offsets, one for layers that have the same. vectors: only dot instructions need it."""
+        array = Array(f"offsets{len(self.arrays)}", f"where codes lie, {len(values)}", values, vectors)
+        for i, other in enumerate(self.arrays):
+            if other.comment == array.comment and np.array_equal(other.values, values):
+                self.arrays[i] = replace(other, vectors=vectors and other.vectors)
+                return other.name
+        self.arrays.append(array)
+        return array.name
 
     def document(self) -> dict[str, Any]:
         """What the templates are filled with."""
@@ -232,6 +249,7 @@ class Source:
             "round": "round_half_even" if all(rule.rounding == HALF_EVEN for rule in rules) else "round",
             "rule_type": "int32_t" if all(-(2**31) <= e < 2**31 for e in ends) else "int64_t",
             "kernels": list(self.kernels.values()),
+            "tiles": self.vectors,
             "arrays": self.arrays,
             "arenas": [self._arena(width) for width, arena in self.memory.arenas.items() if arena.peak],
             "layers": [self._layer(layer) for layer in self.layers],
@@ -261,8 +279,8 @@ class Source:
 
     @property
     def flash(self) -> int:
-        """Bytes of all constants."""
-        return sum(array.values.nbytes for array in self.arrays)
+        """Bytes of all constants, without what only processors with dot instructions read."""
+        return sum(array.values.nbytes for array in self.arrays if not array.vectors)
 
     def plan_json(self) -> str:
         """Sizes, and where every tensor of the arenas lies and from which layer to which."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.integer.c_layer import LANES, Planes, folded
+from pow2quant.integer.c_layer import BLOCK, LANES, Planes, folded
 from pow2quant.integer.c_text import ctype
 from pow2quant.integer.nodes import Window, attribute, title
 from pow2quant.integer.ops.copy import Copy, Part
 from pow2quant.integer.program import Step, exact_kind, largest_sum
 from pow2quant.integer.ternary import Ternary
+from pow2quant.integer.vectors import has_vectors
 
 if TYPE_CHECKING:
     import onnx
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
 
 SHORT = 32
 """Sums of so many products, or fewer, take less time where their map is copied than where patches are gathered."""
+
+FEW = 8
+"""Results of fewer places leave registers empty that hold places; their patches are gathered."""
+
+PATCH = (0, 3, 1, 2)
+"""The order of weights: (C_out, width, C_in, height)."""
+
+SPAN = 16
+"""So many places at least are added up at a time: see `templates/span_sums.c.j2`."""
+
+BEYOND = 3
+"""Weights that may be read behind the last: see `templates/vectors.h.j2`."""
 
 ROWS = 4
 """The kernel for patches holds the sums of so many output channels."""
@@ -63,23 +76,13 @@ class Convolution(Step):
 
     def emit_c(self, layer: Layer) -> str:
         """The code of zero goes into the bias."""
-        x, outputs = layer.input(0), len(self.weight) // self.groups
-        bias, bound = folded(self.weight, self.bias, x)
+        bias, bound = folded(self.weight, self.bias, layer.input(0))
         a = layer.accumulator(bound, self.requantization)
         if (ternary := Ternary.of(self.weight)) is not None:
             return self._emit_ternary(layer, ternary, bias, a)
         if self._is_direct(layer):
             return self._emit_direct(layer, bias, a)
-        length, window = self.weight[0].size, _one_row(self.window)
-        rows = self.weight.transpose(0, 3, 1, 2)  # (C_out, width, C_in, height)
-        weight = layer.array("weight", rows, zeros=-length % LANES)
-        offset = layer.array("bias", bias, least="int32")
-        kernel = layer.kernel("convolution", **self._types(layer, weight, offset, a))
-        declared, rule = layer.window(window, self.weight.shape[1]), layer.rule(self.requantization)
-        patches, block = layer.patches(window, self.weight.shape[1])
-        layer.held = ROWS
-        arguments = f"{self.groups}, {outputs}, {x.zero}, {weight.name}, {offset.name}, &rule, {patches}, {block}"
-        return f"{declared}\n{rule}\n{kernel}(x, y, &window, {arguments});"
+        return self._emit_patches(layer, bias, a)
 
     def _is_direct(self, layer: Layer) -> bool:
         """Whether sums are short, and the map's copy is small."""
@@ -87,23 +90,38 @@ class Convolution(Step):
         if channels == 1 < self.groups:
             return True
         least = channels * Planes.of(self.window, channels, 0).size
-        return math.prod(self.weight.shape[1:]) <= SHORT and least <= layer.budget(4)
+        return math.prod(self.weight.shape[1:]) <= SHORT and (_is_matrix(self.window) or least <= layer.budget(4))
 
     def _emit_direct(self, layer: Layer, bias: Ints, sums: str) -> str:
-        """The body with the kernel that reads a copy of the map. The codes take less than the sums."""
+        """The body with a kernel that reads the map, or a copy of it. The codes take less than the sums."""
         layer.held = 2
-        channels, length = self.weight.shape[1], self.weight[0].size
-        planes = layer.planes(self.window, channels, 32)
-        starts = np.arange(channels)[:, None] * planes.size + planes.taps
-        offsets = layer.array("offsets", np.append(starts, -1), least="int32")
-        weight, bias_array = layer.array("weight", self.weight), layer.array("bias", bias, least="int32")
-        kernel = layer.kernel("direct", **self._types(layer, weight, bias_array, sums))
-        sizes = f"{self.groups}, {len(self.weight) // self.groups}, {layer.input(0).zero}, {offsets.name}, {length}"
-        declared = f"{layer.window(self.window, channels)}\n{planes.declared}\n{layer.rule(self.requantization)}"
-        return f"{declared}\n{kernel}(x, y, &window, &planes, {sizes}, {weight.name}, {bias_array.name}, &rule, map);"
+        weight = layer.array("weight", self.weight.transpose(PATCH), zeros=BEYOND)
+        bias_array, rule = layer.array("bias", bias, least="int32"), layer.rule(self.requantization)
+        call = _Call(layer, self, self.window, weight, bias_array, sums)
+        if _is_matrix(self.window):
+            return f"{rule}\n{call.matrix()}"
+        planes = layer.planes(self.window, self.weight.shape[1], 32)
+        return f"{layer.window(self.window, self.weight.shape[1])}\n{rule}\n{call.copied(planes, 'map')}"
 
-    def _types(self, layer: Layer, weight: Array, bias: Array, sums: str) -> dict[str, str]:
-        return {"x": ctype(layer.input(0)), "w": weight.ctype, "b": bias.ctype, "a": sums, "y": ctype(layer.output)}
+    def _emit_patches(self, layer: Layer, bias: Ints, sums: str) -> str:
+        """The body with the kernel that gathers patches, and with another for processors that have dot instructions."""
+        layer.held = ROWS
+        channels, length, window = self.weight.shape[1], self.weight[0].size, _one_row(self.window)
+        weight = layer.array("weight", self.weight.transpose(PATCH), zeros=max(BEYOND, -length % LANES))
+        call = _Call(layer, self, window, weight, layer.array("bias", bias, least="int32"), sums)
+        twice = math.prod(window.result) >= FEW and has_vectors("span_sums", call.types)
+        copied = twice and not _is_matrix(window)
+        least = channels * Planes.of(window, channels, 0).size + BLOCK if copied else 0
+        patches, block, size = layer.patches(window, channels, least)
+        declared = f"{layer.window(window, channels)}\n{layer.rule(self.requantization)}"
+        plain = call.gathered(patches, block)
+        if not twice:
+            return f"{declared}\n{plain}"
+        if copied:
+            vectors = call.copied(Planes.of(window, channels, size - BLOCK), patches, vectors=True)
+        else:
+            vectors = f"(void)window;\n(void){patches};\n{call.matrix(vectors=True)}"
+        return f"{declared}\n#ifdef VECTORS\n{vectors}\n#else\n{plain}\n#endif"
 
     def _emit_ternary(self, layer: Layer, ternary: Ternary, bias: Ints, sums: str) -> str:
         """The body with the kernel that adds and subtracts; it holds two sums, and codes."""
@@ -124,6 +142,52 @@ class Convolution(Step):
 
     def work(self, program: Program) -> int:
         return program.tensors[self.output].size * math.prod(self.weight.shape[1:])
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of one of the kernels for weights of 8 bits or more. sums: their type."""
+
+    layer: Layer
+    step: Convolution
+    window: Window
+    weight: Array
+    bias: Array
+    sums: str
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Of the kernels."""
+        x, y = ctype(self.layer.input(0)), ctype(self.layer.output)
+        return {"x": x, "w": self.weight.ctype, "b": self.bias.ctype, "a": self.sums, "y": y}
+
+    def gathered(self, patches: str, block: int) -> str:
+        """With patches."""
+        return self._written("convolution", "x, y, &window", [self._zero], [patches, block])
+
+    def copied(self, planes: Planes, scratch: str, *, vectors: bool = False) -> str:
+        """With a copy of the map. vectors: only for processors with dot instructions."""
+        self.layer.source.used.add("Planes")
+        channels, *kernel = self.step.weight.shape[1:]
+        places = (np.arange(channels)[:, None] * planes.size + planes.taps).reshape(1, channels, *kernel)
+        offsets = self.layer.offsets(places.transpose(PATCH), vectors=vectors)
+        sizes = [self._zero, offsets, places.size]
+        return f"{planes.declared}\n{self._written('direct', 'x, y, &window, &planes', sizes, [scratch])}"
+
+    def matrix(self, *, vectors: bool = False) -> str:
+        """Of the map as it is."""
+        channels, places = self.step.weight.shape[1], math.prod(self.window.result)
+        offsets = self.layer.offsets(np.arange(channels) * places, vectors=vectors)
+        return self._written("pointwise", f"x, y, {places}", [offsets, channels], [])
+
+    @property
+    def _zero(self) -> int:
+        return self.layer.input(0).zero
+
+    def _written(self, kernel: str, first: str, sizes: list[Any], last: list[Any]) -> str:
+        counts = [self.step.groups, len(self.step.weight) // self.step.groups]
+        given = [first, *counts, *sizes, self.weight.name, self.bias.name, "&rule", *last]
+        return f"{self.layer.kernel(kernel, **self.types)}({', '.join(map(str, given))});"
 
 
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
@@ -183,11 +247,21 @@ def lower_transposed(graph: Lowering, node: onnx.NodeProto, output: str, low: fl
     _add(graph, node, name, output, mirrored, encoding, window, low, high)
 
 
+def _is_plain(window: Window) -> bool:
+    """Whether it sees one place at a time, each once."""
+    one = (window.kernel, window.strides, window.before) == ((1, 1), (1, 1), (0, 0))
+    return one and window.size == window.result
+
+
 def _one_row(window: Window) -> Window:
     """A window of one place over the whole map, seen as one long row; another stays as it is."""
-    plain = (window.kernel, window.strides, *window.before) == ((1, 1), (1, 1), 0, 0)
     row = (1, math.prod(window.size))
-    return replace(window, size=row, result=row) if plain and window.size == window.result else window
+    return replace(window, size=row, result=row) if _is_plain(window) else window
+
+
+def _is_matrix(window: Window) -> bool:
+    """Whether the convolution is a product of matrices, with places enough to fill a vector."""
+    return _is_plain(window) and math.prod(window.size) >= SPAN
 
 
 def _dilated(dilations: list[int]) -> onnx.NodeProto:
