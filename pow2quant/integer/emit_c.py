@@ -192,9 +192,9 @@ class Source:
         full = "_".join([name, *filter(None, short)])
         if full not in self.kernels:
             template = _environment().get_template(f"{name}.c.j2")
-            given = {"rounding": "", "words": WORDS} | types
             twice = has_vectors(name, types)
-            given |= {"name": full, "kernel": self.kernel, "bits": _bits, "block": BLOCK, "has_vectors": twice}
+            given: dict[str, Any] = {"rounding": "", "words": WORDS, "bits": _bits, "block": BLOCK}
+            given |= {"name": full, "kernel": self.kernel, "has_vectors": twice} | types
             self.kernels[full] = template.render(given)
             if twice:
                 self.vectors.append(_environment().get_template(f"{name}.vectors.j2").render(given).strip())
