@@ -291,11 +291,17 @@ def finished(trainer: Trainer, resume: bool = False) -> list[Tensor]:
     return [*(p.detach() for p in trainer.learned), torch.tensor(trainer.best["accuracy"])]
 
 
+OFTEN = replace(SHORT, checkpoint_minutes=1e-9, distillation=0.5, gradual_epochs=1)
+
+
+@pytest.fixture(scope="module")
+def whole(network: nn.Module, data: datasets.Data) -> list[Tensor]:
+    return finished(trainer_of(simulated(network, data), data, network, OFTEN))
+
+
 @pytest.mark.parametrize("stop", [1, 13, 21, 30])
-def test_a_resumed_training_gives_the_bits_of_an_uninterrupted_one(stop, network, data, tmp_path):
-    config = replace(SHORT, checkpoint_minutes=1e-9, distillation=0.5, gradual_epochs=1)
-    whole = finished(trainer_of(simulated(network, data), data, network, config))
-    interrupted = trainer_of(simulated(network, data), data, network, config, folder=tmp_path)
+def test_a_resumed_training_gives_the_bits_of_an_uninterrupted_one(stop, whole, network, data, tmp_path):
+    interrupted = trainer_of(simulated(network, data), data, network, OFTEN, folder=tmp_path)
     step, steps = interrupted.step, iter(range(1000))
 
     def killed(images: Tensor, labels: Tensor) -> None:
@@ -306,7 +312,7 @@ def test_a_resumed_training_gives_the_bits_of_an_uninterrupted_one(stop, network
     interrupted.step = killed  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         interrupted.run()
-    resumed = finished(trainer_of(simulated(network, data), data, network, config, folder=tmp_path), resume=True)
+    resumed = finished(trainer_of(simulated(network, data), data, network, OFTEN, folder=tmp_path), resume=True)
     assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
