@@ -15,7 +15,6 @@ from torch import nn
 
 from pow2quant import QuantPlan, simulate
 from pow2quant.adapters import onnx_qdq
-from pow2quant.backends import aimet
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends import modules as m
 from pow2quant.functions import KEY, Lookup, Norm, Softmax, definition, mark
@@ -26,6 +25,7 @@ from pow2quant.integer.run import run
 from pow2quant.runs.executors import simulation_executor
 from pow2quant.validation import c99, ort
 from pow2quant.validation.networks import Named, first_difference
+from tests.backends import BACKENDS
 from tests.prepared import Sketch, outcome
 from tests.quantized_graphs import Graph, encoding
 
@@ -215,11 +215,8 @@ def test_the_plain_node_stays_available_and_is_observed(tmp_path):
     assert all(np.array_equal(e.run([batches[2].numpy()])[0], expected) for e in ort.executors(path))
 
 
-@pytest.mark.parametrize("backend", ["custom", "aimet"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_both_backends_simulate_the_integers(backend):
-    if backend == "aimet":
-        with aimet.quiet():
-            pytest.importorskip("aimet_torch", reason="the extra 'aimet' is not installed")
     torch.manual_seed(0)
     batches = [torch.randn(64, 8) * 3 for _ in range(2)]
     sim = simulate(attention(), batches[0], QuantPlan.default(), backend=backend)

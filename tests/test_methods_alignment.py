@@ -20,6 +20,7 @@ from pow2quant.errors import DataError
 from pow2quant.methods.alignment import Align, Aligned
 from pow2quant.methods.equalization import groups
 from pow2quant.methods.noise import LayerNoise, TensorNoise, matrix, measure
+from tests.backends import BACKENDS
 
 W4 = TensorSpec(4, True, True)
 WEIGHTS_ONLY = QuantPlan(W4, None, None, None)
@@ -245,10 +246,8 @@ def weights() -> str:
     return str(models.DIGITS_WEIGHTS)
 
 
-@pytest.mark.parametrize("backend", ["custom", "aimet"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_exported_networks_agree_everywhere(backend: str, weights: str, tmp_path: Path) -> None:
-    if backend == "aimet":
-        pytest.importorskip("aimet_torch", reason="the extra 'aimet' is not installed")
     values = {
         "backend": backend,
         "model.weights": weights,

@@ -30,6 +30,7 @@ from pow2quant.methods.lapq import (
 from pow2quant.methods.reconstruction import quantizing, walk
 from pow2quant.models import digits_cnn
 from pow2quant.pow2_constraints import Encoding, Format, IntGrid, Observed, choose, power_of_two
+from tests.backends import BACKENDS
 
 
 def encoding(*exponents: int, axis: int | None = 0, bits: int = 4) -> Encoding:
@@ -122,11 +123,9 @@ def test_descent_by_hand() -> None:
 # -- the method --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["custom", "aimet"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_what_finishes_a_walk_is_what_the_backend_computes(backend: str) -> None:
     """From every layer on, to the last bit: two results, a concatenation, a module that is called twice."""
-    if backend == "aimet":
-        pytest.importorskip("aimet_torch", reason="the extra 'aimet' is not installed")
     batches = [conformance.batch(), conformance.batch(4, 2)]
     sim: Simulation = plugins.resolve("backends", backend)(conformance.prepared(), batches[0], conformance.LOW_BITS)
     sim.calibrate(batches)

@@ -20,6 +20,7 @@ from pow2quant.errors import ConfigError, OutputError
 from pow2quant.runs import Result, ptq, validate
 from pow2quant.three_steps import qat
 from pow2quant.training import checkpoint
+from tests.backends import BACKENDS
 
 KEYS = {"initial_accuracy", "ptq_accuracy", "qat_best_accuracy", "final_accuracy", "total_improvement", "training"}
 
@@ -48,11 +49,9 @@ def run_of(configuration: RunConfig, folder: str | Path, **options: bool) -> Res
     return result
 
 
-@pytest.mark.parametrize("backend", ["custom", "aimet"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", ["weights", "full"])
 def test_every_executor_agrees_after_training_and_the_accuracy_has_grown(weights, backend, mode, tmp_path):
-    if backend == "aimet":
-        pytest.importorskip("aimet_torch")
     result = run_of(configured(weights, training__mode=mode, backend=backend), tmp_path / "run")
     assert result.agrees
     assert [a.differing for a in result.agreements] == [0] * len(result.agreements)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 import pow2quant
 from pow2quant.frontends.prepare import prepare
 from pow2quant.frontends.returned import returning
+from tests.backends import BACKENDS
 
 Pair = namedtuple("Pair", "scores features")
 
@@ -75,10 +76,8 @@ def test_it_is_the_same_network():
     assert network.layers.training
 
 
-@pytest.mark.parametrize("backend", ["custom", "aimet"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_front_door_gives_it_back(backend):
-    if backend == "aimet":
-        pytest.importorskip("aimet_torch")
     result = pow2quant.quantize(Returns(FORMS["dictionary"]), [X], backend=backend, progress=False)
     found = result.model(X)
     assert [*found] == ["features", "scores", "loss"]

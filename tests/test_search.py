@@ -24,6 +24,7 @@ from pow2quant.study.candidates import configured, groups_of, uniform
 from pow2quant.study.front import Point, front, table
 from pow2quant.study.program import Problem, Quantity
 from pow2quant.study.sensitivity import Measurement, kl_divergence, only, traces
+from tests.backends import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -285,10 +286,8 @@ def test_the_divergence_of_two_distributions_by_hand() -> None:
     assert float(kl_divergence(q.log(), p.log())) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("backend", ["custom", "aimet"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sensitivities_grow_as_widths_shrink_and_are_zero_for_floats(backend: str) -> None:
-    if backend == "aimet":
-        pytest.importorskip("aimet_torch")
     torch.manual_seed(0)
     x, labels = torch.rand(16, 1, 6, 6), torch.arange(16) % 4
     network = prepare(Small().eval(), x)
@@ -360,12 +359,10 @@ def test_the_front_holds_what_nothing_beats() -> None:
 # The command
 
 
-@pytest.mark.parametrize("backend", ["custom", "aimet"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_search_writes_a_plan_that_ptq_repeats_to_the_bit(
     weights: Path, tmp_path: Path, backend: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if backend == "aimet":
-        pytest.importorskip("aimet_torch")
     run, again = tmp_path / "run", tmp_path / "again"
     arguments = ["--objective", "size", "--constraint", "accuracy_drop=3%", "--candidates", "2,4", "--backend", backend]
     assert main(["search", *arguments, *short(weights, run), "--json"]) == 0

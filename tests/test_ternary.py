@@ -38,6 +38,7 @@ from pow2quant.plugins import resolve
 from pow2quant.pow2_constraints import Encoding
 from pow2quant.training.ternary import TernaryExponents, threshold_gradient, ttq_gradients
 from pow2quant.training.trainer import Trainer
+from tests.backends import BACKENDS
 from tests.test_training import simulated, trainer_of
 
 ROW = torch.tensor([[0.9, -0.6, 0.5, -0.2, 0.1, 0.0, 0.3, -1.0]])  # E|w| = 0.45
@@ -139,10 +140,8 @@ def plan(**changes: object) -> QuantPlan:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("backend", ["custom", "aimet"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_lie_on_the_levels_of_each_channel_and_layers_of_8_bits_stay(rule: str, backend: str) -> None:
-    if backend == "aimet":
-        pytest.importorskip("aimet_torch")
     batch = conformance.batch()
     chosen = plan()
     named = next(y.module for y in resolve("backends", backend)(conformance.prepared(), batch, chosen).placement.layers)

@@ -25,9 +25,7 @@ from pow2quant.training import checkpoint, distilling, schedule
 from pow2quant.training.batch_norm import MOMENTUM
 from pow2quant.training.exponents import OSCILLATES, REACH, RULES, Exponents
 from pow2quant.training.trainer import Trainer
-
-BACKENDS = ["custom", "aimet"]
-
+from tests.backends import BACKENDS
 
 SHORT = TrainingConfig(epochs=2, learning_rate=1e-3, batch_size=64, mode="full")
 
@@ -145,8 +143,6 @@ def test_a_factor_is_multiplied_in_before_rounding_and_taken_out_again(network, 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_before_training_it_is_folded_to_what_ptq_made(backend, network, data):
-    if backend == "aimet":
-        pytest.importorskip("aimet_torch")
     sim = simulated(network, data, 3, backend)
     before = {name: sim.parameter(name).detach().clone() for name in dict(sim.network.named_parameters())}
     table, images = sim.encodings(), next(iter(data.test))[0]
@@ -163,8 +159,6 @@ def test_before_training_it_is_folded_to_what_ptq_made(backend, network, data):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_unquantized_it_computes_what_the_float_network_computes_in_training(backend, network, data):
     """Logits, gradients and running means and variances."""
-    if backend == "aimet":
-        pytest.importorskip("aimet_torch")
     sim = simulated(network, data, 8, backend)
     trainer = trainer_of(sim, data, network, SHORT)
     trainer.learning.active = frozenset()
@@ -200,8 +194,6 @@ def test_unquantized_it_computes_what_the_float_network_computes_in_training(bac
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_left_in_the_simulation_is_what_was_measured_last(backend, network, data):
-    if backend == "aimet":
-        pytest.importorskip("aimet_torch")
     sim = simulated(network, data, 4, backend)
     trainer = trainer_of(sim, data, network, replace(SHORT, freeze_batch_norm=1.0))
     images = next(iter(data.test))[0]
@@ -250,8 +242,6 @@ def test_a_network_without_batch_norm_is_trained_as_ever(data):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", ["weights", "full"])
 def test_scales_are_powers_of_two_after_every_step_and_the_network_learns(backend, mode, network, data):
-    if backend == "aimet":
-        pytest.importorskip("aimet_torch")
     sim = simulated(network, data, 2, backend)
     trainer = trainer_of(sim, data, network, replace(SHORT, mode=mode, learning_rate=1e-2))
     seen: list[int] = []
