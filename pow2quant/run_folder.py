@@ -24,10 +24,10 @@ SEARCH, STUDY, COMPARISON = "search.json", "study.json", "comparison.json"
 QDQ, FLOAT, ENCODINGS = "model.onnx", "model_float.onnx", "model.encodings"
 
 
-def path_of(given: Any) -> Path:
-    """A folder to write, as it is given in Python; `~` is the home folder. Raises ConfigError for what is no path."""
+def path_of(given: Any, name: str = "output") -> Path:
+    """A path as the argument `name` gives it in Python; `~` is the home folder. Raises ConfigError for what is none."""
     if not isinstance(given, (str, os.PathLike)):
-        raise ConfigError(f"output: expected a path, got a {type(given).__name__}")
+        raise ConfigError(f"{name}: expected a path, got a {type(given).__name__}")
     return Path(given).expanduser()
 
 

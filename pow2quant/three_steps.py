@@ -26,8 +26,8 @@ from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError, OutputError, TrainingError
 from pow2quant.runs import Job, Result, Simulated, finish, quantized, unfinished, write_report
 from pow2quant.runs.chains import to_train
+from pow2quant.runs.chosen import shown
 from pow2quant.runs.quantizing import BACKEND, BITS, Temporary, requested
-from pow2quant.runs.writing import shown
 from pow2quant.training import curves
 from pow2quant.training.learning import Learning
 from pow2quant.training.module import QatModel

@@ -17,7 +17,7 @@ import pytest
 from pow2quant import cli, config, models, run_folder
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError, OutputError
-from pow2quant.runs import Result, ptq, validate
+from pow2quant.runs import Result, validate
 from pow2quant.three_steps import qat
 from pow2quant.training import checkpoint
 from tests.backends import BACKENDS
@@ -128,22 +128,6 @@ def test_two_runs_are_equal_to_the_bit(weights, tmp_path):
         result = run_of(configured(weights, ptq__max_eval_batches=1), folder, progress=False)
         states.append((result.folder / "model.safetensors").read_bytes())
     assert states[0] == states[1]
-
-
-@pytest.mark.parametrize("call", [ptq, qat])
-@pytest.mark.parametrize(
-    ("configuration", "output", "progress", "words"),
-    [
-        ({"seed": 1}, "run", False, "takes a RunConfig and a folder; for a network in Python: "),
-        (RunConfig(), None, False, "output: expected a path, got a NoneType"),
-        (RunConfig(), "run", "yes", "progress: 'yes' is not legal"),
-    ],
-)
-def test_what_the_calls_do_not_take_is_said(call, configuration, output, progress, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=words):
-        call(configuration, output, progress=progress)
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_unfinished_run_is_resumed_or_replaced_but_never_lost(weights, tmp_path):

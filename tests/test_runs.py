@@ -389,6 +389,13 @@ def test_validate_takes_other_encodings_and_refuses_what_has_no_meaning(run: run
         runs.validate(run.folder / "model.onnx", config=RunConfig())
 
 
+def test_the_engine_alone_is_compared_with_onnxruntime(run: runs.Result) -> None:
+    found = runs.validate(run.folder / "model.onnx", max_batches=1, chosen="engine")
+    assert found.agrees
+    assert [a.executor for a in found.agreements] == ["onnxruntime, all optimizations", "integer engine"]
+    assert {a.against for a in found.agreements} == {"onnxruntime, no optimizations"}
+
+
 def test_simulating_a_prepared_network_leaves_it_as_it_was() -> None:
     x = torch.randn(2, 3, 8, 8)
     network = prepare(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), x)

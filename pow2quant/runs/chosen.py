@@ -1,15 +1,49 @@
-"""Methods as people hand them over in Python: by name, with parameters, or as objects."""
+"""What people hand over in Python: methods, a configuration, what shows progress, numbers."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from numbers import Integral
+from typing import Any, cast
 
 from pow2quant import config as configuration
-from pow2quant.config import NONE, Choice
+from pow2quant.backends.base import SILENT, Progress
+from pow2quant.config import NONE, Choice, RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.plugins import names, resolve
+from pow2quant.progress import Bars
+
+
+def shown(progress: Any) -> Progress:
+    """What tells how far a run is. Raises ConfigError for what cannot."""
+    if progress is None or isinstance(progress, bool):
+        return Bars() if progress else SILENT
+    if isinstance(progress, type) or not (hasattr(progress, "track") and hasattr(progress, "note")):
+        what = f"the class {progress.__name__}" if isinstance(progress, type) else repr(progress)
+        raise ConfigError(f"progress: {what} is not legal; legal: True, False, or an object with track and note")
+    return cast(Progress, progress)
+
+
+def config_of(config: Any) -> RunConfig:
+    """A configuration as it is, as nested mappings or as a YAML file; None: the default one. Raises ConfigError."""
+    if config is None:
+        return RunConfig()
+    if isinstance(config, RunConfig):
+        return config
+    if isinstance(config, Mapping):
+        return configuration.from_mapping(config)
+    if isinstance(config, (str, os.PathLike)):
+        return configuration.load(config)
+    raise ConfigError(f"config: expected a RunConfig, a mapping or a YAML file, got a {type(config).__name__}")
+
+
+def from_zero(name: str, value: Any) -> int:
+    """An integer that is not negative. Raises ConfigError for what is none."""
+    if not isinstance(value, Integral) or value < 0:
+        raise ConfigError(f"{name}: {value!r} is not legal; legal: an integer from 0 up")
+    return int(value)
 
 
 def methods_of_argument(methods: Any) -> tuple[list[Any] | None, list[Any] | None]:

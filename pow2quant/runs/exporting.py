@@ -45,7 +45,7 @@ def export(
         if output is None:
             raise ConfigError("output: needed, as what was made in Python has no folder of its own")
         return [exporter(source, _free(output, overwrite))]
-    source = Path(source)
+    source = run_folder.path_of(source, "source")
     if source.is_file() and source.suffix == ".onnx":
         return [exporter(artifact_of(source), _free(output or source.parent / form, overwrite))]
     if source.is_file():
@@ -76,7 +76,7 @@ def resources_of(source: str | Path) -> dict[str, int | None] | None:
 
 def artifact_of(source: str | Path) -> Artifact:
     """The quantized network in a run's folder or a QDQ file."""
-    path = Path(source)
+    path = run_folder.path_of(source, "source")
     file = path / run_folder.QDQ if path.is_dir() else path
     if not file.is_file():
         raise FileFormatError(f"{path}: holds no {run_folder.QDQ}; give the folder of a finished run")

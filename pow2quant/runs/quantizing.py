@@ -22,10 +22,10 @@ from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.frontends.export import module_of
 from pow2quant.models import PYTHON
-from pow2quant.runs.chosen import methods_of_argument
+from pow2quant.runs.chosen import config_of, methods_of_argument, shown
 from pow2quant.runs.job import Given
 from pow2quant.runs.result import Result
-from pow2quant.runs.writing import ptq, shown
+from pow2quant.runs.writing import ptq
 
 BITS, BACKEND = "w8a8", "custom"
 
@@ -99,7 +99,7 @@ def requested(
     """
     model = module_of(model)
     chosen, own = methods_of_argument(methods)
-    base = _base(config)
+    base = config_of(config)
     values = (
         _model_values(model, data) | _bits_of(bits, config) | {"task": task, "ptq.methods": chosen, "target": target}
     )
@@ -121,18 +121,6 @@ class Temporary:
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix="pow2quant-"))
         weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
-
-def _base(config: Any) -> RunConfig:
-    if config is None:
-        return RunConfig()
-    if isinstance(config, RunConfig):
-        return config
-    if isinstance(config, Mapping):
-        return configuration.from_mapping(config)
-    if isinstance(config, (str, os.PathLike)):
-        return configuration.load(config)
-    raise ConfigError(f"config: expected a RunConfig, a mapping or a YAML file, got a {type(config).__name__}")
 
 
 def _is_name(data: Any) -> bool:

@@ -20,7 +20,7 @@ from pow2quant.errors import ConfigError, DataError, EncodingError, ModelError, 
 from pow2quant.frontends.prepare import is_prepared, prepare
 from pow2quant.reading import Checked, Signature
 from pow2quant.runs.calling import described
-from pow2quant.runs.chosen import method_of
+from pow2quant.runs.chosen import method_of, shown
 from pow2quant.runs.job import call, simulation_of
 
 
@@ -96,7 +96,7 @@ class Simulated:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"the network fails on calibration data of {what}: {reason}") from error
 
-    def apply(self, method: Any, data: Any = None, progress: Progress = SILENT) -> Simulated:
+    def apply(self, method: Any, data: Any = None, progress: bool | Progress = SILENT) -> Simulated:
         """Applies a method: its name (`adaround`, `gpfq:conv_scalar=1.16`), `{name: {key: value}}`, or an object.
 
         data: default: those of the last `calibrate`. Returns itself. Raises ConfigError for what is no method, or
@@ -112,7 +112,7 @@ class Simulated:
         if not batches:
             raise DataError("data: needed; calibrate(data) first, or apply(method, data)")
         with torch.enable_grad():  # some methods learn
-            call(made.apply, self.simulation, batches, progress=progress)
+            call(made.apply, self.simulation, batches, progress=shown(progress))
         return self
 
     def export(self, to: Batch | str | os.PathLike[str] | None = None) -> Artifact:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from pow2quant.errors import ConfigError, FileFormatError, MissingExtraError, na
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.plugins import names
 from pow2quant.reading import Signature
+from pow2quant.runs.chosen import config_of, from_zero, shown
 from pow2quant.runs.computing import device_of
 from pow2quant.runs.executors import SIMULATION, compared, executors, simulation_executor
 from pow2quant.runs.job import Job, network_of, simulation_of
@@ -66,27 +68,32 @@ def validate(
     source: str | Path | Artifact | Simulated | Result,
     *,
     data: Any = None,
-    encodings: Path | None = None,
-    config: RunConfig | None = None,
+    encodings: str | os.PathLike[str] | None = None,
+    config: RunConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     max_batches: int | None = None,
     seed: int = 0,
-    progress: Progress = SILENT,
-    chosen: Sequence[str] = (),
+    progress: bool | Progress = SILENT,
+    chosen: str | Sequence[str] = (),
 ) -> Validation:
     """Runs every executor of a quantized network on the same inputs, and counts the elements in which they differ.
 
     source: a run's folder, on its test data or on `data`; a QDQ ONNX file (or a float one, with `encodings`), a run's
     result, or what `simulate` and its `export` return, on `data` or on random inputs. data: in any form that
     `quantize` takes. config: in place of the run's own, where its data or its device are elsewhere now. chosen:
-    validators by name, in place of those of the run's target; a file is then compared with the integer engine.
+    validators by name, in place of those of the run's target; a file is then compared with the integer engine, and the
+    engine alone with onnxruntime.
     """
+    progress, seed = shown(progress), from_zero("seed", seed)
+    max_batches = None if max_batches is None else from_zero("max_batches", max_batches)
+    chosen = [chosen] if isinstance(chosen, str) else list(chosen or ())
     if isinstance(source, Result):
         source = source.simulation
     if isinstance(source, (Artifact, Simulated)):
         return _validate_object(source, data, max_batches, seed, progress, chosen)
-    source = Path(source)
+    source = run_folder.path_of(source, "source")
+    encodings = None if encodings is None else run_folder.path_of(encodings, "encodings")
     if source.is_dir():
-        config = config or configuration.load(source / run_folder.CONFIG)
+        config = config_of(config or source / run_folder.CONFIG)
         return _validate_run(source, config, encodings, max_batches, progress, chosen, data)
     if config is not None:
         raise ConfigError(f"{source}: a configuration (or a device) is for the folder of a run, not for a file")
@@ -154,9 +161,15 @@ def _validate_file(
     batches = _batches(file, max_batches, seed) if data is None else _own_batches(data, file.model, max_batches)
     left_out: dict[str, str] = {}
     named = ("engine", *(name for name in chosen if name != "engine")) if chosen else ()
-    reference, *others = (*first, *executors(file.path, None, left_out, targets.of(file.model), named))
+    taking_part = [*first, *executors(file.path, None, left_out, targets.of(file.model), named)]
+    if len(taking_part) == 1:
+        taking_part[:0] = executors(file.path, None, left_out, chosen=("onnxruntime",))
     found = compare(
-        reference, others, progress.track(batches, "comparing", len(batches)), file.network, proof=certificate
+        taking_part[0],
+        taking_part[1:],
+        progress.track(batches, "comparing", len(batches)),
+        file.network,
+        proof=certificate,
     )
     return Validation(tuple(found), ort.inspect(file), certificate, left_out)
 

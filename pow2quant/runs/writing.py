@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +26,13 @@ from pow2quant.frontends.prepare import unrolled
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.integer.resources import resources
 from pow2quant.plugins import resolve
-from pow2quant.progress import Bars
 from pow2quant.report import document, statistics
 from pow2quant.report.network import describe
 from pow2quant.report.pages import rebuild
 from pow2quant.runs import unfinished
 from pow2quant.runs.chains import with_chain
 from pow2quant.runs.choosing import decided
+from pow2quant.runs.chosen import shown
 from pow2quant.runs.evaluating import evaluation_of
 from pow2quant.runs.executors import SIMULATION, compared, executors, runner, simulation_executor
 from pow2quant.runs.job import NOTHING, Given, Job, methods_of
@@ -72,16 +72,6 @@ def ptq(
         report["duration_seconds"] = round(time.monotonic() - started, 2)
         write_report(folder, report)
     return Result(target, report, tuple(agreements), Simulated(sim, job.example))
-
-
-def shown(progress: Any) -> Progress:
-    """What tells how far a run is. Raises ConfigError for what cannot."""
-    if progress is None or isinstance(progress, bool):
-        return Bars() if progress else SILENT
-    if isinstance(progress, type) or not (hasattr(progress, "track") and hasattr(progress, "note")):
-        what = f"the class {progress.__name__}" if isinstance(progress, type) else repr(progress)
-        raise ConfigError(f"progress: {what} is not legal; legal: True, False, or an object with track and note")
-    return cast(Progress, progress)
 
 
 def quantized(
