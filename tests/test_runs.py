@@ -3,8 +3,11 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -394,6 +397,17 @@ def test_the_engine_alone_is_compared_with_onnxruntime(run: runs.Result) -> None
     assert found.agrees
     assert [a.executor for a in found.agreements] == ["onnxruntime, all optimizations", "integer engine"]
     assert {a.against for a in found.agreements} == {"onnxruntime, no optimizations"}
+
+
+def test_random_inputs_are_made_when_they_are_needed(run: runs.Result) -> None:
+    def interrupted(items: Iterable[Any], title: str, total: int) -> Iterator[Any]:
+        assert total == 10**12
+        yield next(iter(items))
+        raise KeyboardInterrupt
+
+    progress: Any = SimpleNamespace(track=interrupted, note=print)
+    with pytest.raises(KeyboardInterrupt):
+        runs.validate(run.folder / "model.onnx", max_batches=10**12, progress=progress)
 
 
 def test_simulating_a_prepared_network_leaves_it_as_it_was() -> None:

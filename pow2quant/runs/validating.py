@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from onnx import ModelProto
 from pow2quant import config as configuration
 from pow2quant import datasets, run_folder, targets
 from pow2quant.adapters import aimet_encodings, onnx_qdq
+from pow2quant.adapters.onnx_qdq.batch import fixed_batch
 from pow2quant.artifact import Agreement, Artifact
 from pow2quant.backends.base import SILENT, Progress, inputs
 from pow2quant.config import RunConfig
@@ -158,7 +159,7 @@ def _validate_file(
     """first: what is compared with beside the file's own executors, in front of them."""
     assert file.path is not None
     certificate = certify(file.network)
-    batches = _batches(file, max_batches, seed) if data is None else _own_batches(data, file.model, max_batches)
+    batches, count = _batches(file, max_batches, seed) if data is None else _own_batches(data, file.model, max_batches)
     left_out: dict[str, str] = {}
     named = ("engine", *(name for name in chosen if name != "engine")) if chosen else ()
     taking_part = [*first, *executors(file.path, None, left_out, targets.of(file.model), named)]
@@ -167,27 +168,29 @@ def _validate_file(
     found = compare(
         taking_part[0],
         taking_part[1:],
-        progress.track(batches, "comparing", len(batches)),
+        progress.track(batches, "comparing", count),
         file.network,
         proof=certificate,
     )
     return Validation(tuple(found), ort.inspect(file), certificate, left_out)
 
 
-def _batches(file: QdqFile, limit: int | None, seed: int) -> list[list[NDArray[Any]]]:
-    """Random inputs."""
-    return list(ort.random_batches(file, limit * ort.BATCH if limit else RANDOM_SAMPLES, seed))
+def _batches(file: QdqFile, limit: int | None, seed: int) -> tuple[Iterable[list[NDArray[Any]]], int]:
+    """Random inputs and how many batches they are; made one by one, as a limit may be larger than memory."""
+    samples = limit * ort.BATCH if limit else RANDOM_SAMPLES
+    return ort.random_batches(file, samples, seed), -(-samples // (fixed_batch(file.model) or ort.BATCH))
 
 
-def _own_batches(data: Any, model: ModelProto, limit: int | None) -> list[list[NDArray[Any]]]:
-    """The inputs of the user's data; the evaluation part of a pair. Raises DataError for data that do not fit."""
+def _own_batches(data: Any, model: ModelProto, limit: int | None) -> tuple[Iterable[list[NDArray[Any]]], int]:
+    """Inputs of the user's data, and how many batches; the evaluation part of a pair. Raises DataError for others."""
     names = tuple(value.name for value in model.graph.input)
     test = (
         data_of(data, "data", ort.BATCH, ort.BATCH)
         .with_parts(lambda part: replace(part, signature=Signature(names, len(names))))
         .test
     )
-    return [[x.numpy() for x in inputs(batch)] for batch, _ in islice(test, limit)]
+    found = [[x.numpy() for x in inputs(batch)] for batch, _ in islice(test, limit)]
+    return found, len(found)
 
 
 def _validate_run(
