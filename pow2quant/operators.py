@@ -85,7 +85,7 @@ OPERATIONS: dict[str, Operation] = {
     **_rows("Flatten Squeeze Unsqueeze", _PASS, Values.MOVED, propagated=True),
     **_rows("Reshape Slice Transpose", _PASS, Values.MOVED, _BETWEEN, propagated=True),
     **_rows("Expand Gather", _PASS, Values.MOVED, _BETWEEN),
-    **_rows("DepthToSpace SpaceToDepth Split Tile", _PASS, Values.MOVED),
+    **_rows("DepthToSpace GatherElements SpaceToDepth Split Tile", _PASS, Values.MOVED),
     **_rows("Dropout Identity", _PASS, Values.MOVED, keeps_axes=True),
     **_rows("Pad", _PASS, Values.FILLED, _BETWEEN),
     **_rows("Resize", _PASS, Values.FILLED),
@@ -95,6 +95,7 @@ OPERATIONS: dict[str, Operation] = {
     **_rows("Concat", Kind.CONCAT, Values.JOINED, _BETWEEN, kernel=True),
     **_rows("Max Min", _COMPUTE, Values.JOINED, _BETWEEN, keeps_axes=True),
     **_rows("Where", _COMPUTE, Values.JOINED, _BETWEEN),
+    **_rows("ScatterElements", _COMPUTE, Values.JOINED),
     **_rows("ArgMax", Kind.INDEX, Values.NONE),
     **_rows("Constant", _COMPUTE, Values.NONE),
     **_rows("Shape", Kind.INDEX, Values.NONE),
@@ -104,7 +105,7 @@ OPERATIONS: dict[str, Operation] = {
     **_rows("Sigmoid Tanh", _COMPUTE, Values.FUNCTION, Double.ABOVE_8_BITS),
     **_rows("Cos Exp Log Pow Sin Sqrt", _COMPUTE, Values.FUNCTION, Double.ALWAYS),
     **_rows("LayerNormalization LogSoftmax Softmax", _COMPUTE, Values.FLOAT, Double.ALWAYS),
-    **_rows("Div ReduceLogSumExp ReduceProd", _COMPUTE, Values.FLOAT, Double.ALWAYS),
+    **_rows("Div GridSample ReduceLogSumExp ReduceProd", _COMPUTE, Values.FLOAT, Double.ALWAYS),
     **_rows("CumSum", _COMPUTE, Values.FLOAT),
 }
 """By ONNX operation type (domain `ai.onnx`)."""

@@ -225,8 +225,8 @@ def test_a_mask_becomes_part_of_the_softmax():
     ("function", "names"),
     [
         (lambda x: torch.fft.rfft2(x).real, "fft_rfft2"),
-        (lambda x: F.grid_sample(x, torch.tanh(x[:, :2].permute(0, 2, 3, 1)), align_corners=True), "grid"),
-        (lambda x: x.sort(1)[1], "the places"),
+        (lambda x: F.grid_sample(x[:, None], torch.tanh(x[:, :3, None].permute(0, 2, 3, 4, 1))), "in 3-D"),
+        (lambda x: x.sort(0)[1], "along the batch"),
         (lambda x: F.fractional_max_pool2d(x, 2, 3), "fractional_max_pool2d"),
         (lambda x: torch.tril(x.mean((2, 3))), "tril is not prepared as it is written"),
     ],

@@ -30,7 +30,7 @@ Parts = Callable[[fx.Node, int], fx.Node]
 Handler = Callable[["Builder", fx.Node, SimpleNamespace], "fx.Node | Parts"]
 """A row of `aten`: (builder, captured node, its arguments by the names of the schema) -> the result."""
 
-SIZED = frozenset({"view", "reshape", "_unsafe_view", "expand", "unflatten", "repeat"})
+SIZED = frozenset({"view", "reshape", "_unsafe_view", "expand", "unflatten", "repeat", "affine_grid_generator"})
 """Operations whose size arguments may hold the batch size: their rows look at the result's shape instead."""
 
 
@@ -216,7 +216,9 @@ class Builder:
         """Whether a prepared node's values are integers that follow from such alone."""
         module = self.modules.get(str(node.target))
         real = TRUTH in node.meta or isinstance(module, (m.Compare, m.CompareIntegers, m.Real))
-        return isinstance(module, m.ArgMax) or (not real and all(map(self._is_counted, node.all_input_nodes)))
+        return isinstance(module, (m.ArgMax, m.Places, m.Whole)) or (
+            not real and all(map(self._is_counted, node.all_input_nodes))
+        )
 
     def _stays_truth(self, node: fx.Node) -> bool:
         """Whether a prepared node's values are 0 and 1, also where the user's are integers or reals."""

@@ -11,7 +11,17 @@ from torch import fx, nn
 
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends.modules import CONVOLUTIONS, TRANSPOSED
-from pow2quant.frontends.rows import arithmetic, composed, constants, functions, normalization, pooling, shape, weighted
+from pow2quant.frontends.rows import (
+    arithmetic,
+    composed,
+    constants,
+    counting,
+    functions,
+    normalization,
+    pooling,
+    shape,
+    weighted,
+)
 from pow2quant.frontends.writing import Operator, Rows, many
 
 OPERATORS: Rows = {
@@ -23,6 +33,7 @@ OPERATORS: Rows = {
     **arithmetic.ROWS,
     **shape.ROWS,
     **constants.ROWS,
+    **counting.ROWS,
 }
 
 

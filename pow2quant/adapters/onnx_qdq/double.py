@@ -34,15 +34,17 @@ AGAIN = "/again"
 NOT_FLOAT = ("Shape", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "Not", "And", "Or")
 """Operations whose results are no floats."""
 
+FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
 _UNKNOWN = Operation(Kind.COMPUTE, Values.FLOAT)
 
 
 def widen(graph: onnx.GraphProto, table: Table) -> None:
     """Puts Casts around the functions that need it, in place. table: encodings by tensor name."""
-    wide = _chosen(graph, table)
+    exact = _without_fraction(graph)
+    wide = _chosen(graph, table, exact)
     if not wide:
         return
-    exact = _without_fraction(graph)
     index = GraphIndex(graph)
     results = {name for node in graph.node if node.output[0] in wide for name in node.output} - exact
     inner = {n for n in results if n not in table and _stays_inside(index, n, wide)}
@@ -80,10 +82,11 @@ def narrow(graph: onnx.GraphProto) -> None:
     graph.node.extend(kept)
 
 
-def _chosen(graph: onnx.GraphProto, table: Table) -> set[str]:
+def _chosen(graph: onnx.GraphProto, table: Table, exact: set[str]) -> set[str]:
     """The nodes to widen, by their first result: those that need it, and what an unrounded tensor joins to them."""
     index = GraphIndex(graph)
-    pending = [node for node in graph.node if not is_exact(node) and _needs_double(node, table, index)]
+    real = {node.output[0] for node in graph.node if not is_exact(node) and not exact.issuperset(node.input)}
+    pending = [node for node in graph.node if node.output[0] in real and _needs_double(node, table, index)]
     wide = {node.output[0] for node in pending}
     while pending:
         node = pending.pop()
@@ -92,7 +95,7 @@ def _chosen(graph: onnx.GraphProto, table: Table) -> set[str]:
         for other in beside:
             if (
                 other.output[0] in wide
-                or is_exact(other)
+                or other.output[0] not in real
                 or OPERATIONS.get(other.op_type, _UNKNOWN).double is Double.NEVER
             ):
                 continue
@@ -119,6 +122,12 @@ def _without_fraction(graph: onnx.GraphProto) -> set[str]:
     moves = {name for name, row in OPERATIONS.items() if row.kind in (Kind.PASS, Kind.CONCAT)}
     for node in graph.node:
         counts = OPERATIONS.get(node.op_type, _UNKNOWN).kind is Kind.INDEX or node.op_type in NOT_FLOAT
+        if node.op_type == "Cast":
+            counts = helper.get_node_attr_value(node, "to") not in FLOATS
+        elif node.op_type == "TopK":
+            found.add(node.output[1])
+        elif node.input:
+            counts = counts or found.issuperset(node.input)
         if counts or (node.op_type in moves and node.input and node.input[0] in found):
             found.update(node.output)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pow2quant.frontends.aten import (
     arithmetic,
     attention,
+    counting,
     functions,
     indexing,
     layers,
@@ -31,5 +32,6 @@ ROWS: dict[str, Handler] = {
     **recurrent.ROWS,
     **reductions.ROWS,
     **shapes.ROWS,
+    **counting.ROWS,
 }
 """By the operation's name without namespace and overload; `relu` stands for `relu_`, too."""

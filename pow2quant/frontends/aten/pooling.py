@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.aten.functions import given
-from pow2quant.frontends.aten.layers import numbers
+from pow2quant.frontends.aten.layers import numbers, of_rows
 from pow2quant.frontends.builder import Builder, Handler, Parts
 
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
@@ -165,10 +165,17 @@ def _smooth(operation: Any) -> Handler:
     return handler
 
 
+SAMPLED, BORDERS = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
+"""By PyTorch's numbers."""
+
+
 def _grid_sample(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     """With a constant grid: weighted sums of all places of the map."""
-    if b.is_data(a.grid) or b.rank(a.input) != 4:
-        raise b.unsupported(node, "grid_sample() with a grid that is computed from the inputs, or in 3-D")
+    if b.rank(a.input) != 4:
+        raise b.unsupported(node, "grid_sample() in 3-D")
+    if b.is_data(a.grid):
+        module = m.GridSample(SAMPLED[a.interpolation_mode], BORDERS[a.padding_mode], bool(a.align_corners))
+        return b.call(node, module, b.operand(node, a.input), b.operand(node, a.grid))
     _, channels, height, width = b.shape(a.input)
     grid = b.tensor(node, a.grid)[:1].double()
 
@@ -180,6 +187,18 @@ def _grid_sample(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     flat = b.call(node, m.Reshape((-1, channels, height * width)), b.operand(node, a.input))
     result = b.call(node, m.Resample.of([sampled], [height * width]), flat, kind="sample")
     return b.call(node, m.Reshape(b.shape_with_batch(node)), result)
+
+
+def _affine_grid(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """Places of (N, H, W), each a sum of theta's columns: (N, 2, 3) -> (N, H, W, 2)."""
+    if b.rank(a.theta) != 3:
+        raise b.unsupported(node, "affine_grid() in 3-D")
+    _, height, width, _ = b.shape(node)
+    units = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
+    places = torch.nn.functional.affine_grid(units, [1, 1, height, width], bool(a.align_corners)).reshape(-1, 2)
+    weight = torch.cat((places, torch.ones(len(places), 1)), 1)
+    found = of_rows(b, node, b.operand(node, a.theta), (-1, 2, height * width), weight)
+    return b.call(node, m.Reshape(b.shape_with_batch(node)), b.call(node, m.Permute((0, 2, 1)), found))
 
 
 POOL: Sequence[str] = ("kernel_size", "stride", "padding")
@@ -200,4 +219,5 @@ ROWS: dict[str, Handler] = {
     "_upsample_bilinear2d_aa": _smooth(torch.ops.aten._upsample_bilinear2d_aa),
     "_upsample_bicubic2d_aa": _smooth(torch.ops.aten._upsample_bicubic2d_aa),
     "grid_sampler": _grid_sample,
+    "affine_grid_generator": _affine_grid,
 }

@@ -70,6 +70,15 @@ def _cdist(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return b.call(node, m.Norm([b.rank(node)], False, int(a.p)), difference)
 
 
+def _pairwise_distance(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """The norm of the differences along the last dimension, a small number added to each."""
+    if a.p not in (1, 2):
+        raise b.unsupported(node, f"distances of order {a.p}; 1 and 2 are supported")
+    difference = b.call(node, m.Sub(), b.operand(node, a.x1), b.operand(node, a.x2))
+    shifted = b.call(node, m.Scale(1.0, float(a.eps)), difference)
+    return b.call(node, m.Norm([b.rank(a.x1) - 1], bool(a.keepdim), int(a.p)), shifted)
+
+
 def _unsqueezed(b: Builder, node: fx.Node, x: fx.Node, at: int) -> fx.Node:
     if not b.is_data(x):
         return b.hold(node, b.tensor(node, x).unsqueeze(at))
@@ -118,9 +127,9 @@ def _topk(b: Builder, node: fx.Node, a: SimpleNamespace) -> Parts:
     dim = int(a.dim) % b.rank(a.self)
 
     def part(user: fx.Node, index: int) -> fx.Node:
-        if index or b.free(a.self)[dim] or not a.sorted:
-            raise b.unsupported(user, "topk(): the places, the batch, or unsorted values")
-        return b.call(user, m.TopK(int(a.k), dim, bool(a.largest)), b.operand(user, a.self))
+        if b.free(a.self)[dim] or not a.sorted:
+            raise b.unsupported(user, "topk(): of the batch, or unsorted values")
+        return b.call(user, (m.Places if index else m.TopK)(int(a.k), dim, bool(a.largest)), b.operand(user, a.self))
 
     return part
 
@@ -129,9 +138,10 @@ def _sort(b: Builder, node: fx.Node, a: SimpleNamespace) -> Parts:
     dim = int(a.dim) % b.rank(a.self)
 
     def part(user: fx.Node, index: int) -> fx.Node:
-        if index or b.free(a.self)[dim]:
-            raise b.unsupported(user, "sort(): the places, or along the batch")
-        return b.call(user, m.TopK(b.shape(a.self)[dim], dim, bool(a.descending)), b.operand(user, a.self), kind="sort")
+        if b.free(a.self)[dim]:
+            raise b.unsupported(user, "sort() along the batch")
+        module = (m.Places if index else m.TopK)(b.shape(a.self)[dim], dim, bool(a.descending))
+        return b.call(user, module, b.operand(user, a.self), kind="sort")
 
     return part
 
@@ -174,10 +184,11 @@ ROWS: dict[str, Handler] = {
     "maximum": _extreme(m.Largest, m.Maximum), "minimum": _extreme(m.Least, m.Minimum),
     "fmax": _extreme(m.Largest, m.Maximum), "fmin": _extreme(m.Least, m.Minimum),
     "var": _spread(root=False), "std": _spread(root=True),
-    "linalg_vector_norm": _norm, "norm": _norm, "cdist": _cdist,
+    "linalg_vector_norm": _norm, "norm": _norm, "cdist": _cdist, "pairwise_distance": _pairwise_distance,
     "logsumexp": _reduction(m.LogSumExp), "prod": _reduction(m.Product),
     "argmax": _arg(1), "argmin": _arg(-1), "topk": _topk,
     "cumsum": lambda b, node, a: b.call(node, m.CumSum(*dimensions(b, node, a)), b.operand(node, a.self)),
-    "sort": _sort, "median": _ranked(lambda n, a: (n + 1) // 2), "kthvalue": _ranked(lambda n, a: int(a.k)),
+    "sort": _sort, "argsort": lambda b, node, a: _sort(b, node, a)(node, 1),
+    "median": _ranked(lambda n, a: (n + 1) // 2), "kthvalue": _ranked(lambda n, a: int(a.k)),
     "cumprod": _cumprod,
 }  # fmt: skip

@@ -29,7 +29,18 @@ from pow2quant.frontends.modules.arithmetic import (
     Sum,
     Variance,
 )
-from pow2quant.frontends.modules.constants import ArgMax, CompareIntegers, Constant, Embedding, Expand, Real
+from pow2quant.frontends.modules.constants import Constant, Embedding, Expand
+from pow2quant.frontends.modules.counting import (
+    ArgMax,
+    CompareIntegers,
+    Count,
+    CountUp,
+    Gathered,
+    Places,
+    Real,
+    Scattered,
+    Whole,
+)
 from pow2quant.frontends.modules.exact import Exact
 from pow2quant.frontends.modules.functions import (
     ELU,
@@ -78,7 +89,7 @@ from pow2quant.frontends.modules.normalization import (
     RMSNorm,
     Softmax,
 )
-from pow2quant.frontends.modules.resampling import Resample
+from pow2quant.frontends.modules.resampling import GridSample, Resample
 from pow2quant.frontends.modules.shape import (
     Concat,
     ConstantPad,
@@ -111,6 +122,8 @@ __all__ = [
     "Constant",
     "ConstantPad",
     "Cos",
+    "Count",
+    "CountUp",
     "CumSum",
     "Div",
     "Embedding",
@@ -120,6 +133,8 @@ __all__ = [
     "Expand",
     "Floor",
     "FloorDivide",
+    "Gathered",
+    "GridSample",
     "GroupNorm",
     "HardSwish",
     "Hardsigmoid",
@@ -144,6 +159,7 @@ __all__ = [
     "Norm",
     "Normalize",
     "Permute",
+    "Places",
     "Pow",
     "Product",
     "RMSNorm",
@@ -157,6 +173,7 @@ __all__ = [
     "Rsqrt",
     "Scale",
     "ScaledELU",
+    "Scattered",
     "Select",
     "SiLU",
     "Sigmoid",
@@ -176,6 +193,7 @@ __all__ = [
     "Threshold",
     "TopK",
     "Variance",
+    "Whole",
     "ZeroPad",
     "depthwise",
 ]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pow2quant.frontends.modules.functions import RELATIONS
 from pow2quant.frontends.modules.rounded import Described
 
 
@@ -45,41 +43,3 @@ class Embedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.embedding(input, self.weight)
-
-
-class CompareIntegers(nn.Module):
-    """1 where an integer is equal to, larger, less, … than a constant one, else 0. relation: ONNX's name of it.
-
-    values: integers of any shape that broadcasts against the operand.
-    """
-
-    def __init__(self, relation: str, values: Tensor) -> None:
-        super().__init__()
-        self.relation = relation
-        self.register_buffer("values", values.detach().clone().long())
-
-    values: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return RELATIONS[self.relation](x, self.values).float()
-
-    def extra_repr(self) -> str:
-        return f"{self.relation}, shape={tuple(self.values.shape)}"
-
-
-class Real(nn.Module):
-    """Integers that count, as real numbers."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.float()
-
-
-class ArgMax(nn.Module):
-    """The index of the largest value along `dim`, the first of equal ones."""
-
-    def __init__(self, dim: int, keepdim: bool) -> None:
-        super().__init__()
-        self.dim, self.keepdim = dim, keepdim
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.argmax(x, self.dim, self.keepdim)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from pow2quant.frontends.modules.rounded import single
+from pow2quant.frontends.modules.rounded import Rounded, single
 
 LARGEST_DIVISOR = 1 << 12
 """Weights are integers over a divisor up to here where there is one, otherwise over this power of two times 16."""
@@ -57,6 +58,19 @@ class Resample(nn.Module):
             weights.append(integers)
             divisor *= own
         return cls(dims, weights, divisor)
+
+
+class GridSample(Rounded):
+    """Values of the first operand, (N, C, H, W), at the places that the second, (N, H', W', 2), says."""
+
+    def __init__(self, mode: str, border: str, aligned: bool) -> None:
+        """mode: bilinear, nearest or bicubic. border: zeros, border or reflection. aligned: -1 and 1 are centres."""
+        super().__init__()
+        self.mode, self.border, self.aligned = mode, border, aligned
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        x, grid = tensors
+        return F.grid_sample(x, grid, self.mode, self.border, self.aligned)
 
 
 def _over_a_divisor(rows: Tensor) -> tuple[Tensor, int]:

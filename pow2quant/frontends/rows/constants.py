@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.rows.composed import FLOAT, INT64, compared
-from pow2quant.frontends.writing import Formula, Node, OnnxGraph, Operator, Rows, formula, plain
+from pow2quant.frontends.writing import Formula, Node, OnnxGraph, Operator, Rows
 from pow2quant.operators import Kind
 
 
@@ -25,15 +24,8 @@ def _embedding(module: m.Embedding, node: Node, graph: OnnxGraph) -> None:
     graph.node("Gather", [node.parameters["weight"], node.inputs[0]], node.output, node.name, axis=0)
 
 
-def _compare_integers(f: Formula, module: m.CompareIntegers, x: str) -> str:
-    return compared(f, module.relation, f("Cast", x, to=INT64), f.integers(module.values.cpu().numpy()))
-
-
 ROWS: Rows = {
     m.Constant: Operator("Constant", _constant, stored="value", integers=True, proved=True),
     m.Expand: Operator("Expand", _expand, integers=True, proved=True),
     m.Embedding: Operator("Gather", _embedding, stored="weight", own=Kind.COMPUTE, integers=True, proved=True),
-    m.CompareIntegers: Operator("Cast", formula(_compare_integers), integers=True, proved=True),
-    m.Real: Operator("Cast", plain("Cast", to=FLOAT), integers=True),
-    m.ArgMax: Operator("ArgMax", plain("ArgMax", lambda x: {"axis": x.dim, "keepdims": int(x.keepdim)}), proved=True),
 }

@@ -50,7 +50,13 @@ def _resample(module: m.Resample, node: Node, graph: OnnxGraph) -> None:
     formula(write)(module, node, graph)
 
 
+def _grid_sample(f: Formula, module: m.GridSample, x: str, grid: str) -> str:
+    mode = {"bilinear": "linear", "bicubic": "cubic"}.get(module.mode, module.mode)
+    return f("GridSample", x, grid, mode=mode, padding_mode=module.border, align_corners=int(module.aligned))
+
+
 ROWS: Rows = {
+    m.GridSample: Operator("GridSample", formula(_grid_sample)),
     m.Resample: Operator("Div", _resample),
     nn.AvgPool1d: Operator("AveragePool", _pool("AveragePool", 1), integers=True, proved=True),
     nn.AvgPool2d: Operator("AveragePool", _pool("AveragePool", 2), integers=True, proved=True),
