@@ -6,6 +6,6 @@ python benchmarks/zoo.py benchmarks/odd_networks.py --results odd.jsonl --page d
 
 from __future__ import annotations
 
-from odd import ZOO, attention, code, formulas, sequences, vision
+from odd import ZOO, attention, code, formulas, places, sequences, vision
 
-__all__ = ["ZOO", "attention", "code", "formulas", "sequences", "vision"]
+__all__ = ["ZOO", "attention", "code", "formulas", "places", "sequences", "vision"]
