@@ -71,6 +71,37 @@ CASES: dict[str, Case] = {
     "CompareIntegers": Case(lambda s, x: s("op", m.CompareIntegers("NotEqual", torch.arange(6)), x), TOKENS),
     "Real": Case(lambda s, x: s("op", m.Real(), x), TOKENS, proved=False),
     "ArgMax": Case(lambda s, x: (x, s("op", m.ArgMax(1, keepdim=False), x)), integers=False),
+    "Places": Case(lambda s, x: (x, s("op", m.Places(3, 1), x)), integers=False),
+    "Gathered": Case(lambda s, x: s("op", m.Gathered(1), x, s("p", m.Places(3, 1), x)), integers=False),
+    "Scattered": Case(
+        lambda s, x: s("op", m.Scattered(1), x, s("p", m.Places(3, 1), x), s("v", m.TopK(3, 1), x)), integers=False
+    ),
+    "Count": Case(
+        lambda s, x: s("e", m.Embedding(60, 8), s("op", m.Count("Add", torch.arange(6)), x)),
+        TOKENS,
+        integers=False,
+        proved=False,
+    ),
+    "CountUp": Case(
+        lambda s, x: s(
+            "e",
+            m.Embedding(60, 8),
+            s("op", m.CountUp(1), s("c", m.Whole(), s("t", m.CompareIntegers("Less", torch.tensor(9)), x))),
+        ),
+        TOKENS,
+        integers=False,
+        proved=False,
+    ),
+    "GridSample": Case(
+        lambda s, x: s(
+            "op",
+            m.GridSample("bilinear", "zeros", True),
+            x,
+            s("p", m.Permute((0, 2, 3, 1)), s("c", nn.Conv2d(8, 2, 1), x)),
+        ),
+        integers=False,
+        proved=False,
+    ),
 }
 
 FUNCTIONS = [

@@ -45,7 +45,7 @@ ROWS: Rows = {
     m.Real: Operator("Cast", plain("Cast", to=FLOAT), integers=True),
     m.Whole: Operator("Cast", formula(lambda f, module, x: f("Cast", f("Round", x), to=INT64)), own=Kind.INDEX),
     m.ArgMax: Operator("ArgMax", plain("ArgMax", lambda x: {"axis": x.dim, "keepdims": int(x.keepdim)}), proved=True),
-    m.Places: Operator("TopK", _places, own=Kind.INDEX),
-    m.Gathered: Operator("GatherElements", plain("GatherElements", lambda x: {"axis": x.dim})),
-    m.Scattered: Operator("ScatterElements", formula(_scattered)),
+    m.Places: Operator("TopK", _places, own=Kind.INDEX, proved=True),
+    m.Gathered: Operator("GatherElements", plain("GatherElements", lambda x: {"axis": x.dim}), proved=True),
+    m.Scattered: Operator("ScatterElements", formula(_scattered), proved=True),
 }
