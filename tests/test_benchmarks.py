@@ -109,7 +109,9 @@ def test_the_table_of_vendors_shows_its_rows(tmp_path: Path, monkeypatch: pytest
     assert row.sqnr_db > 20
 
 
-def test_the_table_of_peers_has_the_closest_first() -> None:
+def test_the_page_of_peers_shows_its_rows() -> None:
+    page = ROOT / "docs" / "peers.md"
+    assert page.read_text(encoding="utf-8") == compare.put(page, compare.load(ROOT / "docs" / "peers.json"))
     row = compare.Row("net", "4:8", "auto", "bias_correction", 9, 4, "top1", 90.0, 89.0, 20.0, 0.25, 0.5, "2026-11-28")
     other = replace(row, tool="brevitas 1.0", chain=None, sqnr_db=21.0, behind=None, error=None)
     lines = compare.rendered([row, other]).splitlines()
