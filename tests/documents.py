@@ -171,7 +171,7 @@ def _call(words: list[str], statuses: set[int], place: str) -> str:
         assert all(re.search(rf"^{goal}:", makefile, re.MULTILINE) for goal in goals), f"{place}: {words}"
         return ""
     if words[0] == "python" and words[1].startswith("benchmarks/"):
-        scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+        scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py"))
         assert (ROOT / words[1]).is_file(), f"{place}: {words[1]}"
         assert all(f'"{word}"' in scripts for word in words[2:] if word.startswith("--")), f"{place}: {words}"
         return ""

@@ -47,7 +47,7 @@ def module(path: Path) -> ModuleType:
 
 
 def benchmarks_flags() -> set[str]:
-    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py"))
     return {flag for source in sources for flag in re.findall(r'"(--[a-z-]+)', source)}
 
 
