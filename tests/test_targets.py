@@ -141,7 +141,7 @@ def test_a_file_starts_from_a_preset(tmp_path):
 def test_the_target_in_the_documentation_is_one(tmp_path):
     page = (Path(__file__).resolve().parents[1] / "docs" / "targets.md").read_text(encoding="utf-8")
     file = tmp_path / "mine.yaml"
-    file.write_text(page.partition("```text\n")[2].partition("```")[0], encoding="utf-8")
+    file.write_text(page.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
     target = targets.load(str(file))
     assert target.limits.accumulator_bits == 24
     assert target.rounding.sums == "floor"
