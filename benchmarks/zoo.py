@@ -182,15 +182,15 @@ def commits(results: list[dict[str, Any]]) -> str:
 def page(results: list[dict[str, Any]], of: int, options: argparse.Namespace) -> str:
     """The table of the documentation, in Markdown. of: how many networks there are, those included that did not run."""
     count = Counter(r["result"] for r in results)
+    others = ", ".join(f"{n} {kind}" for kind, n in sorted(count.items()) if kind != "exact")
     lines = [
         f"# {options.title}",
         "",
         f"`benchmarks/zoo.py` on {len(results)} of {of} networks with random weights, W8A8, `custom` backend, "
         f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}, "
         f"{time.strftime('%B %d, %Y')}: **{count['exact']} exact** (0 differing "
-        "elements in onnxruntime without and with its optimizations, and in the engine and the C where they run), "
-        + ", ".join(f"{n} {kind}" for kind, n in sorted(count.items()) if kind != "exact")
-        + ". Refused is one clear line; the reasons are below.",
+        "elements in onnxruntime without and with its optimizations, and in the engine and the C where they run)"
+        + (f", {others}. Refused is one clear line; the reasons are below." if others else "."),
         "",
         f"The engine runs where one input costs at most {options.engine_macs:.0e} multiplications, the C at most "
         f"{options.c_macs:.0e}. {commits(results)}",
@@ -202,7 +202,7 @@ def page(results: list[dict[str, Any]], of: int, options: argparse.Namespace) ->
         own = [r for r in results if r["group"] == group]
         runs = [sum(isinstance(r.get("executors", {}).get(e), list) for r in own) for e in ("engine", "c")]
         lines.append(f"| {group} | {len(own)} | {sum(r['result'] == 'exact' for r in own)} | {runs[0]} | {runs[1]} |")
-    lines += ["", "| not exact | | why |", "|---|---|---|"]
+    lines += ["", "| not exact | | why |", "|---|---|---|"] if others else []
     for r in results:
         if r["result"] != "exact":
             why = str(r.get("reason") or r.get("first") or "").split(". Write it with")[0]
