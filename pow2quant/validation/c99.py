@@ -194,7 +194,7 @@ class Steps(Library):
         states = [self.program.tensors[name] for name, _ in self.program.states]
         names = self.program.inputs[: -len(states)]
         parts = [self._steps(name, given[name]) for name in names]
-        state = ctypes.create_string_buffer(sum(t.size * t.dtype.itemsize for t in states) + 8)
+        state = ctypes.create_string_buffer(sum(t.size * t.dtype.itemsize + 8 for t in states))  # padded
         results = [self.program.tensors[name] for name in self.whole.outputs]
         made = []
         for sample in range(len(inputs[0])):
