@@ -113,11 +113,18 @@ def recurrent_of(model: onnx.ModelProto) -> list[Recurrent]:
     text = next((entry.value for entry in model.metadata_props if entry.key == RECURRENT), "[]")
     try:
         entries = [Recurrent(**entry) for entry in json.loads(text)]
-        return [
+        found = [
             replace(e, tensors={r: {int(t): n for t, n in x.items()} for r, x in e.tensors.items()}) for e in entries
         ]
     except (ValueError, KeyError, TypeError, AttributeError):
         return []
+    return found if all(map(_is_understood, found)) else []
+
+
+def _is_understood(entry: Recurrent) -> bool:
+    names = [name for times in entry.tensors.values() for name in times.values()]
+    texts = [entry.layer, *names, *([] if entry.whole is None else [entry.whole])]
+    return type(entry.steps) is int and entry.steps > 0 and all(isinstance(text, str) for text in texts)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 import copy
 import ctypes
+import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 
 from pow2quant import prepare, simulate
 from pow2quant.adapters import onnx_qdq
-from pow2quant.artifact import Artifact, Table, recurrent_of
+from pow2quant.artifact import RECURRENT, Artifact, Table, recurrent_of
 from pow2quant.backends.base import Simulation
 from pow2quant.config import QuantPlan
 from pow2quant.errors import UnsupportedModelError
@@ -249,5 +252,39 @@ def test_steps_that_differ_are_refused_by_name() -> None:
     artifact = quantized(Last(nn.GRU), values())
     (name,) = [n for n in artifact.encodings if n.endswith("layer.state_1.weight")]
     table = artifact.encodings | {name: artifact.encodings["layer.input_1.weight"]}
-    with pytest.raises(UnsupportedModelError, match=r"layer\.state_1\.weight: differs"):
+    with pytest.raises(UnsupportedModelError, match=r"layer\.state_1\.output: differs from layer\.state_3\.output"):
         one_step(Artifact(artifact.model, table))
+
+
+NOTES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no such tensor": lambda note: note["tensors"]["0.1"].update({"1": "nothing"}),
+    "tensors of other steps": lambda note: note["tensors"]["0.1"].update({"1": note["tensors"]["0.1"]["2"]}),
+    "no part of the sequence": lambda note: note["tensors"].pop("sequence"),
+    "a role of no step": lambda note: note["tensors"].update(a={}),
+    "more steps": lambda note: note.update(steps=STEPS + 1),
+    "no steps": lambda note: note.update(steps=0),
+    "no number": lambda note: note.update(steps="4"),
+    "no name": lambda note: note["tensors"]["0.1"].update({"1": 3}),
+    "no roles": lambda note: note.update(tensors=[1]),
+}
+
+
+@pytest.mark.parametrize("name", NOTES)
+def test_a_note_in_a_file_that_does_not_fit_its_graph_is_not_believed(name: str) -> None:
+    artifact = quantized(Last(nn.GRU), values())
+    model = copy.deepcopy(artifact.model)
+    (entry,) = [e for e in model.metadata_props if e.key == RECURRENT]
+    (note,) = json.loads(entry.value)
+    NOTES[name](note)
+    entry.value = json.dumps([note])
+    with pytest.raises(UnsupportedModelError, match=r"not alike|is noted for the steps|no recurrent layer"):
+        one_step(Artifact(model, artifact.encodings))
+
+
+def test_a_sequence_of_one_step_is_its_step() -> None:
+    x = torch.randn(8, 1, 3, generator=torch.Generator().manual_seed(0))
+    artifact = quantized(Last(nn.LSTM), x)
+    program, step = lower(artifact), one_step(artifact)
+    codes = [program.tensors["x"].dtype.type(np.arange(24).reshape(8, 1, 3) - 12)]
+    found, _ = advance(step, codes, first_states(step, 8))
+    assert np.array_equal(found[0], run.run(program, codes)[0])

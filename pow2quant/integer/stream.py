@@ -75,7 +75,7 @@ class _Cut:
 
     states: by the name of a state's tensor in the step before, what it is called as an input; after: as an output.
     instead: by the name of the part of a sequence that the step reads, the sequence, which has one step now.
-    earlier: what belongs to other steps, by name.
+    earlier: what belongs to other steps, by name. at: the layer, role and step of every tensor that has them.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -90,6 +90,13 @@ class _Cut:
             raise UnsupportedModelError(f"the recurrent layers have different lengths ({lengths})")
         self.model = with_batch(artifact.model, 1)
         self.index = GraphIndex(self.model.graph)
+        self.at = {
+            name: (layer.layer, role, time)
+            for layer in self.layers
+            for role, names in layer.tensors.items()
+            for time, name in names.items()
+            if role != EVERY
+        }
         for layer in self.layers:
             self._require_alike(layer)
         last = self.layers[0].steps - 1
@@ -146,23 +153,81 @@ class _Cut:
         return Artifact(model, encodings)
 
     def _require_alike(self, layer: Recurrent) -> None:
-        """Raises UnsupportedModelError where a step has other encodings or parameters than the last one."""
-        table, constants = self.whole.encodings, self.index.constants
+        """Raises UnsupportedModelError where a step is not computed as the last one is, or the first state is not zero.
+
+        The note in the file is not relied on: what it says of a tensor is compared with how the graph computes it.
+        """
+        last = layer.steps - 1
         for role, names in layer.tensors.items():
-            if role in (SEQUENCE, EVERY):
-                continue
-            last = names[max(names)].removesuffix(OUTPUT)
-            for name in (name.removesuffix(OUTPUT) for name in names.values()):
-                for kind in (OUTPUT, ".weight", ".bias"):
-                    same = table.get(name + kind) == table.get(last + kind)
-                    if not same or not np.array_equal(constants.get(name + kind, 0), constants.get(last + kind, 0)):
-                        raise UnsupportedModelError(
-                            f"{name}{kind}: differs from {last}{kind}, so the steps of {layer.layer} are not alike"
-                        )
+            steps = {last} if role == EVERY else set(range(layer.steps))
+            if set(names) - {-1} != steps:
+                raise UnsupportedModelError(f"{layer.layer}: {role!r} is noted for the steps {sorted(names)}")
+            for time, name in names.items():
+                if time < 0:
+                    same = self._is_zero(name) and self.whole.encodings.get(name) == self.whole.encodings.get(
+                        names[last]
+                    )
+                elif role == SEQUENCE:
+                    same = self._is_part(name, names[last], time)
+                elif role == EVERY:
+                    same = self._joins(name)
+                else:
+                    same = time == last or self._computed_alike(name, names[last], last - time)
+                if not same:
+                    raise UnsupportedModelError(
+                        f"{name}: differs from {names[last]}, so the steps of {layer.layer} are not alike"
+                    )
+
+    def _is_zero(self, name: str) -> bool:
+        node, constants = self.index.producers.get(name), self.index.constants
+        return (
+            node is not None
+            and node.op_type == "Mul"
+            and any(not constants.get(n, np.ones(1)).any() for n in node.input)
+        )
+
+    def _is_part(self, name: str, last: str, time: int) -> bool:
+        """Whether a tensor is one step of the sequence of which another is the last step."""
+        node, other = self.index.producers.get(name), self.index.producers.get(last)
+        if node is None or other is None or node.op_type != "Slice" or node.input[0] != other.input[0]:
+            return False
+        starts, ends, axes, steps = (self.index.constants.get(n, np.empty(0)).tolist() for n in node.input[1:5])
+        own = self.index.constants.get(other.input[3], np.empty(0)).tolist()
+        return (starts, ends, axes, steps) == ([time], [time + 1], own, [1])
+
+    def _joins(self, name: str) -> bool:
+        """Whether a tensor holds the results of all steps in order."""
+        node = self.index.producers.get(name)
+        if node is None or node.op_type != "Concat":
+            return node is not None and node.op_type == "Reshape"
+        last = len(node.input) - 1
+        return all(self._alike(part, node.input[last], last - time) for time, part in enumerate(node.input))
+
+    def _alike(self, first: str, second: str, apart: int) -> bool:
+        """Whether a tensor is in its step what another is so many steps behind it."""
+        constants, table = self.index.constants, self.whole.encodings
+        if first in constants or second in constants:
+            same = first in constants and second in constants and np.array_equal(constants[first], constants[second])
+            return same and table.get(first) == table.get(second)
+        if first not in self.at and second not in self.at:
+            return self._computed_alike(first, second, apart)
+        (layer, role, time), other = self.at.get(first, ("", "", 0)), self.at.get(second)
+        return other == (layer, role, time + apart)
+
+    def _computed_alike(self, first: str, second: str, apart: int) -> bool:
+        """Whether tensors are computed by the same operation, from operands that are `_alike`."""
+        node, other, table = self.index.producers.get(first), self.index.producers.get(second), self.whole.encodings
+        if node is None or other is None or node.op_type != other.op_type or table.get(first) != table.get(second):
+            return False
+        attributes = [sorted(a.SerializeToString(deterministic=True) for a in n.attribute) for n in (node, other)]
+        if attributes[0] != attributes[1] or len(node.input) != len(other.input):
+            return False
+        return all(self._alike(a, b, apart) for a, b in zip(node.input, other.input, strict=True))
 
     def _read(self, node: onnx.NodeProto) -> list[str]:
         """What a node reads in a step: of all results in one tensor there is the last one only."""
-        return list(node.input[-1:]) if node.output[0] in self.every else list(node.input)
+        joins = node.output[0] in self.every and node.op_type == "Concat"
+        return list(node.input[-1:]) if joins else list(node.input)
 
     def _reached(self, ends: Iterable[str], starts: set[str]) -> tuple[list[onnx.NodeProto], set[str]]:
         """The nodes between, in order, and the inputs of the network that they read.
