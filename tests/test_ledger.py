@@ -148,6 +148,29 @@ def test_a_database_that_is_away_for_a_while_loses_nothing(
     assert len({json.dumps(e.combination) for e in entries}) == 10
 
 
+def test_a_worker_writes_nothing_after_its_lock_is_lost(
+    server: tuple[str, Callable[[str], None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL starts again between a worker's look at the trials and its own new one; another comes first."""
+    (url, order), first = server, []
+    slow, other = (Ledger(url, f"study-{tmp_path.name}", TEN, "fingerprint") for _ in range(2))
+
+    def late(trials: object) -> object:
+        monkeypatch.undo()
+        order("stop")
+        order("start")
+        first.append(other.claim())
+        return slow._next(trials)
+
+    monkeypatch.setattr(slow, "_next", late)
+    second = slow.claim()
+    assert (first[0].number, second.number) == (0, 1)
+    assert first[0].combination != second.combination
+    assert len(other.entries()) == 2
+    slow.close()
+    other.close()
+
+
 def test_what_a_worker_has_lost_it_cannot_finish(study: partial[Ledger]) -> None:
     """Its connection, and with it its lock, may be gone while it computes on."""
     slow, other = study(), study()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from uuid import uuid4
 
 from pow2quant.errors import ConfigError, MissingExtraError, OutputError, Pow2QuantError
-from pow2quant.study.locks import PATIENCE, AdvisoryLock, FileLock, Lock, Locks, held, is_away
+from pow2quant.study.locks import PATIENCE, AdvisoryLock, FileLock, Lock, LockLostError, Locks, held, is_away
 from pow2quant.study.space import Combination, Grid, Label, Range, combinations
 
 P = ParamSpec("P")
@@ -104,6 +104,7 @@ class Ledger:
     def __post_init__(self) -> None:
         optuna = _optuna()
         self._locks = locks(self.url, self.name)
+        self._record = self._locks("record")
         self._alive: Lock | None = None
         with _no_folder_beside_what_is_refused(self.url):
             self._open(optuna)
@@ -112,7 +113,7 @@ class Ledger:
         try:
             with self._locked():
                 self._study = optuna.create_study(
-                    storage=optuna.storages.RDBStorage(_dialect(self.url), engine_kwargs=_engine(self.url)),
+                    storage=optuna.storages.RDBStorage(_dialect(self.url), engine_kwargs=self._engine()),
                     study_name=self.name,
                     direction="maximize",
                     load_if_exists=True,
@@ -192,7 +193,22 @@ class Ledger:
             self._alive = None
 
     def _locked(self) -> AbstractContextManager[None]:
-        return held(self._locks("record"))
+        return held(self._record)
+
+    def _engine(self) -> dict[str, Any]:
+        """A connection for each transaction: between them a worker computes for minutes."""
+        from sqlalchemy.pool import NullPool
+
+        return {
+            "poolclass": NullPool,
+            "pool_events": [(self._require_the_lock, "connect")],
+            "connect_args": {"timeout": 60} if self.url.startswith("sqlite") else {},
+        }
+
+    def _require_the_lock(self, *_: object) -> None:
+        """A server that has started again gives out connections, but the lock of before is gone."""
+        if not self._record.is_held():
+            raise LockLostError("the study's lock was lost with its connection")
 
     def _handle(self, trial: Any) -> Any:
         """What changes a trial that is running."""
@@ -325,13 +341,6 @@ def _no_folder_beside_what_is_refused(url: str) -> Iterator[None]:
 def _dialect(url: str) -> str:
     """The URL for SQLAlchemy, with the driver that is installed."""
     return re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql+psycopg://", url)
-
-
-def _engine(url: str) -> dict[str, Any]:
-    """A connection for each transaction: between them a worker computes for minutes."""
-    from sqlalchemy.pool import NullPool
-
-    return {"poolclass": NullPool, "connect_args": {"timeout": 60} if url.startswith("sqlite") else {}}
 
 
 def _shown(url: str) -> str:

@@ -20,6 +20,10 @@ PATIENCE = 300.0
 """Seconds to wait for the lock of a study, which is held for milliseconds."""
 
 
+class LockLostError(OutputError):
+    """A lock went with its connection while its holder still needed it."""
+
+
 class Lock(Protocol):
     """One lock, not yet taken."""
 
@@ -138,8 +142,10 @@ def held(lock: Lock) -> Iterator[None]:
 
 
 def is_away(error: BaseException | None) -> bool:
-    """Whether an error comes from a PostgreSQL that cannot be reached, is shutting down, or is starting."""
+    """Whether an error comes from a PostgreSQL that cannot be reached, is shutting down, or has started again."""
     while error is not None:
+        if isinstance(error, LockLostError):
+            return True
         if type(error).__module__.startswith("psycopg") and isinstance(
             error, (_psycopg().OperationalError, _psycopg().InterfaceError)
         ):
