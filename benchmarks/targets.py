@@ -24,6 +24,7 @@ from statistics import median
 from typing import Any
 
 from methods import add_network, network_values, widths
+from zoo import commit
 
 from pow2quant import targets
 from pow2quant.adapters import onnx_qdq
@@ -56,6 +57,7 @@ COLUMNS = (
     "images",
     "differing",
     "claim",
+    "commit",
 )
 RUNTIMES = (
     "ai-edge-litert",
@@ -92,7 +94,7 @@ class Row:
     float_accuracy, accuracy: the task's leading metric in per cent, of the float network and the simulation. sqnr_db:
     of the logits. runs: of the executors that are there; absent: why others are not. bytes: of the file that the
     runtime reads. seconds: of all. machine: with the versions of the runtimes. cost: processor time of the simulation's
-    forward, in forwards of the float network.
+    forward, in forwards of the float network. commit: of this repository.
     """
 
     network: str
@@ -108,6 +110,7 @@ class Row:
     machine: str
     widths: str = "8:8"
     cost: float = 0.0
+    commit: str = ""
 
 
 def measure(title: str, bits: str, config: RunConfig, limit: int | None, slow: int) -> Row:
@@ -149,6 +152,7 @@ def measure(title: str, bits: str, config: RunConfig, limit: int | None, slow: i
         machine=_machine(),
         widths=bits,
         cost=_cost(job, sim),
+        commit=commit(),
     )
 
 
@@ -284,9 +288,10 @@ def _lines(row: Row) -> list[str]:
             f"{images:,}",
             f"{differing:,} of {elements:,}",
             claim.partition(" on ")[0],
+            "" if lines else row.commit,
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines + [f"| | | | | | | {name} | | | *absent* | |" for name in row.absent]
+    return lines + [f"| | | | | | | {name} | | | *absent* | | |" for name in row.absent]
 
 
 def _outcome(run: Run) -> tuple[int, int, int, str]:

@@ -37,6 +37,7 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
     cannot be written as QONNX.
     """
     try:
+        import_module(DOMAIN)  # where getCustomOp looks; without a package that this needs, it finds no operation
         custom_op = import_module("qonnx.custom_op.registry").getCustomOp
     except ImportError as error:
         raise MissingExtraError(f"qonnx is not installed: pip install 'pow2quant[qonnx]' ({error})") from error
