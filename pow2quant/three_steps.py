@@ -21,7 +21,7 @@ from torch import nn
 from pow2quant import config as configuration
 from pow2quant import run_folder
 from pow2quant.backends.base import SILENT, Progress, Simulation, inputs
-from pow2quant.backends.calibration import with_room_for_bias
+from pow2quant.backends.calibration import settled
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError, OutputError, TrainingError
 from pow2quant.runs import Job, Result, Simulated, finish, quantized, unfinished, write_report
@@ -188,15 +188,9 @@ def _settle(job: Job, sim: Simulation) -> list[str]:
     """
     training = job.config.training
     again = training.mode == "weights" and training.final_ptq
-    table = {**sim.encodings()}
     if again:
         sim.calibrate(job.calibration(), roles={"input", "output"})
-        table = sim.encodings()
-    for layer in sim.placement.layers:
-        if layer.weight is not None:
-            table[layer.weight.name] = with_room_for_bias(sim, layer, table)
-    sim.load(table)
-    sim.calibrate((), roles={"bias"})
+    sim.load(settled(sim, sim.encodings()))
     return ["final ptq"] if again else []
 
 

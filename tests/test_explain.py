@@ -17,14 +17,19 @@ from pow2quant import run_folder
 from pow2quant.cli import main
 from pow2quant.errors import ConfigError, FileFormatError
 from pow2quant.pow2_constraints import Encoding
+from pow2quant.pow2_constraints.arithmetic import ROUNDINGS
 from pow2quant.report.explain import candidates, explain, lines
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("explain") / "run"
-    assert main(["ptq", "--output", str(folder), "--max-eval-batches", "1", "--quiet"]) == 0
-    return folder
+    folder = tmp_path_factory.mktemp("explain")
+    target = folder / "mine.yaml"
+    target.write_text("rounding: {products: half_up}\nexecutors: [engine]", encoding="utf-8")
+    arguments = ["--target", str(target), "--max-eval-batches", "1", "--quiet"]
+    assert main(["ptq", "--output", str(folder / "run"), *arguments]) == 0
+    target.unlink()  # the folder says what is needed of it
+    return folder / "run"
 
 
 def test_candidates_by_hand() -> None:
@@ -56,6 +61,7 @@ def test_a_value_becomes_the_code_that_its_encoding_gives(run: Path, layer: str)
     _, table = run_folder.load_state(run / run_folder.STATE)
     explained = explain(run, layer)
     text = " ".join(explained.steps)
+    assert ROUNDINGS["half_up"] in text
     real, code = (float(re.search(p, text)[1]) for p in (r"real sum of ([-\d.]+) is", r"the code (\d+)\."))  # type: ignore[index]
     encoding = table[explained.tensors[-1].name]
     assert code == encoding.quantize(np.float32(real))
@@ -116,7 +122,7 @@ def test_what_is_not_there_is_named(run: Path, tmp_path: Path) -> None:
     ("name", "change"),
     [
         ("report.json", {"final_quantization_details": None}),
-        ("report.json", {"target": 5}),
+        ("report.json", {"rounding": 5}),
         ("statistics.json", {"tensors": {}, "network": [5]}),
         ("certificate.json", {"layers": {"a": "b"}}),
     ],

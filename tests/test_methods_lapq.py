@@ -15,11 +15,11 @@ from pow2quant import QuantPlan, config, plugins, simulate
 from pow2quant.artifact import Table
 from pow2quant.backends import conformance
 from pow2quant.backends.base import Simulation
+from pow2quant.backends.calibration import settled
 from pow2quant.errors import ConfigError, DataError
 from pow2quant.methods.aciq import with_moments
 from pow2quant.methods.lapq import (
     Lapq,
-    completed,
     descend,
     divergence,
     interpolated,
@@ -58,7 +58,7 @@ def mean_divergence(sim: Simulation, batches: list[Tensor], table: Table | None 
     """By running the simulation's model, with another table in the meantime."""
     before = sim.encodings()
     if table is not None:
-        sim.load(completed(sim, table))
+        sim.load(settled(sim, table))
     with torch.no_grad():
         total = sum(divergence(sim.model(x), sim.network(x)) for x in batches)
     sim.load(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from pow2quant import plugins, simulate
 from pow2quant.adapters import onnx_qdq
 from pow2quant.adapters.qonnx import DOMAIN, from_qonnx, to_qonnx
 from pow2quant.config import RunConfig, plan_of, with_values
-from pow2quant.errors import FileFormatError, UnsupportedModelError
+from pow2quant.errors import FileFormatError, MissingExtraError, UnsupportedModelError
 from pow2quant.validation.networks import Named, first_difference
 from tests.target_networks import NETWORKS
 
@@ -98,3 +99,10 @@ def test_damaged_files_are_named(damage, message):
     damage(quant, next(entry for entry in model.metadata_props if entry.key == "pow2quant.grids"))
     with pytest.raises(FileFormatError, match=message):
         from_qonnx(model)
+
+
+def test_qonnx_without_what_it_needs_is_absent(monkeypatch, tmp_path):
+    onnx_qdq.export_qdq(quantized(NETWORKS["Everything"]()), tmp_path)
+    monkeypatch.setitem(sys.modules, DOMAIN, None)  # its import fails
+    with pytest.raises(MissingExtraError, match=r"qonnx is not installed"):
+        plugins.resolve("validators", "qonnx")(tmp_path / "model.onnx")

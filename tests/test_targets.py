@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pow2quant import plugins, simulate, targets
 from pow2quant.adapters import onnx_qdq
 from pow2quant.backends import fitting
+from pow2quant.backends.base import SILENT
 from pow2quant.config import RunConfig, dump, from_mapping, plan_of, with_values
 from pow2quant.errors import ConfigError, FileFormatError
 from pow2quant.integer.certificate import certify
@@ -25,6 +26,7 @@ from pow2quant.integer.run import dequantize, quantize, trace
 from pow2quant.pow2_constraints import Format, Observed, power_of_two
 from pow2quant.pow2_constraints.arithmetic import ROUNDINGS
 from pow2quant.pow2_constraints.joint import choose_jointly
+from pow2quant.runs.job import Job
 from pow2quant.targets.reading import KEY, parse
 from pow2quant.targets.words import sentences
 from pow2quant.validation.c99 import Library, unavailable
@@ -115,10 +117,25 @@ def test_the_default_preset_has_the_default_arithmetic():
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("rounding: {sums: half_odd}", "rounding.sums"),
-        ("roundings: 3", "roundings"),
-        ("limits: {weight_bits: [8.5]}", "limits.weight_bits"),
-        ("limits: {product_shift: [3, 1]}", "limits.product_shift"),
+        ("rounding: {sums: half_odd}", 'rounding.sums: "half_odd" is not legal; legal: one of floor, gemmlowp'),
+        ("roundings: 3", "roundings: unknown key, did you mean rounding?; known: name, summary"),
+        ("limits: {accumulator: 20}", "limits.accumulator: unknown key, did you mean accumulator_bits?"),
+        ("limits: {weight_bits: [8.5]}", "limits.weight_bits: [8.5] is not legal; legal: a list of integers from 2 to"),
+        ("limits: {weight_bits: [8, 17]}", "limits.weight_bits: [8, 17] is not legal"),
+        (
+            "limits: {product_shift: [3, 1]}",
+            "limits.product_shift: [3, 1] is not legal; legal: two integers, the least",
+        ),
+        ("limits: {accumulator_bits: 0}", "limits.accumulator_bits: 0 is not legal; legal: an integer from 2 to 64"),
+        ("limits: {bias_bits: '20'}", 'limits.bias_bits: "20" is not legal; legal: an integer from 8 to 32'),
+        (
+            "limits: {operations: [Convolution]}",
+            "limits.operations: ['Convolution'] is not legal; legal: a list of Abs",
+        ),
+        ("limits: null", "limits: null is not legal; legal: a mapping with keys of weight_bits"),
+        ("tied_sums: 1", "tied_sums: 1 is not legal; legal: true or false"),
+        ("executors: [engin]", "executors: ['engin'] is not legal; legal: a list of c, "),
+        ("formats: []", "formats: [] is not legal; legal: a list of aimet-0.6.1, "),
         ("base: nowhere", "nowhere"),
         ("- 3", "expected keys"),
         ("a: &a [x]\nb: [*a", "mine.yaml"),
@@ -297,6 +314,17 @@ def test_sums_fit_the_accumulator(bits, batch):
     }
     assert {name: found[name] for name in ("first", "second", "depthwise", "last")}
     assert max(found[name] for name in ("first", "second", "depthwise", "last")) <= bits
+
+
+@pytest.mark.parametrize("method", ["output_mse", "gptq"])
+def test_a_method_keeps_to_the_accumulator_and_the_shifts(method, tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text("limits: {accumulator_bits: 19, product_shift: [5, 9], sum_shift: [0, 1], per_tensor: true}")
+    values = {"target": str(file), "ptq.methods": [method], "ptq.calibration_batches": 1}
+    job = Job.start(with_values(RunConfig(), values), SILENT)
+    sim = job.quantized()
+    fitting.require(sim.placement, sim.encodings())
+    assert max(layer.bits for layer in certify(sim.export(job.example)).layers) <= 19
 
 
 def test_an_accumulator_that_no_weight_fits_is_refused_by_the_layers_name(batch):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import ALL, Batch, Simulation, device_of, inputs
-from pow2quant.backends.fitting import fit_accumulators, fit_shifts, tie
+from pow2quant.backends.fitting import fit_accumulator, fit_shifts, tie
 from pow2quant.backends.placement import Layer, Placement
 from pow2quant.errors import ConfigError, DataError, EncodingError, WeightsError
 from pow2quant.pow2_constraints import Encoding, Format, IntGrid, Observed, ceil_exponent, choose, power_of_two
@@ -69,9 +69,9 @@ def _chosen(sim: Simulation, batches: Iterable[Batch], roles: Collection[str]) -
         table |= {y.weight.name: _weight_encoding(sim, y) for y in placement.layers if y.weight is not None}
     for layer in placement.layers:
         if "weight" in roles and layer.weight is not None:
-            table[layer.weight.name] = with_room_for_bias(sim, layer, table)
+            table[layer.weight.name] = with_room(sim, layer, table)
     if "weight" in roles:
-        table = fit_shifts(placement, observed, fit_accumulators(sim, table))
+        table = fit_shifts(placement, observed, table)
     table |= {name: table[placement.leader(name)] for name in placement.steps if name in table}
     for layer in placement.layers:
         if "bias" in roles and layer.bias is not None:
@@ -185,7 +185,30 @@ def _activation_encoding(name: str, seen: Observed, placement: Placement) -> Enc
     return choose(spec.range, seen, Format(spec.bits, spec.symmetric, spec.power_of_2))
 
 
-def with_room_for_bias(sim: Simulation, layer: Layer, table: Mapping[str, Encoding]) -> Encoding:
+def settled(sim: Simulation, table: Mapping[str, Encoding]) -> Table:
+    """A table that a method has changed: with exponents that biases and target take, and the lattices of biases."""
+    found: Table = dict(table)
+    for layer in sim.placement.layers:
+        if layer.weight is not None:
+            found[layer.weight.name] = with_room(sim, layer, found)
+    found = fit_shifts(sim.placement, {}, found)
+    found |= {name: found[sim.placement.leader(name)] for name in sim.placement.steps if name in found}
+    for layer in sim.placement.layers:
+        if layer.bias is not None:
+            found[layer.bias.name] = bias_encoding(sim, layer, found)
+    return found
+
+
+def with_room(sim: Simulation, layer: Layer, table: Mapping[str, Encoding]) -> Encoding:
+    """The weight's encoding, its scale raised where the bias or the target's accumulator would otherwise not hold.
+
+    Raises ConfigError, naming the layer, where no weight is coarse enough for the accumulator.
+    """
+    assert layer.weight is not None
+    return fit_accumulator(sim, layer, {**table, layer.weight.name: _with_room_for_bias(sim, layer, table)})
+
+
+def _with_room_for_bias(sim: Simulation, layer: Layer, table: Mapping[str, Encoding]) -> Encoding:
     """The weight's encoding, its scale raised where the bias would otherwise dwarf every product.
 
     That happens in near-dead channels: weights of 1e-8 beside a bias of 0.5. There a coarser weight loses nothing that

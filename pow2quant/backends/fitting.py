@@ -13,7 +13,7 @@ from pow2quant.backends.base import Simulation
 from pow2quant.backends.placement import Layer, Placement
 from pow2quant.errors import ConfigError
 from pow2quant.frontends.operators import weight_axis
-from pow2quant.pow2_constraints import Format, Observed, power_of_two
+from pow2quant.pow2_constraints import Encoding, Format, Observed, power_of_two
 from pow2quant.pow2_constraints.joint import at_exponent, choose_jointly
 
 ROUNDS = 64
@@ -41,35 +41,33 @@ def tie(placement: Placement, observed: Mapping[str, Observed], chosen: Table) -
     return tied
 
 
-def fit_accumulators(sim: Simulation, table: Table) -> Table:
-    """The table with every weight's exponent raised until all partial sums fit the target's accumulator.
+def fit_accumulator(sim: Simulation, layer: Layer, table: Mapping[str, Encoding]) -> Encoding:
+    """The encoding of a layer's weight, its exponents raised until all partial sums fit the target's accumulator.
 
     Raises ConfigError, naming the layer, where no weight would be left that is not zero.
     """
-    bits = sim.placement.target.limits.accumulator_bits
-    fitted = dict(table)
-    for layer in sim.placement.layers if bits is not None else ():
-        assert bits is not None
-        if layer.weight is None or layer.input is None or layer.input.name not in table:
-            continue
-        rows = np.ones(1)
-        for _ in range(ROUNDS):
-            weight = fitted[layer.weight.name]
-            rows, sums = _sums(sim, layer, fitted)
-            over = sums >= 2 ** (bits - 1)
-            if not over.any() or not rows.any():
-                break
-            raised = power_of_two(weight.exponent + (weight.beside_scale(over) if weight.scale.ndim else over.any()))
-            fitted[layer.weight.name] = replace(weight, scale=raised)
+    assert layer.weight is not None
+    weight, bits = table[layer.weight.name], sim.placement.target.limits.accumulator_bits
+    if bits is None or layer.input is None or layer.input.name not in table:
+        return weight
+    for _ in range(ROUNDS):
+        rows, sums = _sums(sim, layer, {**table, layer.weight.name: weight})
+        over = sums >= 2 ** (bits - 1)
         if not rows.any() and sim.parameter(layer.weight.name).any():
             raise ConfigError(
                 f"{layer.module}: its sums do not fit {bits} bits, as target {sim.placement.target.name} asks "
                 "(limits.accumulator_bits), however coarse its weights are"
             )
-    return fitted
+        if not over.any():
+            break
+        steps = weight.beside_scale(over) if weight.scale.ndim else over.any()
+        weight = replace(weight, scale=power_of_two(weight.exponent + steps))
+    return weight
 
 
-def _sums(sim: Simulation, layer: Layer, table: Table) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _sums(
+    sim: Simulation, layer: Layer, table: Mapping[str, Encoding]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The weight's integers, a row per output channel, and the largest magnitude of its partial sums, (C,).
 
     That is of w * (q - zero), with the bias.
@@ -126,7 +124,10 @@ def fit_shifts(placement: Placement, observed: Mapping[str, Observed], table: Ta
         name = _raise_products(placement, observed, fitted) or _raise_sums(placement, observed, fitted)
         if not name:
             return fitted
-    raise ConfigError(f"{name}: no exponents have shifts that target {placement.target.name} can do")
+    raise ConfigError(
+        f"{name}: no exponents have shifts that target {placement.target.name} can do "
+        f"(limits.product_shift: {limits.product_shift}, limits.sum_shift: {limits.sum_shift})"
+    )
 
 
 def _raise_products(placement: Placement, observed: Mapping[str, Observed], table: Table) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pow2quant import yaml_text
-from pow2quant.config.building import plain
-from pow2quant.config.legal import Legal
 from pow2quant.errors import ConfigError
+from pow2quant.mappings.building import plain
+from pow2quant.mappings.legal import Legal
 from pow2quant.plugins import names
 
 

@@ -7,12 +7,11 @@ from dataclasses import InitVar, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Annotated, Protocol
 
-from pow2quant.config.legal import Legal, illegal
+from pow2quant.mappings.legal import Legal, illegal
 from pow2quant.pow2_constraints import CHOOSERS, is_chooser
-from pow2quant.targets import DEFAULT, Target
+from pow2quant.targets import DEFAULT, WIDTHS, Target
 
 ROLES = ("weight", "input", "output", "bias")
-WIDTHS = {"weight": range(2, 17), "input": range(2, 17), "output": range(2, 17), "bias": range(8, 33)}
 
 BLOCKS = (16, 32, 64, 128)
 """Values that can share one scale along a weight's inputs."""

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 
 from pow2quant import foreign, yaml_text
-from pow2quant.config.building import build, default_of, plain
 from pow2quant.config.choices import EIGHT_BIT_METHODS, EXPONENT_METHODS, NARROW_METHODS, Choice
-from pow2quant.config.legal import unknown
 from pow2quant.config.plan import ROLES, QuantPlan, TensorSpec, check_role
 from pow2quant.config.sections import QuantizationConfig, RunConfig
 from pow2quant.errors import ConfigError
+from pow2quant.mappings.building import build, default_of, plain
+from pow2quant.mappings.legal import unknown
 from pow2quant.targets import load as load_target
 
 

@@ -20,8 +20,8 @@ from pow2quant.config.choices import (
     Choice,
     without_none,
 )
-from pow2quant.config.legal import ABOVE_ZERO, FROM_ZERO, SHARE, Legal, finite, integer, one_of
 from pow2quant.config.plan import BIAS, INPUT, OUTPUT, WEIGHT, TensorSpec
+from pow2quant.mappings.legal import ABOVE_ZERO, FROM_ZERO, SHARE, Legal, finite, integer, one_of
 from pow2quant.plugins import names
 from pow2quant.targets import presets
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, device_of, inputs
-from pow2quant.backends.calibration import bias_encoding, observe, with_room_for_bias
+from pow2quant.backends.calibration import observe, settled
 from pow2quant.config import TensorSpec, integer, one_of
 from pow2quant.errors import ConfigError, EncodingError
 from pow2quant.methods.aciq import with_moments
@@ -175,17 +175,6 @@ class Lapq:
         return at(best)
 
 
-def completed(sim: Simulation, table: Mapping[str, Encoding]) -> Table:
-    """The table with the lattices of all biases, and weights' exponents at which they fit."""
-    found: Table = dict(table)
-    for layer in sim.placement.layers:
-        if layer.weight is not None:
-            found[layer.weight.name] = with_room_for_bias(sim, layer, found)
-        if layer.bias is not None:
-            found[layer.bias.name] = bias_encoding(sim, layer, found)
-    return found
-
-
 def _interpolated(sim: Simulation, data: Sequence[Batch], loss: _Loss, progress: Progress) -> Table:
     """The encodings of least L_p error for the p of least loss: the interpolated one, or one of those sampled."""
     placement, before = sim.placement, sim.encodings()
@@ -288,7 +277,7 @@ class _Loss:
     def __call__(self, table: Table, step: Step) -> float:
         """What the table gives from `step` on."""
         try:
-            full = completed(self.sim, table)
+            full = settled(self.sim, table)
         except EncodingError:
             return math.inf
         by_table = quantizing(full)
@@ -301,7 +290,7 @@ class _Loss:
 
     def load(self, table: Table) -> None:
         """Loads a table and the lattices of biases into the simulation, and writes the weights that belong to it."""
-        full = completed(self.sim, table)
+        full = settled(self.sim, table)
         self.sim.load(full)
         for name in self.moving:
             self.sim.parameter(name).copy_(self._weight(name, full[name]))

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import UNMARKED, Batch, Marks, Simulation, device_of, inputs
-from pow2quant.backends.calibration import bias_encoding, with_room_for_bias
+from pow2quant.backends.calibration import bias_encoding, with_room
 from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.placement import Layer
 from pow2quant.errors import DataError
@@ -185,7 +185,7 @@ def encode_weight(sim: Simulation, layer: Layer, encoding: Encoding) -> None:
     """Loads another encoding of a layer's weight; its bias gets the lattice that follows, wide enough for it."""
     assert layer.weight is not None
     table: Table = sim.encodings() | {layer.weight.name: encoding}
-    encoding = with_room_for_bias(sim, layer, table)
+    encoding = with_room(sim, layer, table)
     table |= {y.weight.name: encoding for y in _recurring(sim, layer) if y.weight is not None}
     _encode_bias(sim, layer, table)
 
@@ -200,7 +200,7 @@ def encode_activations(sim: Simulation, encodings: Table) -> None:
     table |= {name: encodings[sim.placement.leader(name)] for name in changed}
     for layer in sim.placement.layers:
         if layer.input is not None and layer.input.name in changed and layer.weight is not None:
-            table[layer.weight.name] = with_room_for_bias(sim, layer, table)
+            table[layer.weight.name] = with_room(sim, layer, table)
             if layer.bias is not None:
                 table[layer.bias.name] = bias_encoding(sim, layer, table)
     sim.load(table)

@@ -145,7 +145,7 @@ class Sources:
         bound = next((b for b in self.bounds if b["node"] in box["nodes"]), None)
         steps: tuple[str, ...] = ()
         if bound and (box["weight"] in details or bound["op"] in SUMS) and box["writes"] in details:
-            rule = targets.load(self.report.get("target") or "onnxruntime").rounding.of(bound["op"])
+            rule = targets.Roundings(**(self.report.get("rounding") or {})).of(bound["op"])
             unit = "s_in · s_w" if box["weight"] else "the finest of its inputs"
             steps = tuple(_steps(bound, details[box["writes"]], measured.get(box["writes"]), rule, unit))
         operation = " ".join(filter(None, (box["op"], box["detail"])))

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from pow2quant import config as configuration
 from pow2quant import datasets, models, targets
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
+from pow2quant.backends.calibration import settled
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.pixels import fold_normalization
 from pow2quant.config import QuantPlan, RunConfig
@@ -167,6 +168,8 @@ class Job:
         for _, method in methods[kept.methods :]:
             call(method.apply, sim, self.calibration(), progress=self.progress, marks=kept)
             kept.next_method(sim)
+        if sim.placement.target.limits.bound_exponents:
+            sim.load(settled(sim, sim.encodings()))
         return sim
 
     def fingerprint(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +214,7 @@ def _report(
     folder: Path,
     steps: list[str],
 ) -> dict[str, Any]:
-    quantization = job.config.quantization
+    quantization, target = job.config.quantization, targets.load(job.config.target)
     simulated, measured = f"{job.config.backend} {SIMULATION}", ort.OPTIMIZED
     sizes = {
         "float": (folder / run_folder.FLOAT).stat().st_size,
@@ -225,7 +225,8 @@ def _report(
         "verdict": judge(job, agreements, change, sizes, steps),
         "quantization_type": "power_of_2" if document.is_power_of_two(artifact.encodings.values()) else "free_scale",
         "backend": job.config.backend,
-        "target": targets.load(job.config.target).name,
+        "target": target.name,
+        "rounding": asdict(target.rounding),
         "model": job.config.model.name,
         "dataset": job.config.data.dataset,
         "input": job.config.data.input,

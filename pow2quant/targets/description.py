@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Annotated
 
-from pow2quant.operators import Values, values
-from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
+from pow2quant.mappings.legal import Legal, integer, one_of
+from pow2quant.operators import OPERATIONS, Values, values
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN, ROUNDINGS
 
-Rule = Literal["half_even", "half_up", "half_away", "gemmlowp", "truncate", "floor"]
+WIDTHS = {"weight": range(2, 17), "input": range(2, 17), "output": range(2, 17), "bias": range(8, 33)}
+"""The bits that a tensor of each role can have."""
+
+Rule = Annotated[str, one_of(lambda: ROUNDINGS)]
+Widths = Annotated[
+    tuple[int, ...],
+    Legal(lambda: "a list of integers from 2 to 16, such as [4, 8]", lambda v: set(v) <= set(WIDTHS["weight"])),
+]
+Shifts = Annotated[
+    tuple[int, int] | None,
+    Legal(lambda: "two integers, the least and the largest, such as [0, 31]", lambda v: v[0] <= v[1]),
+]
+Operations = Annotated[
+    tuple[str, ...],
+    Legal(lambda: f"a list of {', '.join(sorted(OPERATIONS))}", lambda v: set(v) <= OPERATIONS.keys()),
+]
 
 
 @dataclass(frozen=True)
@@ -56,16 +72,21 @@ class Limits:
     input of a sum. accumulator_bits: what holds every partial sum. operations: ONNX operations that it has.
     """
 
-    weight_bits: tuple[int, ...] = ()
-    input_bits: tuple[int, ...] = ()
-    output_bits: tuple[int, ...] = ()
-    bias_bits: int | None = None
+    weight_bits: Widths = ()
+    input_bits: Widths = ()
+    output_bits: Widths = ()
+    bias_bits: Annotated[int | None, integer(8, 32)] = None
     symmetric: bool = False
     per_tensor: bool = False
-    product_shift: tuple[int, int] | None = None
-    sum_shift: tuple[int, int] | None = None
-    accumulator_bits: int | None = None
-    operations: tuple[str, ...] = ()
+    product_shift: Shifts = None
+    sum_shift: Shifts = None
+    accumulator_bits: Annotated[int | None, integer(2, 64)] = None
+    operations: Operations = ()
+
+    @property
+    def bound_exponents(self) -> bool:
+        """Whether not every exponent is legal."""
+        return any(limit is not None for limit in (self.product_shift, self.sum_shift, self.accumulator_bits))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ from dataclasses import asdict, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pow2quant import foreign, yaml_text
 from pow2quant.errors import ConfigError, FileFormatError
+from pow2quant.mappings.building import build
+from pow2quant.mappings.legal import illegal
+from pow2quant.plugins import names
 from pow2quant.targets.description import DEFAULT, Target
 
 if TYPE_CHECKING:
@@ -50,15 +53,26 @@ def _preset(name: str) -> Target:
 
 
 def parse(text: str, source: str) -> Target:
-    """A target's YAML; `source` names it in errors, and the target where it has no name."""
+    """A target's YAML; `source` names it in errors, and the target where it has no name.
+
+    Raises ConfigError, naming the key and what is legal there.
+    """
     mapping = yaml_text.parse(text, source)
     if not isinstance(mapping, dict):
         raise ConfigError(f"{source}: expected keys such as rounding and limits")
     base = mapping.pop("base", None)
     if base is not None and base not in presets():
         raise ConfigError(f"{source}: base: {base!r} is not legal; legal: one of {', '.join(presets())}")
-    start = asdict(replace(DEFAULT if base is None else load(base), name=Path(source).stem))
-    return _checked(_over(start, mapping), source)
+    start = replace(DEFAULT if base is None else load(base), name=Path(source).stem)
+    try:
+        target: Target = build(start, mapping, "")
+        for key, kind in (("executors", "validators"), ("formats", "exporters")):
+            chosen, known = getattr(target, key), names(kind)
+            if not chosen or not set(chosen) <= known.keys():
+                raise illegal(key, list(chosen), f"a list of {', '.join(sorted(known))}")
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return target
 
 
 def note(model: onnx.ModelProto, target: Target) -> None:
@@ -73,44 +87,7 @@ def of(model: onnx.ModelProto) -> Target:
     if text is None:
         return DEFAULT
     try:
-        return _checked(json.loads(text), f"metadata: {KEY}")
+        target: Target = build(DEFAULT, json.loads(text), "")
     except (ValueError, ConfigError) as error:
         raise FileFormatError(f"metadata: {KEY}: {error}") from error
-
-
-def _over(base: dict[str, Any], mapping: dict[str, Any]) -> dict[str, Any]:
-    """A mapping laid over another, group by group."""
-    grouped = {
-        key: _over(base[key], value) if isinstance(base.get(key), dict) and isinstance(value, dict) else value
-        for key, value in mapping.items()
-    }
-    return base | grouped
-
-
-def _checked(mapping: Any, source: str) -> Target:
-    """A target of plain values. Raises ConfigError for the first key that is unknown or has an illegal value."""
-    from pydantic import ValidationError
-
-    try:
-        target: Target = _adapter().validate_python(mapping)
-    except ValidationError as error:
-        found = error.errors()[0]
-        where = ".".join(str(part) for part in found["loc"])
-        raise ConfigError(f"{source}: {where}: {yaml_text.one_line(found['msg'])}") from None
-    for key in ("product_shift", "sum_shift"):
-        ends = getattr(target.limits, key)
-        if ends is not None and ends[0] > ends[1]:
-            raise ConfigError(f"{source}: limits.{key}: the least, {ends[0]}, is above the largest, {ends[1]}")
     return target
-
-
-@cache
-def _adapter() -> Any:
-    """What reads a target; the classes stay plain dataclasses."""
-    from pydantic import ConfigDict, TypeAdapter
-
-    from pow2quant.targets import description
-
-    for cls in (description.Roundings, description.Limits, description.Target):
-        setattr(cls, "__pydantic_config__", ConfigDict(extra="forbid"))  # noqa: B010 (mypy knows no such attribute)
-    return TypeAdapter(Target)

@@ -9,8 +9,8 @@ from dataclasses import MISSING, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from pow2quant.config.legal import Legal, illegal, unknown
 from pow2quant.errors import ConfigError
+from pow2quant.mappings.legal import Legal, illegal, unknown
 
 T = TypeVar("T")
 
