@@ -6,7 +6,8 @@ pow2quant ptq --model benchmarks/canvases.py:network --weights WEIGHTS.safetenso
 
 from __future__ import annotations
 
-import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -81,4 +82,7 @@ def trained() -> nn.Module:
 
 
 if __name__ == "__main__":
-    save_file(trained().state_dict(), sys.argv[1])
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path, metavar="WEIGHTS.safetensors")
+    file = parser.parse_args().weights
+    save_file(trained().state_dict(), file)

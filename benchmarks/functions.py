@@ -12,6 +12,7 @@ integers are rounded, but for the shifts inside I-ViT's exponentials, which belo
 from __future__ import annotations
 
 import math
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -116,6 +117,7 @@ def table(module: m.Exact, codes: NDArray[np.int64], k: int) -> Floats:
 
 
 def main() -> None:
+    ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
     rng = np.random.default_rng(0)
     print("| function | in integers | largest error | mean error |\n|---|---|---|---|")
     for name, (function, integers) in candidates().items():

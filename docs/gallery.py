@@ -1,8 +1,8 @@
 """Runs the commands behind the documentation: `python docs/gallery.py [--files FOLDER] [NAME …]`.
 
-A NAME is a study of docs/gallery.md, whose page becomes docs/gallery/NAME.html, or a page of docs/figures.md, whose tables
-are measured again; without names, all studies are built. Files that commands need are blocks of the pages FILES, or
-lie in FOLDER. Without it, studies that need files of it are left out.
+A NAME is a study of docs/gallery.md, whose page becomes docs/gallery/NAME.html, or a page of docs/figures.md, whose
+tables are measured again; without names, all studies are built. Files that commands need are blocks of the pages FILES,
+or lie in FOLDER. Without it, studies that need files of it are left out.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def measure(words: list[str], folder: Path) -> None:
 
 
 def main(names: list[str], given: Path | None = None) -> None:
-    """Builds the named studies and measures the named pages, or builds all studies. given: a folder of further files."""
+    """Builds the named studies and measures the named pages, or builds all studies. given: a folder of files."""
     studies, pages = dict(commands()), dict(measurements())
     if unknown := set(names) - studies.keys() - pages.keys():
         sys.exit(f"{', '.join(sorted(unknown))}: legal names: {', '.join([*studies, *pages])}")
