@@ -132,13 +132,13 @@ class _Tally:
     def add(self, batch: Arrays, expected: Arrays) -> None:
         """Runs one batch, or what the executor's limit leaves of it, and counts."""
         size = len(batch[0])
-        room = size if self.other.most is None else min(size, self.other.most - self.samples)
-        if room <= 0:
+        count = size if self.other.most is None else min(size, self.other.most - self.samples)
+        if count <= 0:
             return
-        if room < size:
-            batch, expected = ([x[:room] for x in arrays] for arrays in (batch, expected))
+        if count < size:
+            batch, expected = ([x[:count] for x in arrays] for arrays in (batch, expected))
         got = self.other.run(batch)
-        self.samples += room
+        self.samples += count
         if [x.shape for x in expected] != [x.shape for x in got]:
             shapes = f"{[x.shape for x in got]} instead of {[x.shape for x in expected]}"
             raise DataError(f"{self.other.name}: outputs of shape {shapes} from {self.reference.name}")

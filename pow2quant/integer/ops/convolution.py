@@ -233,10 +233,10 @@ def lower_transposed(graph: Lowering, node: onnx.NodeProto, output: str, low: fl
     y = np.arange(spread.size).reshape(spread.shape)
     keep: list[slice] = [slice(None)]
     place: list[slice] = [slice(None)]
-    for length, stride, start, skip, room in zip(x.shape[1:], strides, before, cut, sizes, strict=True):
+    for length, stride, start, skip, end in zip(x.shape[1:], strides, before, cut, sizes, strict=True):
         first = -(-skip // stride)  # values that the padding cuts off in front
         at = start + first * stride - skip
-        count = min(length - first, -(-(room - at) // stride))
+        count = min(length - first, -(-(end - at) // stride))
         keep.append(slice(first, first + count))
         place.append(slice(at, at + (count - 1) * stride + 1, stride))
     part = Part.of(0, np.arange(x.size).reshape(x.shape)[tuple(keep)], y[tuple(place)])
