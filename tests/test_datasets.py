@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torchvision import transforms
 
 from pow2quant import datasets
@@ -35,6 +36,9 @@ def test_digits_are_split_by_class_and_scaled():
     assert (len(calibration), len(test), data.num_classes, data.input_shape) == (1347, 450, 10, (1, 8, 8))
     assert data.class_names == tuple("0123456789")
     bunch = load_digits()
+    split = train_test_split(bunch.images, bunch.target, test_size=0.25, stratify=bunch.target, random_state=0)
+    assert np.array_equal(test[:, 0].numpy() * 16, split[1])
+    assert np.array_equal(test_labels.numpy(), split[3])
     rows = {image.tobytes(): label for image, label in zip(bunch.images, bunch.target, strict=True)}
     both = torch.cat([calibration, test])
     assert {(image * 16).double().numpy().tobytes() for image in both} == rows.keys()

@@ -79,3 +79,30 @@ def test_a_shell_completes_commands() -> None:
         [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True, check=False
     )
     assert found.stdout.split() == ["ptq"]
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--version"], 0), (["ptq", "--model", "nothing"], 2)])
+def test_the_process_ends_at_once_but_prints_all_and_calls_what_waits_for_its_end(
+    arguments: list[str], status: int
+) -> None:
+    code = (
+        "import atexit\n"
+        "class Module:\n    def __del__(self): print('freed')\n"
+        "held = Module()\n"
+        "atexit.register(print, 'the end')\n"
+        "from pow2quant.cli import run\nrun()"
+    )
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout.split("\n")[-2:]) == (status, ["the end", ""])
+    assert len(found.stderr.split("\n")) == (2 if status else 1)
+
+
+def test_the_process_waits_for_threads_of_its_own() -> None:
+    code = (
+        "import threading, time\n"
+        "def work():\n    time.sleep(0.5)\n    print('done')\n"
+        "threading.Thread(target=work).start()\n"
+        "from pow2quant.cli import run\nrun()"
+    )
+    found = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout.split("\n")[-2:]) == (0, ["done", ""])

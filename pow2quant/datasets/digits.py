@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -11,13 +13,21 @@ from pow2quant.datasets.settings import WHITE
 
 
 def digits(config: DataConfig) -> tuple[Images, Images]:
-    """scikit-learn's 1,797 handwritten digits (1, 8, 8), of which a fixed stratified quarter is for test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    """scikit-learn's 1,797 handwritten digits (1, 8, 8), of which a fixed stratified quarter is for test.
 
-    bunch = load_digits()
-    parts = train_test_split(np.arange(len(bunch.target)), test_size=0.25, stratify=bunch.target, random_state=0)
-    pixels, labels = torch.from_numpy(bunch.images.astype(np.uint8))[:, None], torch.from_numpy(bunch.target).long()
+    They lie in the package, split by `train_test_split(test_size=0.25, stratify=labels, random_state=0)`: to import
+    scikit-learn takes a second.
+    """
     names = tuple(map(str, range(10)))
-    train, test = (Images(pixels[part], labels[part], names, config, white=WHITE["digits"]) for part in parts)
+    with np.load(Path(__file__).with_name("digits.npz")) as stored:
+        train, test = (
+            Images(
+                torch.from_numpy(stored[f"pixels_{part}"])[:, None],
+                torch.from_numpy(stored[f"labels_{part}"]).long(),
+                names,
+                config,
+                white=WHITE["digits"],
+            )
+            for part in ("train", "test")
+        )
     return train, test
