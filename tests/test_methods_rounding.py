@@ -19,10 +19,20 @@ from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError
 from pow2quant.methods.adaround import AdaRound
 from pow2quant.methods.qdrop import LearnedScale, QDrop
-from pow2quant.methods.reconstruction import encode_activations, quantizing, walk
-from pow2quant.methods.rounding import SoftWeight, annealed, inverse, mixed, rectified_sigmoid, regularizer
+from pow2quant.methods.reconstruction import blocks, encode_activations, quantizing, walk
+from pow2quant.methods.rounding import (
+    SoftWeight,
+    annealed,
+    inverse,
+    mixed,
+    rectified_sigmoid,
+    regularizer,
+    soft_weights,
+    write_weights,
+)
 from pow2quant.models import digits_cnn
 from pow2quant.pow2_constraints import Encoding, IntGrid
+from tests.backends import BACKENDS
 
 QUICK = 20
 PLAN = QuantPlan.default(4, 4)
@@ -156,6 +166,80 @@ def test_adaround_finds_nearly_the_best_of_all_roundings() -> None:
     found = error(sim.parameter(site.name))
     assert nearest > 1.5 * best, "otherwise this shows nothing"
     assert found <= 1.05 * best
+
+
+class Twice(nn.Module):
+    """A layer that is called twice, once under another name and with another bias, within one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.twin = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.twin.weight = self.fc.weight
+        nn.init.constant_(self.twin.bias, 40.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.twin(torch.tanh(self.fc(x)))
+
+
+class Recurrent(nn.Module):
+    """An LSTM, the first block, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(2, 2, batch_first=True), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+def in_float_but_for_weights(network: nn.Module, x: Tensor, backend: str) -> Simulation:
+    torch.manual_seed(5)
+    weight = replace(PLAN.weight, bits=3)  # type: ignore[type-var]
+    sim = simulate(network.eval(), x, replace(PLAN, weight=weight, input=None, output=None, bias=None), backend)
+    sim.calibrate([x])
+    return sim
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_weight_that_layers_share_has_one_rounding(backend: str) -> None:
+    """It is nearly the best of all that it could be."""
+    torch.manual_seed(3)
+    network, x = Twice(), torch.randn(64, 3)
+    expected = network(x).detach()
+    sim = in_float_but_for_weights(network, x, backend)
+    table, weight = sim.encodings(), sim.parameter("fc.weight").detach().clone()
+    assert table["fc.weight"] == table["twin.weight"]
+
+    def error(values: Tensor) -> float:
+        with torch.no_grad():
+            for name in ("fc.weight", "twin.weight"):
+                sim.parameter(name).copy_(values)
+            return float((sim.model(x) - expected).square().sum())
+
+    scale = torch.tensor(table["fc.weight"].scale)[:, None]
+    floor = (weight / scale).floor()
+    ups = torch.tensor(list(product((0.0, 1.0), repeat=9))).view(-1, 3, 3)
+    best = min(error((floor + up).clamp(-4, 3) * scale) for up in ups)
+    nearest = error(weight)
+    AdaRound(iterations=400, batch_size=64, granularity="block").apply(sim, [x])
+    found = sim.parameter("fc.weight").detach().clone()
+    assert torch.equal(found, sim.parameter("twin.weight"))
+    assert nearest > 1.5 * best, "otherwise this shows nothing"
+    assert error(found) <= 1.1 * best
+
+
+def test_a_weight_has_one_rounding_in_every_step() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(16, 3, 2)
+    sim = in_float_but_for_weights(Recurrent(), x, "custom")
+    first = next(iter(walk(sim, [x], blocks(sim))))
+    names = {layer.weight.name for layer in first.layers if layer.weight is not None}
+    learned = soft_weights(sim, first)
+    assert len(names) == 6, "two weights in three steps"
+    assert learned.keys() == names
+    assert len({id(weight) for weight in learned.values()}) == 2
+    write_weights(sim, first, learned)
+    assert all(torch.equal(sim.parameter(name), weight.rounded()) for name, weight in learned.items())
 
 
 # -- the methods -------------------------------------------------------------------------------------------------------

@@ -67,12 +67,9 @@ def _chosen(sim: Simulation, batches: Iterable[Batch], roles: Collection[str]) -
         table |= {s.name: chosen[placement.leader(s.name)] for s in wanted}
     if "weight" in roles:
         table |= {y.weight.name: _weight_encoding(sim, y) for y in placement.layers if y.weight is not None}
-    for layer in placement.layers:
-        if "weight" in roles and layer.weight is not None:
-            table[layer.weight.name] = with_room(sim, layer, table)
     if "weight" in roles:
+        make_room(sim, placement.layers, table)
         table = fit_shifts(placement, observed, table)
-    table |= {name: table[placement.leader(name)] for name in placement.steps if name in table}
     for layer in placement.layers:
         if "bias" in roles and layer.bias is not None:
             table[layer.bias.name] = bias_encoding(sim, layer, table)
@@ -188,15 +185,20 @@ def _activation_encoding(name: str, seen: Observed, placement: Placement) -> Enc
 def settled(sim: Simulation, table: Mapping[str, Encoding]) -> Table:
     """A table that a method has changed: with exponents that biases and target take, and the lattices of biases."""
     found: Table = dict(table)
-    for layer in sim.placement.layers:
-        if layer.weight is not None:
-            found[layer.weight.name] = with_room(sim, layer, found)
+    make_room(sim, sim.placement.layers, found)
     found = fit_shifts(sim.placement, {}, found)
-    found |= {name: found[sim.placement.leader(name)] for name in sim.placement.steps if name in found}
     for layer in sim.placement.layers:
         if layer.bias is not None:
             found[layer.bias.name] = bias_encoding(sim, layer, found)
     return found
+
+
+def make_room(sim: Simulation, layers: Iterable[Layer], table: Table) -> None:
+    """Puts the weights' encodings `with_room` into the table; layers that share a weight have that of the leader."""
+    for layer in layers:
+        if layer.weight is not None:
+            table[layer.weight.name] = table[sim.placement.leader(layer.weight.name)]
+            table |= sim.placement.of_weight(layer, with_room(sim, layer, table))
 
 
 def with_room(sim: Simulation, layer: Layer, table: Mapping[str, Encoding]) -> Encoding:

@@ -148,7 +148,7 @@ def _raise_products(placement: Placement, observed: Mapping[str, Observed], tabl
             return layer.module
         if (shift > ends[1]).any():
             raised = power_of_two(weight.exponent + weight.beside_scale(np.maximum(shift - ends[1], 0)))
-            table[layer.weight.name] = replace(weight, scale=raised)
+            table |= placement.of_weight(layer, replace(weight, scale=raised))
             return layer.module
     return ""
 

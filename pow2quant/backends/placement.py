@@ -12,14 +12,16 @@ import torch
 from torch import fx, nn
 
 from pow2quant.artifact import Site
+from pow2quant.backends.leaders import Layer as Layer
+from pow2quant.backends.leaders import in_every_step, joined, of_one_weight
 from pow2quant.config import BLOCK_BITS, QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.idle import DROPPED
 from pow2quant.frontends.kept import TRUTH
-from pow2quant.frontends.operators import called, operator, weight_axis
-from pow2quant.frontends.unrolled import same_in_every_step
+from pow2quant.frontends.operators import called, kind_of, operator, weight_axis
 from pow2quant.operators import Kind
+from pow2quant.pow2_constraints import Encoding
 from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 from pow2quant.targets import Target
 from pow2quant.targets.rules import require_operation, require_tensor
@@ -32,32 +34,16 @@ TWO_OPERANDS = ("Add", "Mul", "Sub", "Where")
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A weighted module, by its name in the prepared network.
-
-    weight, bias: their sites, None where they stay float (or there is no bias). input: the site whose encoding the
-    data have that come in, None for float data. axis: the weight's channel axis, None for one scale per tensor.
-    block: inputs that share a scale, None for all of a channel.
-    """
-
-    module: str
-    weight: Site | None
-    bias: Site | None
-    input: Site | None
-    axis: int | None
-    block: int | None
-
-
-@dataclass(frozen=True)
 class Placement:
     """Which tensor of a prepared network is quantized by which site.
 
     sites: all of them, in order of computation. specs: how, by site name. quantized: the node (by name) behind
     which a site's quantizer stands. carried: for every node the site whose encoding its value has, None for float.
     leaders: for a site that shares another's encoding (the inputs of a Concat; every step of a recurrent layer, weights
-    too), that other site's name. steps: such sites of steps, whose values the other site does not see. fused: the
-    nodes whose only reader, a ReLU or the like, holds the quantizer of both. rounded: the nodes whose result is
-    rounded before anything computes with it: by their own quantizer, or behind clips and moves that alone read it.
+    too; layers with one weight), that other site's name. steps: such sites of steps, whose values the other site does
+    not see. fused: the nodes whose only reader, a ReLU or the like, holds the quantizer of both. rounded: the nodes
+    whose result is rounded before anything computes with it: by their own quantizer, or behind clips and moves that
+    alone read it.
     exact: for a node (by name) that has an integer definition, the sites of its input and of its result. roundings:
     by site name the rule by which the operation in front rounds, where it is not half to even. tied: groups of site
     names that have one exponent, each with its own zero point. results: by a layer's module the site at which its
@@ -87,6 +73,17 @@ class Placement:
         while name in self.leaders:
             name = self.leaders[name]
         return name
+
+    def sharing(self, layer: Layer) -> list[Layer]:
+        """The layers that have a layer's weight, as every step of one that recurs: itself among them."""
+        if layer.weight is None:
+            return [layer]
+        leader = self.leader(layer.weight.name)
+        return [y for y in self.layers if y.weight is not None and self.leader(y.weight.name) == leader]
+
+    def of_weight(self, layer: Layer, encoding: Encoding) -> dict[str, Encoding]:
+        """An encoding for a layer's weight, wherever it stands."""
+        return {y.weight.name: encoding for y in self.sharing(layer) if y.weight is not None}
 
 
 def tensor_name(node: fx.Node) -> str:
@@ -128,7 +125,7 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
         if node.op == "output":
             continue
         module = called(network, node)
-        kind = _kind(module)
+        kind = kind_of(module)
         if (row := operator(module)) is not None:
             require_operation(plan.target, str(node.target), row.onnx)
         if kind is Kind.INDEX or not value_type(node).is_floating_point:
@@ -156,8 +153,8 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
             if isinstance(module, m.Exact) and plan.functions == "exact" and len(sources) == len(node.args):
                 exact[node.name] = sources[0], own
     _require_blocks(layers, specs)
-    steps = _steps(network, quantized, specs)
-    ties = _ties(network, quantized, specs, steps)
+    steps = in_every_step(network, quantized, specs)
+    ties = of_one_weight(network, layers, specs) | joined(network, quantized, specs, steps)
     roundings = _roundings(network, quantized, carried, plan.target)
     results, sums = _rounded(network, quantized, carried)
     tied = _tied(sums, ties) if plan.target.tied_sums else ()
@@ -204,11 +201,6 @@ def _check_overrides(network: fx.GraphModule, plan: QuantPlan) -> None:
             )
 
 
-def _kind(module: nn.Module | None) -> Kind:
-    row = operator(module)
-    return row.kind if row is not None else Kind.COMPUTE
-
-
 def _layer(
     node: fx.Node, module: nn.Module | None, source: Site | None, site: object, specs: dict[str, TensorSpec]
 ) -> Layer:
@@ -247,7 +239,7 @@ def _fused_into_reader(network: fx.GraphModule, node: fx.Node, kind: Kind) -> bo
         return False
     row, (reader,) = operator(called(network, node)), node.users
     fusable = kind is Kind.WEIGHTED or (row is not None and row.clipped)
-    return fusable and _kind(called(network, reader)) is Kind.CLIP
+    return fusable and kind_of(called(network, reader)) is Kind.CLIP
 
 
 def _rounded_next(network: fx.GraphModule, quantized: Mapping[str, Site]) -> frozenset[str]:
@@ -255,7 +247,7 @@ def _rounded_next(network: fx.GraphModule, quantized: Mapping[str, Site]) -> fro
     found = set(quantized)
     for node in reversed(network.graph.nodes):
         reader = next(iter(node.users)) if len(node.users) == 1 else None
-        if reader is not None and reader.name in found and _kind(called(network, reader)) in (Kind.CLIP, Kind.PASS):
+        if reader is not None and reader.name in found and kind_of(called(network, reader)) in (Kind.CLIP, Kind.PASS):
             found.add(node.name)
     return frozenset(found)
 
@@ -287,7 +279,7 @@ def _roundings(
 
 def behind_clips(network: fx.GraphModule, node: fx.Node, carried: Mapping[str, Site | None]) -> fx.Node:
     """The node whose result is rounded at a site: that behind ReLUs and clips between which nothing is rounded."""
-    while _kind(called(network, node)) is Kind.CLIP:
+    while kind_of(called(network, node)) is Kind.CLIP:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         if carried[source.name] is not None:
@@ -311,7 +303,7 @@ def _rounded(
             continue
         core = behind_clips(network, node, carried)
         module = called(network, core)
-        if _kind(module) is Kind.WEIGHTED:
+        if kind_of(module) is Kind.WEIGHTED:
             results[str(core.target)] = site
         if isinstance(module, ALIGNED):
             operands = (carried[n.name] for n in core.args if isinstance(n, fx.Node))
@@ -330,45 +322,3 @@ def _tied(sums: Sums, leaders: dict[str, str]) -> tuple[tuple[str, ...], ...]:
             group |= other
         groups.append(group)
     return tuple(sorted(tuple(sorted(group)) for group in groups))
-
-
-def _steps(network: fx.GraphModule, quantized: Mapping[str, Site], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Every step of a recurrent layer takes the last one's encodings: then one program computes them all."""
-    leaders: dict[str, str] = {}
-    for nodes in same_in_every_step(network):
-        weights = [name for node in nodes if (name := f"{node.target}.weight") in specs]
-        results = [quantized[node.name].name for node in nodes if node.name in quantized]
-        for names in (weights, results):
-            leaders |= {name: names[-1] for name in names[:-1] if specs[name] == specs[names[-1]]}
-    return leaders
-
-
-def _ties(
-    network: fx.GraphModule, quantized: dict[str, Site], specs: dict[str, TensorSpec], steps: Mapping[str, str]
-) -> dict[str, str]:
-    """By site the one whose encoding it takes: `steps`, and Concats.
-
-    The inputs of a Concat take its encoding, if nothing else reads them: then it is the union of their ranges. Where
-    all are the same in every step, it takes theirs.
-    """
-    leaders, led = dict(steps), {*steps, *steps.values()}
-    for node in network.graph.nodes:
-        if _kind(called(network, node)) is not Kind.CONCAT:
-            continue
-        target = quantized.get(node.name)
-        sources = []
-        for source in node.args:
-            while len(source.users) == 1 and source.name not in quantized:
-                if _kind(called(network, source)) is not Kind.PASS:
-                    break
-                source = source.args[0]
-            own = quantized.get(source.name)
-            sources.append(None if own is None else leaders.get(own.name, own.name))
-            free = len(source.users) == 1 and own is not None and own.role == "output" and own.name not in led
-            if free and own is not None and target is not None and specs[own.name] == specs[target.name]:
-                leaders[own.name] = target.name
-        first = sources[0]
-        alike = first is not None and first in led and set(sources) == {first}
-        if first is not None and alike and target is not None and specs[first] == specs[target.name]:
-            leaders.setdefault(target.name, first)
-    return leaders

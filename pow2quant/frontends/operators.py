@@ -23,6 +23,7 @@ from pow2quant.frontends.rows import (
     weighted,
 )
 from pow2quant.frontends.writing import Operator, Rows, many
+from pow2quant.operators import Kind
 
 OPERATORS: Rows = {
     **weighted.ROWS,
@@ -45,6 +46,12 @@ def called(network: nn.Module, node: fx.Node) -> nn.Module | None:
 def operator(module: nn.Module | None) -> Operator | None:
     """The row of a module's exact type; None where there is none."""
     return None if module is None else OPERATORS.get(type(module))
+
+
+def kind_of(module: nn.Module | None) -> Kind:
+    """How a module treats encodings; a network's input is like something computed."""
+    row = operator(module)
+    return row.kind if row is not None else Kind.COMPUTE
 
 
 def weight_axis(module: nn.Module) -> int | None:

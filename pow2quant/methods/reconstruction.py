@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import UNMARKED, Batch, Marks, Simulation, device_of, inputs
-from pow2quant.backends.calibration import bias_encoding, with_room
+from pow2quant.backends.calibration import bias_encoding, make_room
 from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.placement import Layer
 from pow2quant.errors import DataError
@@ -184,9 +184,8 @@ def quantizing(table: Mapping[str, Encoding]) -> Quantize:
 def encode_weight(sim: Simulation, layer: Layer, encoding: Encoding) -> None:
     """Loads another encoding of a layer's weight; its bias gets the lattice that follows, wide enough for it."""
     assert layer.weight is not None
-    table: Table = sim.encodings() | {layer.weight.name: encoding}
-    encoding = with_room(sim, layer, table)
-    table |= {y.weight.name: encoding for y in _recurring(sim, layer) if y.weight is not None}
+    table: Table = sim.encodings() | sim.placement.of_weight(layer, encoding)
+    make_room(sim, sim.placement.sharing(layer), table)
     _encode_bias(sim, layer, table)
 
 
@@ -198,11 +197,11 @@ def encode_activations(sim: Simulation, encodings: Table) -> None:
     table: Table = sim.encodings()
     changed = {s.name for s in sim.sites if sim.placement.leader(s.name) in encodings}
     table |= {name: encodings[sim.placement.leader(name)] for name in changed}
-    for layer in sim.placement.layers:
-        if layer.input is not None and layer.input.name in changed and layer.weight is not None:
-            table[layer.weight.name] = with_room(sim, layer, table)
-            if layer.bias is not None:
-                table[layer.bias.name] = bias_encoding(sim, layer, table)
+    entered = [layer for layer in sim.placement.layers if layer.input is not None and layer.input.name in changed]
+    make_room(sim, entered, table)
+    for layer in [y for own in entered for y in sim.placement.sharing(own)]:
+        if layer.bias is not None:
+            table[layer.bias.name] = bias_encoding(sim, layer, table)
     sim.load(table)
 
 
@@ -250,15 +249,8 @@ def output_sqnr(sim: Simulation, step: Step, quantize: Quantize | None = None) -
     return sqnr_db(step.targets, square)
 
 
-def _recurring(sim: Simulation, layer: Layer) -> list[Layer]:
-    """The layer in every step, where it recurs."""
-    leader = None if layer.weight is None else sim.placement.leader(layer.weight.name)
-    found = [y for y in sim.placement.layers if y.weight is not None and sim.placement.leader(y.weight.name) == leader]
-    return found or [layer]
-
-
 def _encode_bias(sim: Simulation, layer: Layer, table: Table) -> None:
-    for y in _recurring(sim, layer):
+    for y in sim.placement.sharing(layer):
         if y.bias is not None:
             table[y.bias.name] = bias_encoding(sim, y, table)
     sim.load(table)

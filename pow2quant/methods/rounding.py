@@ -118,15 +118,16 @@ class LearnedRounding:
         targets = torch.cat(list(step.targets))
         if any(len(x) != len(targets) for x in entering):
             raise UnsupportedModelError(f"{step.nodes[-1].target}: the first dimension of its result counts no images")
-        groups = [{"params": [w.v for w in weights.values()], "lr": self.lr}, {"params": [*others], "lr": lr_others}]
+        own = list(dict.fromkeys(weights.values()))  # one that layers share is there once
+        groups = [{"params": [w.v for w in own], "lr": self.lr}, {"params": [*others], "lr": lr_others}]
         optimizer = torch.optim.Adam([group for group in groups if group["params"]])
         warm = self.warmup * self.iterations
         half = self.iterations // 2
         for i in range(self.iterations):
             if i == half:
                 half_way()
-            h = {name: rectified_sigmoid(w.v) for name, w in weights.items()}
-            soft = {name: w.at(h[name]) for name, w in weights.items()}
+            h = {w: rectified_sigmoid(w.v) for w in own}
+            soft = {name: w.at(h[w]) for name, w in weights.items()}
 
             def quantized(site: Site, x: Tensor, soft: Mapping[str, Tensor] = soft) -> Tensor:
                 return soft[site.name] if site.name in soft else quantize(site, x)
@@ -138,7 +139,7 @@ class LearnedRounding:
             if i >= warm:
                 beta = annealed((i - warm) / (self.iterations - warm), self.b_start, self.b_end)
                 loss = loss + self.weight * sum(regularizer(x, beta) for x in h.values())
-            learning = [*(w.v for w in weights.values()), *(others if i < half else ())]
+            learning = [*(w.v for w in own), *(others if i < half else ())]
             if not learning:
                 return
             optimizer.zero_grad()
@@ -148,10 +149,15 @@ class LearnedRounding:
 
 
 def soft_weights(sim: Simulation, step: Step) -> dict[str, SoftWeight]:
-    """The part's weights by site name, but for those that are float, or rounded already."""
+    """The part's weights by site name, but for those that are float, or rounded already.
+
+    Layers that share a weight share its rounding, too.
+    """
     table = sim.encodings()
     sites = [layer.weight for layer in step.layers if layer.weight is not None and not is_rounded(sim, layer)]
-    return {site.name: SoftWeight(sim.parameter(site.name), table[site.name]) for site in sites}
+    leaders = {site.name: sim.placement.leader(site.name) for site in sites}
+    made = {name: SoftWeight(sim.parameter(name), table[name]) for name in dict.fromkeys(leaders.values())}
+    return {name: made[leader] for name, leader in leaders.items()}
 
 
 @torch.no_grad()
