@@ -51,6 +51,10 @@ class Softmax:
     axis: from the end. table_bits, reciprocal_bits: m and R. keep: the shape of a mask and its truth values, packed,
     in hexadecimal; it broadcasts against the tensor, and keeps something of every row. masked: a second operand says
     what is kept, by values of more than 0.5, and broadcasts likewise.
+
+    levels: 0; or p is one of so many powers of two, from 1 down, or 0, and nothing is divided. It is 2^-a, where so
+    many a >= 0 have 3 E 2^a <= 2 S, and 0 from a = levels on. That is log2(S / E), rounded as in FQ-ViT's
+    Log-Int-Softmax (Lin et al. 2022).
     """
 
     axis: int
@@ -59,6 +63,7 @@ class Softmax:
     factor: float = 1.0
     keep: tuple[tuple[int, ...], str] | None = None
     masked: bool = False
+    levels: int = 0
 
     @classmethod
     def of(
@@ -69,6 +74,7 @@ class Softmax:
         factor: float = 1.0,
         keep: NDArray[np.bool_] | None = None,
         masked: bool = False,
+        levels: int = 0,
     ) -> Softmax | None:
         """The definition for rows of so many values and a result of so many bits; None for rows that are too long.
 
@@ -76,10 +82,10 @@ class Softmax:
         at most 1/16 of the result's step.
         """
         packed = None if keep is None else (keep.shape, np.packbits(keep).tobytes().hex())
-        if bits <= 8 and length <= 4096:
+        if bits <= 8 and length <= 4096 and not levels:
             return cls(axis, 12, FINE, factor, packed, masked)
         table_bits = min(16, 24 - max(1, length - 1).bit_length())
-        return cls(axis, table_bits, 40, factor, packed, masked) if table_bits >= 8 else None
+        return cls(axis, table_bits, 40, factor, packed, masked, levels) if table_bits >= 8 else None
 
     @property
     def is_single(self) -> bool:
@@ -90,6 +96,11 @@ class Softmax:
         """E for d = 0, 1, …; the last entry, 0, is that of every larger d."""
         span = int(encoding.grid.qmax) - int(encoding.grid.qmin)
         return _exponentials(int(encoding.exponent), span, self.table_bits, self.factor)
+
+    def powers(self) -> Ints:
+        """p, where there are levels, for floor(2 S / (3 E)) = 0, 1, …; the last, 0, is that of all larger ones."""
+        quotients = np.arange(1 << (self.levels - 1))
+        return np.append(1 << (FINE - np.frexp(quotients)[1].astype(np.int64)), 0)
 
     def kept(self) -> NDArray[np.bool_] | None:
         """The mask, or None."""

@@ -55,11 +55,11 @@ def softmax_of(codes: list[int], kept: list[bool], defined: Softmax, k: int, out
     return [min(half_even(v, 24 + out), highest) for v in p]
 
 
-def softmax_network(k, bits, out, defined, shape):
+def softmax_network(k, bits, out, defined, shape, width=None):
     g = Graph()
     x = g.input("x", shape, encoding(k, 0 if bits > 8 else 128, bits))
     axis = defined.axis
-    g.node("Softmax", "s", [x], encoding(out, 0, min(16, -out)), axis=axis)
+    g.node("Softmax", "s", [x], encoding(out, 0, width or min(16, -out)), axis=axis)
     artifact = g.artifact("s.output")
     mark(artifact.model.graph.node[0], defined)
     return artifact

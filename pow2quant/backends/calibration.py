@@ -116,7 +116,7 @@ def observe(
     silent = [n for n in names if not lows[n]]
     if silent:
         raise DataError(f"{silent[0]}: nothing was observed; the calibration data are empty, or were not run through")
-    for name in sim.placement.truths.intersection(names):  # both values come, whatever these data hold
+    for name in sim.placement.units.intersection(names):  # both ends come, whatever these data hold
         lows[name].append(0.0)
         highs[name].append(1.0)
     return {

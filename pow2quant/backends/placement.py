@@ -48,7 +48,8 @@ class Placement:
     by site name the rule by which the operation in front rounds, where it is not half to even. tied: groups of site
     names that have one exponent, each with its own zero point. results: by a layer's module the site at which its
     result is rounded. sums: of each, and of what else brings operands to one scale, the site of its result and
-    those of its operands. truths: the sites, by name, whose values are 0 and 1. target: whose arithmetic it is.
+    those of its operands. units: the sites, by name, whose values reach from 0 to 1, whatever was seen.
+    target: whose arithmetic it is.
     """
 
     sites: tuple[Site, ...]
@@ -65,7 +66,7 @@ class Placement:
     tied: tuple[tuple[str, ...], ...]
     results: dict[str, Site]
     sums: tuple[tuple[str, tuple[str, ...]], ...]
-    truths: frozenset[str]
+    units: frozenset[str]
     target: Target
 
     def leader(self, name: str) -> str:
@@ -109,7 +110,7 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
     layers: list[Layer] = []
     fused: set[str] = set()
     exact: dict[str, tuple[Site, Site]] = {}
-    truths: set[str] = set()
+    units: set[str] = set()
 
     def site(name: str, role: str) -> Site | None:
         made = Site(name, role)
@@ -146,12 +147,21 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
         carried[node.name] = own
         if own is not None:
             quantized[node.name] = own
-            if TRUTH in node.meta:
-                truths.add(own.name)
+            levels = getattr(module, "levels", 0)
+            if TRUTH in node.meta or levels:
+                units.add(own.name)
                 specs[own.name] = replace(specs[own.name], range="minmax")
+            if levels:
+                specs[own.name] = replace(specs[own.name], bits=levels, symmetric=False)
+                require_tensor(plan.target, own.name, own.role, specs[own.name])
             sources = [source for operand in node.args if (source := carried[operand.name]) is not None]
             if isinstance(module, m.Exact) and plan.functions == "exact" and len(sources) == len(node.args):
                 exact[node.name] = sources[0], own
+        if getattr(module, "levels", 0) and node.name not in exact:
+            raise ConfigError(
+                f"{node.target}: probabilities are powers of two (log2_attention), but it is no integer softmax: that "
+                "needs quantization.functions: exact, and a quantized input and result"
+            )
     _require_blocks(layers, specs)
     steps = in_every_step(network, quantized, specs)
     ties = of_one_weight(network, layers, specs) | joined(network, quantized, specs, steps)
@@ -173,7 +183,7 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
         tied,
         results,
         sums,
-        frozenset(truths),
+        frozenset(units),
         plan.target,
     )
 

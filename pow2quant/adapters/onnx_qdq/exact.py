@@ -210,6 +210,12 @@ def _softmax(f: _Expansion, defined: Softmax, encoding: Encoding, x: str, keep: 
     index = f("Cast", f("Min", apart, f.constant(np.float32(len(table) - 1))), to=TensorProto.INT32)
     entries = f("Gather", f.constant(table.astype(real)), index, axis=0)
     total = f("ReduceSum", entries, axes, keepdims=1)
+    if defined.levels:
+        powers = defined.powers()
+        twice, thrice = (f("Mul", y, f.constant(real(n))) for y, n in ((total, 2), (entries, 3)))
+        quotient = f("Min", f("Floor", f("Div", twice, thrice)), f.constant(real(len(powers) - 1)))
+        f("Gather", f.constant(np.ldexp(powers.astype(np.float32), -FINE)), f("Cast", quotient, to=TensorProto.INT32))
+        return
     reciprocal = f("Floor", f("Div", f.constant(real(2.0**defined.reciprocal_bits)), total))
     result = f("Mul", entries, reciprocal)
     if single:

@@ -80,6 +80,7 @@ from pow2quant.frontends.modules.functions import (
 )
 from pow2quant.frontends.modules.normalization import (
     BATCH_NORMS,
+    ExactSoftmax,
     GroupNorm,
     LayerNorm,
     LocalResponseNorm,
@@ -129,6 +130,7 @@ __all__ = [
     "Embedding",
     "Erf",
     "Exact",
+    "ExactSoftmax",
     "Exp",
     "Expand",
     "Floor",

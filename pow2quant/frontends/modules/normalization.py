@@ -20,7 +20,12 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class ExactSoftmax(Exact):
-    """A softmax: rounded once from float64, or `functions.Softmax`."""
+    """A softmax: rounded once from float64, or `functions.Softmax`.
+
+    levels: of powers of two to which the integers round, 0 for none; the float function is not rounded.
+    """
+
+    levels: int = 0
 
     def integers(
         self, codes: Tensor, defined: functions.Softmax, encoding: Encoding, keep: Tensor | None = None
@@ -34,6 +39,10 @@ class ExactSoftmax(Exact):
             seen = seen - functions.HIDDEN * (keep <= HALF)
         apart = (seen.amax(defined.axis, keepdim=True) - seen).clamp_(max=len(table) - 1)
         entries = table.to(torch.float32 if defined.is_single else torch.float64)[apart.long()]
+        if defined.levels:
+            powers = torch.from_numpy(defined.powers()).to(codes)
+            quotient = 2 * entries.sum(defined.axis, keepdim=True) / (3 * entries)
+            return powers[quotient.floor_().clamp_(max=len(powers) - 1).long()].mul_(2.0**-functions.FINE)
         reciprocal = torch.floor(2.0**defined.reciprocal_bits / entries.sum(defined.axis, keepdim=True))
         result = entries.mul_(reciprocal)
         if not defined.is_single:
@@ -51,7 +60,7 @@ class Softmax(ExactSoftmax, nn.Softmax):
         if self.dim is None or self.dim % len(shape) == 0:
             return None
         axis = self.dim % len(shape) - len(shape)
-        return functions.Softmax.of(axis, shape[axis], target.grid.width)
+        return functions.Softmax.of(axis, shape[axis], target.grid.width, levels=self.levels)
 
 
 class ExactNorm(Exact):
@@ -143,7 +152,7 @@ class MaskedSoftmax(ExactSoftmax):
                 return None
             if not np.broadcast_to(keep, (1,) * max(0, len(shape) - keep.ndim) + keep.shape).any(axis).all():
                 return None
-        return functions.Softmax.of(axis, shape[axis], target.grid.width, self.factor, keep, self.asks)
+        return functions.Softmax.of(axis, shape[axis], target.grid.width, self.factor, keep, self.asks, self.levels)
 
     def extra_repr(self) -> str:
         shape = None if self.mask is None else tuple(self.mask.shape)

@@ -1,4 +1,4 @@
-"""Softmax: the largest code, a table of exponentials, their sum, one division per row (`pow2quant.functions`)."""
+"""Softmax: the largest code, a table of exponentials, their sum, at most one division per row (`functions.py`)."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ class SoftmaxStep(Step):
             codes = codes - HIDDEN * (keep[0] <= _half(program.tensors[self.inputs[1]]))
         apart = codes.max(defined.axis, keepdims=True) - codes
         entries = self.table[np.minimum(apart, len(self.table) - 1)]
+        if defined.levels:
+            powers = defined.powers()
+            quotient = 2 * entries.sum(defined.axis, keepdims=True) // np.maximum(3 * entries, 1)
+            p = np.where(entries, powers[np.minimum(quotient, len(powers) - 1)], 0)
+            return self.requantization(p)
         reciprocal = (1 << defined.reciprocal_bits) // entries.sum(defined.axis, keepdims=True)
         p = entries * reciprocal >> (defined.reciprocal_bits - FINE)
         return self.requantization(p)
@@ -55,7 +60,7 @@ class SoftmaxStep(Step):
         length = x.shape[defined.axis]
         inner = math.prod(x.shape[defined.axis + 1 :]) if defined.axis < -1 else 1
         kept = defined.kept()
-        sums = "uint32_t" if defined.is_single else "uint64_t"
+        sums = "uint32_t" if defined.is_single or defined.levels else "uint64_t"
         softmax = layer.kernel(
             "softmax",
             x=ctype(x),
@@ -64,9 +69,10 @@ class SoftmaxStep(Step):
             a=kind,
             y=ctype(layer.output),
             k=ctype(layer.input(1)) if masked else "uint8_t" * (kept is not None),
+            powers="powers" * bool(defined.levels),
         )
         numbers = [x.size // length // inner, length, inner, len(self.table) - 1]
-        numbers += [defined.reciprocal_bits, defined.reciprocal_bits - FINE]
+        numbers += [defined.levels] if defined.levels else [defined.reciprocal_bits, defined.reciprocal_bits - FINE]
         arguments = f"{layer.operand(0)}, y, {', '.join(map(str, numbers))}, {entries.name}, &rule"
         if masked:
             arguments += f", {layer.operand(1)}, {layer.input(1).size}, {_half(layer.input(1))}, {HIDDEN}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pow2quant.functions import FINE, Definition, Lookup, Norm, Softmax, accepts, definition, region
+from pow2quant.functions import FINE, WIDEST, Definition, Lookup, Norm, Softmax, accepts, definition, region
 from pow2quant.integer.lattice import FLOAT32_EXACT, Lattice, NotProvedError
 from pow2quant.integer.proof.tensors import Judged, Tensors
 
@@ -50,6 +50,8 @@ def _softmax(defined: Softmax, shape: tuple[int | None, ...], encoding: Encoding
         raise NotProvedError(f"a table of {m} bits and a reciprocal of {r} are outside the proof")
     if length << m > FLOAT32_EXACT:
         raise NotProvedError(f"a row of {length} entries of {m} bits may add up beyond 2^24")
+    if not 0 <= defined.levels <= WIDEST:
+        raise NotProvedError(f"{defined.levels} powers of two are outside the proof")
     kept = defined.kept()
     if kept is not None and not _keeps_some(kept, defined.axis, len(shape)):
         raise NotProvedError("the mask takes all values of a row out")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pow2quant.functions import Softmax, definition
 from pow2quant.integer.lattice import Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute
 from pow2quant.integer.proof.tensors import Judged, Tensors
@@ -116,4 +117,21 @@ def _product_of_activations(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     if length is None:
         raise NotProvedError(f"the length of {node.input[0]}'s last dimension is not known")
     accumulator = (a * b).times(length)
+    if (total := _probabilities(tensors, node.input[0], a, length)) is not None:
+        weighed, every = b.times(total), accumulator
+        ends = np.maximum(every.low, weighed.low), np.minimum(every.high, weighed.high)
+        accumulator = Lattice(every.exponent, *ends)
     return accumulator, accumulator
+
+
+def _probabilities(tensors: Tensors, name: str, lattice: Lattice, length: int) -> int | None:
+    """What the integers of a row add up to at most, where they are a softmax's along the last axis.
+
+    Its p add up to 1 at most, before each is rounded to a code; and to 3/2 where they are powers of two.
+    """
+    node = tensors.index.producers.get(name)
+    defined = None if node is None else definition(node)
+    if not isinstance(defined, Softmax) or defined.axis != -1:
+        return None
+    whole = np.ldexp(1.5 if defined.levels else 1.0, -int(lattice.exponent))
+    return int(np.ceil(whole + length / 2))
