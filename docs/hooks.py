@@ -28,6 +28,8 @@ USE = {
     "equalize": ("low", "depthwise layers, one scale per tensor"),
     "align": ("low", "weights below 8 bits; part of the default"),
     "migrate": ("low", "channels behind LayerNorm or RMSNorm that differ much, as in large transformers"),
+    "ptf": ("low", "residual streams in front of norms whose channels differ much; activations below 8 bits"),
+    "log2_attention": ("low", "attention on hardware that shifts, or without a divider"),
     "output_mse": ("medium", "weights below 8 bits, one scale per tensor; part of the default there"),
     "bias_correction": ("low", "every width, as the last method; part of the default"),
     "bn_reestimation": ("low", "networks with batch norm, instead of `bias_correction`"),

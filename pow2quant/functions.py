@@ -138,6 +138,8 @@ class Norm:
 
     shape: of a row, the last dimensions; groups: 0, or into how many rows the sample (C, …) of this shape is divided.
     gamma: integers in units of 2^-gamma_bits, one per value of a row, or per channel; beta: in 2^-(16 + gamma_bits).
+    shifts: empty, or for every value of a row by how many bits it is shifted left in front of all this: the
+    power-of-two factors of FQ-ViT (Lin et al. 2022).
     """
 
     shape: tuple[int, ...]
@@ -147,10 +149,18 @@ class Norm:
     gamma: tuple[int, ...]
     beta: tuple[int, ...]
     gamma_bits: int
+    shifts: tuple[int, ...] = ()
 
     @classmethod
     def of(
-        cls, shape: tuple[int, ...], groups: int, centered: bool, eps: float, gamma: Floats, beta: Floats
+        cls,
+        shape: tuple[int, ...],
+        groups: int,
+        centered: bool,
+        eps: float,
+        gamma: Floats,
+        beta: Floats,
+        shifts: tuple[int, ...] = (),
     ) -> Norm | None:
         """The definition for these real factors and offsets; None where they do not fit.
 
@@ -164,7 +174,7 @@ class Norm:
         if np.abs(units[1]).max(initial=0) > 2**45:
             return None
         factors, offsets = (tuple(int(v) for v in values.reshape(-1)) for values in units)
-        made = cls(shape, groups, centered, eps, factors, offsets, bits)
+        made = cls(shape, groups, centered, eps, factors, offsets, bits, shifts)
         return made if made.fine >= 0 else None
 
     @property
@@ -203,25 +213,29 @@ class Norm:
 
     def precision(self, encoding: Encoding) -> int:
         """f, at most 8, so that V 4^f stays below 2^52; negative where nothing does."""
-        apart = int(encoding.grid.qmax) - int(encoding.grid.qmin)
-        far = (apart + 1) // 2 if self.centered else _farthest(encoding)
+        apart = (int(encoding.grid.qmax) - int(encoding.grid.qmin)) << max(self.shifts, default=0)
+        far = (apart + 1) // 2 if self.centered else self._farthest(encoding)
         return min(8, (52 - (self.length**2 * far**2 + self.epsilon(encoding)).bit_length()) // 2)
 
     def is_exact(self, encoding: Encoding) -> bool:
         """Whether every integer is within 2^53, for inputs with this encoding."""
-        sums = self.length**2 * _farthest(encoding) ** 2 + self.epsilon(encoding)
+        sums = self.length**2 * self._farthest(encoding) ** 2 + self.epsilon(encoding)
         return sums <= 2**53 and self.precision(encoding) >= 0 and self.magnitude <= 2**51 and self.fine >= 0
+
+    def _farthest(self, encoding: Encoding) -> int:
+        zero = int(encoding.zero_point)
+        far = max(int(encoding.grid.qmax) - zero, zero - int(encoding.grid.qmin))
+        return far << max(self.shifts, default=0)
+
+    def multipliers(self) -> Ints:
+        """2^shift of every value of a row; 1 where there are no shifts."""
+        return np.array(1 << np.array(self.shifts or 0, np.int64))
 
     def factors(self) -> tuple[Ints, Ints]:
         """gamma and beta of every value of a row, in its shape; of a sample, where it is divided into groups."""
         found = (np.repeat(np.array(v, np.int64), self.inner).reshape(self.shape) for v in (self.gamma, self.beta))
         gamma, beta = found
         return gamma, beta
-
-
-def _farthest(encoding: Encoding) -> int:
-    zero = int(encoding.zero_point)
-    return max(int(encoding.grid.qmax) - zero, zero - int(encoding.grid.qmin))
 
 
 Ends = tuple[int, int, int, int]

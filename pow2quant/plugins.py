@@ -23,6 +23,7 @@ TABLES: dict[str, dict[str, str]] = {
         "equalize": "pow2quant.methods.equalization:Equalize",
         "align": "pow2quant.methods.alignment:Align",
         "migrate": "pow2quant.methods.migration:Migrate",
+        "ptf": "pow2quant.methods.ptf:Ptf",
         "log2_attention": "pow2quant.methods.log2_attention:Log2Attention",
         "output_mse": "pow2quant.methods.output_mse:OutputMse",
         "bias_correction": "pow2quant.methods.bias_correction:BiasCorrection",

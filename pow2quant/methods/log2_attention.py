@@ -21,7 +21,7 @@ def attentions(network: fx.GraphModule) -> list[fx.Node]:
     return [
         node
         for node in network.graph.nodes
-        if isinstance(softmax := called(network, node), m.ExactSoftmax)
+        if isinstance(softmax := called(network, node), (m.Softmax, m.MaskedSoftmax))
         and (softmax.dim or 0) % len(node.meta["shape"]) == len(node.meta["shape"]) - 1
         and _is_weighed(network, node)
     ]
@@ -54,7 +54,7 @@ class Log2Attention:
         found = attentions(network)
         for node in found:
             softmax = called(network, node)
-            assert isinstance(softmax, m.ExactSoftmax)
+            assert isinstance(softmax, m.ExactSoftmax)  # `attentions` has no others
             softmax.levels = 2**self.bits - 1
         progress.note(f"log2_attention: {len(found)} softmaxes")
         return network

@@ -234,7 +234,8 @@ def _norm(f: _Expansion, defined: Norm, encoding: Encoding, x: str) -> None:
 
     n, precision = defined.length, defined.precision(encoding)
     q = f("Cast", x, to=TensorProto.DOUBLE)
-    q = f("Mul", q, number(2.0 ** -int(encoding.exponent)))
+    units = np.ldexp(defined.multipliers().astype(np.float64), -int(encoding.exponent))
+    q = f("Mul", q, f.constant(units))
     dims = 1 if defined.groups else len(defined.shape)
     if defined.groups:
         q = f("Reshape", q, f.constant(np.array([0, defined.groups, -1])))

@@ -88,6 +88,7 @@ from pow2quant.frontends.modules.normalization import (
     MaskedSoftmax,
     Normalize,
     RMSNorm,
+    ShiftedNorm,
     Softmax,
 )
 from pow2quant.frontends.modules.resampling import GridSample, Resample
@@ -177,6 +178,7 @@ __all__ = [
     "ScaledELU",
     "Scattered",
     "Select",
+    "ShiftedNorm",
     "SiLU",
     "Sigmoid",
     "Sign",

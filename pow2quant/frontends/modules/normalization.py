@@ -68,6 +68,8 @@ class ExactNorm(Exact):
 
     def integers(self, codes: Tensor, defined: functions.Norm, encoding: Encoding) -> Tensor:
         """`functions.Norm` in float64."""
+        if defined.shifts:
+            codes = codes * torch.from_numpy(defined.multipliers()).to(codes)
         n, f = defined.length, defined.precision(encoding)
         axes = tuple(range(-len(defined.shape), 0)) if not defined.groups else (-1,)
         rows = codes.reshape(len(codes), defined.groups, -1) if defined.groups else codes
@@ -90,14 +92,36 @@ class ExactNorm(Exact):
             np.full(channels, missing, np.float32) if p is None else p.detach().float().cpu().numpy()
             for p, missing in ((getattr(self, name, None), value) for name, value in (("weight", 1), ("bias", 0)))
         )
-        defined = functions.Norm.of(shape, groups, centered, single(eps), gamma, beta)
+        shifts = getattr(self, "shifts", None)
+        bits = () if shifts is None else tuple(int(s) for s in shifts)
+        defined = functions.Norm.of(shape, groups, centered, single(eps), gamma, beta, bits)
         return defined if defined is not None and defined.is_exact(encoding) else None
 
 
-class LayerNorm(ExactNorm, nn.LayerNorm):
+class ShiftedNorm(ExactNorm):
+    """A norm over the last dimensions. Its buffer `shifts`, where it has one, says by what x is multiplied first.
+
+    shifts: (C,) of whole numbers, for factors of 2^shift.
+    """
+
+    normalized_shape: tuple[int, ...]
+
+    def factors(self) -> Tensor | None:
+        """2^shift, (C,); None where there are no shifts."""
+        shifts: Tensor | None = getattr(self, "shifts", None)
+        return None if shifts is None else shifts.exp2()
+
+    def shifted(self, x: Tensor) -> Tensor:
+        """x with the shifts."""
+        factors = self.factors()
+        return x if factors is None else x * factors
+
+
+class LayerNorm(ShiftedNorm, nn.LayerNorm):
     """Rounded once from float64, epsilon a float32, as in ONNX; or `functions.Norm`."""
 
     def plain(self, x: Tensor) -> Tensor:
+        x = self.shifted(x)
         weight, bias = (p.double() if p is not None else None for p in (self.weight, self.bias))
         eps = float(np.float32(self.eps))
         return F.layer_norm(x.double(), self.normalized_shape, weight, bias, eps).to(x.dtype)
@@ -180,11 +204,11 @@ class Normalize(Rounded):
         return x / torch.sqrt((x * x).sum(self.dims, keepdim=True)).clamp(min=self.eps)
 
 
-class RMSNorm(ExactNorm, nn.RMSNorm):
+class RMSNorm(ShiftedNorm, nn.RMSNorm):
     """x / sqrt(mean of squares + eps) * weight over the last dimensions, once rounded from float64; or integers."""
 
     def plain(self, x: Tensor) -> Tensor:
-        dims, wide = tuple(range(-len(self.normalized_shape), 0)), x.double()
+        dims, wide = tuple(range(-len(self.normalized_shape), 0)), self.shifted(x).double()
         mean = (wide * wide).sum(dims, keepdim=True) / single(math.prod(self.normalized_shape))
         result = wide / torch.sqrt(mean + single(self._epsilon))
         return (result if self.weight is None else result * self.weight.double()).to(x.dtype)

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import torch
-from torch import nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.modules.normalization import HALF, LOWEST
@@ -23,8 +22,13 @@ def _masked_softmax(f: Formula, module: m.MaskedSoftmax, x: str, keep: str = "")
     return f("Softmax", scores, axis=module.dim)
 
 
-def _layer_norm(module: nn.LayerNorm, node: Node, graph: OnnxGraph) -> None:
-    inputs = [node.inputs[0]]
+def _shifted(f: Formula, module: m.ShiftedNorm, x: str) -> str:
+    factors = module.factors()
+    return x if factors is None else f("Mul", x, f.floats(factors.cpu().numpy()))
+
+
+def _layer_norm(module: m.LayerNorm, node: Node, graph: OnnxGraph) -> None:
+    inputs = [_shifted(Formula(node, graph), module, node.inputs[0])]
     for name in ("weight", "bias"):
         value = getattr(module, name)
         if value is not None:
@@ -41,7 +45,7 @@ def _normalize(f: Formula, module: m.Normalize, x: str) -> str:
 
 
 def _rms_norm(f: Formula, module: m.RMSNorm, x: str) -> str:
-    shape = module.normalized_shape
+    shape, x = module.normalized_shape, _shifted(f, module, x)
     squares = f("ReduceSum", f("Mul", x, x), f.integers(range(-len(shape), 0)), keepdims=1)
     eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
     result = f("Div", x, f("Sqrt", f("Add", f("Div", squares, f.number(math.prod(shape))), f.number(eps))))

@@ -31,7 +31,7 @@ class NormStep(Step):
         (x,) = inputs
         tensor, defined = program.tensors[self.inputs[0]], self.definition
         n, f = defined.length, defined.precision(tensor.encoding)
-        rows = (x.astype(np.int64) - tensor.zero).reshape(-1, n)
+        rows = ((x.astype(np.int64) - tensor.zero) * defined.multipliers()).reshape(-1, n)
         total = rows.sum(1, keepdims=True) * int(defined.centered)
         spread = n * (rows * rows).sum(1, keepdims=True) - total * total + defined.epsilon(tensor.encoding)
         root = np.floor(np.sqrt((np.maximum(spread, 1) << (2 * f)).astype(np.float64))).astype(np.int64)
@@ -50,13 +50,19 @@ class NormStep(Step):
             layer.typed_array(what, np.array(v, storage(min(-1, *v), max(v))))
             for what, v in (("gamma", defined.gamma), ("beta", defined.beta))
         )
-        norm = layer.kernel("norm", x=ctype(x), g=gamma.ctype, b=beta.ctype, a=kind, y=ctype(layer.output))
+        shifts = "shifted" * bool(defined.shifts)
+        norm = layer.kernel(
+            "norm", x=ctype(x), g=gamma.ctype, b=beta.ctype, a=kind, y=ctype(layer.output), shifts=shifts
+        )
         f = defined.precision(x.encoding)
         period = math.prod(defined.shape)
         numbers = [x.size // defined.length, defined.length, period, defined.inner, x.zero, int(defined.centered)]
         numbers += [f, RECIPROCAL - f - DEPTH, defined.drop]
         arguments = f"x, y, {', '.join(map(str, numbers))}, {defined.epsilon(x.encoding)}, {gamma.name}, {beta.name}"
-        return f"{layer.rule(self.requantization)}\n{norm}({arguments}, &rule);"
+        arguments += ", &rule"
+        if defined.shifts:
+            arguments += f", {layer.typed_array('shifts', np.array(defined.shifts, np.uint8)).name}"
+        return f"{layer.rule(self.requantization)}\n{norm}({arguments});"
 
     def bound(self, program: Program) -> int:
         return (self.definition.magnitude >> self.definition.drop) + 1

@@ -66,6 +66,8 @@ def _norm(defined: Norm, shape: tuple[int | None, ...], encoding: Encoding) -> L
     rows = shape[1:] if defined.groups else shape[1:][-len(defined.shape) :]
     if rows != defined.shape or math.prod(defined.shape) % max(1, defined.groups):
         raise NotProvedError(f"its integers are those of rows of shape {defined.shape}")
+    if defined.shifts and (len(defined.shifts) != defined.length or not set(defined.shifts) <= set(range(WIDEST))):
+        raise NotProvedError("its shifts are not from 0 to 15, one for every value of a row")
     counts = {len(defined.gamma), len(defined.beta)}
     if len(counts) > 1 or 0 in counts or math.prod(defined.shape) % len(defined.gamma):
         raise NotProvedError("it has not one factor and one offset for each channel")
