@@ -8,9 +8,10 @@ parameters stay shared. Dropout, identities and whatever else does nothing go (`
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,19 @@ PREPARED, FIXED = "pow2quant_prepared", "pow2quant_fixed"
 DROPOUTS = "pow2quant_dropouts"
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within it, Python does not look for cycles of garbage: each time it walks over all of PyTorch's objects."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@_no_collection()
 def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
     """The network as a float graph of modules, in eval mode, with `shape`, `free` and `dtype` in each `node.meta`.
 
@@ -206,9 +220,13 @@ def _check_finite(model: nn.Module) -> None:
             raise ModelError(f"{name}: is on the device 'meta' and has no values; load the weights first")
         if tensor.layout is not torch.strided:
             raise ModelError(f"{name}: its layout is {tensor.layout}; only dense weights can be quantized (to_dense())")
-        mask = not isinstance(tensor, nn.Parameter) and is_mask(tensor)
-        if not mask and not torch.isfinite(tensor).all():
+        if not _is_finite(tensor) and (isinstance(tensor, nn.Parameter) or not is_mask(tensor)):
             raise WeightsError(f"{name}: the weights hold NaN or infinity")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """A finite sum needs one pass and no memory; that of finite values may still be infinite."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _of_size(example: Any, n: int) -> Any:
