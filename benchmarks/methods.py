@@ -24,12 +24,13 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+import yaml
 from chains import Chains, auto, methods, written
 from torch import Tensor, nn
 
 from pow2quant import datasets, models
 from pow2quant.backends.base import Simulation
-from pow2quant.config import DataConfig, QuantPlan
+from pow2quant.config import ROLES, DataConfig, QuantizationConfig, QuantPlan, RunConfig, plan_of
 from pow2quant.report.document import environment
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -39,8 +40,8 @@ BEGIN, END = "<!-- rows: written by benchmarks/methods.py -->\n", "<!-- end of r
 @dataclass(frozen=True)
 class Experiment:
     """What decides a row. chain: as on the command line. range: of all but biases. seed: None where
-    nothing depends on it. images: how many. block: inputs that share an exponent, None for all of a channel. last: the
-    layer whose output has 8 bits whatever the others have, None where it has as many.
+    nothing depends on it. images: how many. block: inputs that share an exponent, None for all of a channel. overrides:
+    `quantization.overrides`, in YAML.
     """
 
     network: str
@@ -55,14 +56,13 @@ class Experiment:
     calibration_images: int = 512
     test_images: int = 10_000
     block: int | None = None
-    last: str | None = None
+    overrides: str | None = None
 
     @property
     def table(self) -> str:
         """The heading of the table it stands in."""
         activations = ", activations float" if self.activation_bits is None else f"A{self.activation_bits}"
         rest = ", per tensor" * self.per_tensor + ", free scales" * (not self.power_of_2)
-        rest += ", logits of 8 bits" * (self.last is not None)
         return f"{self.network}: W{self.weight_bits}{activations}{rest}"
 
     @property
@@ -73,9 +73,11 @@ class Experiment:
     def plan(self) -> QuantPlan:
         free = not self.power_of_2
         made = plan(self.weight_bits, self.activation_bits, self.per_tensor, free, self.range, self.block)
-        if self.last is None or made.output is None:
+        if self.overrides is None:
             return made
-        return replace(made, overrides=((self.last, {"output": replace(made.output, bits=8)}),))
+        roles = {role: getattr(made, role) for role in ROLES}
+        quantization = QuantizationConfig(**roles, overrides=yaml.safe_load(self.overrides))
+        return plan_of(replace(RunConfig(), quantization=quantization))
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Bench:
                 images,
                 len(self.truth),
                 block or None,
-                options.last_layer,
+                options.overrides,
             )
 
     def measure(self, experiment: Experiment) -> Row:
@@ -302,7 +304,7 @@ def main() -> None:
     parser.add_argument("--per-tensor", action="store_true")
     parser.add_argument("--free-scales", action="store_true")
     parser.add_argument("--blocks", nargs="+", type=int, default=[0], help="inputs that share an exponent; 0: all")
-    parser.add_argument("--last-layer", help="the layer whose outputs are the logits, to give them 8 bits")
+    parser.add_argument("--overrides", metavar="YAML", help="`quantization.overrides`; name them in the title")
     parser.add_argument("--backend", default="custom")
     parser.add_argument("--rows", type=Path, default=DOCS / "results.json")
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")

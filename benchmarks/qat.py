@@ -2,13 +2,14 @@
 
     python benchmarks/qat.py --data-path DIR --network models.py:cifar10_resnet20 --weights resnet20.safetensors
         [--runs 8:8:weights:1:1e-4 4:8:weights:3:1e-4 4:4:full:10:2.5e-4 …] [--exponents tqt|lsq|fixed]
+        [--before "align: {rounds: 1}, gptq, bias_correction"] [--overrides "{fc: {output: {bitwidth: 8}}}"]
         [--output runs/qat-cifar10]
 
 DIR holds `cifar-10-batches-py/` or `cifar10.npz`; networks and weights are your own. A run is
 WEIGHT BITS:ACTIVATION BITS:MODE:EPOCHS:LEARNING RATE; the rate warms up for a tenth of the steps. 512 calibration
-images; `weights` starts from the default methods, `full` from LAPQ and 400 iterations of QDrop; batches of 64, folded
-batch norm, no loss but distillation from the float network. The logits have 8 bits, all other activations as many as
-the run says: with 4 bits, the two largest of them are often equal. `--exponents fixed` leaves exponents where the
+images; `weights` starts from the default methods, `full` from the chain `--before`; batches of 64, folded batch norm,
+no loss but distillation from the float network. `--overrides` are `quantization.overrides`: by default the logits have
+8 bits, as with 4 bits the two largest of them are often equal. `--exponents fixed` leaves exponents where the
 methods put them, and takes less time. The last epoch is kept: no choice is made on test images. Prints a markdown row
 per run. A run that was interrupted continues when the same command is given again. `--precision bfloat16` is faster on
 processors that compute with it, and half as fast on others. Exit status 1 when any output element differs.
@@ -20,10 +21,12 @@ import argparse
 import json
 from pathlib import Path
 
+import yaml
+
 from pow2quant import qat
 from pow2quant.config import RunConfig, with_values
 
-BEFORE_FULL = [{"lapq": {"bias_correction": False}}, {"qdrop": {"iterations": 400}}]
+BEFORE = "lapq: {bias_correction: false}, qdrop: {iterations: 400}"
 
 
 def main() -> None:
@@ -40,7 +43,8 @@ def main() -> None:
         ],
         metavar="W:A:MODE:EPOCHS:RATE",
     )
-    parser.add_argument("--last-layer", default="fc", help="the layer whose outputs are the logits")
+    parser.add_argument("--before", default=BEFORE, metavar="CHAIN", help="methods in front of full training")
+    parser.add_argument("--overrides", default="{fc: {output: {bitwidth: 8}}}", metavar="YAML")
     parser.add_argument("--exponents", default="tqt", choices=["tqt", "lsq", "fixed"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batch-norm", default="folded", choices=["live", "folded"])
@@ -64,9 +68,9 @@ def main() -> None:
             "data.path": options.data_path,
             "quantization.weight.bitwidth": int(weight),
             "quantization.output.bitwidth": int(activation),
-            "quantization.overrides": {options.last_layer: {"output": {"bitwidth": 8}}},
+            "quantization.overrides": yaml.safe_load(options.overrides),
             "ptq.calibration_batches": 8,
-            "ptq.methods": BEFORE_FULL if mode == "full" else None,
+            "ptq.methods": yaml.safe_load(f"[{options.before}]") if mode == "full" else None,
             "training.mode": mode,
             "training.exponents": options.exponents,
             "training.epochs": int(epochs),
