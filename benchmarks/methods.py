@@ -41,7 +41,7 @@ BEGIN, END = "<!-- rows: written by benchmarks/methods.py -->\n", "<!-- end of r
 class Experiment:
     """What decides a row. chain: as on the command line. range: of all but biases. seed: None where
     nothing depends on it. images: how many. block: inputs that share an exponent, None for all of a channel. overrides:
-    `quantization.overrides`, in YAML.
+    `quantization.overrides`, in YAML. sums: `quantization.sums`.
     """
 
     network: str
@@ -57,12 +57,14 @@ class Experiment:
     test_images: int = 10_000
     block: int | None = None
     overrides: str | None = None
+    sums: int | None = None
 
     @property
     def table(self) -> str:
         """The heading of the table it stands in."""
         activations = ", activations float" if self.activation_bits is None else f"A{self.activation_bits}"
         rest = ", per tensor" * self.per_tensor + ", free scales" * (not self.power_of_2)
+        rest += f", sums of {self.sums} bits" * (self.sums is not None)
         return f"{self.network}: W{self.weight_bits}{activations}{rest}"
 
     @property
@@ -73,10 +75,9 @@ class Experiment:
     def plan(self) -> QuantPlan:
         free = not self.power_of_2
         made = plan(self.weight_bits, self.activation_bits, self.per_tensor, free, self.range, self.block)
-        if self.overrides is None:
-            return made
+        overrides = yaml.safe_load(self.overrides or "{}")
         roles = {role: getattr(made, role) for role in ROLES}
-        quantization = QuantizationConfig(**roles, overrides=yaml.safe_load(self.overrides))
+        quantization = QuantizationConfig(**roles, overrides=overrides, sums=self.sums)
         return plan_of(replace(RunConfig(), quantization=quantization))
 
 
@@ -161,6 +162,7 @@ class Bench:
                 len(self.truth),
                 block or None,
                 options.overrides,
+                options.sums,
             )
 
     def measure(self, experiment: Experiment) -> Row:
@@ -305,6 +307,7 @@ def main() -> None:
     parser.add_argument("--free-scales", action="store_true")
     parser.add_argument("--blocks", nargs="+", type=int, default=[0], help="inputs that share an exponent; 0: all")
     parser.add_argument("--overrides", metavar="YAML", help="`quantization.overrides`; name them in the title")
+    parser.add_argument("--sums", type=int, help="`quantization.sums`")
     parser.add_argument("--backend", default="custom")
     parser.add_argument("--rows", type=Path, default=DOCS / "results.json")
     parser.add_argument("--page", type=Path, default=DOCS / "results.md")

@@ -2,7 +2,7 @@
 
     python benchmarks/qat.py --data-path DIR --network models.py:cifar10_resnet20 --weights resnet20.safetensors
         [--runs 8:8:weights:1:1e-4 4:8:weights:3:1e-4 4:4:full:10:2.5e-4 …] [--exponents tqt|lsq|fixed]
-        [--before "align: {rounds: 1}, gptq, bias_correction"] [--overrides "{fc: {output: {bitwidth: 8}}}"]
+        [--before "align: {rounds: 1}, gptq, bias_correction"] [--overrides "{fc: {output: {bitwidth: 8}}}"] [--sums 8]
         [--output runs/qat-cifar10]
 
 DIR holds `cifar-10-batches-py/` or `cifar10.npz`; networks and weights are your own. A run is
@@ -45,6 +45,7 @@ def main() -> None:
     )
     parser.add_argument("--before", default=BEFORE, metavar="CHAIN", help="methods in front of full training")
     parser.add_argument("--overrides", default="{fc: {output: {bitwidth: 8}}}", metavar="YAML")
+    parser.add_argument("--sums", type=int, help="bits of sums and of what they add, as `quantization.sums`")
     parser.add_argument("--exponents", default="tqt", choices=["tqt", "lsq", "fixed"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batch-norm", default="folded", choices=["live", "folded"])
@@ -69,6 +70,7 @@ def main() -> None:
             "quantization.weight.bitwidth": int(weight),
             "quantization.output.bitwidth": int(activation),
             "quantization.overrides": yaml.safe_load(options.overrides),
+            "quantization.sums": options.sums,
             "ptq.calibration_batches": 8,
             "ptq.methods": yaml.safe_load(f"[{options.before}]") if mode == "full" else None,
             "training.mode": mode,

@@ -82,7 +82,8 @@ def mct(given: Given, bits: int) -> Run:
 
     config = toolkit.core.CoreConfig()
     if bits != 8:
-        kinds = [NodeTypeFilter(kind) for kind in (torch.nn.Conv2d, torch.nn.Linear)]
+        held = {type(module) for module in given.network.modules()} & {torch.nn.Conv2d, torch.nn.Linear}
+        kinds = [NodeTypeFilter(kind) for kind in sorted(held, key=str)]
         config.bit_width_config.set_manual_weights_bit_width(kinds, bits, "weight")
 
     def images() -> Iterator[list[Array]]:

@@ -14,6 +14,7 @@ from torch import fx, nn
 from pow2quant.artifact import Site
 from pow2quant.backends.leaders import Layer as Layer
 from pow2quant.backends.leaders import in_every_step, joined, of_one_weight
+from pow2quant.backends.sums import stream
 from pow2quant.config import BLOCK_BITS, QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError
 from pow2quant.frontends import modules as m
@@ -111,10 +112,11 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
     fused: set[str] = set()
     exact: dict[str, tuple[Site, Site]] = {}
     units: set[str] = set()
+    in_stream = set() if plan.sums is None else set(stream(network))
 
-    def site(name: str, role: str) -> Site | None:
+    def site(name: str, role: str, summed: bool = False) -> Site | None:
         made = Site(name, role)
-        spec = plan.spec(made)
+        spec = plan.spec(made, summed)
         if spec is None:
             return None
         require_tensor(plan.target, name, role, spec)
@@ -143,7 +145,7 @@ def place(network: fx.GraphModule, plan: QuantPlan) -> Placement:
         elif plan.target.open_sums and kind is Kind.WEIGHTED and _is_summand(network, node):
             own = None
         else:
-            own = site(tensor_name(node), "input" if module is None else "output")
+            own = site(tensor_name(node), "input" if module is None else "output", node in in_stream)
         carried[node.name] = own
         if own is not None:
             quantized[node.name] = own

@@ -72,6 +72,7 @@ class QuantPlan:
     overrides: (pattern, {role: spec}) or (pattern, None); patterns are shell wildcards for module names, None keeps
     everything of these modules float. functions: `exact` computes Softmax and the norms as stated integers, `plain`
     leaves them to the standard's nodes, which executors compute in their own ways. target: whose arithmetic is meant.
+    sums: the least bits of what is added and of its sum, None: those of outputs.
     weight_bits, activation_bits, per_tensor: in short, for the roles that are not given: symmetric weights, asymmetric
     activations, 32-bit biases; the input keeps 8 bits, as an image has. Raises ConfigError for an illegal width.
     """
@@ -83,6 +84,7 @@ class QuantPlan:
     overrides: tuple[tuple[str, Mapping[str, TensorSpec | None] | None], ...] = ()
     functions: str = "exact"
     target: Target = DEFAULT
+    sums: int | None = None
     weight_bits: InitVar[int] = 8
     activation_bits: InitVar[int] = 8
     per_tensor: InitVar[bool] = False
@@ -98,6 +100,8 @@ class QuantPlan:
                 object.__setattr__(self, role, short[role])
         for role in ROLES:
             check_role(role, getattr(self, role), f"plan.{role}", ("bias",))
+        if self.sums is not None and self.sums not in WIDTHS["output"]:
+            raise illegal("plan.sums", self.sums, "an integer from 2 to 16, or None")
         for pattern, changes in self.overrides:
             for role, spec in (changes or {}).items():
                 check_role(role, spec, f"plan.overrides.{pattern}.{role}", ("bias",))
@@ -107,13 +111,19 @@ class QuantPlan:
         """The plan with these widths; see the class."""
         return cls(weight_bits=weight_bits, activation_bits=activation_bits, per_tensor=per_tensor)
 
-    def spec(self, site: _Site) -> TensorSpec | None:
-        """How a site is quantized: as the last override says that matches its module and speaks of its role."""
+    def spec(self, site: _Site, summed: bool = False) -> TensorSpec | None:
+        """How a site is quantized: as the last override says that matches its module and speaks of its role.
+
+        summed: its tensor is an operand or the result of a sum.
+        """
         for pattern, changes in reversed(self.overrides):
             if fnmatchcase(site.module, pattern) and (changes is None or site.role in changes):
                 return None if changes is None else changes[site.role]
         roles = {"weight": self.weight, "input": self.input, "output": self.output, "bias": self.bias}
-        return roles[site.role]
+        spec = roles[site.role]
+        if summed and site.role == "output" and spec is not None and self.sums is not None:
+            return replace(spec, bits=max(spec.bits, self.sums))
+        return spec
 
 
 def check_role(role: str, spec: TensorSpec | None, path: str, symmetric: tuple[str, ...] = ("weight", "bias")) -> None:

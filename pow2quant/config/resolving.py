@@ -73,7 +73,7 @@ def plan_of(config: RunConfig) -> QuantPlan:
     )
     functions, target = config.quantization.functions, load_target(config.target)
     weight, input, output, bias = (roles[role] for role in ROLES)
-    return QuantPlan(weight, input, output, bias, overrides, functions, target)
+    return QuantPlan(weight, input, output, bias, overrides, functions, target, config.quantization.sums)
 
 
 def _for_target(config: RunConfig, values: Any) -> RunConfig:

@@ -64,6 +64,7 @@ _DEVICE = Legal(lambda: "cpu, cuda or cuda:N", lambda v: re.fullmatch(r"cpu|cuda
 _SEED = integer(0, 2**32 - 1)
 _WORKERS = integer(0, 1024)
 _EPOCHS = integer(0)
+_SUMS = integer(2, 16)
 _OVERRIDES = Legal(lambda: "{PATTERN: {ROLE: {key: value}}}, with null for a role or a pattern that stays float")
 
 
@@ -107,6 +108,8 @@ class QuantizationConfig:
 
     overrides: by module pattern, then role, then key: only what differs from the role's own specification.
     functions: `exact`, Softmax and the norms as stated integers, or `plain`, for toolchains that match their nodes.
+    sums: the least bits of what is added and of its sum; layers read a sum with a ReLU through a second ReLU, in the
+    bits of outputs; null: sums have those, too.
     """
 
     weight: TensorSpec | None = WEIGHT
@@ -117,6 +120,7 @@ class QuantizationConfig:
         default_factory=dict
     )
     functions: Annotated[str, _FUNCTIONS] = "exact"
+    sums: Annotated[int | None, _SUMS] = None
 
 
 @dataclass(frozen=True)

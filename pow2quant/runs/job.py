@@ -20,6 +20,7 @@ from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
 from pow2quant.backends.calibration import settled
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.pixels import fold_normalization
+from pow2quant.backends.sums import separate
 from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.datasets.sampling import Sample, labels_at_hand, sample
 from pow2quant.errors import ConfigError, DataError
@@ -49,6 +50,8 @@ def simulation_of(prepared: fx.GraphModule, example: Batch, plan: QuantPlan, bac
     """The backend's simulation of a prepared network, which stays as it is: batch norm folded, not yet calibrated."""
     be_exact()  # after torch.export, which sets cuDNN's precision
     folded = fold_batch_norm(copy.deepcopy(prepared))
+    if plan.sums is not None:
+        separate(folded)
     sim: Simulation = resolve("backends", backend)(folded, example, plan)
     return sim
 

@@ -127,11 +127,12 @@ class Search:
         job = replace(decided(Job.start(config, progress)), unfinished=unfinished)
         state = torch.get_rng_state()
         plan = configuration.plan_of(config)
-        placement = job.simulate().placement
-        groups = groups_of(job.network, placement, plan, config.search.candidates, config.search.activation_candidates)
+        sim = job.simulate()
+        offered = config.search.candidates, config.search.activation_candidates
+        groups = groups_of(sim.network, sim.placement, plan, *offered)
         if not any(g.is_open for g in groups):
             raise ConfigError("candidates: nothing is left to choose; every tensor's width is decided by overrides")
-        layers = costs.layers_of(job.network, placement, groups)
+        layers = costs.layers_of(sim.network, sim.placement, groups)
         judge = Judge.of(job, limits.metric_named(request.constraints), unfinished)
         work = cls(request, job, groups, layers, Problem({}, {}), None, {}, 0.0, state, progress, judge)
         work.chip = work._chip()
