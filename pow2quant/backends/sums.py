@@ -12,7 +12,7 @@ import copy
 from torch import fx
 
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.operators import called, operator
+from pow2quant.frontends.operators import called, kind_of
 from pow2quant.operators import Kind
 
 NARROW = "_narrow"
@@ -28,7 +28,7 @@ def stream(network: fx.GraphModule) -> list[fx.Node]:
     for node in network.graph.nodes:
         if isinstance(called(network, node), (m.Add, m.Sub)) and len(node.all_input_nodes) > 1:
             only = next(iter(node.users))
-            clipped = len(node.users) == 1 and _kind(network, only) is Kind.CLIP
+            clipped = len(node.users) == 1 and kind_of(called(network, only)) is Kind.CLIP
             found += [*(_moved(network, source) for source in node.all_input_nodes), only if clipped else node]
     return list(dict.fromkeys(found))
 
@@ -40,8 +40,8 @@ def separate(network: fx.GraphModule) -> None:
     layers as it is.
     """
     for node in stream(network):
-        readers = [user for user in node.users if _kind(network, user) is Kind.WEIGHTED]
-        if readers and _kind(network, node) is Kind.CLIP:
+        readers = [user for user in node.users if kind_of(called(network, user)) is Kind.WEIGHTED]
+        if readers and kind_of(called(network, node)) is Kind.CLIP:
             name = f"{node.target}{NARROW}"
             network.add_submodule(name, copy.deepcopy(network.get_submodule(str(node.target))))
             with network.graph.inserting_after(node):
@@ -53,12 +53,7 @@ def separate(network: fx.GraphModule) -> None:
     network.recompile()
 
 
-def _kind(network: fx.GraphModule, node: fx.Node) -> Kind | None:
-    row = operator(called(network, node))
-    return None if row is None else row.kind
-
-
 def _moved(network: fx.GraphModule, node: fx.Node) -> fx.Node:
-    while _kind(network, node) is Kind.PASS:
+    while kind_of(called(network, node)) is Kind.PASS:
         node = node.all_input_nodes[0]
     return node
