@@ -21,6 +21,7 @@ from pow2quant.frontends.constants import Constants, differ
 from pow2quant.frontends.dropouts import DROPOUT
 from pow2quant.frontends.export import overwrites, source_line
 from pow2quant.frontends.kept import MOVES, TRUTH
+from pow2quant.frontends.loops import Call, mark_loops
 from pow2quant.frontends.naming import Names
 from pow2quant.frontends.returned import Returned
 
@@ -43,6 +44,7 @@ class Builder:
     constants: what does not depend on data; tensor, parameter, number and is_written are its methods.
     outputs: which of the tensors that the user's network returns the prepared one returns: each once. returned: how
     these stand in what the user's network returns. unrolled: over how many steps each recurrent layer is written out.
+    cells: what was made of the weights of recurrent cells, by these. calls: of such cells, in order.
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class Builder:
         self.outputs: list[int] = []
         self.returned: Returned | None = None
         self.unrolled: dict[str, int] = {}
+        self.cells: dict[tuple[int, ...], Any] = {}
+        self.calls: list[Call] = []
         self.dropouts: dict[fx.Node, tuple[str, nn.Module]] = {}
         self._current: list[fx.Node] = []
         self._held: dict[fx.Node, fx.Node] = {}
@@ -91,6 +95,7 @@ class Builder:
                 self._current = self.made[node] = []
                 self._convert(node)
         self._mark_dropouts()
+        self.unrolled |= mark_loops(self.calls, self.modules)
         network = fx.GraphModule(self.modules, self.graph).eval()
         network.graph.eliminate_dead_code()
         network.delete_all_unused_submodules()

@@ -82,7 +82,10 @@ class _Cut:
         self.whole = artifact
         self.layers = recurrent_of(artifact.model)
         if not self.layers:
-            raise UnsupportedModelError("the network has no recurrent layer (LSTM, GRU, RNN)")
+            raise UnsupportedModelError(
+                "the network has no recurrent layer (LSTM, GRU, RNN), nor a loop of cells that pass their state on "
+                "unchanged"
+            )
         if reason := next((layer.whole for layer in self.layers if layer.whole), None):
             raise UnsupportedModelError(reason)
         if len({layer.steps for layer in self.layers}) > 1:

@@ -17,6 +17,7 @@ from pow2quant.artifact import EVERY, SEQUENCE
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.builder import Builder, Handler, Parts
 from pow2quant.frontends.captured import scope
+from pow2quant.frontends.loops import Call
 from pow2quant.frontends.modules import weighted
 from pow2quant.frontends.unrolled import BACKWARD, STEP, Step
 
@@ -116,14 +117,21 @@ Advance = Callable[[Cell, fx.Node, State], State]
 
 
 def _cell(step: Advance, third: bool = False, pair: bool = False) -> Handler:
-    """lstm_cell, gru_cell, rnn_tanh_cell: one step on (N, C)."""
+    """lstm_cell, gru_cell, rnn_tanh_cell: one step on (N, C). Calls of one cell share what was made of its biases."""
 
     def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node | Parts:
         weights = [w for w in (a.w_ih, a.w_hh, a.b_ih, a.b_hh) if w is not None]
-        cell = Cell.of(b, node, weights, third)
-        given = [_state(b, node, h) for h in (a.hx if pair else [a.hx])]
-        x = cell.linear(b.operand(node, a.input), cell.outer, cell.bias, "input")
-        results = step(cell, x, _first(cell, x, given))
+        key = tuple(id(b.parameter(node, w)) for w in weights)
+        if key not in b.cells:
+            b.cells[key] = Cell.of(b, node, weights, third)
+        cell = replace(b.cells[key], node=node, made=[])
+        given = tuple(_state(b, node, h) for h in (a.hx if pair else [a.hx]))
+        read = b.operand(node, a.input)
+        x = cell.linear(read, cell.outer, cell.bias, "input")
+        before = _first(cell, x, given)
+        del cell.made[1:]  # zeros are no part of the step
+        results = step(cell, x, before)
+        b.calls.append(Call(scope(node) or node.name, cell.inner, read, given, before, results, tuple(cell.made)))
         return (lambda user, index: results[index]) if pair else results[0]
 
     return handler
