@@ -13,8 +13,9 @@ from pow2quant.artifact import Artifact
 from pow2quant.errors import DataError, EncodingError, NotPowerOfTwoError, UnsupportedModelError
 from pow2quant.integer import run as engine
 from pow2quant.integer.lower import lower
-from pow2quant.integer.program import storage
+from pow2quant.integer.program import Requantization, storage
 from pow2quant.pow2_constraints import Encoding, IntGrid
+from pow2quant.pow2_constraints.arithmetic import ROUNDINGS
 from pow2quant.validation import ort
 from pow2quant.validation.engine import executor
 from tests.quantized_graphs import Graph, encoding, networks, residual_network
@@ -284,6 +285,20 @@ def test_integers_stay_exact_where_float32_does_not():
     program = lower(artifact)
     np.testing.assert_array_equal(engine.run(program, [q])[0], exact)
     assert np.abs(sums).max() <= program.steps[0].bound(program)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize(("kind", "most"), [("float32", 2**24), ("float64", 2**53)])
+def test_what_floats_hold_exactly_is_rounded_as_integers_are(rounding, kind, most):
+    shift = np.array([-30, -1, 0, 1, 2, 5, 24, 30, 63])
+    near = np.arange(-40, 41)
+    values = np.concatenate([near, most - 40 + near[:40], -most + 40 + near[41:], rng(8).integers(-most, most, 2000)])
+    rule = Requantization(shift, 7, -(2**15), 2**15 - 1, rounding)
+    found = rule(values.astype(kind)[:, None], channel_axis=-1)
+    fits = np.abs(values)[:, None] <= 2.0 ** (62 + np.minimum(shift, 0))
+    expected = rule(np.where(fits, values[:, None], 0), channel_axis=-1)
+    assert found.dtype == np.int16
+    np.testing.assert_array_equal(np.where(fits, found, 0), np.where(fits, expected, 0))
 
 
 def test_batches_larger_than_a_chunk_keep_their_order():

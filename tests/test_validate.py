@@ -1,10 +1,12 @@
 """Agreement between executors: real onnxruntime sessions, and executors that are wrong on purpose."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +69,33 @@ def test_four_executors_from_disk_agree_and_it_is_proved(network, folder):
         assert result.agrees
         assert (result.elements, result.differing, result.max_lsb, result.top1_agreement) == (1000, 0, 0.0, 100.0)
         assert (result.claim, result.first_diverging, result.against) == ("proved", None, found[0].name)
+
+
+def test_files_with_the_same_bytes_run_once(network, folder, tmp_path, monkeypatch):
+    """The pair rebuilds model.onnx to the byte, and opens no session; with one other zero point it opens its own."""
+    opened, session = [], onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda *given, **how: opened.append(1) or session(*given, **how)
+    )
+    document = json.loads((folder / "model.encodings").read_text())
+    (entry,) = (e for e in document["activation_encodings"] if e["name"] == "x")
+    entry["offset"] = [z - 2 for z in entry["offset"]]
+    (tmp_path / "model.encodings").write_text(json.dumps(document))
+    for where, sessions, same in ((folder, 2, True), (tmp_path, 4, False)):
+        opened.clear()
+        found = executors(folder / "model.onnx", (folder / "model_float.onnx", where / "model.encodings"))
+        results = [e.run(next(inputs(network))) for e in found]
+        assert len(opened) == sessions
+        assert [np.array_equal(r[0], results[0][0]) for r in results] == [True, True, same, same]
+
+
+def test_a_batch_that_was_filled_with_other_values_runs_again(network, folder):
+    x = next(inputs(network))
+    first, _, again, _ = executors(folder / "model.onnx", (folder / "model_float.onnx", folder / "model.encodings"))
+    before = first.run(x)[0]
+    x[0][:] = 0
+    assert not np.array_equal(again.run(x)[0], before)
+    assert np.array_equal(again.run(x)[0], plain(folder / "model.onnx").run(x)[0])
 
 
 def test_without_a_proof_agreement_is_only_observed(network):

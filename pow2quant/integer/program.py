@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.pow2_constraints.arithmetic import HALF_EVEN, requantize
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN, power_of_two, requantize, round_real
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
     from pow2quant.pow2_constraints import Encoding
 
@@ -103,13 +104,21 @@ class Requantization:
     high: int
     rounding: str = HALF_EVEN
 
-    def __call__(self, accumulator: ArrayLike, channel_axis: int | None = None) -> Ints:
-        """Codes (int64) of an accumulator of any shape; `channel_axis`: along which `shift` counts, from the end."""
+    def __call__(self, accumulator: NDArray[Any], channel_axis: int | None = None) -> Codes:
+        """Codes of an accumulator of any shape; `channel_axis`: along which `shift` counts, from the end.
+
+        accumulator: integers, of int64 or of the type that `exact_kind` gives for them.
+        """
         shift = self.shift
         if shift.ndim:
             assert channel_axis is not None
             assert channel_axis < 0
             shift = shift.reshape(-1, *[1] * (-1 - channel_axis))
+        if accumulator.dtype.kind == "f":
+            if np.abs(shift).max() < 64 and max(-self.low, self.high, abs(self.zero)) < 2**23:  # all below is exact
+                real = round_real(accumulator * power_of_two(-shift), self.rounding, shift)
+                return np.asarray(np.clip(real + self.zero, self.low, self.high), storage(self.low, self.high))
+            accumulator = accumulator.astype(np.int64)
         return requantize(accumulator, shift, self.zero, self.low, self.high, self.rounding)
 
 
@@ -174,6 +183,11 @@ class Program:
     pixels: bool = False
     states: tuple[tuple[str, str], ...] = ()
 
+    @cached_property
+    def kinds(self) -> Mapping[Step, np.dtype[np.generic]]:
+        """The fastest type in which each step's sums of products are exact."""
+        return {step: exact_kind(step.bound(self)) for step in self.steps}
+
     @property
     def work(self) -> int:
         """Multiply-accumulates of one sample."""
@@ -212,9 +226,13 @@ def broadcast(program: Program, names: tuple[str, ...], inputs: tuple[Codes, ...
     ]
 
 
-def on_one_scale(
-    program: Program, names: tuple[str, ...], inputs: tuple[Codes, ...], shifts: tuple[int, ...]
-) -> tuple[Codes, ...]:
-    """Operands less their zero points, each shifted to the left, so that all have one scale; int64, broadcast."""
-    operands = zip(broadcast(program, names, inputs), names, shifts, strict=True)
-    return tuple(np.left_shift(x.astype(np.int64) - program.tensors[name].zero, shift) for x, name, shift in operands)
+def on_one_scale(program: Program, step: Step, inputs: tuple[Codes, ...], shifts: tuple[int, ...]) -> list[Any]:
+    """Operands less their zero points, each shifted to the left, so that all have one scale; broadcast.
+
+    In the type in which integers up to the step's bound are exact.
+    """
+    kind = program.kinds[step]
+    operands = zip(broadcast(program, step.inputs, inputs), step.inputs, shifts, strict=True)
+    return [
+        (x.astype(kind) - kind.type(program.tensors[name].zero)) * kind.type(1 << shift) for x, name, shift in operands
+    ]

@@ -1,7 +1,7 @@
 """The engine: runs a program on batches of codes in numpy. The living definition of the arithmetic.
 
-Inside there are integers only; sums of products go through float32 or float64 matrix products where the program's
-bounds prove that these hold every partial sum exactly.
+Inside there are integers only; sums of products, and how they are rounded, go through float32 or float64 where the
+program's bounds prove that these hold every partial sum exactly.
 """
 
 from __future__ import annotations

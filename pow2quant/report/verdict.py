@@ -90,7 +90,7 @@ def agreement_of(agreements: Sequence[Agreement]) -> str:
         names = [a.executor for a in agreements]
         runs = [name for name in names if name.startswith("onnxruntime")]
         if len(runs) > 1:
-            names = [f"{len(runs)} runs of onnxruntime", *(name for name in names if name not in runs)]
+            names = [f"onnxruntime in {len(runs)} ways", *(name for name in names if name not in runs)]
         others = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
         return f"0 of {most.elements:,} output elements differ between {most.against} and {others}: {claim}"
     worst = max(wrong, key=lambda a: a.differing)

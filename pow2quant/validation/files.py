@@ -35,6 +35,11 @@ class QdqFile:
         """As it was written. Raises FileFormatError where it is no ONNX file."""
         return self.read()
 
+    def same_as(self, other: QdqFile) -> bool:
+        """Whether both have the same bytes."""
+        mine, yours = (file.model.SerializeToString(deterministic=True) for file in (self, other))
+        return bool(mine == yours)
+
     @cached_property
     def network(self) -> Artifact:
         """The float network and the encodings. Raises as `onnx_qdq.from_qdq` does."""

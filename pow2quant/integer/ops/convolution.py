@@ -13,7 +13,7 @@ from pow2quant.integer.c_layer import BLOCK, LANES, Planes, folded
 from pow2quant.integer.c_text import ctype
 from pow2quant.integer.nodes import Window, attribute, title
 from pow2quant.integer.ops.copy import Copy, Part
-from pow2quant.integer.program import Step, exact_kind, largest_sum
+from pow2quant.integer.program import Step, largest_sum
 from pow2quant.integer.ternary import Ternary
 from pow2quant.integer.vectors import has_vectors
 
@@ -59,7 +59,7 @@ class Convolution(Step):
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
         (x,) = inputs
-        kind, zero = exact_kind(self.bound(program)), program.tensors[self.inputs[0]].zero
+        kind, zero = program.kinds[self], program.tensors[self.inputs[0]].zero
         maps = x.reshape(len(x), -1, *self.window.size).astype(kind) - kind.type(zero)
         patches = self.window.patches(maps, 0)
         weight, n, g = self.weight.astype(kind), len(x), self.groups
@@ -71,7 +71,7 @@ class Convolution(Step):
             columns = patches.reshape(n, g, -1, *patches.shape[2:]).transpose(0, 1, 2, 5, 6, 3, 4)
             rows = weight.reshape(g, len(weight) // g, -1)
             sums = rows @ columns.reshape(n, g, rows.shape[2], -1)
-        accumulator = sums.reshape(n, len(weight), -1).astype(np.int64) + self.bias[:, None]
+        accumulator = sums.reshape(n, len(weight), -1) + self.bias.astype(kind)[:, None]
         return self.requantization(accumulator, channel_axis=-2)
 
     def emit_c(self, layer: Layer) -> str:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_layer import folded
 from pow2quant.integer.c_text import ctype
 from pow2quant.integer.nodes import attribute, title
-from pow2quant.integer.program import Step, exact_kind, largest_sum
+from pow2quant.integer.program import Step, largest_sum
 from pow2quant.integer.ternary import Ternary
 
 if TYPE_CHECKING:
@@ -35,9 +33,9 @@ class Dense(Step):
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
         (x,) = inputs
-        kind, zero = exact_kind(self.bound(program)), program.tensors[self.inputs[0]].zero
+        kind, zero = program.kinds[self], program.tensors[self.inputs[0]].zero
         rows = x.reshape(-1, self.weight.shape[1]).astype(kind) - kind.type(zero)
-        accumulator = (rows @ self.weight.T.astype(kind)).astype(np.int64) + self.bias
+        accumulator = rows @ self.weight.T.astype(kind) + self.bias.astype(kind)
         return self.requantization(accumulator, channel_axis=-1)
 
     def emit_c(self, layer: Layer) -> str:

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
     from pow2quant.integer.c_layer import Layer
     from pow2quant.integer.lowering import Lowering
-    from pow2quant.integer.program import Codes, Ints, Program
+    from pow2quant.integer.program import Codes, Program
 
 
 @dataclass(frozen=True, eq=False)
 class Embedding(Step):
     """y[…] = table[x[…]]; table: (rows, C), codes of the result. x: indices, one of which is no row's is clipped."""
 
-    table: Ints
+    table: Codes
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
         (x,) = inputs

@@ -29,7 +29,7 @@ class Extreme(Step):
     requantization: Requantization
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        a, b = on_one_scale(program, self.inputs, inputs, self.shifts)
+        a, b = on_one_scale(program, self, inputs, self.shifts)
         return self.requantization(np.maximum(a, b) if self.largest else np.minimum(a, b))
 
     def emit_c(self, layer: Layer) -> str:

@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_text import ctype
 from pow2quant.integer.nodes import title
 from pow2quant.integer.ops.dense import lower_matrix
-from pow2quant.integer.program import Step, exact_kind
+from pow2quant.integer.program import Step
 
 if TYPE_CHECKING:
     import onnx
@@ -29,11 +27,11 @@ class MatMul(Step):
     requantization: Requantization
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        kind = exact_kind(self.bound(program))
+        kind = program.kinds[self]
         a, b = (
             x.astype(kind) - kind.type(program.tensors[name].zero) for x, name in zip(inputs, self.inputs, strict=True)
         )
-        return self.requantization((a @ b).astype(np.int64))
+        return self.requantization(a @ b)
 
     def emit_c(self, layer: Layer) -> str:
         a, b = layer.input(0), layer.input(1)

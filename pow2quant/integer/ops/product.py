@@ -22,7 +22,7 @@ class Product(Step):
     requantization: Requantization
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        a, b = on_one_scale(program, self.inputs, inputs, (0, 0))
+        a, b = on_one_scale(program, self, inputs, (0, 0))
         return self.requantization(a * b)
 
     def emit_c(self, layer: Layer) -> str:

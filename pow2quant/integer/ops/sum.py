@@ -33,7 +33,7 @@ class Sum(Step):
     requantization: Requantization
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
-        a, b = on_one_scale(program, self.inputs, inputs, self.shifts)
+        a, b = on_one_scale(program, self, inputs, self.shifts)
         return self.requantization(a - b if self.subtracts else a + b)
 
     def emit_c(self, layer: Layer) -> str:
