@@ -78,6 +78,21 @@ class Signal(nn.Module):
         return self.last(self.pool(y + self.second(y)).mean(2))
 
 
+class Tokens(nn.Module):
+    """Patches behind a token that is repeated for every sample, and positions: constants in a Concat and a sum."""
+
+    shape = (3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.last = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 4)
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 17, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.patches(x).flatten(2).transpose(1, 2)
+        return self.last(torch.cat([self.token.expand(len(x), -1, -1), y], 1) + self.positions)
+
+
 class Sums(nn.Module):
     """Layers, a depthwise and a transposed one among them, a sum of two scales, a maximum, a mean, a linear layer."""
 

@@ -16,11 +16,14 @@ from pow2quant.config import RunConfig, plan_of, with_values
 from pow2quant.errors import MissingExtraError, UnsupportedModelError
 from pow2quant.runs.executors import simulation_executor
 from pow2quant.validation.agreement import compare
-from tests.target_networks import NETWORKS
+from tests.target_networks import NETWORKS as WITHOUT_TOKENS
+from tests.target_networks import Tokens
+
+NETWORKS = WITHOUT_TOKENS | {"Tokens": Tokens}
 
 RUNTIMES = ("litert", "tflite-micro", "openvino", "tract", "onnxruntime-web", "onnxruntime-node", "qonnx", "executorch")
-PARTS = {("openvino", "Signal")}
-"""OpenVINO 2026.4's mean over one dimension of maps is wrong, by up to 245 LSB."""
+PARTS = {("openvino", "Signal"), ("litert", "Tokens"), ("tflite-micro", "Tokens")}
+"""OpenVINO 2026.4's mean over one dimension of maps is wrong, by up to 245 LSB; a token moves a constant."""
 
 TARGETS = {"onnxruntime-node": "onnxruntime-web"}
 """Of runtimes that share the target of another."""
@@ -62,7 +65,7 @@ def test_a_runtime_gives_the_bits_of_its_targets_simulation(runtime, network, tm
 
 
 @pytest.mark.parametrize("runtime", ["litert", "tract", "onnxruntime-web", "executorch"])
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", WITHOUT_TOKENS)
 def test_one_file_with_tied_sums_is_exact_everywhere(runtime, network, tmp_path):
     for agreement in agreements(runtime, targets.load("portable"), network, tmp_path):
         assert agreement.differing == 0, agreement.first_diverging

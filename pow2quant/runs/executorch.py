@@ -101,6 +101,8 @@ def in_int8(program: torch.export.ExportedProgram) -> torch.export.ExportedProgr
     for node in list(module.graph.nodes):
         if node.target in LAYERS:
             _weights(module, node)
+        if node.target in SUMS:
+            _constants(module, node)
     module.recompile()
     return torch.export.export(module, program.example_inputs[0])
 
@@ -152,6 +154,27 @@ def _weights(module: fx.GraphModule, layer: Any) -> None:
     layer.replace_input_with(weight, dequantized)
 
 
+def _constants(module: fx.GraphModule, add: Any) -> None:
+    """Gives int8 codes to a constant operand of a sum that is rounded at once: XNNPACK adds two int8 tensors."""
+    behind = _only_user(add)
+    if behind is None or behind.target != Q.quantize_per_tensor.default:
+        return
+    for operand in [x for x in add.args[:2] if getattr(x, "op", None) == "get_attr"]:
+        values = operator.attrgetter(operand.target)(module).detach()
+        scale = float(units(values.reshape(1, -1)).clamp(max=LARGEST_RATIO * behind.args[1]))
+        codes = values.double() / scale
+        zero_point = int(max(LOW - codes.min(), 0) + min(HIGH - codes.max(), 0))
+        if codes.max() - codes.min() > HIGH - LOW:
+            continue
+        name = f"{add.name}_{operand.name}_codes"
+        module.register_buffer(name, (codes + zero_point).to(torch.int8))
+        grid = (scale, zero_point, LOW, HIGH, torch.int8)
+        with module.graph.inserting_before(add):
+            held = module.graph.get_attr(name)
+            dequantized = module.graph.call_function(Q.dequantize_per_tensor.default, (held, *grid))
+        add.replace_input_with(operand, dequantized)
+
+
 def _quantizer_behind(layer: Any) -> Any:
     """The quantize that alone reads a layer, or the one activation behind it, which then gets the name to be fused."""
     behind = _only_user(layer)
@@ -168,16 +191,20 @@ def weight_scales(weight: Tensor, bias: Tensor | None, input_scale: float, large
     weight: (O, ...), on a grid of 2^k. bias: (O,). largest: of a scale. Returns (O,), or None where codes are wider
     than 8 bits.
     """
-    rows = weight.detach().double().reshape(len(weight), -1)
+    weights = rows = weight.detach().double().reshape(len(weight), -1)
     if bias is not None:
         rows = torch.cat([rows, bias.detach().double()[:, None] / input_scale], 1)
-    mantissas, exponents = torch.frexp(rows)
+    scales = units(rows).clamp(max=2.0 ** math.floor(math.log2(largest)))
+    codes = weights / scales[:, None]
+    return scales.float() if bool(((codes >= LOW) & (codes <= HIGH)).all()) else None
+
+
+def units(rows: Tensor) -> Tensor:
+    """The largest 2^k of which all values of a row are multiples; infinity for zeros. rows: (O, ...). Returns (O,)."""
+    mantissas, exponents = torch.frexp(rows.double())
     odd = (mantissas * 2.0**53).long()
     trailing = (odd & -odd).double()
-    units = torch.where(rows == 0, torch.inf, torch.ldexp(trailing, exponents - 53)).amin(1)
-    scales = units.clamp(max=2.0 ** math.floor(math.log2(largest)))
-    codes = weight.detach().double().reshape(len(weight), -1) / scales[:, None]
-    return scales.float() if bool(((codes >= LOW) & (codes <= HIGH)).all()) else None
+    return torch.where(rows == 0, torch.inf, torch.ldexp(trailing, exponents - 53)).amin(1)
 
 
 def _only_user(node: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,15 +37,22 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
 
 
 def loaded(openvino: Any, model: onnx.ModelProto) -> onnx_runtimes.Run:
-    """A model in OpenVINO."""
-    core = openvino.Core()
-    try:
-        compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", OPTIONS)
-    except RuntimeError as error:
-        raise UnsupportedModelError(f"OpenVINO cannot load the model: {str(error).strip().splitlines()[0]}") from error
+    """A model in OpenVINO, compiled for the shapes of its inputs: it computes other values where a shape is read."""
+    core, content = openvino.Core(), model.SerializeToString()
+
+    @lru_cache(maxsize=2)
+    def compiled(*shapes: tuple[int, ...]) -> Any:
+        try:
+            read = core.read_model(content)
+            read.reshape(dict(enumerate(shapes)))
+            return core.compile_model(read, "CPU", OPTIONS)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UnsupportedModelError(f"OpenVINO cannot load the model: {reason}") from error
 
     def run(inputs: Sequence[NDArray[np.float32]]) -> list[NDArray[Any]]:
-        results = compiled(list(inputs))
-        return [results[i].copy() for i in range(len(compiled.outputs))]
+        network = compiled(*(x.shape for x in inputs))
+        results = network(list(inputs))
+        return [results[i].copy() for i in range(len(network.outputs))]
 
     return run
