@@ -257,8 +257,8 @@ class Lookup:
 
     @classmethod
     def of(cls, source: Encoding, result: Encoding, values: Floats) -> Lookup:
-        """values: the function of `source`'s real values, from the least code on."""
-        above = result.quantize(values) - int(result.grid.qmin)
+        """values: the function of `source`'s real values, from the least code on; infinite ones saturate (exp)."""
+        above = result.quantize(np.nan_to_num(values, nan=np.nan)) - int(result.grid.qmin)
         return cls(_ends(source), _ends(result), base64.b64encode(above.astype("<u2").tobytes()).decode())
 
     def fits(self, source: Encoding, result: Encoding) -> bool:

@@ -249,8 +249,8 @@ def test_negative_zero_and_what_rounds_to_it_become_zero():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_are_refused(value):
-    with pytest.raises(EncodingError, match="NaN or infinity"):
-        Encoding(1, 0, INT8).quantize([0, value])
+    with pytest.raises(EncodingError, match=r"^w: NaN and infinity"):
+        Encoding(1, 0, INT8).quantize([0, value], "w")
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (3, 4), (1, 1)])

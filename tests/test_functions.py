@@ -15,7 +15,7 @@ from torch import nn
 
 from pow2quant import QuantPlan, simulate
 from pow2quant.adapters import onnx_qdq
-from pow2quant.errors import UnsupportedModelError
+from pow2quant.errors import EncodingError, UnsupportedModelError
 from pow2quant.frontends import modules as m
 from pow2quant.functions import KEY, Lookup, Norm, Softmax, definition, mark
 from pow2quant.graphs import GraphIndex
@@ -213,6 +213,22 @@ def test_the_plain_node_stays_available_and_is_observed(tmp_path):
     path = onnx_qdq.export_qdq(artifact, tmp_path)
     expected = executor.run([batches[2].numpy()])[0]
     assert all(np.array_equal(e.run([batches[2].numpy()])[0], expected) for e in ort.executors(path))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_what_overflows_beyond_the_values_that_were_seen_saturates(bits, tmp_path):
+    sketch = Sketch("x")
+    network = sketch.network(sketch("e", m.Exp(), *sketch.inputs), torch.zeros(2, 4))
+    seen, beyond = torch.tensor([[80.0, -3.0, 1.0, 70.0]]), np.array([[127, 100, 89, 0]], np.float32)
+    sim = simulate(network, seen, QuantPlan.default(bits, bits))
+    sim.calibrate([seen])
+    expected = sim.model(torch.from_numpy(beyond)).detach().numpy()
+    assert expected[0, 0] == expected[0, 2] == sim.encodings()["e.output"].maximum
+    path = onnx_qdq.export_qdq(sim.export(seen), tmp_path)
+    executors = [*ort.executors(path), c99.executor(lower(sim.export(seen)))]
+    assert all(np.array_equal(e.run([beyond])[0], expected) for e in executors)
+    with pytest.raises(EncodingError, match=r"^x: NaN and infinity cannot be quantized"):
+        executors[-1].run([beyond * np.nan])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

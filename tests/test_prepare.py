@@ -368,6 +368,15 @@ def test_what_is_no_network_or_no_example_is_named(model: Any, example: Tensor, 
         prepare(model, example)
 
 
+def test_computed_weights_that_are_not_finite_are_named() -> None:
+    class Computed(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight.log(), self.bias)
+
+    with pytest.raises(WeightsError, match=r"^0\.weight: the network computes these weights .* hold NaN or infinity"):
+        prepare(nn.Sequential(Computed(3, 3)), torch.randn(2, 3))
+
+
 def test_a_layer_whose_weight_is_a_buffer_holds_nothing_else() -> None:
     class Blurred(nn.Module):
         def __init__(self) -> None:

@@ -376,7 +376,7 @@ def test_nothing_observed_is_an_error(shape, axis):
 @pytest.mark.parametrize("axis", [None, 0])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_observed_are_errors(value, axis):
-    with pytest.raises(EncodingError, match="NaN or infinity was observed"):
+    with pytest.raises(EncodingError, match="holds NaN or infinity"):
         Observed.of([[1, 2], [value, 3]], axis)
 
 

@@ -218,5 +218,5 @@ def test_a_random_network_gets_a_truthful_second_verdict(tmp_path: Path) -> None
 def test_a_network_that_overflows_is_named_where_it_does(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(NETWORK)
     values = {"model.name": f"{tmp_path}/own.py:broken", "data.dataset": f"{tmp_path}/own.py:data"}
-    with pytest.raises(DataError, match=r"^0\.output: the network gives NaN or infinity here, calibration batch 0$"):
+    with pytest.raises(DataError, match=r"^0\.output: the network gives NaN or infinity here, calibration batch 0; "):
         runs.ptq(config.with_values(RunConfig(), values), tmp_path / "run")

@@ -98,10 +98,7 @@ def observe(
         if (name := seen_at.get(site.name, site.name)) in samples:
             low, high = (float(v) for v in torch.aminmax(x))
             if not (np.isfinite(low) and np.isfinite(high)):
-                batch = len(lows[name]) // (1 + sizes[name])
-                if site.role == "input":
-                    raise DataError(f"{site.name}: NaN or infinity in the calibration data, batch {batch}")
-                raise DataError(f"{site.name}: the network gives NaN or infinity here, calibration batch {batch}")
+                raise _not_finite(site, len(lows[name]) // (1 + sizes[name]))
             lows[name].append(low)
             highs[name].append(high)
             if name not in extremes_only:
@@ -161,6 +158,16 @@ def bias_encoding(sim: Simulation, layer: Layer, table: Mapping[str, Encoding]) 
 
 def _role(placement: Placement, name: str) -> str:
     return next(s.role for s in placement.sites if s.name == name)
+
+
+def _not_finite(site: Site, batch: int) -> DataError:
+    """The error for NaN or infinity at a site. batch: of the calibration data."""
+    if site.role == "input":
+        return DataError(f"{site.name}: NaN or infinity in the calibration data, batch {batch}; leave such samples out")
+    return DataError(
+        f"{site.name}: the network gives NaN or infinity here, calibration batch {batch}; change its code so that "
+        "values stay finite (for a mask, a number such as -1e4 instead of -inf)"
+    )
 
 
 def _weight_encoding(sim: Simulation, layer: Layer) -> Encoding:

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from pow2quant.errors import ModelError, UnsupportedModelError, WeightsError
+from pow2quant.frontends import modules as m
 from pow2quant.frontends.aten import ROWS
 from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.builder import Builder
@@ -67,6 +68,7 @@ def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
     programs, sizes, fixed = _captured(model, example)
     builder = Builder(model, programs, ROWS)
     network = builder.build()
+    _check_computed(network)
     _check_same(builder, network, model, example, sizes, fixed)
     drop_idle(network)
     restore_containers(network, model)
@@ -222,6 +224,16 @@ def _check_finite(model: nn.Module) -> None:
             raise ModelError(f"{name}: its layout is {tensor.layout}; only dense weights can be quantized (to_dense())")
         if not _is_finite(tensor) and (isinstance(tensor, nn.Parameter) or not is_mask(tensor)):
             raise WeightsError(f"{name}: the weights hold NaN or infinity")
+
+
+def _check_computed(network: fx.GraphModule) -> None:
+    """Raises WeightsError for weights that the network computes and that are not finite; constants may be masks."""
+    for name, weight in network.named_parameters():
+        if not isinstance(network.get_submodule(name.rpartition(".")[0]), m.Constant) and not _is_finite(weight):
+            raise WeightsError(
+                f"{name}: the network computes these weights from its parameters, and they hold NaN or infinity (a "
+                "root or logarithm of negative numbers, a division by 0, an overflow)"
+            )
 
 
 def _is_finite(tensor: Tensor) -> bool:

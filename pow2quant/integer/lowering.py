@@ -216,7 +216,7 @@ class Lowering:
 
 def codes(name: str, values: NDArray[Any], encoding: Encoding) -> Ints:
     """The codes of a parameter. Raises EncodingError, naming it, where a value does not lie on the grid."""
-    found = encoding.quantize(values)
+    found = encoding.quantize(values, name)
     if not np.array_equal(encoding.dequantize(found), values):
         raise EncodingError(f"{name}: {int((encoding.dequantize(found) != values).sum())} values are off its grid")
     return found

@@ -47,7 +47,7 @@ def trace(program: Program, inputs: Sequence[Codes]) -> dict[str, Codes]:
 def quantize(program: Program, inputs: Sequence[NDArray[np.float32]]) -> list[Codes]:
     """Real inputs -> codes."""
     tensors = [program.tensors[name] for name in program.inputs]
-    return [t.encoding.quantize(x).astype(t.dtype) for t, x in zip(tensors, inputs, strict=True)]
+    return [t.encoding.quantize(x, t.name).astype(t.dtype) for t, x in zip(tensors, inputs, strict=True)]
 
 
 def dequantize(program: Program, codes: Mapping[str, Codes]) -> dict[str, NDArray[np.float32]]:

@@ -181,14 +181,15 @@ class Encoding:
         repeated = np.repeat(values, self.block, 1 - self.axis)
         return np.take(repeated, range(shape[1 - self.axis]), 1 - self.axis)
 
-    def quantize(self, x: ArrayLike) -> NDArray[np.int64]:
+    def quantize(self, x: ArrayLike, name: str = "") -> NDArray[np.int64]:
         """x -> codes, rounded half to even and saturated (ONNX QuantizeLinear). Returns int64, the shape of x.
 
-        Raises EncodingError for NaN, infinity, and a tensor without the channels of this encoding.
+        name: of the tensor, for the error. Raises EncodingError for NaN, infinity, and a tensor without the channels of
+        this encoding.
         """
         real = np.asarray(x, np.float32)
         if not np.isfinite(real).all():
-            raise EncodingError("cannot quantize NaN or infinity")
+            raise EncodingError(f"{name}{': ' if name else ''}NaN and infinity cannot be quantized")
         scale, zero_point, low, high = self._beside(real)
         with np.errstate(over="ignore"):  # the quotient is rounded in float32, as QuantizeLinear does; inf saturates
             quotient = real / scale

@@ -64,7 +64,7 @@ class Observed:
         rows = values.reshape(1, -1) if axis is None else np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
         low, high = rows.min(1), rows.max(1)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
-            raise EncodingError("NaN or infinity was observed")
+            raise EncodingError("holds NaN or infinity")
         return cls(low, high, rows)
 
 

@@ -288,7 +288,7 @@ class _Runtime:
     def _fed(self, value: Any, x: NDArray[Any]) -> NDArray[Any]:
         """What a graph input is given for real values."""
         if value.type in CODES and _holds_codes(value, self.file.network.encodings):
-            return self.file.network.encodings[value.name].quantize(x).astype(CODES[value.type])
+            return self.file.network.encodings[value.name].quantize(x, value.name).astype(CODES[value.type])
         return np.ascontiguousarray(x, DTYPES.get(value.type))
 
     @property
