@@ -60,7 +60,7 @@ def mean_divergence(sim: Simulation, batches: list[Tensor], table: Table | None 
     if table is not None:
         sim.load(settled(sim, table))
     with torch.no_grad():
-        total = sum(divergence(sim.model(x), sim.network(x)) for x in batches)
+        total = sum(float(divergence(sim.model(x), sim.network(x))) for x in batches)
     sim.load(before)
     return total / sum(map(len, batches))
 
@@ -102,8 +102,8 @@ def test_larger_p_clips_less() -> None:
 def test_losses_by_hand() -> None:
     """Probabilities (1/2, 1/2) against (3/4, 1/4): KL = ln 2 - ln 3 / 2 for each of two; it is 0 for equal ones."""
     half, quarter = torch.tensor([[0.0, 0.0]] * 2), torch.tensor([[np.log(3.0), 0.0]] * 2)
-    assert divergence(quarter, half) == pytest.approx(2 * (np.log(2) - np.log(3) / 2), rel=1e-5)
-    assert divergence(half + 1, half) == pytest.approx(0, abs=1e-6)
+    assert float(divergence(quarter, half)) == pytest.approx(2 * (np.log(2) - np.log(3) / 2), rel=1e-5)
+    assert float(divergence(half + 1, half)) == pytest.approx(0, abs=1e-6)
     assert squared_error(torch.tensor([[1.0, 2.0]]), torch.tensor([[0.0, 4.0]])) == 5
 
 

@@ -142,6 +142,13 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device. The host goes on while a GPU fetches it: it lies in memory that the GPU reads by itself."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 class Tapped(Protocol):
     """A quantizer that passes its values through `tap`, where it has one."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pow2quant.artifact import Site, Table
-from pow2quant.backends.base import ALL, Batch, Simulation, device_of, inputs
+from pow2quant.backends.base import ALL, Batch, Simulation, device_of, inputs, sent
 from pow2quant.backends.fitting import fit_accumulator, fit_shifts, tie
 from pow2quant.backends.placement import Layer, Placement
 from pow2quant.errors import ConfigError, DataError, EncodingError, WeightsError
@@ -109,7 +109,7 @@ def observe(
     device = device_of(sim.model)
     with sim.intercept(record), torch.no_grad():
         for index, batch in enumerate(batches):
-            sim.model(*(x.to(device) for x in _arguments(sim, batch, index)))
+            sim.model(*(sent(x, device) for x in _arguments(sim, batch, index)))
     silent = [n for n in names if not lows[n]]
     if silent:
         raise DataError(f"{silent[0]}: nothing was observed; the calibration data are empty, or were not run through")

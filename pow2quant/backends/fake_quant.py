@@ -1,8 +1,15 @@
-"""Fake quantization in torch: lean, in place where the input is free, bit-identical to `Encoding.fake_quantize`."""
+"""Fake quantization in torch: lean, in place where the input is free, bit-identical to `Encoding.fake_quantize`.
+
+On a GPU `kernels` computes the same in one pass, where Triton can.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,7 +24,31 @@ from pow2quant.pow2_constraints import Encoding
 Bound = float | Tensor
 
 Scale = float | Tensor
-"""A number, or one for each row of (rows, values), (rows, 1)."""
+"""A number, as such or as a tensor (), or one for each row of (rows, values), (rows, 1)."""
+
+
+def fused(x: Tensor) -> ModuleType | None:
+    """The module `kernels` where it computes for x; None: the plain code does."""
+    if x.device.type != "cuda" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+        return None
+    return _kernels(x.device) if x.numel() else None
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    if find_spec("triton") is None:
+        return None
+    try:
+        from pow2quant.backends import kernels
+
+        kernels.check(device)
+    except Exception as error:  # of Triton, of the compiler that it calls, or of the driver
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"{device}: quantizers are slower, as Triton fails: {type(error).__name__}: {reason}", stacklevel=2
+        )
+        return None
+    return kernels
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -25,10 +56,9 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, constants: _Constants) -> Tensor:
-        codes = constants.codes(x)
-        inside = (codes >= constants.low) & (codes <= constants.high)
+        quantized, inside = constants.marked(x)
         ctx.save_for_backward(inside)
-        return constants.finish(codes)
+        return quantized
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -67,12 +97,52 @@ class _Constants:
         """Saturates and rescales in place."""
         return codes.clamp_(self.low, self.high).mul_(self.scale)  # type: ignore[arg-type]
 
+    def quantize(self, x: Tensor) -> Tensor:
+        """x on the grid, a new tensor."""
+        run = self._fused(x)
+        return self.finish(self.codes(x)) if run is None else run(torch.empty_like(x))
+
+    def marked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`quantize`, and where nothing saturates."""
+        run = self._fused(x)
+        if run is not None:
+            inside = torch.empty_like(x, dtype=torch.bool)
+            return run(torch.empty_like(x), inside), inside
+        codes = self.codes(x)
+        inside = (codes >= self.low) & (codes <= self.high)
+        return self.finish(codes), inside
+
     def overwrite(self, x: Tensor) -> Tensor:
         """The same, written over x where it can be."""
+        run = self._fused(x)
+        if run is not None:
+            return run(x)
         if self.rounding is not None:
             return self.finish(self.codes(x))
         (x.mul_(self.inverse) if self.inverse is not None else x.div_(self.scale)).round_()
         return self.finish(x)
+
+    def _fused(self, x: Tensor) -> Callable[..., Tensor] | None:
+        """(out, inside) -> out, written by one kernel; None where the plain code has to compute."""
+        kernels = fused(x) if x.dtype is torch.float32 else None
+        rule = "half_even" if self.rounding is None else self.rounding.rule
+        if (
+            kernels is None
+            or rule not in kernels.RULES
+            or (self.rounding is not None and self.rounding.unit is not None)
+        ):
+            return None
+        inner = kernels.inner_of(x, self.scale, self.encoding.axis)
+        if inner is None:
+            return None
+        scale, *ends = (t.flatten() if isinstance(t, Tensor) else t for t in (self.scale, self.low, self.high))
+
+        def run(out: Tensor, inside: Tensor | None = None) -> Tensor:
+            divides = self.inverse is None
+            kernels.fake_quantize(x, out, scale, *ends, inner, divides=divides, rule=rule, inside=inside)
+            return out
+
+        return run
 
 
 def _straight_through(x: Tensor, constants: _Constants) -> Tensor:
@@ -134,13 +204,13 @@ class FakeQuantize(nn.Module):
             return self._cached(x, constants)
         if self.overwrites and self.tap is None and not x.requires_grad:
             return constants.overwrite(x)
-        return constants.finish(constants.codes(x))
+        return constants.quantize(x)
 
     def _cached(self, x: Tensor, constants: _Constants) -> Tensor:
         # Comparing values costs a third of quantizing them; PyTorch's count of writes misses those through `.data`.
         if self._kept is None or not torch.equal(self._kept[0], x):
             with torch.inference_mode(False), torch.no_grad():  # kept for training, too
-                self._kept = (x.detach().clone(), constants.finish(constants.codes(x)))
+                self._kept = (x.detach().clone(), constants.quantize(x))
         return self._kept[1]
 
     def extra_repr(self) -> str:
@@ -151,6 +221,11 @@ class FakeQuantize(nn.Module):
 
 BLOCK = 1 << 17
 """Values that are worked on at a time: they stay in a core's cache from the first operation to the last."""
+
+
+def power(k: Tensor) -> Tensor:
+    """2^k exactly, float32, for whole k in [-126, 127]."""
+    return ((k.int() + 127) << 23).view(torch.float32)
 
 
 def fake_quantize(x: Tensor, scale: Scale, low: float, high: float, out: Tensor | None = None) -> Tensor:
@@ -183,7 +258,8 @@ def _blocks(scale: Scale, *tensors: Tensor) -> Iterable[tuple[Any, ...]]:
     """The scale, and views of tensors laid out alike, in blocks of (rows, values), one scale a row; off CPUs in one."""
     if tensors[0].ndim == 4 and not tensors[0].is_contiguous():
         tensors = tuple(t.permute(0, 2, 3, 1) for t in tensors)
-    rows = [t.view(1 if isinstance(scale, float) else len(t), -1) for t in tensors]
+    whole = isinstance(scale, float) or not scale.ndim
+    rows = [t.view(1 if whole else len(t), -1) for t in tensors]
     scales = scale if isinstance(scale, float) else scale.view(-1, 1)
     if rows[0].numel() <= BLOCK or rows[0].device.type != "cpu":
         return ((scales, *rows),)
@@ -205,8 +281,13 @@ class _Learned(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parameter: Tensor, scale: Scale, ends: tuple[float, float], slope: Any) -> Tensor:
         quantized = torch.empty_like(x)
-        for part, x_part, out in _blocks(scale, x, quantized):
-            fake_quantize(x_part, part, *ends, out=out)
+        kernels = fused(x)
+        if kernels is not None:
+            scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device).contiguous()
+            kernels.fake_quantize(x, quantized, scale, *ends, x.numel() // scale.numel())
+        else:
+            for part, x_part, out in _blocks(scale, x, quantized):
+                fake_quantize(x_part, part, *ends, out=out)
         ctx.save_for_backward(x, quantized)
         ctx.options = scale, ends, slope, parameter.shape
         return quantized
@@ -217,15 +298,18 @@ class _Learned(torch.autograd.Function):
         scale, (low, high), slope, shape = ctx.options
         passed = torch.empty_like(x)
         grad = grads[0].contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
-        found = []
-        for part, g, y, q, out in _blocks(scale, grad, x, quantized, passed):
-            input_gradient(g, y, part, low, high, out)
-            if ctx.needs_input_grad[1]:
-                found.append(scale_gradient(g, y, q, out))
-        own = torch.cat(found) if found else None
-        if own is not None:
-            own = slope * (own if shape else own.sum())
-        return passed, own, None, None, None
+        learns, found, kernels = ctx.needs_input_grad[1], [], fused(x)
+        if kernels is not None:
+            found.append(kernels.gradients(grad, x, scale, low, high, passed, learns=learns))
+        else:
+            for part, g, y, q, out in _blocks(scale, grad, x, quantized, passed):
+                input_gradient(g, y, part, low, high, out)
+                if learns:
+                    found.append(scale_gradient(g, y, q, out))
+        if not learns:
+            return passed, None, None, None, None
+        own = torch.cat(found)
+        return passed, slope * (own if shape else own.sum()), None, None, None
 
 
 def learned(
@@ -233,8 +317,8 @@ def learned(
 ) -> Tensor:
     """`fake_quantize` with these gradients; the parameter's is slope * scale * dL/dscale.
 
-    x: any shape. parameter: what the scale follows from, () or (C,). scale: a number, or one per channel along `axis`,
-    (C,). ends: grid less zero point. slope: a number, or (C,).
+    x: any shape. parameter: what the scale follows from, () or (C,). scale: a number (off CPUs a tensor (), so that the
+    host does not wait for it), or one per channel along `axis`, (C,). ends: grid less zero point. slope: likewise.
     """
     if axis:
         return learned(x.transpose(0, axis), parameter, scale, ends, 0, slope).transpose(0, axis)

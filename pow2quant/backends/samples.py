@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from pow2quant.artifact import Site
-from pow2quant.backends.base import Batch, Simulation, device_of, inputs
+from pow2quant.backends.base import Batch, Simulation, device_of, inputs, sent
 
 SAMPLES = 32
 """Inputs that are run."""
@@ -68,7 +68,7 @@ def sample(sim: Simulation, batches: Iterable[Batch], seed: int) -> tuple[dict[s
             return quantized
 
         with sim.intercept(record):
-            sim.model(*(x.to(device) for x in inputs(batch)))
+            sim.model(*(sent(x, device) for x in inputs(batch)))
     return weights | {name: _joined(parts, ranges.get(name, [])) for name, parts in found.items()}, count
 
 

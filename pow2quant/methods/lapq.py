@@ -62,18 +62,17 @@ def interpolated(norms: Sequence[float], losses: Sequence[float]) -> float:
     return float(norms[int(np.argmin(losses))])
 
 
-def divergence(result: Tensor, target: Tensor) -> float:
+def divergence(result: Tensor, target: Tensor) -> Tensor:
     """The sum of KL(softmax(target) || softmax(result)) over all but dimension 1: cross-entropy with soft labels."""
-    found = F.kl_div(result.log_softmax(1), target.log_softmax(1), reduction="sum", log_target=True)
-    return float(found)
+    return F.kl_div(result.log_softmax(1), target.log_softmax(1), reduction="sum", log_target=True).double()
 
 
-def squared_error(result: Tensor, target: Tensor) -> float:
+def squared_error(result: Tensor, target: Tensor) -> Tensor:
     """The sum of (result - target)^2, for networks whose results are no logits."""
-    return float((result - target).square().sum(dtype=torch.float64))
+    return (result - target).square().sum(dtype=torch.float64)
 
 
-Comparison = Callable[[Tensor, Tensor], float]
+Comparison = Callable[[Tensor, Tensor], Tensor]
 LOSSES: dict[str, Comparison] = {"divergence": divergence, "mse": squared_error}
 LOSS = one_of(lambda: LOSSES)
 
@@ -286,7 +285,9 @@ class _Loss:
             return by_table(site, self._weight(site.name, full[site.name]) if site.name in self.moving else x)
 
         pairs = zip(step.finish(quantize), self.targets, strict=True)
-        return sum(self.compare(r, t) for rs, ts in pairs for r, t in zip(rs, ts, strict=True)) / self.images
+        found = [self.compare(r, t) for rs, ts in pairs for r, t in zip(rs, ts, strict=True)]
+        losses: list[float] = torch.stack(found).tolist()  # the one time that the host waits for the device
+        return sum(losses) / self.images
 
     def load(self, table: Table) -> None:
         """Loads a table and the lattices of biases into the simulation, and writes the weights that belong to it."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import SILENT, UNMARKED, Batch, Marks, Progress, Simulation
 from pow2quant.backends.calibration import observe
-from pow2quant.backends.fake_quant import learned
+from pow2quant.backends.fake_quant import learned, power
 from pow2quant.config import FROM_ZERO, SHARE
 from pow2quant.errors import ConfigError
 from pow2quant.methods.reconstruction import (
@@ -58,10 +58,17 @@ class LearnedScale:
 
     def quantize(self, x: Tensor) -> Tensor:
         """x on the grid, differentiable in x and theta."""
-        return learned(x, self.theta, 2.0 ** self._exponent(), (self._low, self._high), None, math.log(2))
+        return learned(x, self.theta, self._scale(), (self._low, self._high), None, math.log(2))
+
+    def _scale(self) -> float | Tensor:
+        """As `learned` takes it: only a CPU's is read. Elsewhere `encoding` says whether theta has gone astray."""
+        if self.theta.device.type == "cpu":
+            return float(2.0 ** self._exponent())
+        theta = self.theta.detach().clamp(EXPONENTS[0], EXPONENTS[-1])
+        return power(theta.round()) if self._before.is_power_of_two else theta.exp2()
 
     def encoding(self) -> Encoding:
-        """The encoding as it is now."""
+        """The encoding as it is now. Raises ConfigError where theta is not within what scales can be."""
         k = self._exponent()
         scale = power_of_two(k) if isinstance(k, int) else np.array(2.0**k, np.float32)
         return Encoding(scale, self._before.zero_point, self._before.grid)

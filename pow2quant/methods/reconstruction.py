@@ -228,10 +228,10 @@ def error_moments(results: Iterable[Tensor], targets: Iterable[Tensor] | None) -
     pairs = zip(results, repeat(None)) if targets is None else zip(results, targets, strict=True)
     for result, target in pairs:
         error = (result if target is None else result - target).transpose(0, 1).flatten(1)
-        sums = sums + error.sum(1, dtype=torch.float64).cpu()
-        squares = squares + error.square().sum(1, dtype=torch.float64).cpu()
+        sums = sums + error.sum(1, dtype=torch.float64)
+        squares = squares + error.square().sum(1, dtype=torch.float64)
         count += error.shape[1]
-    return sums / count, squares / count
+    return sums.cpu() / count, squares.cpu() / count
 
 
 def sqnr_db(targets: Sequence[Tensor], mean_squares: Tensor) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pow2quant.artifact import Table
 from pow2quant.backends.base import Simulation
-from pow2quant.backends.fake_quant import Scale, learned
+from pow2quant.backends.fake_quant import Scale, learned, power
 from pow2quant.pow2_constraints import Encoding, exact_exponent, power_of_two
 
 REACH = 4
@@ -76,9 +76,11 @@ class Exponents:
 
     Sites that share an encoding share its exponents. Elementwise over all exponents, in one vector: `values` (the
     parameters), `k`, `frozen`, and the running means of k and of its changes, from which oscillation is seen.
+
+    Nothing that a training step calls reads from another device than the CPU, where reading would wait for the device.
     """
 
-    def __init__(self, sim: Simulation, names: Collection[str], rule: str, further: Sequence[float] = ()) -> None:
+    def __init__(self, sim: Simulation, names: Collection[str], rule: str, further: Sequence[Tensor] = ()) -> None:
         """names: of the sites; each must have an encoding with power-of-two scales.
 
         further: where exponents of a subclass's own start; they stand behind those of the sites.
@@ -88,8 +90,10 @@ class Exponents:
         leaders = {name: sim.placement.leader(name) for name in names}
         device = next((p.device for p in sim.model.parameters()), None)
         sizes = {name: table[name].scale.size for name in dict.fromkeys(leaders.values())}
-        exponents = [*(table[name].exponent.ravel() for name in sizes), np.asarray(further)]
-        self.calibrated = torch.from_numpy(np.concatenate(exponents).astype(np.float32)).to(device)
+        own = np.concatenate([*(table[name].exponent.ravel() for name in sizes), np.zeros(0)]).astype(np.float32)
+        self.calibrated = torch.cat([torch.from_numpy(own).to(device), *further])
+        self._on_host = self.calibrated.device.type == "cpu"
+        self.moving = True
         self.values = self.rule.middle(torch.zeros_like(self.calibrated))
         self._ends = [float(self.rule.middle(torch.tensor(float(end)))) for end in (-REACH, REACH)]
         self.frozen = torch.zeros_like(self.values, dtype=torch.bool)
@@ -115,11 +119,17 @@ class Exponents:
         return [part.parameter for part in self._parts.values()]
 
     def refresh(self) -> None:
-        """Computes exponents and scales from `values`. Raises AssertionError unless every scale is exactly 2^k."""
+        """Computes exponents and scales from `values`. On a CPU raises AssertionError as `check` does."""
         self.k = self.calibrated + self.rule.offset(self.values)
-        self._scales = ((self.k.int() + 127) << 23).view(torch.float32)
-        self._numbers: list[float] = self._scales.tolist()
-        if not np.array_equal(exact_exponent(np.array(self._numbers)), self.k.cpu().numpy()):
+        self._scales = power(self.k)
+        self._numbers: Any = self._scales
+        if self._on_host:
+            self._numbers = self._scales.tolist()
+            self.check()
+
+    def check(self) -> None:
+        """Raises AssertionError unless every scale is exactly 2^k."""
+        if not np.array_equal(exact_exponent(self._scales.cpu().numpy()), self.k.cpu().numpy()):
             raise AssertionError("a learned scale is not the power of two that it should be")
 
     def quantize(self, name: str, x: Tensor, shares_batch: bool) -> Tensor:
@@ -138,7 +148,7 @@ class Exponents:
         return learned(weight, part.parameter, scale / factor, (part.low, part.high), axis, slope)
 
     def _now(self, part: _Part, values: int) -> tuple[Scale, Any]:
-        """Scale and slope of a site: numbers, or one per channel, (C,). values: how many share them altogether."""
+        """Scale and slope of a site, as `learned` takes them. values: how many share them altogether."""
         if part.encoding.axis is None:
             scale = self._numbers[part.place.start]
             return scale, self.rule.slope(scale / float(part.encoding.scale), values, part.high)
@@ -163,8 +173,8 @@ class Exponents:
         """
 
     @torch.no_grad()
-    def advance(self) -> int:
-        """To be called when an optimizer has changed the parameters: how many exponents changed.
+    def advance(self) -> Tensor:
+        """To be called when an optimizer has changed the parameters: how many exponents changed, ().
 
         What oscillates is frozen at its mean.
         """
@@ -175,7 +185,7 @@ class Exponents:
         self.frequency.lerp_(flips.float(), RATE)
         self.average.lerp_(torch.where(self.frozen, before, moved), RATE)
         self.freeze(self.frequency > OSCILLATES)
-        return int(flips.sum())
+        return flips.sum()
 
     @torch.no_grad()
     def freeze(self, chosen: Tensor | None = None) -> None:
@@ -185,10 +195,14 @@ class Exponents:
         self.frozen |= newly
         held = self.rule.middle(self.average - self.calibrated)
         self.values.copy_(torch.where(self.frozen, held, self.values))
-        if bool(self.frozen.all()):
-            for parameter in self.parameters():
-                parameter.requires_grad_(False)
+        if chosen is None or (self._on_host and bool(self.frozen.all())):
+            self._rest()
         self.refresh()
+
+    def _rest(self) -> None:
+        self.moving = False
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
 
     @torch.no_grad()
     def restart(self, table: Table) -> None:
@@ -204,7 +218,8 @@ class Exponents:
         self.refresh()
 
     def table(self, k: Tensor | None = None) -> Table:
-        """The encodings of all sites, with the exponents of now or `k`."""
+        """The encodings of all sites, with the exponents of now or `k`. Raises AssertionError as `check` does."""
+        self.check()
         exponents = (self.k if k is None else k).cpu().numpy().astype(np.int64)
         made = {
             name: Encoding(
@@ -227,3 +242,5 @@ class Exponents:
         for key, value in state.items():
             getattr(self, key).copy_(value)
         self.freeze(torch.zeros_like(self.frozen))
+        if bool(self.frozen.all()):
+            self._rest()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pow2quant.artifact import Site, Table
-from pow2quant.backends.base import Simulation
+from pow2quant.backends.base import Simulation, sent
 from pow2quant.config import TrainingConfig
 from pow2quant.errors import ConfigError
 from pow2quant.training import schedule
@@ -114,7 +114,7 @@ class Learning:
                 if learned
                 else torch.from_numpy(self.table[source].per_channel.scale.copy())
             )
-            unit = unit * scale.to(bias.device)
+            unit = unit * sent(scale, bias.device)
         with torch.no_grad():
             rounding = (bias / unit).round_().mul_(unit).sub_(bias)
         return bias + rounding

@@ -79,8 +79,11 @@ def _fitted(criterion: nn.Module, results: Tensor, targets: Any) -> tuple[Tensor
     if not isinstance(targets, Tensor):
         return results, targets
     if isinstance(criterion, ELEMENTWISE) and targets.numel() == results.numel():
-        left_out = (targets == LEFT_OUT).reshape(results.shape) & (not targets.is_floating_point())
-        targets = targets.reshape(results.shape).to(results.dtype)
+        given = targets.reshape(results.shape)
+        targets = given.to(results.dtype)
+        if given.is_floating_point():
+            return results, targets
+        left_out = given == LEFT_OUT
         return (results[~left_out], targets[~left_out]) if left_out.any() else (results, targets)
     ignored = getattr(criterion, "ignore_index", None)
     if isinstance(ignored, int) and not targets.is_floating_point():

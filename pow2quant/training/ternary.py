@@ -132,10 +132,10 @@ class TernaryExponents(Exponents):
         sides = 2 if ternary_rule == "ttq" else 1
         self._weights: dict[str, _Weight] = {}
         self._seen: dict[str, Tensor] = {}
-        further = [k for levels in first.values() for side in (levels.a, levels.b)[:sides] for k in side.tolist()]
+        further = [side for levels in first.values() for side in (levels.a, levels.b)[:sides]]
         super().__init__(sim, names, rule, further)
         self.factors = torch.zeros(sum(len(levels.a) for levels in first.values()), device=self.values.device)
-        start, at = len(self.values) - len(further), 0
+        start, at = len(self.values) - sum(map(len, further)), 0
         for name, levels in first.items():
             count = len(levels.a)
             a = slice(start, start + count)
@@ -213,7 +213,7 @@ class TernaryExponents(Exponents):
         return scale if weight.axis is not None else scale[0]
 
     @torch.no_grad()
-    def advance(self) -> int:
+    def advance(self) -> Tensor:
         """See `Exponents.advance`. Exponents of TWN and of learned thresholds follow the weights of the step."""
         for name, k in self._seen.items():
             place = self._weights[name].a

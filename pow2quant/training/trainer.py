@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
+from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs, sent
 from pow2quant.config import TrainingConfig
 from pow2quant.datasets import Data
 from pow2quant.errors import ConfigError, FileFormatError, Pow2QuantError, TrainingError
@@ -34,19 +34,15 @@ from pow2quant.training.averaging import Average
 from pow2quant.training.curves import Epoch
 from pow2quant.training.distilling import Distillation
 from pow2quant.training.learning import Learning
+from pow2quant.training.losses import Losses
 from pow2quant.training.processes import Processes
 
-EXPLODED = 4.0
-"""Training has diverged when its smoothed loss is so many times what it was at first, and what guessing gives."""
-
 GUESSING = 1.5
-"""Or when an epoch ends with at most so many times the accuracy of guessing, and training began with twice as much."""
+"""Training has diverged when an epoch ends with at most so many times the accuracy of guessing, and it began with twice
+as much."""
 
 LAYOUT = torch.channels_last
 """Of images and weights in training: convolutions and their gradients are fastest so."""
-
-SMOOTHING = 0.05
-"""Share of the newest loss in the smoothed one."""
 
 
 @dataclass
@@ -98,9 +94,8 @@ class Trainer:
         self.history: list[Epoch] = []
         self.best: dict[str, Any] = {}
         self.epoch, self.batch = 0, 0
-        self.total, self.samples, self.flips, self.seconds = 0.0, 0, 0, 0.0
-        self.smoothed: float | None = None
-        self.first: float | None = None
+        self.flips, self.seconds = torch.zeros((), dtype=torch.int64, device=self.device), 0.0
+        self.losses = Losses(math.log(self.classes) if self.classes > 1 else 1.0, self._diverged, self.device)
         self._measure_statistics()
         self.processes.take_from_leader(self.learned)
 
@@ -153,9 +148,8 @@ class Trainer:
 
     def _placed(self, batch: Batch) -> list[Tensor]:
         """The inputs of a batch, on the device."""
-        return [
-            x.to(self.device, memory_format=LAYOUT if x.ndim == 4 else torch.preserve_format) for x in inputs(batch)
-        ]
+        placed = [sent(x, self.device) for x in inputs(batch)]
+        return [x.contiguous(memory_format=LAYOUT) if x.ndim == 4 else x for x in placed]
 
     def _train_epoch(self) -> None:
         started = time.monotonic()
@@ -170,13 +164,15 @@ class Trainer:
             if time.monotonic() - saved > 60 * self.config.checkpoint_minutes:
                 self._save()
                 saved = time.monotonic()
-        loss = self.total / self.samples if self.samples else math.nan
+        self.losses.read()
+        loss = self.losses.total / self.losses.samples if self.losses.samples else math.nan
         self.schedule.after_epoch(loss)
         self.processes.check_equal([*self.tensors, self.exponents.k, self.norms.statistics])
         self._measure(loss, before + time.monotonic() - started)
         self._check_accuracy()
         self.epoch, self.batch = self.epoch + 1, 0
-        self.total, self.samples, self.flips, self.seconds = 0.0, 0, 0, 0.0
+        self.losses.total, self.losses.samples, self.seconds = 0.0, 0, 0.0
+        self.flips.zero_()
         self._save()
 
     def batches(self) -> Iterator[tuple[Batch, Any]]:
@@ -197,7 +193,7 @@ class Trainer:
         if count < self.processes.size:  # a user's own loader may end an epoch so
             return
         arguments = self._placed(tuple(share(x) for x in whole))
-        targets = pytree.tree_map(lambda t: share(t).to(self.device) if isinstance(t, Tensor) else t, targets)
+        targets = pytree.tree_map(lambda t: sent(share(t), self.device) if isinstance(t, Tensor) else t, targets)
         self.optimizer.zero_grad()
         if self.exponent_optimizer is not None:
             self.exponent_optimizer.zero_grad()
@@ -211,8 +207,7 @@ class Trainer:
         self.processes.sum_gradients([*self.tensors, *self.exponents.parameters()])
         if live:
             self.processes.average(self.norms.statistics)
-        value = float(self.processes.summed(loss.detach().clone()))
-        self._check_loss(value)
+        value = self.processes.summed(loss.detach().clone())
         if self.config.gradient_clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.tensors, self.config.gradient_clip)
@@ -224,12 +219,10 @@ class Trainer:
         self.average.advance()
         self.norms.advance()
         self.schedule.after_step()
-        if not all(bool(torch.isfinite(values).all()) for values in self.exponents.learned):
-            raise self._diverged("a gradient is not finite")
+        self.losses.add(value, self.exponents.learned, count)
         self.flips += self.exponents.advance()
-        if done + 1 >= self.config.freeze_exponents * self.steps and not bool(self.exponents.frozen.all()):
+        if done + 1 >= self.config.freeze_exponents * self.steps and self.exponents.moving:
             self.exponents.freeze()
-        self.total, self.samples = self.total + value * count, self.samples + count
 
     def _loss(self, results: Any, arguments: list[Tensor], targets: Any) -> Tensor:
         share, first = self.config.distillation, inputs(results)[0]
@@ -241,16 +234,6 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, getattr(torch, self.config.precision))
 
-    def _check_loss(self, loss: float) -> None:
-        """Raises TrainingError when the loss is not finite, or far above what it was."""
-        if math.isfinite(loss):
-            self.smoothed = loss if self.smoothed is None else self.smoothed + SMOOTHING * (loss - self.smoothed)
-            self.first = self.smoothed if self.first is None else self.first
-            if self.smoothed <= EXPLODED * max(self.first, math.log(self.classes) if self.classes > 1 else 1.0):
-                return
-            raise self._diverged(f"the loss has grown from {self.first:.3g} to {self.smoothed:.3g}")
-        raise self._diverged(f"the loss is {loss}")
-
     def _check_accuracy(self) -> None:
         """Raises TrainingError when a classifier that could tell the classes apart only guesses any more."""
         if not self.classes:
@@ -260,10 +243,10 @@ class Trainer:
         if now <= limit < before / 2:
             raise self._diverged(f"the accuracy has fallen from {before:.2f} % to {now:.2f} %")
 
-    def _diverged(self, what: str) -> TrainingError:
+    def _diverged(self, what: str, ago: int = 0) -> TrainingError:
         kept = f"; the last good checkpoint is {self.path}" if self.path is not None else ""
         return TrainingError(
-            f"training has diverged in epoch {self.epoch + 1}, after {self.batch} batches: {what}{kept}; "
+            f"training has diverged in epoch {self.epoch + 1}, after {self.batch - ago} batches: {what}{kept}; "
             f"lower training.learning_rate ({self.config.learning_rate:g}) or set training.gradient_clip"
         )
 
@@ -285,7 +268,7 @@ class Trainer:
                 accuracy=accuracy,
                 learning_rate=self.optimizer.param_groups[0]["lr"],
                 quantized=len(self.active) / len(self.learning.whole),
-                flips=self.flips,
+                flips=int(self.flips),
                 moved=moved,
                 frozen=int(self.exponents.frozen.sum()),
                 exponents=self.exponents.k.numel(),
@@ -328,6 +311,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Writes the checkpoint; the leading process does, as all are the same."""
+        self.losses.read()
         if self.path is None or not self.processes.leads:
             return
         state = {
@@ -342,7 +326,14 @@ class Trainer:
             "history": [asdict(epoch) for epoch in self.history],
             "best": self.best,
             "place": [self.epoch, self.batch],
-            "sums": [self.total, self.samples, self.flips, self.seconds, self.smoothed, self.first],
+            "sums": [
+                self.losses.total,
+                self.losses.samples,
+                int(self.flips),
+                self.seconds,
+                self.losses.smoothed,
+                self.losses.first,
+            ],
             "generator": torch.get_rng_state(),
         }
         checkpoint.dump(self.path, state)
@@ -390,7 +381,9 @@ class Trainer:
         self.history = [Epoch(**epoch) for epoch in state["history"]]
         self.best = state["best"]
         self.epoch, self.batch = state["place"]
-        self.total, self.samples, self.flips, self.seconds, self.smoothed, self.first = state["sums"]
+        self.losses.total, self.losses.samples, flips, self.seconds, *smoothed = state["sums"]
+        self.losses.smoothed, self.losses.first = smoothed
+        self.flips.fill_(flips)
         torch.set_rng_state(state["generator"])
 
 
