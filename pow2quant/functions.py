@@ -256,9 +256,12 @@ class Lookup:
     codes: str
 
     @classmethod
-    def of(cls, source: Encoding, result: Encoding, values: Floats) -> Lookup:
-        """values: the function of `source`'s real values, from the least code on; infinite ones saturate (exp)."""
-        above = result.quantize(np.nan_to_num(values, nan=np.nan)) - int(result.grid.qmin)
+    def of(cls, source: Encoding, result: Encoding, values: Floats, rounding: str) -> Lookup:
+        """values: the function of `source`'s real values, from the least code on; infinite ones saturate (exp).
+
+        rounding: of the target.
+        """
+        above = result.quantize(np.nan_to_num(values, nan=np.nan), rounding=rounding) - int(result.grid.qmin)
         return cls(_ends(source), _ends(result), base64.b64encode(above.astype("<u2").tobytes()).decode())
 
     def fits(self, source: Encoding, result: Encoding) -> bool:

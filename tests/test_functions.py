@@ -22,6 +22,7 @@ from pow2quant.graphs import GraphIndex
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.lower import lower
 from pow2quant.integer.run import run
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 from pow2quant.runs.executors import simulation_executor
 from pow2quant.validation import c99, ort
 from pow2quant.validation.networks import Named, first_difference
@@ -408,7 +409,7 @@ def table_network(values, x=None, y=None):
     g = Graph()
     g.node("Tanh", "t", [g.input("x", (3,), x)], y)
     artifact = g.artifact("t.output")
-    mark(artifact.model.graph.node[0], Lookup.of(encoding(-4, 128), encoding(-3, 100), values))
+    mark(artifact.model.graph.node[0], Lookup.of(encoding(-4, 128), encoding(-3, 100), values, HALF_EVEN))
     return artifact
 
 

@@ -24,8 +24,9 @@ from pow2quant.integer.emit_c import code
 from pow2quant.integer.lower import lower
 from pow2quant.integer.run import dequantize, quantize, trace
 from pow2quant.pow2_constraints import Format, Observed, power_of_two
-from pow2quant.pow2_constraints.arithmetic import ROUNDINGS
+from pow2quant.pow2_constraints.arithmetic import ROUNDINGS, round_real
 from pow2quant.pow2_constraints.joint import choose_jointly
+from pow2quant.runs.executors import simulation_executor
 from pow2quant.runs.job import Job
 from pow2quant.targets.reading import KEY, parse
 from pow2quant.targets.words import sentences
@@ -61,13 +62,33 @@ def batch() -> torch.Tensor:
 
 @pytest.mark.parametrize("rule", ROUNDINGS)
 def test_every_rounding_is_the_same_in_simulation_engine_and_c(rule, batch):
-    seen, _, program = run(targets.Roundings(*[rule] * len(KINDS)), batch)
+    rules = dict.fromkeys(KINDS, rule) | ({"functions": "half_away"} if rule == "gemmlowp" else {})
+    seen, _, program = run(targets.Roundings(**rules), batch)
     codes = quantize(program, [batch.numpy()])
     engine = dequantize(program, trace(program, codes))
     assert {name: int((engine[name] != seen[name]).sum()) for name in seen} == dict.fromkeys(seen, 0)
     if not unavailable():
         compiled = dequantize(program, Library(program, ("-std=c99", "-O1")).trace(codes))
         assert {name: int((compiled[name] != x).sum()) for name, x in engine.items()} == dict.fromkeys(engine, 0)
+
+
+@pytest.mark.parametrize("rule", ["half_even", "half_up", "floor"])
+def test_tables_of_functions_are_rounded_as_the_target_says(rule, batch, tmp_path):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.LeakyReLU(0.25)).eval()
+    target = replace(targets.DEFAULT, name="mine", rounding=targets.Roundings(functions=rule))
+    sim = simulate(network, batch[:1], replace(plan_of(RunConfig()), target=target))
+    sim.calibrate([batch])
+    seen = simulation_executor(sim, "custom", torch.device("cpu")).tensors([batch.numpy()])
+    artifact = sim.export(batch[:1])
+    result = artifact.encodings["1.output"]
+    real = seen["0.output"] * np.where(seen["0.output"] < 0, np.float32(0.25), np.float32(1))
+    wanted = np.clip(round_real(real / result.scale, rule) + result.zero_point, result.grid.qmin, result.grid.qmax)
+    assert (seen["1.output"] == result.dequantize(wanted.astype(np.int64))).all()
+    assert (np.abs(real / result.scale % 1) == 0.5).any()
+    onnx_qdq.export_qdq(artifact, tmp_path)
+    for name in ("onnxruntime", "engine"):
+        for executor in plugins.resolve("validators", name)(tmp_path / "model.onnx"):
+            assert (executor.run([batch.numpy()])[0] == seen["1.output"]).all()
 
 
 def test_a_file_says_which_target_it_is_for_and_the_default_says_nothing(batch):

@@ -24,6 +24,7 @@ NODES = {
         "averages": ("pool", "mean"),
         "multiplications": ("mul",),
         "moves": ("concat",),
+        "functions": ("sigmoid",),
     },
     Maps: {"products": ("relu",), "sums": ("relu_1",), "averages": ("mean",)},
 }
@@ -36,7 +37,7 @@ class Case:
 
     absent: kinds of operations that never round there. coarse: halves are too rare to be met, so that the wrong rule is
     floor. follows: the executor rounds as the file says, so that the wrong rule is in the file, and the simulation is
-    right.
+    right. functions: it computes functions, where the others read the file's tables.
     """
 
     target: str
@@ -44,11 +45,13 @@ class Case:
     absent: tuple[str, ...] = ()
     coarse: bool = False
     follows: bool = False
+    functions: bool = False
 
     @property
     def nodes(self) -> dict[str, tuple[str, ...]]:
         """Where a wrong rule is noticed, by kind of operation."""
-        return {kind: names for kind, names in NODES[self.network].items() if kind not in self.absent}
+        absent = self.absent if self.functions else (*self.absent, "functions")
+        return {kind: names for kind, names in NODES[self.network].items() if kind not in absent}
 
 
 CASES = {
@@ -66,8 +69,8 @@ CASES = {
     "executorch": Case("executorch"),
     "pt2": Case("onnxruntime"),
     "qonnx": Case("qonnx", coarse=True),
-    "esp-ppq (esp32p4)": Case("esp32-p4", coarse=True, absent=("sums", "moves")),
-    "esp-ppq (esp32s3)": Case("esp32-s3", coarse=True, absent=("sums", "moves")),
+    "esp-ppq (esp32p4)": Case("esp32-p4", coarse=True, absent=("sums", "moves"), functions=True),
+    "esp-ppq (esp32s3)": Case("esp32-s3", coarse=True, absent=("sums", "moves"), functions=True),
     "hls4ml": Case("hls4ml", Maps, coarse=True),
 }
 """By the name of the executor; in brackets, what it stands for."""

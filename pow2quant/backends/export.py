@@ -19,6 +19,7 @@ from pow2quant.frontends.unrolled import recurrent
 from pow2quant.frontends.writing import OPSET, Node, OnnxGraph
 from pow2quant.functions import accepts, mark
 from pow2quant.operators import Kind
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 
 IR_VERSION = 10
 """The first that knows opset 21."""
@@ -46,6 +47,7 @@ def to_artifact(
             if node.name in placement.exact:
                 source, result = (table[site.name] for site in placement.exact[node.name])
                 module: Any = _current(network.get_submodule(str(node.target)), node, parameter)
+                module.rounding = placement.roundings.get(placement.exact[node.name][1].name, HALF_EVEN)
                 shape = tuple(int(d) for d in node.args[0].meta["shape"])
                 defined = module.definition(shape, source, result) if accepts(source) else None
                 if defined is not None:

@@ -199,6 +199,7 @@ def connect(model: nn.Module, network: fx.GraphModule, placement: Placement, qua
         if node.name in placement.exact:
             source, own = placement.exact[node.name]
             module: Any = model.get_submodule(str(node.target))
+            module.rounding = placement.roundings.get(own.name, HALF_EVEN)
             module.connect(quantizers[source.name], quantizers[own.name])
 
 
@@ -274,7 +275,7 @@ def _roundings(
 ) -> dict[str, str]:
     """How a target rounds what stands at each site: as the operation does whose result it is.
 
-    What reads one tensor and is neither a layer nor an average is a function, and those are stored tables.
+    A sum or a product that reads one tensor is a function.
     """
     found = {}
     for node in network.graph.nodes:
@@ -284,7 +285,8 @@ def _roundings(
         core = behind_clips(network, node, carried)
         row = operator(called(network, core))
         function = row is not None and row.onnx in TWO_OPERANDS and sum(isinstance(a, fx.Node) for a in core.args) < 2
-        if row is not None and not function and (rule := target.rounding.of(row.onnx)) != HALF_EVEN:
+        rule = HALF_EVEN if row is None else target.rounding.functions if function else target.rounding.of(row.onnx)
+        if rule != HALF_EVEN:
             found[site.name] = rule
     return found
 

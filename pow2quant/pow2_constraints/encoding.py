@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pow2quant.errors import EncodingError
-from pow2quant.pow2_constraints.arithmetic import exact_exponent, power_of_two
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN, exact_exponent, power_of_two, round_real
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -181,8 +181,8 @@ class Encoding:
         repeated = np.repeat(values, self.block, 1 - self.axis)
         return np.take(repeated, range(shape[1 - self.axis]), 1 - self.axis)
 
-    def quantize(self, x: ArrayLike, name: str = "") -> NDArray[np.int64]:
-        """x -> codes, rounded half to even and saturated (ONNX QuantizeLinear). Returns int64, the shape of x.
+    def quantize(self, x: ArrayLike, name: str = "", rounding: str = HALF_EVEN) -> NDArray[np.int64]:
+        """x -> codes, rounded and saturated, as ONNX's QuantizeLinear does by default. Returns int64, the shape of x.
 
         name: of the tensor, for the error. Raises EncodingError for NaN, infinity, and a tensor without the channels of
         this encoding.
@@ -193,7 +193,7 @@ class Encoding:
         scale, zero_point, low, high = self._beside(real)
         with np.errstate(over="ignore"):  # the quotient is rounded in float32, as QuantizeLinear does; inf saturates
             quotient = real / scale
-        codes = np.rint(quotient.astype(np.float64)) + zero_point  # float64 holds every 32-bit code
+        codes = round_real(quotient.astype(np.float64), rounding) + zero_point  # float64 holds every 32-bit code
         return np.asarray(np.clip(codes, low, high), np.int64)
 
     def dequantize(self, q: ArrayLike) -> NDArray[np.float32]:

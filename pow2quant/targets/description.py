@@ -13,6 +13,7 @@ WIDTHS = {"weight": range(2, 17), "input": range(2, 17), "output": range(2, 17),
 """The bits that a tensor of each role can have."""
 
 Rule = Annotated[str, one_of(lambda: ROUNDINGS)]
+TableRule = Annotated[str, one_of(lambda: ROUNDINGS.keys() - {"gemmlowp"})]
 Widths = Annotated[
     tuple[int, ...],
     Legal(lambda: "a list of integers from 2 to 16, such as [4, 8]", lambda v: set(v) <= set(WIDTHS["weight"])),
@@ -33,7 +34,8 @@ class Roundings:
 
     products: sums of products (Conv, ConvTranspose, Gemm, MatMul). sums: Add, Sub, ReduceSum. averages: AveragePool,
     ReduceMean. multiplications: Mul of two tensors. moves: what only brings values to another scale (Concat, Clip,
-    Max). Inputs of the network, and functions, which are stored tables, are always rounded half to even.
+    Max). functions: the tables of functions of one tensor, such as Sigmoid. Inputs of the network are always rounded
+    half to even.
     """
 
     products: Rule = HALF_EVEN
@@ -41,6 +43,7 @@ class Roundings:
     averages: Rule = HALF_EVEN
     multiplications: Rule = HALF_EVEN
     moves: Rule = HALF_EVEN
+    functions: TableRule = HALF_EVEN
 
     def of(self, operation: str) -> str:
         """The rule of an ONNX operation, by its type."""
@@ -58,6 +61,7 @@ KINDS = {
     Values.SELECTED: "moves",
     Values.CLIPPED: "moves",
     Values.JOINED: "moves",
+    Values.FUNCTION: "functions",
 }
 """The field of `Roundings` by where a result's values come from."""
 

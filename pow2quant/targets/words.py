@@ -17,6 +17,7 @@ KINDS = {
     "averages": "averages",
     "multiplications": "products of tensors",
     "moves": "what only changes a scale",
+    "functions": "tables of functions",
 }
 
 

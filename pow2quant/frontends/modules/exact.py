@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pow2quant.frontends.modules.rounded import Described
 from pow2quant.functions import Definition, Lookup, accepts
 from pow2quant.pow2_constraints import Encoding
+from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 
 
 class Quantizer(Protocol):
@@ -26,11 +27,12 @@ class Exact(nn.Module):
 
     Operands behind the first, if there are any, say which values count.
 
-    ends: the quantizers of the input and of the result; None: nothing is quantized. The gradient is that of the float
-    function.
+    ends: the quantizers of the input and of the result; None: nothing is quantized. rounding: of the target's tables.
+    The gradient is that of the float function.
     """
 
     ends: tuple[Quantizer, Quantizer] | None = None
+    rounding: str = HALF_EVEN
 
     plain: Callable[..., Tensor]
     """(input, *operands behind it) -> the function, rounded once from float64."""
@@ -68,7 +70,7 @@ class Exact(nn.Module):
 class Function(Described, Exact):
     """A function of one tensor, element by element: rounded once from float64, or a table (`pow2quant.functions`)."""
 
-    _known: tuple[Encoding, Encoding, Lookup] | None = None
+    _known: tuple[Encoding, Encoding, str, Lookup] | None = None
 
     def plain(self, x: Tensor) -> Tensor:
         return self.compute(x.double()).to(x.dtype)
@@ -81,14 +83,16 @@ class Function(Described, Exact):
     def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> Lookup | None:
         if not accepts(target):
             return None
-        if self._known is None or self._known[0] is not encoding or self._known[1] is not target:
+        known = self._known
+        if known is None or known[0] is not encoding or known[1] is not target or known[2] != self.rounding:
             grid = encoding.grid
             real = encoding.dequantize(np.arange(int(grid.qmin), int(grid.qmax) + 1))
             device = next((buffer.device for buffer in self.buffers()), torch.device("cpu"))
             with torch.no_grad():
                 values = self.plain(torch.from_numpy(real).to(device)).cpu().numpy()
-            self._known = encoding, target, Lookup.of(encoding, target, values)
-        return self._known[2]
+            known = encoding, target, self.rounding, Lookup.of(encoding, target, values, self.rounding)
+            self._known = known
+        return known[3]
 
     def integers(self, codes: Tensor, defined: Lookup, encoding: Encoding) -> Tensor:
         table = torch.from_numpy(defined.values()).to(codes.device)

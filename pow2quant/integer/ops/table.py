@@ -84,7 +84,7 @@ def lower_function(graph: Lowering, node: onnx.NodeProto, core: onnx.NodeProto, 
         values = np.asarray(_evaluate(graph, core, source, real))
         values = np.clip(values, low, high).astype(np.float32)
     values = np.nan_to_num(values, nan=np.nan)  # infinite ones saturate, as in every executor
-    table = target.encoding.quantize(values)
+    table = target.encoding.quantize(values, rounding=graph.target.rounding.functions)
     if table.ndim > 1:
         graph.read(source)  # one table per channel: only where the channels stand behind the batch
     graph.steps.append(Table(node.name or target.name, (x.name,), target.name, table))

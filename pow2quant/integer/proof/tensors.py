@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from pow2quant.pow2_constraints import Encoding
 
 
+TWO_OPERANDS = ("Add", "Mul", "Sub", "Where")
+"""Operations that are functions of one tensor where the other operand is a constant without an encoding."""
+
+
 class Tensors:
     """A graph's tensors, and what is known of where their values lie.
 
@@ -38,7 +42,9 @@ class Tensors:
 
     def rounds_otherwise(self, node: onnx.NodeProto) -> str:
         """Why executors of ONNX files round a node's result in another way than its target; "" where they do not."""
-        rule = self.runtime.rounding.of(node.op_type)
+        rounding = self.runtime.rounding
+        function = any(name in self.constants and name not in self.encodings for name in node.input)
+        rule = rounding.functions if function and node.op_type in TWO_OPERANDS else rounding.of(node.op_type)
         if rule == HALF_EVEN or self.limit != FLOAT32_EXACT:
             return ""
         return f"target {self.runtime.name} rounds it {rule}, ONNX {HALF_EVEN}"
