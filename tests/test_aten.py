@@ -32,6 +32,8 @@ MAPS: dict[str, Function] = {
     "sort": lambda x: (x.sort(1, descending=True)[0], x.median(2)[0], x.kthvalue(2, 3, keepdim=True)[0]),
     "added at places": lambda x: torch.zeros_like(x).index_add(2, torch.tensor([0, 0, 5]), x[:, :, :3], alpha=0.5),
     "scattered": lambda x: x.scatter_add(3, torch.tensor([1, 1, 2]).expand(len(x), 8, 6, 3), x[..., :3]),
+    "written": lambda x: x.scatter(2, torch.tensor([[[[1], [0]]]]).expand(len(x), 8, 2, 1), x[:, :, :2, :1] * 2),
+    "written numbers": lambda x: x.scatter(1, torch.zeros(len(x), 1, 6, 6, dtype=torch.int64), 0.25),
     "rows of numpy": lambda x: x + torch.from_numpy(np.full((len(x), 8, 1, 1), 0.5, np.float32)),
     "no values yet": lambda x: torch.empty_like(x).copy_(x) + 1, "place": lambda x: x.max(1)[1].float() * x[:, 0],
     "some or all": lambda x: ((x > 0).any(1) ^ (x > 0).all(1)).float(), "cumprod": lambda x: x.cumprod(2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,11 +61,32 @@ def _gather(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
     return b.call(node, m.Gathered(dim), b.operand(node, a.self), _whole(b, node, a.index))
 
 
+def _written(b: Builder, node: fx.Node, a: SimpleNamespace, dim: int) -> fx.Node:
+    """Values at constant places, the same in each sample: chosen from the tensor and the values behind one another."""
+    source, sizes = getattr(a, "src", None), b.shape(node)[1:]
+    same = b.free(a.index)[0] and b.is_data(a.self)
+    if not same or (source is not None and b.shape(source) != b.shape(a.index)):
+        raise b.unsupported(node, "values at constant places that do not grow with the batch, or of a constant")
+    index, count = b.tensor(node, a.index)[:1], math.prod(sizes)
+    places = torch.arange(index.numel()).reshape(index.shape) + count
+    chosen = torch.arange(count).reshape(1, *sizes).scatter(dim, index, places)
+    x = b.call(node, m.Reshape((-1, count)), b.operand(node, a.self))
+    if b.is_data(source):
+        values = b.call(node, m.Reshape((-1, places.numel())), b.operand(node, source))
+    else:
+        held = torch.tensor(float(b.number(a.value) or 0)) if source is None else b.tensor(node, source)[:1]
+        values = b.call(node, m.Expand(), b.hold(node, held.expand(places.shape).reshape(1, -1)), x)
+    taken = b.call(node, m.Take(1, chosen.flatten().tolist()), b.call(node, m.Concat(1), x, values))
+    return b.call(node, m.Reshape(b.shape_with_batch(node)), taken)
+
+
 def _scatter(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    """Values at computed places of a tensor; a constant one is repeated along the batch."""
+    """Values at places of a tensor; a constant tensor is repeated along the batch."""
     dim = int(a.dim) % b.rank(a.self)
-    if not b.is_data(a.index) or b.free(node)[dim] or getattr(a, "reduce", None) is not None:
-        raise b.unsupported(node, "values at constant places, along the batch, or added to others")
+    if b.free(node)[dim] or getattr(a, "reduce", None) is not None:
+        raise b.unsupported(node, "values at places along the batch, or added to others")
+    if not b.is_data(a.index):
+        return _written(b, node, a, dim)
     places, source = _whole(b, node, a.index), getattr(a, "src", None)
     if source is None:
         values = b.hold(node, torch.full([1] * b.rank(node), float(b.number(a.value) or 0)))

@@ -20,7 +20,7 @@ from pow2quant.frontends.onnx.file import DOMAINS, OnnxFile, load
 from pow2quant.frontends.onnx.layers import LAYERS
 from pow2quant.frontends.onnx.patterns import OWN, recognize
 from pow2quant.frontends.onnx.rows import ROWS
-from pow2quant.frontends.onnx.step import LARGEST, Step
+from pow2quant.frontends.onnx.step import LARGEST, Step, tensor
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,7 +73,7 @@ SEVERAL = ("Split", "TopK", "LSTM", "GRU", "RNN")
 """Operations of which more than the first result is given."""
 
 
-SETTINGS = ("Resize", "Upsample")
+SETTINGS = ("Resize", "Upsample", "OneHot")
 """Operations whose constants say what they do: none is a weight."""
 
 
@@ -113,7 +113,8 @@ class Writer:
             raise file.error(node, f"{domain}{node.op_type} is not supported; supported are {supported}")
         layer = self._layer(node)
         if layer is not None:
-            self._result(node, self.graph.call_module(self.place(self._layer_name(node), layer), (data[0],)))
+            given = self.graph.call_function(tensor, (data[0],))  # a state may be computed from shapes
+            self._result(node, self.graph.call_module(self.place(self._layer_name(node), layer), (given,)))
             return
         args, rest = [], {}
         for i, name in enumerate(node.input):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pow2quant.frontends.onnx import recurrent, shapes, windows
+from pow2quant.frontends.onnx import places, recurrent, shapes, windows
 from pow2quant.frontends.onnx.step import Row, Step, number, scalar, tensor
 
 
@@ -140,9 +140,35 @@ def _where(s: Step, condition: Any, x: Any, y: Any) -> Tensor:
 
 
 def _cumsum(s: Step, x: Tensor, axis: Any) -> Tensor:
-    if s.attribute("exclusive", 0) or s.attribute("reverse", 0):
-        raise s.error("exclusive or reverse sums are not supported")
-    return torch.cumsum(x, int(scalar(axis, 0)))
+    if s.attribute("exclusive", 0):
+        raise s.error("exclusive sums are not supported")
+    dim = int(scalar(axis, 0))
+    return torch.cumsum(x.flip(dim), dim).flip(dim) if s.attribute("reverse", 0) else torch.cumsum(x, dim)
+
+
+def _mod(s: Step, left: Any, right: Any) -> Tensor:
+    x, divisor = tensor(left), number(right)
+    if not s.attribute("fmod", 0):
+        return torch.remainder(x, divisor)
+    return torch.sign(x) * torch.remainder(x.abs(), abs(divisor))  # with the sign of the dividend
+
+
+def _shrink(s: Step, x: Tensor) -> Tensor:
+    bound, bias = s.attribute("lambd", 0.5), s.attribute("bias", 0.0)
+    if bias not in (0.0, bound):
+        raise s.error("a bias other than 0 and lambd is not supported")
+    return F.softshrink(x, bound) if bias else F.hardshrink(x, bound)
+
+
+def _swish(s: Step, x: Tensor) -> Tensor:
+    alpha = s.attribute("alpha", 1.0)
+    return F.silu(x) if alpha == 1 else x * torch.sigmoid(x * alpha)
+
+
+def _product(x: Tensor, dims: list[int], keep: bool) -> Tensor:
+    for d in reversed(dims):
+        x = torch.prod(x, d, keep)
+    return x
 
 
 def _logical(function: Callable[[Tensor, Tensor], Tensor]) -> Row:
@@ -150,7 +176,7 @@ def _logical(function: Callable[[Tensor, Tensor], Tensor]) -> Row:
 
 
 ROWS: dict[str, Row] = {
-    **recurrent.ROWS, **shapes.ROWS, **windows.ROWS,
+    **places.ROWS, **recurrent.ROWS, **shapes.ROWS, **windows.ROWS,
     "Relu": _unary(F.relu), "Sigmoid": _unary(torch.sigmoid), "Tanh": _unary(torch.tanh),
     "Softplus": _unary(F.softplus), "Softsign": _unary(F.softsign), "Exp": _unary(torch.exp), "Log": _unary(torch.log),
     "Sqrt": _unary(torch.sqrt), "Abs": _unary(torch.abs), "Neg": _unary(torch.neg), "Erf": _unary(torch.erf),
@@ -176,7 +202,9 @@ ROWS: dict[str, Row] = {
     "ReduceMean": _reduction(torch.mean), "ReduceSum": _reduction(torch.sum), "ReduceMax": _reduction(torch.amax),
     "ReduceMin": _reduction(torch.amin), "ReduceL2": _norm(2), "ReduceL1": _norm(1),
     "ReduceSumSquare": _reduction(lambda x, d, k: torch.sum(x * x, d, k)),
-    "ReduceLogSumExp": _reduction(torch.logsumexp), "ReduceProd": _reduction(lambda x, d, k: torch.prod(x, d[0], k)),
+    "ReduceLogSumExp": _reduction(torch.logsumexp), "ReduceProd": _reduction(_product),
+    "ReduceLogSum": _reduction(lambda x, d, k: torch.log(torch.sum(x, d, k))), "Mod": _mod, "Shrink": _shrink,
+    "Swish": _swish, "Xor": _logical(torch.logical_xor), "Mean": lambda s, *x: _all(torch.add)(s, *x) / len(x),
     "ArgMax": _arg(torch.argmax), "ArgMin": _arg(torch.argmin), "TopK": _topk, "CumSum": _cumsum,
     "InstanceNormalization": _instance_norm, "GroupNormalization": _group_norm, "LayerNormalization": _layer_norm,
     "LpNormalization": lambda s, x: F.normalize(x, s.attribute("p", 2), s.attribute("axis", -1)),

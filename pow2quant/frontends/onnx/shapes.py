@@ -84,6 +84,18 @@ def _split(s: Step, x: Tensor, split: Any = None) -> Any:
     return torch.split(x, sizes, axis) if count > 1 else x
 
 
+def _parts(s: Step, x: Tensor, split: Any = None) -> Any:
+    """SplitToSequence: parts of one size, or of the given sizes; of 1 without that dimension where there is no size."""
+    axis, sizes = s.attribute("axis", 0) % x.ndim, s.integers("", split)
+    if sizes is None:
+        return torch.split(x, 1, axis) if s.attribute("keepdims", 1) else torch.unbind(x, axis)
+    return torch.split(x, sizes[0] if np.asarray(split).ndim == 0 else sizes, axis)
+
+
+def _joined(s: Step, parts: Any) -> Tensor:
+    return (torch.stack if s.attribute("new_axis", 0) else torch.cat)([tensor(p) for p in parts], s.attribute("axis"))
+
+
 def _gather(s: Step, table: Any, index: Any) -> Tensor:
     x = tensor(table)
     axis = s.attribute("axis", 0) % x.ndim
@@ -162,7 +174,8 @@ ROWS: dict[str, Row] = {
     "Slice": _slice, "Split": _split, "Gather": _gather, "Expand": _expand, "Tile": _tile, "Transpose": _transpose,
     "DepthToSpace": _depth_to_space, "SpaceToDepth": _space_to_depth, "Shape": _shape, "Cast": _cast,
     "CastLike": _cast, "Identity": _same, "Dropout": _same, "Trilu": _trilu,
+    "SplitToSequence": _parts, "SequenceConstruct": lambda s, *x: x, "ConcatFromSequence": _joined,
+    "SequenceAt": lambda s, parts, i: parts[int(i)], "SequenceLength": lambda s, parts: np.array(len(parts), np.int64),
     "Size": lambda s, x: np.array(x.numel(), np.int64),
-    "GatherElements": lambda s, x, i: torch.gather(tensor(x), s.attribute("axis", 0), tensor(i)),
 }  # fmt: skip
 """By operation."""

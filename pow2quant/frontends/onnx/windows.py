@@ -169,6 +169,7 @@ def _global(reduce: Any) -> Row:
 ROWS: dict[str, Row] = {
     "MaxPool": _pool, "AveragePool": _pool, "Resize": _resize, "Upsample": _resize, "Pad": _pad,
     "GlobalAveragePool": _global(torch.mean), "GlobalMaxPool": _global(torch.amax),
+    "GlobalLpPool": lambda s, x: torch.linalg.vector_norm(x, s.attribute("p", 2), list(range(2, x.ndim)), True),
     "LRN": lambda s, x: F.local_response_norm(
         x, s.attribute("size"), s.attribute("alpha", 1e-4), s.attribute("beta", 0.75), s.attribute("bias", 1.0)
     ),
