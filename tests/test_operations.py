@@ -45,6 +45,17 @@ CASES: dict[str, Case] = {
     "Sub from a constant": Case(lambda s, x: s("op", m.Sub(), s("c", constant(1, 8, 1)), x), ROWS),
     "MatMul with a constant": Case(lambda s, x: s("op", m.MatMul(), x, s("c", constant(12, 5))), ROWS),
     "MatMul of a constant": Case(lambda s, x: s("op", m.MatMul(), s("c", constant(5, 8)), x), ROWS),
+    "MatMul with a constant for each head": Case(lambda s, x: s("op", m.MatMul(), x, s("c", constant(1, 8, 6, 3)))),
+    "MatMul of one constant with every head": Case(lambda s, x: s("op", m.MatMul(), s("c", constant(1, 3, 6)), x)),
+    "MatMul with one head for all": Case(lambda s, x: s("op", m.MatMul(), x, s("y", m.Slice([(1, 0, 1, 1)]), x))),
+    "MatMul where heads are repeated in groups": Case(
+        lambda s, x: s(
+            "op",
+            m.MatMul(),
+            s("a", m.Reshape((-1, 2, 4, 6, 6)), x),
+            s("b", m.Slice([(2, 1, 2, 1)]), s("y", m.Reshape((-1, 2, 4, 6, 6)), x)),
+        )
+    ),
     "Add": Case(lambda s, x: s("op", m.Add(), x, s("y", nn.Conv2d(8, 8, 1), x))),
     "Sub": Case(lambda s, x: s("op", m.Sub(), x, s("y", nn.Conv2d(8, 8, 1), x))),
     "Mul": Case(lambda s, x: s("op", m.Mul(), x, s("y", nn.Conv2d(8, 8, 1), x))),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class MatMul(Step):
-    """y = requantize((a - zero_a) @ (b - zero_b)): (…, T, K) @ (…, K, M) -> (…, T, M), equal in front."""
+    """y = requantize((a - zero_a) @ (b - zero_b)): (…, T, K) @ (…, K, M) -> (…, T, M); what is in front broadcasts."""
 
     requantization: Requantization
 
@@ -38,7 +38,11 @@ class MatMul(Step):
         kind = layer.accumulator(self.bound(layer.program), self.requantization)
         matmul = layer.kernel("matmul", x=ctype(a), w=ctype(b), a=kind, y=ctype(layer.output))
         rows, length = a.shape[-2:]
-        sizes = f"{math.prod(a.shape[:-2])}, {rows}, {length}, {b.shape[-1]}, {a.zero}, {b.zero}"
+        full = layer.output.shape[:-2]
+        sizes = f"{math.prod(full)}, {rows}, {length}, {b.shape[-1]}, {a.zero}, {b.zero}"
+        for operand in (a, b):
+            period, inner = _repeated(operand.shape[:-2], full) or (1, 1)  # `lower` has refused what has none
+            sizes += f", {period}, {inner}"
         operands = f"{layer.operand(0)}, {layer.operand(1)}"
         return f"{layer.rule(self.requantization)}\n{matmul}({operands}, y, {sizes}, &rule);"
 
@@ -51,13 +55,35 @@ class MatMul(Step):
 
 
 def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
-    """MatMul. Raises UnsupportedModelError where shapes broadcast, but for one constant matrix in front of another."""
-    if node.input[1] in graph.floats:
+    """MatMul. Raises UnsupportedModelError where dimensions in front broadcast in more than one place."""
+    if node.input[1] in graph.floats and graph.floats[node.input[1]].ndim <= 2:
         lower_matrix(graph, node, output, low, high, transposed=False)
         return
     a, b = (graph.operand(name, rows=True) for name in node.input)
-    in_front = a.constant is not None and len(a.shape) == 2 and math.prod(b.shape[:-2]) == 1
-    if not in_front and (len(a.shape) < 2 or a.shape[:-2] != b.shape[:-2]):
-        raise UnsupportedModelError(f"{title(node)}: {a.shape} @ {b.shape} broadcasts; equal leading dimensions do not")
-    requantization = graph.requantization(a.exponent + b.exponent, graph.declare(output), low, high)
+    target = graph.declare(output)
+    if len(a.shape) < 2 or any(_repeated(operand.shape[:-2], target.shape[:-2]) is None for operand in (a, b)):
+        shapes = f"{a.shape} @ {b.shape}"
+        raise UnsupportedModelError(f"{title(node)}: {shapes}: dimensions in front broadcast in more than one place")
+    requantization = graph.requantization(a.exponent + b.exponent, target, low, high)
     graph.steps.append(MatMul(node.name or output, (a.name, b.name), output, requantization))
+
+
+def _repeated(own: tuple[int, ...], full: tuple[int, ...]) -> tuple[int, int] | None:
+    """(period, inner): which matrix of an operand product o reads, o // period * inner + o % inner.
+
+    own, full: what is in front of the matrices, of the operand and of the result. None where several runs of dimensions
+    are repeated.
+    """
+    while len(own) > len(full) and own[0] == 1:
+        own = own[1:]
+    if len(own) > len(full):
+        return None
+    padded = (1,) * (len(full) - len(own)) + own
+    repeated = [i for i, (n, m) in enumerate(zip(padded, full, strict=True)) if n != m]
+    if not repeated:
+        return 1, 1
+    first, last = repeated[0], repeated[-1] + 1
+    if any(n > 1 for n in padded[first:last]):
+        return None
+    inner = math.prod(full[last:])
+    return math.prod(full[first:last]) * inner, inner
