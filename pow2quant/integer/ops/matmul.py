@@ -69,7 +69,7 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
 
 
 def _repeated(own: tuple[int, ...], full: tuple[int, ...]) -> tuple[int, int] | None:
-    """(period, inner): which matrix of an operand product o reads, o // period * inner + o % inner.
+    """(period, inner): which matrix of an operand product o reads, o // period * inner + o % inner of them all.
 
     own, full: what is in front of the matrices, of the operand and of the result. None where several runs of dimensions
     are repeated.
