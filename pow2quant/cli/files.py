@@ -102,7 +102,7 @@ def export(
         Option(help="Layout of the images that the C code takes: nchw (the network's, the default) or nhwc."),
     ] = None,
     opset: Annotated[int | None, Option(help="Opset of ONNX files, 13 to 21; default: 21.")] = None,
-    batch: Annotated[int | None, Option(help="Fixed batch size of ONNX files; by default it is free.")] = None,
+    batch: Annotated[int | None, Option(help="Fixed batch size; default: free in ONNX files, else 1.")] = None,
     config: IdleConfig = None,
     seed: IdleSeed = None,
     device: IdleDevice = None,
