@@ -118,9 +118,12 @@ def compared(device: str) -> dict[str, int]:
         both(fixed, ["fake_quantize"] * 3)
         counts["fixed"] += 1
     for number, ((shape, axis), grid, dtype) in enumerate(product(SHAPES, GRIDS, ("float32", "bfloat16"))):
+        top = (None, np.inf, 2.0)[number // 2 % 3]
         if dtype == "bfloat16" and (grid.width > 8 or axis is not None):
             continue
         x, grad = (values(shape, 2 * number + i).to(getattr(torch, dtype)) for i in (0, 1))
+        if dtype == "bfloat16":  # Triton's interpreter takes its subnormal numbers for zeros
+            x = torch.where(x.abs() < 1e-30, 0.0, x)
         grad = torch.nan_to_num(grad, 1.0).clamp(-100, 100)
         if number % 3:  # the others' sums are NaN
             x = torch.nan_to_num(x, 1.0).clamp(-100, 100)
@@ -129,11 +132,11 @@ def compared(device: str) -> dict[str, int]:
         scale = torch.from_numpy(encoding_of(shape, axis, grid, free=False, seed=number).scale.copy())
         ends = float(grid.qmin), float(grid.qmax)
 
-        def step(device: str, x=x, grad=grad, scale=scale, ends=ends, axis=axis) -> dict[str, Tensor]:
+        def step(device: str, x=x, grad=grad, scale=scale, ends=ends, axis=axis, top=top) -> dict[str, Tensor]:
             given = scale.to(device) if axis is not None or device != "cpu" else float(scale)
             parameter = torch.zeros(scale.shape, device=device, requires_grad=True)
             moving = x.to(device).requires_grad_()
-            result = learned(moving, parameter, given, ends, axis, 1.0)
+            result = learned(moving, parameter, given, ends, axis, 1.0, top)
             result.backward(grad.to(device))
             with_it = {} if x.dtype is torch.bfloat16 else {"scale": parameter.grad}
             return {"result": result.detach(), "gradient": moving.grad, **with_it}

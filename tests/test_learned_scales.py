@@ -68,6 +68,24 @@ def test_only_cpus_work_on_pieces_that_fit_a_cache():
     assert len(cpu_many) > len(cpu_few)
 
 
+@pytest.mark.parametrize(("relu", "top"), [(torch.nn.ReLU(), math.inf), (torch.nn.ReLU6(), 6.0)])
+@pytest.mark.parametrize(("scale", "low", "high"), [(2.0**-5, 0.0, 255.0), (2.0**-6, 0.0, 255.0), (0.5, -6.0, 9.0)])
+def test_a_quantizer_computes_the_relu_in_front_of_it_to_the_bit(relu, top, scale, low, high):
+    x = 4 * torch.randn(3, 5, 130, 130, generator=torch.Generator().manual_seed(1))
+    x[0, 0, 0, :6] = torch.tensor([0.0, 6.0, -0.0, 1e30, -1e30, 5.99])
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for clip in (None, top):
+            own = x.detach().contiguous(memory_format=layout).requires_grad_()
+            parameter = torch.zeros((), requires_grad=True)
+            entering = relu(own) if clip is None else own
+            result = learned(entering, parameter, scale, (low, high), None, 1.0, clip)
+            result.backward(grad)
+            found.append((result.detach(), own.grad, parameter.grad))
+        assert all(torch.equal(a, b) for a, b in zip(found[-2], found[-1], strict=True))
+
+
 @given(st.integers(2, 8), st.booleans(), st.integers(-10, 3), st.integers(0, 2**32 - 1))
 def test_the_quantizer_is_the_encodings_to_the_bit(bits, signed, k, seed):
     encoding = Encoding(power_of_two(k), np.int64(0), IntGrid(bits, signed))

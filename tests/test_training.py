@@ -21,7 +21,7 @@ from pow2quant.pow2_constraints import Encoding, Observed, choose, power_of_two
 from pow2quant.pow2_constraints.snap import Format
 from pow2quant.runs import simulate
 from pow2quant.tasks.classification import Classification
-from pow2quant.training import checkpoint, distilling, schedule
+from pow2quant.training import checkpoint, distilling, learning, schedule
 from pow2quant.training.batch_norm import MOMENTUM
 from pow2quant.training.exponents import OSCILLATES, REACH, RULES, Exponents
 from pow2quant.training.trainer import Trainer
@@ -274,6 +274,32 @@ def test_the_first_twenty_steps_are_the_same_on_both_backends(batch_norm, networ
                 trainer.step(images, labels)
         states.append([*trainer.learned, trainer.exponents.k])
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_quantizers_compute_the_relus_in_front_of_them_with_the_same_bits(active, network, data, monkeypatch):
+    found, (batch, labels) = [], next(iter(data.train))
+    for tops in (learning.TOPS, {}):
+        monkeypatch.setattr(learning, "TOPS", tops)
+        trainer = trainer_of(simulated(network, data), data, network, TrainingConfig(mode="full"))
+        if not active:
+            trainer.learning.active = frozenset()
+        with trainer.training():
+            left = [m for m in trainer.sim.model.modules() if isinstance(m, (nn.ReLU, nn.ReLU6))]
+            for _ in range(3):
+                trainer.step(batch, labels)
+        again = [m for m in trainer.sim.model.modules() if isinstance(m, (nn.ReLU, nn.ReLU6))]
+        found.append(([t.detach().clone() for t in trainer.learned], trainer.losses.total, len(left), len(again)))
+    (mine, loss, fused, back), (plain, plain_loss, unfused, same) = found
+    assert all(map(torch.equal, mine, plain))
+    assert loss == plain_loss
+    assert fused < unfused == back == same
+
+
+def test_images_of_one_channel_are_laid_out_as_all_others(network, data):
+    trainer = trainer_of(simulated(network, data), data, network, TrainingConfig())
+    (placed,) = trainer._placed(torch.zeros(4, 1, 8, 8))
+    assert placed.stride() == (64, 1, 8, 1)
 
 
 def finished(trainer: Trainer, resume: bool = False) -> list[Tensor]:

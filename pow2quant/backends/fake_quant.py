@@ -279,48 +279,67 @@ class _Learned(torch.autograd.Function):
     """`learned`, as PyTorch wants it; scales are numbers, or stand along the first axis."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parameter: Tensor, scale: Scale, ends: tuple[float, float], slope: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        parameter: Tensor,
+        scale: Scale,
+        ends: tuple[float, float],
+        slope: Any,
+        top: float | None,
+    ) -> Tensor:
         quantized = torch.empty_like(x)
         kernels = fused(x)
         if kernels is not None:
             scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device).contiguous()
-            kernels.fake_quantize(x, quantized, scale, *ends, x.numel() // scale.numel())
+            kernels.fake_quantize(x, quantized, scale, *ends, x.numel() // scale.numel(), top=top)
         else:
             for part, x_part, out in _blocks(scale, x, quantized):
-                fake_quantize(x_part, part, *ends, out=out)
+                y = x_part if top is None else torch.clamp(x_part, 0, top, out=out)
+                fake_quantize(y, part, *ends, out=out)
         ctx.save_for_backward(x, quantized)
-        ctx.options = scale, ends, slope, parameter.shape
+        ctx.options = scale, ends, slope, parameter.shape, top
         return quantized
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, quantized = ctx.saved_tensors
-        scale, (low, high), slope, shape = ctx.options
+        scale, (low, high), slope, shape, top = ctx.options
         passed = torch.empty_like(x)
         grad = grads[0].contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
         learns, found, kernels = ctx.needs_input_grad[1], [], fused(x)
         if kernels is not None:
-            found.append(kernels.gradients(grad, x, scale, low, high, passed, learns=learns))
+            found.append(kernels.gradients(grad, x, scale, low, high, passed, learns=learns, top=top))
         else:
-            for part, g, y, q, out in _blocks(scale, grad, x, quantized, passed):
+            for part, g, x_part, q, out in _blocks(scale, grad, x, quantized, passed):
+                y = x_part if top is None else x_part.clamp(0, top)
                 input_gradient(g, y, part, low, high, out)
                 if learns:
                     found.append(scale_gradient(g, y, q, out))
+                if top is not None:
+                    torch.ops.aten.hardtanh_backward.grad_input(out, y, 0.0, top, grad_input=out)
         if not learns:
-            return passed, None, None, None, None
+            return passed, None, None, None, None, None
         own = torch.cat(found)
-        return passed, slope * (own if shape else own.sum()), None, None, None
+        return passed, slope * (own if shape else own.sum()), None, None, None, None
 
 
 def learned(
-    x: Tensor, parameter: Tensor, scale: Scale, ends: tuple[float, float], axis: int | None, slope: Any
+    x: Tensor,
+    parameter: Tensor,
+    scale: Scale,
+    ends: tuple[float, float],
+    axis: int | None,
+    slope: Any,
+    top: float | None = None,
 ) -> Tensor:
     """`fake_quantize` with these gradients; the parameter's is slope * scale * dL/dscale.
 
     x: any shape. parameter: what the scale follows from, () or (C,). scale: a number (off CPUs a tensor (), so that the
     host does not wait for it), or one per channel along `axis`, (C,). ends: grid less zero point. slope: likewise.
+    top: x is clipped to [0, top] first, as by a ReLU in front, whose pass over memory this saves.
     """
     if axis:
-        return learned(x.transpose(0, axis), parameter, scale, ends, 0, slope).transpose(0, axis)
-    quantized: Tensor = _Learned.apply(_dense(x), parameter, scale, ends, slope)
+        return learned(x.transpose(0, axis), parameter, scale, ends, 0, slope, top).transpose(0, axis)
+    quantized: Tensor = _Learned.apply(_dense(x), parameter, scale, ends, slope, top)
     return quantized

@@ -56,9 +56,11 @@ def _forward(
     scale: Any,
     low: Any,
     high: Any,
+    top: Any,
     count: Any,
     channels: Any,
     inner: Any,
+    CLIPS: tl.constexpr,
     ENDS: tl.constexpr,
     DIVIDES: tl.constexpr,
     MARKS: tl.constexpr,
@@ -69,6 +71,8 @@ def _forward(
     there = place < count
     channel = (place // inner) % channels
     value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    if CLIPS:
+        value = _saturated(value, 0.0, top)
     step = tl.load(scale + channel, mask=there, other=1.0)
     if ENDS:
         low = tl.load(low + channel, mask=there, other=0.0)
@@ -89,8 +93,10 @@ def _backward(
     sums: Any,
     low: Any,
     high: Any,
+    top: Any,
     values: Any,
     blocks: Any,
+    CLIPS: tl.constexpr,
     LEARNS: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> None:
@@ -102,10 +108,15 @@ def _backward(
     step = tl.load(scale + row)
     incoming = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
     value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    if CLIPS:
+        value = _saturated(value, 0.0, top)
     quotient = value * tl.div_rn(tl.full([SIZE], 1.0, tl.float32), step)
     outside = (quotient <= low - 0.5) | (quotient >= high + 0.5)
     through = tl.where(outside, 0.0, incoming)
-    tl.store(passed + place, through, mask=there)
+    if CLIPS:
+        tl.store(passed + place, tl.where((value <= 0) | (value >= top), 0.0, through), mask=there)
+    else:
+        tl.store(passed + place, through, mask=there)
     if LEARNS:
         quantized = _saturated(_rounded(quotient, "half_even"), low, high) * step
         tl.store(sums + program, tl.sum(incoming * quantized - through * value, 0))
@@ -119,6 +130,7 @@ def fake_quantize(
     high: float | Tensor,
     inner: int,
     *,
+    top: float | None = None,
     divides: bool = False,
     rule: str = "half_even",
     inside: Tensor | None = None,
@@ -126,7 +138,8 @@ def fake_quantize(
     """out = scale * clip(round(x / scale), low, high), at every place of memory.
 
     x, out: without gaps, laid out alike; they may be the same. scale: float32, one, or one for every `inner` values in
-    a row, again and again. low, high: numbers, or tensors like it. divides: otherwise x is multiplied by 1 / scale.
+    a row, again and again. low, high: numbers, or tensors like it. top: as in `learned`. divides:
+    otherwise x is multiplied by 1 / scale.
     inside: if given, laid out as x: where nothing saturates.
     """
     ends = isinstance(low, Tensor)
@@ -138,9 +151,11 @@ def fake_quantize(
         scale,
         low,
         high,
+        0.0 if top is None else top,
         x.numel(),
         scale.numel(),
         inner,
+        CLIPS=top is not None,
         ENDS=ends,
         DIVIDES=divides,
         MARKS=marks,
@@ -150,18 +165,41 @@ def fake_quantize(
 
 
 def gradients(
-    grad: Tensor, x: Tensor, scale: Tensor, low: float, high: float, passed: Tensor, *, learns: bool
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    low: float,
+    high: float,
+    passed: Tensor,
+    *,
+    learns: bool,
+    top: float | None = None,
 ) -> Tensor | None:
     """Writes `fake_quant.input_gradient` into `passed`, and returns `fake_quant.scale_gradient` if `learns`: (rows,).
 
     grad, x, passed: without gaps, laid out alike. scale: float32, one for each row, into which their memory is cut.
+    top: as in `learned`.
     """
     rows = scale.numel()
     values = x.numel() // rows
     size = min(BLOCK, max(16, triton.next_power_of_2(values)))
     blocks = triton.cdiv(values, size)
     sums = torch.empty(rows, blocks if learns else 0, device=x.device)
-    _backward[(rows * blocks,)](grad, x, scale, passed, sums, low, high, values, blocks, LEARNS=learns, SIZE=size)
+    _backward[(rows * blocks,)](
+        grad,
+        x,
+        scale,
+        passed,
+        sums,
+        low,
+        high,
+        0.0 if top is None else top,
+        values,
+        blocks,
+        CLIPS=top is not None,
+        LEARNS=learns,
+        SIZE=size,
+    )
     return sums.sum(1) if learns else None
 
 

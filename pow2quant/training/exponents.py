@@ -132,14 +132,17 @@ class Exponents:
         if not np.array_equal(exact_exponent(self._scales.cpu().numpy()), self.k.cpu().numpy()):
             raise AssertionError("a learned scale is not the power of two that it should be")
 
-    def quantize(self, name: str, x: Tensor, shares_batch: bool) -> Tensor:
-        """x on the site's grid as it is now. shares_batch: the first dimension of x counts samples."""
+    def quantize(self, name: str, x: Tensor, shares_batch: bool, top: float | None = None) -> Tensor:
+        """x on the site's grid as it is now. shares_batch: the first dimension of x counts samples.
+
+        top: as `learned` takes it.
+        """
         part = self._parts[self._leaders[name]]
         values = x[0].numel() if shares_batch and len(x) else x.numel()
         if x.dtype is torch.float16 or part.encoding.grid.width > 8:  # bfloat16 holds codes of up to 8 bits
             x = x.float()
         scale, slope = self._now(part, values)
-        return learned(x, part.parameter, scale, (part.low, part.high), part.encoding.axis, slope)
+        return learned(x, part.parameter, scale, (part.low, part.high), part.encoding.axis, slope, top)
 
     def quantize_scaled(self, name: str, weight: Tensor, factor: Tensor, axis: int) -> Tensor:
         """The weight times a factor for each channel along `axis`, (C,), on the site's grid, divided by the factor."""

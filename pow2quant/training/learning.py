@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import Simulation, sent
+from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.config import TrainingConfig
 from pow2quant.errors import ConfigError
 from pow2quant.training import schedule
 from pow2quant.training.batch_norm import BatchNorms
 from pow2quant.training.ternary import exponents_of
+
+TOPS: dict[type[nn.Module], float] = {nn.ReLU: math.inf, nn.ReLU6: 6.0}
+"""Clips that a learned quantizer computes along with itself: the upper end, the lower one is 0."""
 
 MEASURED = 8
 """Calibration batches that give the first running statistics of batch norm."""
@@ -36,6 +42,7 @@ class Learning:
         self.sites = schedule.quantized_sites(sim.sites, config)
         self.whole = self.active = frozenset(s.name for s in self.sites)
         self.watched: dict[str, Tensor] = {}
+        self._clips: dict[str, nn.Module] = {}
         if not self.sites:
             raise ConfigError(f"training.mode: {config.mode!r} trains nothing, as the plan quantizes no weight")
         found = {s.name: self.table[s.name] for s in self.sites if s.role != "input"}
@@ -59,8 +66,32 @@ class Learning:
         """Within it the simulation computes with what is learned; sites that learn have no encoding of their own."""
         fixed = self.whole - set(self.exponents)
         self.sim.load({name: encoding for name, encoding in self.table.items() if name in fixed})
-        with self.sim.intercept(self.tap), self.norms.attached():
+        with self.sim.intercept(self.tap), self.norms.attached(), self._clipping():
             yield
+
+    @contextmanager
+    def _clipping(self) -> Iterator[None]:
+        """Within it, quantizers that learn compute the ReLU in front of them, where they alone read it."""
+        model = self.sim.model
+        nodes = list(model.graph.nodes) if isinstance(model, fx.GraphModule) else []
+        calls = Counter(str(node.target) for node in nodes)
+        places: dict[str, nn.Module] = {}
+        for node in nodes:
+            name = str(node.target)
+            if node.op != "call_module" or len(node.users) != 1 or calls[name] > 1:
+                continue
+            module, reader = model.get_submodule(name), next(iter(node.users))
+            quantizer = model.get_submodule(str(reader.target)) if reader.op == "call_module" else None
+            if type(module) in TOPS and isinstance(quantizer, FakeQuantize) and quantizer.site.name in self.exponents:
+                places[name] = self._clips[quantizer.site.name] = module
+        for name in places:
+            model.set_submodule(name, nn.Identity())
+        try:
+            yield
+        finally:
+            self._clips.clear()
+            for name, module in places.items():
+                model.set_submodule(name, module)
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Sequence[Tensor]]) -> None:
@@ -95,11 +126,13 @@ class Learning:
             x = norm.folded_weight() if site.role == "weight" else norm.folded_bias()
         if site.role == "bias":
             return self._on_lattice(site.name, x)
+        clip = self._clips.get(site.name)
         if site.name not in self.active:
-            return x
-        return (
-            self.exponents.quantize(site.name, x, site.role != "weight") if site.name in self.exponents else quantized
-        )
+            return x if clip is None else clip(x)
+        if site.name not in self.exponents:
+            return quantized
+        top = None if clip is None else TOPS[type(clip)]
+        return self.exponents.quantize(site.name, x, site.role != "weight", top)
 
     def _on_lattice(self, name: str, bias: Tensor) -> Tensor:
         """A bias in units of s_in * s_w as they are now, where both are quantized; the gradient passes unchanged."""

@@ -189,11 +189,11 @@ class TernaryExponents(Exponents):
         factor = factor.view([-1 if d == axis else 1 for d in range(weight.ndim)])
         return self.quantize(name, weight * factor, False) / factor
 
-    def quantize(self, name: str, x: Tensor, shares_batch: bool) -> Tensor:
+    def quantize(self, name: str, x: Tensor, shares_batch: bool, top: float | None = None) -> Tensor:
         """See `Exponents.quantize`."""
         weight = self._weights.get(name)
         if weight is None:
-            return super().quantize(name, x, shares_batch)
+            return super().quantize(name, x, shares_batch, top)
         rows = rows_of(x, weight.axis)
         levels = self.levels(name, rows.detach())
         if self.ternary_rule == "ttq":

@@ -149,7 +149,7 @@ class Trainer:
     def _placed(self, batch: Batch) -> list[Tensor]:
         """The inputs of a batch, on the device."""
         placed = [sent(x, self.device) for x in inputs(batch)]
-        return [x.contiguous(memory_format=LAYOUT) if x.ndim == 4 else x for x in placed]
+        return [x.to(memory_format=LAYOUT) if x.ndim == 4 else x for x in placed]
 
     def _train_epoch(self) -> None:
         started = time.monotonic()
