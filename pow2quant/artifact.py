@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pow2quant.errors import ConfigError
 from pow2quant.plugins import resolve
 
 if TYPE_CHECKING:
@@ -56,10 +58,38 @@ class Artifact:
         """The same network without blocks: such weights in units of each channel's smallest scale, in more bits."""
         return Artifact(self.model, {name: encoding.per_channel for name, encoding in self.encodings.items()})
 
+    def stored_in(self, kind: str) -> Artifact:
+        """The same network, noting in which type of `STORAGES` files store weights of up to 4 bits.
+
+        Raises ConfigError for another.
+        """
+        if kind not in STORAGES:
+            raise ConfigError(f"storage: {kind!r} is not legal; legal: {' and '.join(STORAGES)}")
+        if kind == stored_in(self.model):
+            return self
+        model = copy.deepcopy(self.model)
+        entries = [(entry.key, entry.value) for entry in model.metadata_props if entry.key != BYTES[0]]
+        del model.metadata_props[:]
+        for key, value in entries if kind == "int4" else (*entries, BYTES):
+            model.metadata_props.add(key=key, value=value)
+        return Artifact(model, self.encodings)
+
     def save(self, folder: str | os.PathLike[str], form: str = "qdq") -> Path:
         """Writes it in a format, such as `qdq` or `c`, into a folder; returns the file or folder that was written."""
         written: Path = resolve("exporters", form)(self, Path(folder))
         return written
+
+
+STORAGES = ("int4", "int8")
+"""In which type a file may have weights of up to 4 bits."""
+
+BYTES = ("pow2quant.storage", "int8")
+"""A file's metadata where weights of up to 4 bits are stored in 8."""
+
+
+def stored_in(model: onnx.ModelProto) -> str:
+    """The type that files have for weights of up to 4 bits."""
+    return "int8" if any((entry.key, entry.value) == BYTES for entry in model.metadata_props) else "int4"
 
 
 PIXELS = ("pow2quant.input", "pixels")

@@ -65,6 +65,21 @@ def test_underscores_in_flags_are_hyphens_and_values_stay(weights: Path, tmp_pat
     assert [written[role]["bitwidth"] for role in ("weight", "input", "output")] == [4, 8, 6]
 
 
+def test_weights_of_four_bits_are_stored_in_bytes_where_that_is_asked_for(weights: Path, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    arguments = ["ptq", "--weight-bits", "4", "--storage", "int8", "--weights", str(weights), "--output", str(target)]
+    assert main([*arguments, *SHORT]) == 0
+    stored = {t.name: t.data_type for t in onnx.load(target / "model.onnx").graph.initializer}
+    assert stored["fc.weight_quantized"] == onnx.TensorProto.INT8
+    entries = json.loads((target / "model.encodings").read_text())["param_encodings"]
+    assert {entry["bw"] for entry in entries if entry["name"].endswith(".weight")} == {4}
+    report = json.loads((target / "report.json").read_text())
+    assert not any(a["differing"] for a in report["validation"])
+    assert main(["export", str(target), "--to", "qdq", "--storage", "int4", "--quiet"]) == 0
+    narrow = {t.name: t.data_type for t in onnx.load(target / "export" / "qdq" / "model.onnx").graph.initializer}
+    assert narrow["fc.weight_quantized"] == onnx.TensorProto.INT4
+
+
 def test_flags_override_the_configuration_file(weights: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({"quantization": {"weight": {"bitwidth": 5}}, "seed": 3}))

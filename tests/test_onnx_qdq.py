@@ -16,9 +16,14 @@ from onnx.reference import ReferenceEvaluator
 from pow2quant.adapters.files import GRIDS
 from pow2quant.adapters.onnx_qdq import export_qdq, from_qdq, load, save, to_qdq
 from pow2quant.artifact import Artifact
-from pow2quant.errors import EncodingError, FileFormatError, OutputError, UnsupportedModelError
+from pow2quant.errors import ConfigError, EncodingError, FileFormatError, OutputError, UnsupportedModelError
+from pow2quant.integer.certificate import certify
+from pow2quant.integer.emit_c import code
+from pow2quant.integer.lower import lower
 from pow2quant.pow2_constraints import Encoding, IntGrid
+from pow2quant.validation.ort import optimized, plain, random_batches
 from tests.qdq_networks import ALL, DISABLED, assert_same, encoding, model_of, network, on_grid, run
+from tests.quantized_graphs import residual_network
 from tests.strategies import encodings, grids, widths
 
 
@@ -74,6 +79,29 @@ def test_storage():
     assert (wide["conv1.weight_quantized"], wide["x_zero_point"]) == ("INT4", "UINT16")
     assert "Clip" not in {node.op_type for node in to_qdq(network(3, 16)).graph.node}
     assert "INT16" in {TensorProto.DataType.Name(t.data_type) for t in to_qdq(network(9, 8)).graph.initializer}
+
+
+def test_weights_of_four_bits_in_bytes_are_the_same_network_and_run_on_integers(tmp_path):
+    given = residual_network()
+
+    def types(artifact):
+        found = {t.name: t.data_type for t in to_qdq(artifact).graph.initializer}
+        return found["project.weight_quantized"], found["project.bias_quantized"]
+
+    assert types(given) == (TensorProto.INT4, TensorProto.INT32)
+    assert types(given.stored_in("int8")) == (TensorProto.INT8, TensorProto.INT32)
+    read = from_qdq(load(export_qdq(given, tmp_path, storage="int8", opset=13)))
+    assert read.encodings == given.encodings
+    assert read.encodings["project.weight"].grid.bits == 4
+    assert certify(read).to_json() == certify(given).to_json()
+    assert code(lower(read)) == code(lower(given))
+    x = [np.concatenate(batch) for batch in zip(*random_batches(to_qdq(given), 64), strict=True)]
+    for way in (plain, optimized):
+        np.testing.assert_array_equal(way(tmp_path / "model.onnx").run(x)[0], optimized(to_qdq(given)).run(x)[0])
+    assert types(read) == types(given.stored_in("int8"))
+    assert types(read.stored_in("int4")) == types(given)
+    with pytest.raises(ConfigError, match="storage: 'int5' is not legal; legal: int4 and int8"):
+        given.stored_in("int5")
 
 
 def test_without_our_metadata_the_width_of_the_storage_counts():

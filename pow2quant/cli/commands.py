@@ -12,8 +12,8 @@ from pow2quant.cli.options import Option, app, continued
 from pow2quant.cli.showing import show_run
 
 QUANTIZING = (
-    *("model", "weights", "weight_bits", "activation_bits", "method", "budget", "target", "encodings_version"),
-    *("output", "overwrite"),
+    *("model", "weights", "weight_bits", "activation_bits", "method", "budget", "target", "storage"),
+    *("encodings_version", "output", "overwrite"),
 )
 """Flags of both, beside those that every command has."""
 

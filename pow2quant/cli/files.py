@@ -17,6 +17,7 @@ from pow2quant.cli.options import (
     Option,
     Quiet,
     Seed,
+    Storage,
     Verbose,
     app,
     configured,
@@ -103,6 +104,7 @@ def export(
     ] = None,
     opset: Annotated[int | None, Option(help="Opset of ONNX files, 13 to 21; default: 21.")] = None,
     batch: Annotated[int | None, Option(help="Fixed batch size; default: free in ONNX files, else 1.")] = None,
+    storage: Storage = None,
     config: IdleConfig = None,
     seed: IdleSeed = None,
     device: IdleDevice = None,
@@ -114,12 +116,14 @@ def export(
     console = console_of(verbose, quiet, as_json)
     idle(console, config, seed, device)
     from pow2quant import runs
+    from pow2quant.artifact import STORAGES
     from pow2quant.integer.layout import LAYOUTS
     from pow2quant.report import summary
 
-    if layout not in (None, *LAYOUTS):
-        raise typer.BadParameter(f"{layout}: expected {' or '.join(LAYOUTS)}", param_hint="'--layout'")
-    given = {"layout": layout, "opset": opset, "batch": batch}
+    for flag, value, known in (("layout", layout, LAYOUTS), ("storage", storage, STORAGES)):
+        if value not in (None, *known):
+            raise typer.BadParameter(f"{value}: expected {' or '.join(known)}", param_hint=f"'--{flag}'")
+    given = {"layout": layout, "opset": opset, "batch": batch, "storage": storage}
     options = {key: value for key, value in given.items() if value is not None}
     written = [str(path) for path in runs.export(source, to, output, overwrite=overwrite, **options)]
     found = None if source.suffix == ".encodings" else runs.resources_of(source)

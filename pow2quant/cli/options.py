@@ -107,6 +107,10 @@ Methods = Annotated[
     ),
 ]
 Budget = Annotated[float | None, Option(min=0, help="Minutes that `--method auto` may spend on trying methods.")]
+Storage = Annotated[
+    str | None,
+    Option(help="Type of weights of up to 4 bits in ONNX files: int4, or int8: larger, but faster in onnxruntime."),
+]
 EncodingsVersion = Annotated[str | None, Option(help="Version of AIMET's encodings format: 0.6.1, 1.0.0 or 2.0.0.")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing run.")]
 # Every command takes the flags of every command, so that a script can pass the same ones to all; `idle` says so.

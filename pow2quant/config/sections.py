@@ -57,6 +57,7 @@ _STD = Legal(
 _INPUT = one_of(lambda: INPUTS)
 _TASK = one_of(lambda: names("tasks"))
 _FUNCTIONS = one_of(lambda: FUNCTIONS)
+_STORAGE = one_of(lambda: ("int4", "int8"))
 _TARGET = Legal(lambda: f"one of {', '.join(presets())}, or a YAML file", lambda v: bool(v))
 _BACKEND = one_of(lambda: names("backends"))
 _VERSION = one_of(lambda: ENCODINGS_VERSIONS)
@@ -109,7 +110,8 @@ class QuantizationConfig:
     overrides: by module pattern, then role, then key: only what differs from the role's own specification.
     functions: `exact`, Softmax and the norms as stated integers, or `plain`, for toolchains that match their nodes.
     sums: the least bits of what is added and of its sum; layers read a sum with a ReLU through a second ReLU, in the
-    bits of outputs; null: sums have those, too.
+    bits of outputs; null: sums have those, too. storage: the type of weights of up to 4 bits in ONNX files; of `int8`,
+    twice as large, onnxruntime runs integer kernels, and any opset from 13 has it.
     """
 
     weight: TensorSpec | None = WEIGHT
@@ -121,6 +123,7 @@ class QuantizationConfig:
     )
     functions: Annotated[str, _FUNCTIONS] = "exact"
     sums: Annotated[int | None, _SUMS] = None
+    storage: Annotated[str, _STORAGE] = "int4"
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[d
     table = sim.encodings()
     _check_constraint(job.config, sim, table)
     fitting.require(sim.placement, table)
-    artifact = sim.export(job.example)
+    artifact = sim.export(job.example).stored_in(job.config.quantization.storage)
     if job.config.data.input == "pixels":
         note_pixels(artifact.model)
     parameters = {name: p.detach().cpu().numpy() for name, p in job.parameters(sim).items()}

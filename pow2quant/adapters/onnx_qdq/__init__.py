@@ -5,7 +5,8 @@ tensor has one QuantizeLinear and one DequantizeLinear. A DequantizeLinear's res
 the float network's nodes, its graph outputs and every tensor's name stay as they are; only behind graph inputs, whose
 names are taken, the consumers are led to `<input>_dequantized`.
 
-Weights are stored in 4, 8 or 16 bits, biases in 32, other tensors in 8 or 16. Of any other width, they take the next
+Weights are stored in 4, 8 or 16 bits (8 or 16, where the network's metadata say so), biases in 32, other tensors in 8
+or 16. Of any other width, they take the next
 wider type, and a tensor that is computed is clipped to its grid before it is quantized, unless it was only selected
 from tensors of the same encoding. (onnxruntime runs that with and without optimizations; 4-bit activations it loads
 only without.) The exact grids stand in the file's metadata (`files.GRIDS`); a file of another tool has none, and there
@@ -65,14 +66,23 @@ def save(model: ModelProto, path: Path) -> None:
     write(path, content)
 
 
-def export_qdq(artifact: Artifact, folder: str | Path, *, opset: int | None = None, batch: int | None = None) -> Path:
+def export_qdq(
+    artifact: Artifact,
+    folder: str | Path,
+    *,
+    opset: int | None = None,
+    batch: int | None = None,
+    storage: str | None = None,
+) -> Path:
     """QDQ ONNX with integer weights, as `model.onnx`.
 
-    opset: an older one, from 13. batch: the only size that the file takes; by default it is free.
+    opset: an older one, from 13. batch: the only size that the file takes; by default it is free. storage: `int4` or
+    `int8`, the type of weights of up to 4 bits; by default as in the run.
     Raises EncodingError and OutputError; ConfigError and UnsupportedModelError where the file cannot be what is asked.
     """
     path = Path(folder) / "model.onnx"
-    save(asked(to_qdq(artifact), opset, batch), path)
+    stored = artifact if storage is None else artifact.stored_in(storage)
+    save(asked(to_qdq(stored), opset, batch), path)
     return path
 
 

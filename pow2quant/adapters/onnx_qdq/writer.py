@@ -27,6 +27,7 @@ from pow2quant.adapters.onnx_qdq.nodes import (
     selects,
     set_metadata,
 )
+from pow2quant.artifact import stored_in
 from pow2quant.errors import EncodingError
 from pow2quant.pow2_constraints import Encoding, IntGrid
 
@@ -58,7 +59,7 @@ def to_qdq(artifact: Artifact) -> ModelProto:
     guards.put(graph, table)
     exact.expand(graph, table)
     double.widen(graph, table)
-    writer = _Writer(graph, table)
+    writer = _Writer(graph, table, stored_in(model))
     nodes = [*writer.parameters(), *writer.inputs()]
     for node in graph.node:
         nodes += writer.results(node)
@@ -75,11 +76,11 @@ def to_qdq(artifact: Artifact) -> ModelProto:
 class _Writer:
     """Turns the parts of one graph into their quantized form; `initializers` and `stored` grow as it goes.
 
-    stored: the encodings as a reader without the exact grids sees them.
+    stored: the encodings as a reader without the exact grids sees them. narrow: the type of weights of up to 4 bits.
     """
 
-    def __init__(self, graph: onnx.GraphProto, table: Table) -> None:
-        self.graph, self.table, self.stored = graph, table, dict[str, Encoding]()
+    def __init__(self, graph: onnx.GraphProto, table: Table, narrow: str) -> None:
+        self.graph, self.table, self.stored, self.narrow = graph, table, dict[str, Encoding](), narrow
         self.initializers: list[TensorProto] = []
         self.parameter_names = {tensor.name for tensor in graph.initializer}
         self.taken = self.parameter_names | {value.name for value in graph.input}
@@ -100,7 +101,8 @@ class _Writer:
                     f"{name}: {encoding.grid.width} bits in blocks of {encoding.block}; onnxruntime runs blocks of "
                     f"at most {WIDEST_BLOCK} bits at every level of optimization"
                 )
-            storage = _storage(name, encoding, (32, 4, 8, 16) if name in biases else (4, 8, 16, 32))
+            widths = (8, 16, 32) if self.narrow == "int8" and encoding.block is None else (4, 8, 16, 32)
+            storage = _storage(name, encoding, (32, *widths) if name in biases else widths)
             stored = self._add(f"{name}_quantized", parameter_codes(tensor, encoding), storage)
             nodes.append(self._node("DequantizeLinear", name, [stored, *self._scale(name, storage)], name))
         return nodes
