@@ -306,6 +306,7 @@ def options(*, optimized: bool) -> onnxruntime.SessionOptions:
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     session.intra_op_num_threads = int(asked) if asked.isdigit() and int(asked) else _usable_cores()
     session.inter_op_num_threads = 1
+    session.enable_mem_reuse = False  # planning it takes time with the square of the nodes: minutes for a long LSTM
     session.log_severity_level = 4
     session.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < QUICK_GELU_IN_DOUBLE:
