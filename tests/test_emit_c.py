@@ -366,7 +366,7 @@ def test_sizes_are_those_of_the_compiled_objects(written):
 def test_a_layer_can_be_found(written):
     text = (written / "model.c").read_text()
     assert re.search(
-        r"/\* 2: Convolution depthwise, \(8, 6, 6\) to \(8, 6, 6\) \*/\nstatic void layer\d+_depthwise\(", text
+        r"/\* 2: Convolution depthwise, \(8, 6, 6\) to \(8, 6, 6\) \*/\nLAYER void layer\d+_depthwise\(", text
     )
     assert text.count("MODEL_TRACE(") == len(lower(residual_network()).steps) + 1
 
