@@ -395,6 +395,15 @@ def test_what_nothing_explains_is_said_to_be_unknown_and_who_is_right(network):
     )
 
 
+def test_a_difference_is_found_in_tensors_whose_batch_an_executor_joins_to_the_next_dimension(network):
+    wrong = altered(network, "stem", lambda step: {"bias": step.bias + 99})
+
+    def joined(batch):
+        return {name: x.reshape(-1, *x.shape[2:]) for name, x in wrong.tensors(batch).items()}
+
+    assert found(network, optimized(to_qdq(network)), replace(wrong, tensors=joined))[0] == "stem_relu"
+
+
 def test_nan_is_named(network):
     reference = plain(to_qdq(network))
     broken = Executor("broken", lambda batch: [y * np.float32("nan") for y in reference.run(batch)], lambda batch: {})

@@ -68,7 +68,7 @@ def _chosen(sim: Simulation, batches: Iterable[Batch], roles: Collection[str]) -
     if "weight" in roles:
         table |= {y.weight.name: _weight_encoding(sim, y) for y in placement.layers if y.weight is not None}
     if "weight" in roles:
-        make_room(sim, placement.layers, table)
+        coarsen(sim, placement.layers, table)
         table = fit_shifts(placement, observed, table)
     for layer in placement.layers:
         if "bias" in roles and layer.bias is not None:
@@ -192,7 +192,7 @@ def _activation_encoding(name: str, seen: Observed, placement: Placement) -> Enc
 def settled(sim: Simulation, table: Mapping[str, Encoding]) -> Table:
     """A table that a method has changed: with exponents that biases and target take, and the lattices of biases."""
     found: Table = dict(table)
-    make_room(sim, sim.placement.layers, found)
+    coarsen(sim, sim.placement.layers, found)
     found = fit_shifts(sim.placement, {}, found)
     for layer in sim.placement.layers:
         if layer.bias is not None:
@@ -200,24 +200,24 @@ def settled(sim: Simulation, table: Mapping[str, Encoding]) -> Table:
     return found
 
 
-def make_room(sim: Simulation, layers: Iterable[Layer], table: Table) -> None:
-    """Puts the weights' encodings `with_room` into the table; layers that share a weight have that of the leader."""
+def coarsen(sim: Simulation, layers: Iterable[Layer], table: Table) -> None:
+    """Puts the weights' encodings, `coarse_enough`, into the table; layers that share a weight have the leader's."""
     for layer in layers:
         if layer.weight is not None:
             table[layer.weight.name] = table[sim.placement.leader(layer.weight.name)]
-            table |= sim.placement.of_weight(layer, with_room(sim, layer, table))
+            table |= sim.placement.of_weight(layer, coarse_enough(sim, layer, table))
 
 
-def with_room(sim: Simulation, layer: Layer, table: Mapping[str, Encoding]) -> Encoding:
+def coarse_enough(sim: Simulation, layer: Layer, table: Mapping[str, Encoding]) -> Encoding:
     """The weight's encoding, its scale raised where the bias or the target's accumulator would otherwise not hold.
 
     Raises ConfigError, naming the layer, where no weight is coarse enough for the accumulator.
     """
     assert layer.weight is not None
-    return fit_accumulator(sim, layer, {**table, layer.weight.name: _with_room_for_bias(sim, layer, table)})
+    return fit_accumulator(sim, layer, {**table, layer.weight.name: _coarse_enough_for_bias(sim, layer, table)})
 
 
-def _with_room_for_bias(sim: Simulation, layer: Layer, table: Mapping[str, Encoding]) -> Encoding:
+def _coarse_enough_for_bias(sim: Simulation, layer: Layer, table: Mapping[str, Encoding]) -> Encoding:
     """The weight's encoding, its scale raised where the bias would otherwise dwarf every product.
 
     That happens in near-dead channels: weights of 1e-8 beside a bias of 0.5. There a coarser weight loses nothing that

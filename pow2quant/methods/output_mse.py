@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pow2quant.artifact import Site
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
-from pow2quant.backends.calibration import with_room
+from pow2quant.backends.calibration import coarse_enough
 from pow2quant.config import integer
 from pow2quant.methods.bias_correction import correct_bias
 from pow2quant.methods.reconstruction import Quantize, Step, encode_weight, error_moments, is_rounded, quantizing, walk
@@ -91,7 +91,7 @@ class OutputMse:
         for i in range(self.candidates):
             factor = np.float32(ratio ** ((i + 1) // 2 * (-1) ** i))
             table[layer.weight.name] = replace(now, scale=now.scale * factor)
-            yield with_room(sim, layer, table)
+            yield coarse_enough(sim, layer, table)
 
     def _noise(self, step: Step, encoding: Encoding) -> Tensor:
         assert step.layer.weight is not None

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import UNMARKED, Batch, Marks, Simulation, device_of, inputs
-from pow2quant.backends.calibration import bias_encoding, make_room
+from pow2quant.backends.calibration import bias_encoding, coarsen
 from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.placement import Layer
 from pow2quant.errors import DataError
@@ -185,7 +185,7 @@ def encode_weight(sim: Simulation, layer: Layer, encoding: Encoding) -> None:
     """Loads another encoding of a layer's weight; its bias gets the lattice that follows, wide enough for it."""
     assert layer.weight is not None
     table: Table = sim.encodings() | sim.placement.of_weight(layer, encoding)
-    make_room(sim, sim.placement.sharing(layer), table)
+    coarsen(sim, sim.placement.sharing(layer), table)
     _encode_bias(sim, layer, table)
 
 
@@ -198,7 +198,7 @@ def encode_activations(sim: Simulation, encodings: Table) -> None:
     changed = {s.name for s in sim.sites if sim.placement.leader(s.name) in encodings}
     table |= {name: encodings[sim.placement.leader(name)] for name in changed}
     entered = [layer for layer in sim.placement.layers if layer.input is not None and layer.input.name in changed]
-    make_room(sim, entered, table)
+    coarsen(sim, entered, table)
     for layer in [y for own in entered for y in sim.placement.sharing(own)]:
         if layer.bias is not None:
             table[layer.bias.name] = bias_encoding(sim, layer, table)

@@ -220,6 +220,8 @@ class _Tally:
             {**found, **executor.tensors(batch)}
             for found, executor in zip(results, (self.reference, self.other), strict=True)
         )
+        alike = {name: x for name, x in got.items() if name in expected and x.size == expected[name].size}
+        got = {name: x.reshape(expected[name].shape) for name, x in alike.items()}  # some join the batch to a dimension
         tensor = first_difference(artifact, expected, got)
         if tensor is None and rewritten:  # where tensors between are asked for, an optimizer may keep its hands off
             expected, got = results
