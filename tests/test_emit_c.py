@@ -11,10 +11,12 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.models import SwinTransformer
 
-from pow2quant import runs
+from pow2quant import QuantPlan, prepare, runs, simulate
 from pow2quant.adapters import onnx_qdq
 from pow2quant.errors import ConfigError, DataError, MissingExtraError, OutputError, UnsupportedModelError
 from pow2quant.integer import emit_c
@@ -313,6 +315,18 @@ def test_sanitizers_find_nothing(build, kernels, tmp_path):
         pytest.skip("the compiler has no sanitizers")
     done = make(folder, CFLAGS=flags)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@needs_make
+def test_layers_that_have_the_same_code_are_compiled_each_for_itself(tmp_path):
+    """Windows of attention have. gcc 12 merges them at -O2, and then takes some codes for what they are in others."""
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 16, 16)
+    network = prepare(SwinTransformer([2, 2], 16, [2, 2], [2, 4], [4, 4], num_classes=10).eval(), x[:2])
+    sim = simulate(network, x[:2], QuantPlan.default())
+    sim.calibrate([x])
+    done = make(export_c(sim.export(x[:2]), tmp_path / "c"), CFLAGS="-std=c99 -O2 -DPLAIN")
+    assert done.stdout == "0 of 160 output codes differ in 16 test vectors\n"
 
 
 @needs_make
