@@ -13,12 +13,14 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -62,8 +64,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
-    with tempfile.TemporaryDirectory(prefix="pow2quant-attacks-") as folder:
-        ground = good.ground(Path(folder))
+    with temporary_folder() as folder:
+        ground = good.ground(folder)
         possible = [
             case
             for case in cases(ground, given.mutations)
@@ -91,6 +93,16 @@ def main() -> int:
     wrong = sum(not found.good for found in [*outcomes, *killed])
     print(f"{len(outcomes)} inputs, {len(killed)} kills, {wrong} wrong")
     return 1 if wrong else 0
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Removed at the end, but not by the processes that are forked when these end, as a TemporaryDirectory would be."""
+    folder = Path(tempfile.mkdtemp(prefix="pow2quant-attacks-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 WORK: list[Callable[[], Outcome | Kill]] = []

@@ -91,9 +91,9 @@ def blocks_are_those_of_custom_or_refused(backend: Backend) -> None:
 
 
 def ties_share_an_encoding(backend: Backend) -> None:
-    """What a concatenation alone reads has the concatenation's encoding."""
+    """What a concatenation alone reads has the concatenation's encoding, and both uses of one weight have one."""
     leaders = place(prepared(), PLAN).leaders
-    assert leaders == {"tied.output": "concat.output"}
+    assert leaders == {"tied.output": "concat.output", "shared.weight": "shared_1.weight"}
     table = simulation(backend).encodings()
     assert all(table[follower] == table[leader] for follower, leader in leaders.items())
 
