@@ -138,9 +138,8 @@ def fake_quantize(
     """out = scale * clip(round(x / scale), low, high), at every place of memory.
 
     x, out: without gaps, laid out alike; they may be the same. scale: float32, one, or one for every `inner` values in
-    a row, again and again. low, high: numbers, or tensors like it. top: as in `learned`. divides:
-    otherwise x is multiplied by 1 / scale.
-    inside: if given, laid out as x: where nothing saturates.
+    a row, again and again. low, high: numbers, or tensors like it. top: as in `learned`. divides: otherwise x is
+    multiplied by 1 / scale. inside: if given, bool, laid out as x: gets where nothing saturates.
     """
     ends = isinstance(low, Tensor)
     marks = inside is not None
