@@ -184,7 +184,7 @@ class Ptf:
         bits = BITS if plan is None or plan.output is None else plan.output.bits
         errors = self._errors(network, [node for stream in found for node in stream.norms], batches, bits)
         for stream in found:
-            shifts = sum(errors[str(node.target)] for node in stream.norms).argmin(0)  # type: ignore[union-attr]
+            shifts = torch.stack([errors[str(node.target)] for node in stream.norms]).sum(0).argmin(0)
             shifts = (shifts - shifts.min()).float()
             for module, dimension in stream.writers:
                 _divide(module, dimension, shifts.exp2())
