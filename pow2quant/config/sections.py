@@ -165,11 +165,11 @@ class TrainingConfig:
     grows. gradient_clip: the largest norm of the gradient. distillation: share of the loss that compares with the float
     network's logits. temperature: of distillation. feature_distillation: weight of the mean squared error behind every
     block, by the energy of what the float network computes there; it is added to the loss. average: decay of the moving
-    average of the weights, which is measured and kept in their place; 0: none. precision: `bfloat16` and `float16` are
-    mixed, for devices that are faster so. keep: the `last` epoch, or the one that was `best` on the test data (which
-    makes its accuracy there a little too good). patience: epochs without a better accuracy until training stops.
-    checkpoint_minutes: between checkpoints, beside that of every epoch. tensorboard: curves are written for TensorBoard
-    too.
+    average of the weights, which is measured and kept in their place; 0: none. relative_steps: steps of the optimizer
+    are in proportion to each channel's weights. precision: `bfloat16` and `float16` are mixed, for devices that are
+    faster so. keep: the `last` epoch, or the one that was `best` on the test data (which makes its accuracy there a
+    little too good). patience: epochs without a better accuracy until training stops. checkpoint_minutes: between
+    checkpoints, beside that of every epoch. tensorboard: curves are written for TensorBoard too.
     """
 
     epochs: Annotated[int, _COUNT] = 20
@@ -194,6 +194,7 @@ class TrainingConfig:
     temperature: Annotated[float, ABOVE_ZERO] = 1.0
     feature_distillation: Annotated[float, FROM_ZERO] = 0.0
     average: Annotated[float, _BELOW_ONE] = 0.0
+    relative_steps: bool = False
     precision: Annotated[str, _PRECISION] = "float32"
     keep: Annotated[str, _KEEP] = "last"
     patience: Annotated[int | None, _COUNT] = None

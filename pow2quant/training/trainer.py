@@ -36,6 +36,7 @@ from pow2quant.training.distilling import Distillation
 from pow2quant.training.learning import Learning
 from pow2quant.training.losses import Losses
 from pow2quant.training.processes import Processes
+from pow2quant.training.relative import RelativeSteps
 
 GUESSING = 1.5
 """Training has diverged when an epoch ends with at most so many times the accuracy of guessing, and it began with twice
@@ -75,6 +76,7 @@ class Trainer:
         self.learning = Learning(self.sim, self.parameters, self.config)
         self.exponents, self.norms, self.tensors = self.learning.exponents, self.learning.norms, self.learning.tensors
         self.average = Average(self.tensors, self.config.average)
+        self.relative = RelativeSteps(self.tensors, self.config.relative_steps)
         self.distillation = Distillation(self.config, self.task.name, self.teacher, self.sim, self.device)
         self.learning.watched = self.distillation.watched
         self.steps = len(self.data.train) * self.config.epochs
@@ -211,7 +213,7 @@ class Trainer:
         if self.config.gradient_clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.tensors, self.config.gradient_clip)
-        with schedule.told("optimizer", self.config.optimizer):
+        with schedule.told("optimizer", self.config.optimizer), self.relative.applied():
             self.scaler.step(self.optimizer)
         if self.exponent_optimizer is not None and any(p.grad is not None for p in self.exponents.parameters()):
             self.scaler.step(self.exponent_optimizer)
