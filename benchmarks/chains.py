@@ -66,17 +66,18 @@ class Chains:
         made = [parameters(resolve("methods", name), values, name) for name, values in choices]
         rewrites = [method for method in made if hasattr(method, "rewrite")]
         keys = [(str(plan), backend, written(choices[:n])) for n in range(len(made) + 1)]
-        done = next((n for n in reversed(range(len(keys))) if keys[n] in self._kept), None)
+        done = next((n for n in reversed(range(len(rewrites), len(keys))) if keys[n] in self._kept), None)
         started = time.process_time()
         if done is None:
-            done, sim, before = len(rewrites), self._calibrated(rewrites, plan, backend), 0.0
+            begin, sim, before = len(rewrites), self._calibrated(rewrites, plan, backend), 0.0
         else:
             kept, before = self._kept[keys[done]]
-            sim = copy.deepcopy(kept)
-        for n in range(done, len(made)):
-            made[n].apply(sim, self.batches)
-            if backend == "custom" and torch.equal(torch.get_rng_state(), seeded):
-                self._kept[keys[n + 1]] = copy.deepcopy(sim), before + time.process_time() - started
+            begin, sim = done, copy.deepcopy(kept)
+        for n in range(begin, len(made) + 1):
+            if n > begin:
+                made[n - 1].apply(sim, self.batches)
+            if n != done and backend == "custom" and torch.equal(torch.get_rng_state(), seeded):
+                self._kept[keys[n]] = copy.deepcopy(sim), before + time.process_time() - started
         return sim, before + time.process_time() - started, not torch.equal(torch.get_rng_state(), seeded)
 
     def _calibrated(self, rewrites: Sequence[Any], plan: QuantPlan, backend: str) -> Simulation:

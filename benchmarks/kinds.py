@@ -133,6 +133,11 @@ def autoencoder() -> nn.Module:
     return trained(nn.Sequential(*layers, nn.Linear(64, 64)), autoencoder_data()[0], F.mse_loss)
 
 
+def psnr(outputs: Tensor, targets: Tensor) -> float:
+    """In dB; the peak is 1."""
+    return float(-10 * F.mse_loss(outputs, targets).log10())
+
+
 # A detector's head: in every cell whether a digit is there, where, and which
 
 
@@ -221,7 +226,7 @@ if __name__ == "__main__":
     for name, metric in {
         "keywords": lambda y, t: 100 * float((y.argmax(1) == t).float().mean()),
         "wake": lambda y, t: 100 * float((y.argmax(1) == t).float().mean()),
-        "autoencoder": lambda y, t: float(-10 * F.mse_loss(y, t).log10()),
+        "autoencoder": psnr,
         "detector": found,
     }.items():
         inputs, targets = globals()[f"{name}_data"]()[1].tensors

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,11 +16,13 @@ import kinds  # noqa: E402
 import methods as bench  # noqa: E402
 import rules  # noqa: E402
 import targets as target_bench  # noqa: E402
+import tax  # noqa: E402
 import vendors  # noqa: E402
 from peers import compare  # noqa: E402
 
 sys.path.remove(str(ROOT / "benchmarks"))
 
+CHAINS = ["none", "bias_correction"]
 QUICK = ["--network", "digits-cnn", "--data", "digits", "--calibration-batches", "2", "--test-batches", "2"]
 EMPTY = f"# Results\n\nAbove.\n\n{bench.BEGIN}{bench.END}\n\nBelow.\n"
 
@@ -122,6 +125,30 @@ def test_the_page_of_peers_shows_its_rows() -> None:
     ]
 
 
+def test_the_page_on_powers_of_two_shows_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, file = ROOT / "docs" / "concepts" / "powers-of-two.md", tmp_path / "rows.json"
+    assert page.read_text(encoding="utf-8") == bench.put(page, tax.rendered(tax.load(ROOT / "docs" / "tax.json")))
+    quick = [*QUICK, "--title", "digits", "--rows", str(file), "--page", str(tmp_path / "none")]
+    monkeypatch.setattr(sys, "argv", ["tax.py", *quick, "--widths", "3:8", "--chains", "none", "bias_correction"])
+    tax.main()
+    tax.main()  # what is there is not measured again
+    plain, corrected = tax.load(file)
+    assert [(row.chain, row.chosen, row.free_chosen) for row in (plain, corrected)] == [(c, c, c) for c in CHAINS]
+    assert plain.images == 128
+    assert plain.gain_db == pytest.approx(plain.sqnr_db - plain.free_db, abs=0.02)
+    assert plain.gain_db + plain.gain_interval < 0  # at 3 bits 2^k is coarser, beyond doubt
+    assert plain.difference == pytest.approx(plain.value - plain.free_value, abs=0.002)
+    assert corrected.sqnr_db > plain.sqnr_db
+    assert "| digits | W3A8 | none | top1 " in tax.rendered([plain])
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    x = np.random.default_rng(0).normal(size=60)
+    value, half = tax.jackknife(lambda kept: float(x[kept].mean()), len(x))
+    assert value == pytest.approx(x.mean())
+    assert half == pytest.approx(1.959964 * x.std(ddof=1) / 60**0.5)
+
+
 def test_a_digit_is_found_with_its_place_and_class() -> None:
     _, test = kinds.detector_data()
     targets = test.tensors[1]
@@ -155,7 +182,7 @@ def test_a_chain_that_continues_another_is_what_it_is_alone() -> None:
     with bench.torch.random.fork_rng(devices=[]):
         shared = bench.Chains(model, [x])
         shared.simulation("output_mse, adaround: {iterations: 3}", plan)
-        assert [key[2] for key in shared._kept] == ["output_mse"]
+        assert [key[2] for key in shared._kept] == ["none", "output_mse"]
         found, alone, other = (
             chains.simulation(chain, plan, seed=seed)[0]
             for chains, seed in ((shared, 1), (bench.Chains(model, [x]), 1), (shared, 2))

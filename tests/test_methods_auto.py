@@ -18,7 +18,21 @@ from pow2quant import config as configuration
 from pow2quant.cli import main
 from pow2quant.config import Choice
 from pow2quant.errors import DataError
-from pow2quant.methods.auto import ALIGN, BIAS, NOISE, Auto, Chain, Facts, Trial, best, blocks, cheap, learned, named
+from pow2quant.methods.auto import (
+    ALIGN,
+    BIAS,
+    EQUALIZE,
+    NOISE,
+    Auto,
+    Chain,
+    Facts,
+    Trial,
+    best,
+    blocks,
+    cheap,
+    learned,
+    named,
+)
 from pow2quant.models import DIGITS_WEIGHTS, digits_cnn, load_weights
 from pow2quant.runs import choosing, unfinished
 from pow2quant.runs.choosing import split
@@ -81,7 +95,14 @@ def test_rounding_is_not_learned_above_eight_bits_and_blocks_are_not_at_eight() 
     assert learned(Facts(16, 16, False, ()), ()) == []
     assert blocks(Facts(4, 8, False, ()), ()) == []
     assert not any(c.name == "adaround" for chain in learned(Facts(8, 8, False, ()), (BIAS,)) for c in chain)
-    assert any(c.name == "equalize" for chain in cheap(Facts(8, 8, True, ()), ()) for c in chain)
+
+
+def test_depthwise_networks_are_equalized_before_they_are_aligned() -> None:
+    """Equalization moves a channel by any factor, alignment by less than two: they win together, in this order."""
+    tried = cheap(Facts(8, 8, True, ()), ())
+    assert not any(EQUALIZE in chain for chain in cheap(Facts(8, 8, False, ()), ()))
+    assert all(chain in tried for chain in [(EQUALIZE, BIAS), (EQUALIZE, ALIGN, BIAS), (EQUALIZE, ALIGN, NOISE)])
+    assert all(chain[:2] == (EQUALIZE, ALIGN) for chain in learned(Facts(4, 8, True, ()), (EQUALIZE, ALIGN, BIAS))[1:])
 
 
 def test_what_learns_and_wins_gets_more_steps_where_they_fit() -> None:

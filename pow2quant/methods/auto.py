@@ -136,8 +136,8 @@ def usual(facts: Facts, _: Chain) -> list[Chain]:
 
 def cheap(facts: Facts, _: Chain) -> list[Chain]:
     """What costs no more than a few calibrations."""
-    chains = [(BIAS,), (ALIGN, BIAS), (ALIGN, NOISE)]
-    return chains + [(EQUALIZE, BIAS), (EQUALIZE, NOISE)] * facts.depthwise
+    chains: list[Chain] = [(BIAS,), (ALIGN, BIAS), (ALIGN, NOISE)]
+    return chains + [(EQUALIZE, BIAS), (EQUALIZE, ALIGN, BIAS), (EQUALIZE, ALIGN, NOISE)] * facts.depthwise
 
 
 def learned(facts: Facts, start: Chain) -> list[Chain]:
