@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 from pow2quant import targets  # noqa: E402
+from pow2quant.compiled import compiler  # noqa: E402
 from pow2quant.validation import onnxruntime_js  # noqa: E402
-from pow2quant.validation.c99 import compiler  # noqa: E402
 from tests.wrong_rules import CASES, agreements  # noqa: E402
 
 sys.path.remove(str(ROOT))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pow2quant import prepare, simulate
+from pow2quant import compiled, prepare, simulate
 from pow2quant.adapters import onnx_qdq
 from pow2quant.errors import Pow2QuantError
 from pow2quant.integer.certificate import certify
@@ -111,7 +111,7 @@ def _run(outcome: Outcome, artifact: Artifact, inputs: Arrays, expected: Arrays 
         pass  # a network with float tensors has no integers
     else:
         runners[engine.NAME] = engine.executor(program).run
-        if in_c and c99.compiler():
+        if in_c and compiled.compiler():
             runners[c99.NAME] = c99.executor(program).run
     for name, run in runners.items():
         try:

@@ -7,13 +7,14 @@ import os
 import numpy as np
 import pytest
 
+from pow2quant import compiled
 from pow2quant.integer import run as engine
 from pow2quant.integer.lower import lower
 from pow2quant.integer.pack import sample_codes
-from pow2quant.validation import c99, compiled
+from pow2quant.validation import c99
 from tests.test_engine import OPERATIONS
 
-pytestmark = pytest.mark.skipif(c99.compiler() is None, reason="needs a C compiler")
+pytestmark = pytest.mark.skipif(compiled.compiler() is None, reason="needs a C compiler")
 
 FLAGS = ("-std=c99", "-O0")
 
@@ -27,8 +28,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def builds(monkeypatch):
     made = []
-    build = c99.build
-    monkeypatch.setattr(c99, "build", lambda *arguments: (made.append(1), build(*arguments)))
+    build = compiled.build
+    monkeypatch.setattr(compiled, "build", lambda *arguments: (made.append(1), build(*arguments)))
     return made
 
 

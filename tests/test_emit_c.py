@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.models import SwinTransformer
 
-from pow2quant import QuantPlan, prepare, runs, simulate
+from pow2quant import QuantPlan, compiled, prepare, runs, simulate
 from pow2quant.adapters import onnx_qdq
 from pow2quant.errors import ConfigError, DataError, MissingExtraError, OutputError, UnsupportedModelError
 from pow2quant.integer import emit_c
@@ -31,7 +31,7 @@ from pow2quant.validation import c99, ort
 from tests.quantized_graphs import Graph, encoding, networks, residual_network, ternary_network
 from tests.test_engine import OPERATIONS, integers
 
-pytestmark = pytest.mark.skipif(c99.compiler() is None, reason="needs a C compiler")
+pytestmark = pytest.mark.skipif(compiled.compiler() is None, reason="needs a C compiler")
 
 STRICT = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic")
 QUICK = (*STRICT, "-O0")
@@ -235,7 +235,7 @@ def test_no_operating_system_is_needed(artifact, tmp_path):
 def compiles_as(artifact, folder, *flags):
     for name, text in code(lower(artifact)).items():
         (folder / name).write_text(text)
-    line = [c99.compiler(), *flags, "-Werror", "-fsyntax-only", "model.c"]
+    line = [compiled.compiler(), *flags, "-Werror", "-fsyntax-only", "model.c"]
     done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:2000]
 
@@ -251,7 +251,7 @@ def test_requantize_is_that_of_the_arithmetic(bits, most, rounding, tmp_path):
     text = "#include <stdint.h>\n" + "\n".join(needed)
     text += f"\nvoid run(int32_t *y, {kind} *x, int32_t n, int32_t s) {{ {name}(y, x, n, s, 3, -100000, 90000); }}\n"
     (tmp_path / "k.c").write_text(text)
-    c99.build(tmp_path / "k.c", tmp_path / "k.so", ("-std=c99", "-O3", "-shared", "-fPIC"))
+    compiled.build(tmp_path / "k.c", tmp_path / "k.so", ("-std=c99", "-O3", "-shared", "-fPIC"))
     run = ctypes.CDLL(str(tmp_path / "k.so")).run
     rng = np.random.default_rng(0)
     for shift in range(-10, most + 1):
@@ -456,7 +456,7 @@ def test_no_compiler_is_an_error_that_says_so(tmp_path, monkeypatch):
     onnx_qdq.save(onnx_qdq.to_qdq(OPERATIONS["gemm"]()), tmp_path / "model.onnx")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    assert "no C compiler" in c99.unavailable()
+    assert "no C compiler" in compiled.unavailable()
     with pytest.raises(MissingExtraError, match="no C compiler"):
         c99.executors(tmp_path / "model.onnx")
 

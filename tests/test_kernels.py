@@ -81,7 +81,7 @@ def compared(device: str) -> dict[str, int]:
             return call
 
         names = ("fake_quantize", "gradients")
-        return SimpleNamespace(RULES=kernels.RULES, inner_of=kernels.inner_of, **{n: called(n) for n in names})
+        return SimpleNamespace(RULES=kernels.RULES, **{n: called(n) for n in names})
 
     def both(run, expected_calls: list[str]) -> None:
         fake_quant.fused = lambda x: None

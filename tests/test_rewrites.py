@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
+from pow2quant import compiled
 from pow2quant.adapters import onnx_qdq
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer import run as engine
@@ -219,7 +220,7 @@ def test_no_executor_is_proved_on_another_file(tmp_path: Path, other, note):
     onnx_qdq.save(onnx_qdq.to_qdq(certified), good)
     onnx_qdq.save(onnx_qdq.to_qdq(other), bad)
     executors = [ort.optimized(bad), *engine_executor.executors(bad)]
-    executors += [] if c99.unavailable() else c99.executors(bad)
+    executors += [] if compiled.unavailable() else c99.executors(bad)
     zeros = [[np.zeros((4, 2, 4, 4), np.float32)]]
     for agreement in compare(ort.plain(good), executors, zeros, certified, proof=certify(certified)):
         assert agreement.claim != "proved"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pow2quant import prepare, simulate
+from pow2quant import compiled, prepare, simulate
 from pow2quant.adapters import onnx_qdq
 from pow2quant.artifact import RECURRENT, Artifact, Table, recurrent_of
 from pow2quant.backends.base import Simulation
@@ -27,7 +27,7 @@ from pow2quant.methods import lapq
 from pow2quant.plugins import resolve
 from pow2quant.validation import c99
 
-needs_compiler = pytest.mark.skipif(c99.compiler() is None, reason="needs a C compiler")
+needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="needs a C compiler")
 STEPS, LONGER = 4, 11
 
 
@@ -178,7 +178,7 @@ def test_steps_give_the_bits_of_the_whole_sequence_and_c_those_of_longer_ones(na
 
     folder = export_c(artifact, tmp_path / "c") / "step"
     library = tmp_path / "step.so"
-    c99.build(folder / "model_step.c", library, ("-std=c99", "-Wall", "-Werror", "-shared", "-fPIC"))
+    compiled.build(folder / "model_step.c", library, ("-std=c99", "-Wall", "-Werror", "-shared", "-fPIC"))
     loaded = ctypes.CDLL(str(library))
     state, tensor = ctypes.create_string_buffer(4096), step.tensors[step.inputs[0]]
     loaded.model_step_reset(state)

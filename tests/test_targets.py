@@ -17,6 +17,7 @@ from pow2quant import plugins, simulate, targets
 from pow2quant.adapters import onnx_qdq
 from pow2quant.backends import fitting
 from pow2quant.backends.base import SILENT
+from pow2quant.compiled import unavailable
 from pow2quant.config import RunConfig, dump, from_mapping, plan_of, with_values
 from pow2quant.errors import ConfigError, FileFormatError
 from pow2quant.integer.certificate import certify
@@ -30,7 +31,7 @@ from pow2quant.runs.executors import simulation_executor
 from pow2quant.runs.job import Job
 from pow2quant.targets.reading import KEY, parse
 from pow2quant.targets.words import sentences
-from pow2quant.validation.c99 import Library, unavailable
+from pow2quant.validation.c99 import Library
 from tests.target_networks import Everything
 
 KINDS = tuple(field.name for field in fields(targets.Roundings))

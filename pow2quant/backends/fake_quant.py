@@ -1,14 +1,15 @@
 """Fake quantization in torch: lean, in place where the input is free, bit-identical to `Encoding.fake_quantize`.
 
-On a GPU `kernels` computes the same in one pass, where Triton can.
+In one pass, `kernels` computes the same on a GPU where Triton can, `native` on a CPU where a C compiler can.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -17,21 +18,34 @@ import torch
 from torch import Tensor, nn
 
 from pow2quant.artifact import Site
+from pow2quant.backends import native
 from pow2quant.backends.base import Tap
+from pow2quant.backends.native import BLOCK, Scale
 from pow2quant.backends.target_rounding import TargetRounding
+from pow2quant.errors import Pow2QuantError
 from pow2quant.pow2_constraints import Encoding
 
 Bound = float | Tensor
 
-Scale = float | Tensor
-"""A number, as such or as a tensor (), or one for each row of (rows, values), (rows, 1)."""
-
 
 def fused(x: Tensor) -> ModuleType | None:
-    """The module `kernels` where it computes for x; None: the plain code does."""
-    if x.device.type != "cuda" or x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling():
+    """The module that computes for x in one pass, `kernels` or `native`; None: the plain code does."""
+    if x.dtype not in (torch.float32, torch.bfloat16) or torch.compiler.is_compiling() or not x.numel():
         return None
-    return _kernels(x.device) if x.numel() else None
+    if type(x) not in (Tensor, nn.Parameter):  # whose memory may be another's, or none
+        return None
+    if x.device.type == "cpu":
+        return _native()
+    return _kernels(x.device) if x.device.type == "cuda" else None
+
+
+@cache
+def _native() -> ModuleType | None:
+    try:
+        native.functions()
+    except (Pow2QuantError, OSError):  # no compiler, one without OpenMP, or no place for what it writes
+        return None
+    return native
 
 
 @cache
@@ -122,6 +136,10 @@ class _Constants:
         (x.mul_(self.inverse) if self.inverse is not None else x.div_(self.scale)).round_()
         return self.finish(x)
 
+    @cached_property
+    def _flat(self) -> list[Any]:
+        return [t.flatten() if isinstance(t, Tensor) else t for t in (self.scale, self.low, self.high)]
+
     def _fused(self, x: Tensor) -> Callable[..., Tensor] | None:
         """(out, inside) -> out, written by one kernel; None where the plain code has to compute."""
         kernels = fused(x) if x.dtype is torch.float32 else None
@@ -132,10 +150,10 @@ class _Constants:
             or (self.rounding is not None and self.rounding.unit is not None)
         ):
             return None
-        inner = kernels.inner_of(x, self.scale, self.encoding.axis)
+        scale, *ends = self._flat
+        inner = _inner(x, scale, self.encoding.axis)
         if inner is None:
             return None
-        scale, *ends = (t.flatten() if isinstance(t, Tensor) else t for t in (self.scale, self.low, self.high))
 
         def run(out: Tensor, inside: Tensor | None = None) -> Tensor:
             divides = self.inverse is None
@@ -143,6 +161,20 @@ class _Constants:
             return out
 
         return run
+
+
+def _inner(x: Tensor, scale: Tensor, axis: int | None) -> int | None:
+    """How many values in a row of memory share a scale; None where memory does not say so.
+
+    scale: one, one per place along `axis`, or one for every value of x.
+    """
+    if not (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+        return None
+    if axis is None or scale.numel() == 1:
+        return 1
+    if scale.numel() == x.shape[axis]:
+        return x.stride(axis)
+    return 1 if x.is_contiguous() and scale.numel() == prod(x.shape) else None
 
 
 def _straight_through(x: Tensor, constants: _Constants) -> Tensor:
@@ -219,9 +251,6 @@ class FakeQuantize(nn.Module):
 
 # -- scales that are learned -------------------------------------------------------------------------------------------
 
-BLOCK = 1 << 17
-"""Values that are worked on at a time: they stay in a core's cache from the first operation to the last."""
-
 
 def power(k: Tensor) -> Tensor:
     """2^k exactly, float32, for whole k in [-126, 127]."""
@@ -243,27 +272,54 @@ def input_gradient(grad: Tensor, x: Tensor, scale: Scale, low: float, high: floa
     return torch.ops.aten.hardtanh_backward.grad_input(grad, x, *ends, grad_input=out)  # type: ignore[no-any-return]
 
 
-def scale_gradient(grad: Tensor, x: Tensor, quantized: Tensor, passed: Tensor) -> Tensor:
+def scale_gradient(grad: Tensor, x: Tensor, quantized: Tensor, scale: Scale, low: float, high: float) -> Tensor:
     """scale * dL/dscale of every row of (rows, values), (rows,).
 
     Where nothing saturates, the derivative of the quantized value is round(x/s) - x/s, elsewhere the saturated code
-    (LSQ, eq. 3). Times s and the incoming gradient that is grad * quantized - passed * x, with `input_gradient`.
+    (LSQ, eq. 3). Times s, that is quantized - x, and quantized.
     """
-    if len(x) == 1 and x.dtype is not torch.bfloat16:
-        return torch.dot(grad[0], quantized[0]).sub_(torch.dot(passed[0], x[0])).view(1)
-    return (grad * quantized).addcmul_(passed, x, value=-1).sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+    inside = input_gradient(x, x, scale, low, high, torch.empty_like(x))
+    terms = torch.sub(quantized, inside, out=inside).mul_(grad)
+    return terms.sum(1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def gradients(
+    grad: Tensor,
+    x: Tensor,
+    quantized: Tensor,
+    scale: Scale,
+    low: float,
+    high: float,
+    passed: Tensor,
+    *,
+    learns: bool,
+    top: float | None,
+) -> Tensor | None:
+    """Writes dL/dx into `passed`; returns the scale's gradients if `learns`, to be added up where there is one scale.
+
+    Tensors are laid out alike. top: as in `learned`.
+    """
+    found = []
+    for part, g, x_part, q, out in _blocks(scale, grad, x, quantized, passed):
+        y = x_part if top is None else x_part.clamp(0, top)
+        input_gradient(g, y, part, low, high, out)
+        if learns:
+            found.append(scale_gradient(g, y, q, part, low, high))
+        if top is not None:
+            torch.ops.aten.hardtanh_backward.grad_input(out, y, 0.0, top, grad_input=out)
+    return torch.cat(found) if learns else None
 
 
 def _blocks(scale: Scale, *tensors: Tensor) -> Iterable[tuple[Any, ...]]:
     """The scale, and views of tensors laid out alike, in blocks of (rows, values), one scale a row; off CPUs in one."""
     if tensors[0].ndim == 4 and not tensors[0].is_contiguous():
         tensors = tuple(t.permute(0, 2, 3, 1) for t in tensors)
-    whole = isinstance(scale, float) or not scale.ndim
+    scales = scale if isinstance(scale, float) or scale.numel() == 1 else scale.view(-1, 1)
+    whole = scales is scale
     rows = [t.view(1 if whole else len(t), -1) for t in tensors]
-    scales = scale if isinstance(scale, float) else scale.view(-1, 1)
     if rows[0].numel() <= BLOCK or rows[0].device.type != "cpu":
         return ((scales, *rows),)
-    if isinstance(scales, float):
+    if whole or isinstance(scales, float):
         return ((scales, *views) for views in zip(*(t.split(BLOCK, 1) for t in rows), strict=True))
     size = max(1, BLOCK // rows[0].shape[1])
     return zip(*(t.split(size) for t in (scales, *rows)), strict=True)
@@ -291,8 +347,9 @@ class _Learned(torch.autograd.Function):
         quantized = torch.empty_like(x)
         kernels = fused(x)
         if kernels is not None:
-            scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device).contiguous()
-            kernels.fake_quantize(x, quantized, scale, *ends, x.numel() // scale.numel(), top=top)
+            scale = scale.float().contiguous() if isinstance(scale, Tensor) else scale
+            rows = scale.numel() if isinstance(scale, Tensor) else 1
+            kernels.fake_quantize(x, quantized, scale, *ends, x.numel() // rows, top=top)
         else:
             for part, x_part, out in _blocks(scale, x, quantized):
                 y = x_part if top is None else torch.clamp(x_part, 0, top, out=out)
@@ -307,21 +364,15 @@ class _Learned(torch.autograd.Function):
         scale, (low, high), slope, shape, top = ctx.options
         passed = torch.empty_like(x)
         grad = grads[0].contiguous(memory_format=torch.contiguous_format if x.is_contiguous() else torch.channels_last)
-        learns, found, kernels = ctx.needs_input_grad[1], [], fused(x)
+        learns, kernels = ctx.needs_input_grad[1], fused(x)
         if kernels is not None:
-            found.append(kernels.gradients(grad, x, scale, low, high, passed, learns=learns, top=top))
+            own = kernels.gradients(grad, x, scale, low, high, passed, learns=learns, top=top)
         else:
-            for part, g, x_part, q, out in _blocks(scale, grad, x, quantized, passed):
-                y = x_part if top is None else x_part.clamp(0, top)
-                input_gradient(g, y, part, low, high, out)
-                if learns:
-                    found.append(scale_gradient(g, y, q, out))
-                if top is not None:
-                    torch.ops.aten.hardtanh_backward.grad_input(out, y, 0.0, top, grad_input=out)
-        if not learns:
+            own = gradients(grad, x, quantized, scale, low, high, passed, learns=learns, top=top)
+        if own is None:
             return passed, None, None, None, None, None
-        own = torch.cat(found)
-        return passed, slope * (own if shape else own.sum()), None, None, None, None
+        own = own if shape.numel() > 1 else own.sum().view(shape)
+        return passed, slope * own, None, None, None, None
 
 
 def learned(

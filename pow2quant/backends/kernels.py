@@ -7,13 +7,14 @@ alone gives.
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pow2quant.backends.native import Scale
 
 BLOCK = 1024
 """Values of a program."""
@@ -119,13 +120,13 @@ def _backward(
         tl.store(passed + place, through, mask=there)
     if LEARNS:
         quantized = _saturated(_rounded(quotient, "half_even"), low, high) * step
-        tl.store(sums + program, tl.sum(incoming * quantized - through * value, 0))
+        tl.store(sums + program, tl.sum(incoming * (quantized - tl.where(outside, 0.0, value)), 0))
 
 
 def fake_quantize(
     x: Tensor,
     out: Tensor,
-    scale: Tensor,
+    scale: Scale,
     low: float | Tensor,
     high: float | Tensor,
     inner: int,
@@ -142,6 +143,7 @@ def fake_quantize(
     multiplied by 1 / scale. inside: if given, bool, laid out as x: gets where nothing saturates.
     """
     ends = isinstance(low, Tensor)
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     marks = inside is not None
     _forward[(triton.cdiv(x.numel(), BLOCK),)](
         x,
@@ -166,7 +168,7 @@ def fake_quantize(
 def gradients(
     grad: Tensor,
     x: Tensor,
-    scale: Tensor,
+    scale: Scale,
     low: float,
     high: float,
     passed: Tensor,
@@ -179,6 +181,7 @@ def gradients(
     grad, x, passed: without gaps, laid out alike. scale: float32, one for each row, into which their memory is cut.
     top: as in `learned`.
     """
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
     rows = scale.numel()
     values = x.numel() // rows
     size = min(BLOCK, max(16, triton.next_power_of_2(values)))
@@ -200,20 +203,6 @@ def gradients(
         SIZE=size,
     )
     return sums.sum(1) if learns else None
-
-
-def inner_of(x: Tensor, scale: Tensor, axis: int | None) -> int | None:
-    """How many values in a row of memory share a scale; None where memory does not say so.
-
-    scale: one, one per place along `axis`, or one for every value of x.
-    """
-    if not (x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))):
-        return None
-    if axis is None or scale.numel() == 1:
-        return 1
-    if scale.numel() == x.shape[axis]:
-        return x.stride(axis)
-    return 1 if x.is_contiguous() and scale.numel() == prod(x.shape) else None
 
 
 def check(device: torch.device) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pow2quant.artifact import Table
 from pow2quant.backends.base import Simulation
-from pow2quant.backends.fake_quant import Scale, learned, power
+from pow2quant.backends.fake_quant import learned, power
+from pow2quant.backends.native import Scale
 from pow2quant.pow2_constraints import Encoding, exact_exponent, power_of_two
 
 REACH = 4
@@ -122,6 +123,7 @@ class Exponents:
         """Computes exponents and scales from `values`. On a CPU raises AssertionError as `check` does."""
         self.k = self.calibrated + self.rule.offset(self.values)
         self._scales = power(self.k)
+        self._ratios = (self.k - self.calibrated).exp2()
         self._numbers: Any = self._scales
         if self._on_host:
             self._numbers = self._scales.tolist()
@@ -138,7 +140,7 @@ class Exponents:
         top: as `learned` takes it.
         """
         part = self._parts[self._leaders[name]]
-        values = x[0].numel() if shares_batch and len(x) else x.numel()
+        values = x.numel() // max(1, len(x)) if shares_batch else x.numel()
         if x.dtype is torch.float16 or part.encoding.grid.width > 8:  # bfloat16 holds codes of up to 8 bits
             x = x.float()
         scale, slope = self._now(part, values)
@@ -155,9 +157,8 @@ class Exponents:
         if part.encoding.axis is None:
             scale = self._numbers[part.place.start]
             return scale, self.rule.slope(scale / float(part.encoding.scale), values, part.high)
-        ratio = (self.k - self.calibrated)[part.place].exp2()
         scales = self._scales[part.place]
-        return scales, self.rule.slope(ratio, values // max(1, len(scales)), part.high)
+        return scales, self.rule.slope(self._ratios[part.place], values // max(1, len(scales)), part.high)
 
     def scale(self, name: str) -> Tensor:
         """The site's scales as they are now, () or (C,)."""

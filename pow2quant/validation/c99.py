@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pow2quant import compiled
 from pow2quant.errors import DataError, MissingExtraError, UnsupportedModelError
 from pow2quant.integer.emit_c import code
 from pow2quant.integer.run import dequantize, quantize
-from pow2quant.saving import scratch
-from pow2quant.validation import compiled
 from pow2quant.validation.agreement import Executor
 from pow2quant.validation.files import opened
 
@@ -52,7 +47,7 @@ def executors(model: Path, pair: tuple[Path, Path] | None = None) -> list[Execut
     Raises MissingExtraError where there is no C compiler; UnsupportedModelError or NotPowerOfTwoError, naming the
     tensor or node, where the network has no integers.
     """
-    if reason := unavailable():
+    if reason := compiled.unavailable():
         raise MissingExtraError(reason)
     file = opened(model)
     program = file.program
@@ -79,18 +74,6 @@ def of_code(program: Program, name: str, library: Code) -> Executor:
         return dequantize(program, library.trace(quantize(program, batch)))
 
     return Executor(name, run, tensors, integers=True)
-
-
-def unavailable() -> str | None:
-    """Why there is no C compiler; None where there is one."""
-    return None if compiler() else "no C compiler: neither $CC nor cc, gcc or clang is on the PATH"
-
-
-def compiler() -> str | None:
-    """The command of the C compiler."""
-    return next(
-        (name for name in (os.environ.get("CC", ""), "cc", "gcc", "clang") if name and shutil.which(name)), None
-    )
 
 
 class Code(Protocol):
@@ -153,25 +136,7 @@ class Library:
         return self._compiled("traced.c", {"traced.c": TRACED})
 
     def _compiled(self, source: str, more: dict[str, str]) -> ctypes.CDLL:
-        texts = code(self.program) | more
-        flags = (*self.flags, "-shared", "-fPIC")
-        name = compiled.key(texts, compiler() or "", flags) if compiler() else ""
-        with scratch() as folder:
-            library = Path(folder, "model.so")
-            if compiled.take(name, library):
-                with suppress(OSError):  # damaged: compiled anew
-                    return ctypes.CDLL(str(library))
-            for file, text in texts.items():
-                Path(folder, file).write_text(text, encoding="utf-8")
-            build(Path(folder, source), library, flags)
-            try:
-                loaded = ctypes.CDLL(str(library))
-            except OSError:  # a compiler for another machine
-                raise UnsupportedModelError(
-                    f"{compiler()} makes no library that this machine can load; set CC to another compiler"
-                ) from None
-            compiled.keep(name, library)
-            return loaded
+        return compiled.library(code(self.program) | more, source, self.flags)
 
 
 class Steps(Library):
@@ -222,20 +187,3 @@ class Steps(Library):
     def _time(self, step: Tensor) -> int | None:
         whole = self.whole.tensors[step.name].shape
         return next((d for d, (m, n) in enumerate(zip(whole, step.shape, strict=True)) if m != n), None)
-
-
-def build(source: Path, target: Path, flags: Sequence[str]) -> None:
-    """Compiles one file. Raises MissingExtraError without a compiler, UnsupportedModelError where it fails."""
-    command = compiler()
-    if command is None:
-        raise MissingExtraError(unavailable() or "")
-    done = None
-    for tried in (flags, [flag for flag in flags if flag != "-march=native"]):
-        line = [command, *tried, "-o", str(target), str(source)]
-        done = subprocess.run(line, capture_output=True, encoding="utf-8", errors="replace", check=False)
-        if done.returncode == 0:
-            return
-    assert done is not None
-    lines = done.stderr.strip().splitlines() or [""]
-    error = next((line for line in lines if "error" in line), lines[0])
-    raise UnsupportedModelError(f"{command} cannot compile the generated C: {error}")
