@@ -454,3 +454,33 @@ def test_all_definitions_of_a_file_are_read_at_once(monkeypatch):
     read = onnx_qdq.from_qdq(model)
     assert [n.op_type for n in read.model.graph.node].count("Sigmoid") == 6
     assert len(searched) == 1
+
+
+CODES = torch.randint(-128, 128, (6, 4, 5, 7), generator=torch.Generator().manual_seed(0)).float()
+
+
+@pytest.mark.parametrize(
+    ("layer", "operands"),
+    [
+        (m.GELU(), ()),
+        (m.LayerNorm((5, 7)), ()),
+        (m.GroupNorm(2, 4), ()),
+        (m.Softmax(2), ()),
+        (m.MaskedSoftmax(-1, mask=torch.zeros(6, 4, 5, 7)), ()),
+        (m.MaskedSoftmax(-1, asks=True), (CODES[:, :1] > 0,)),
+        (m.MaskedSoftmax(-1, asks=True), (CODES[:1] > 0,)),
+        (m.MaskedSoftmax(-1, asks=True), (CODES[0, :1] > 0,)),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("size", [1, 150, 300, 1 << 30])
+def test_pieces_are_those_of_the_whole(layer, operands, size, monkeypatch):
+    ends = encoding(-4, 128), encoding(-5, 128)
+    layer.connect(*(type("Quantizer", (), {"encoding": end})() for end in ends))
+    x = CODES / 16
+    monkeypatch.setattr("pow2quant.frontends.modules.exact.PIECE", size)
+    with torch.no_grad():
+        defined = layer.definition(tuple(x.shape), *ends)
+        expected = layer.integers(x.double() * 16, defined, ends[0], *operands).float()
+        assert torch.equal(layer(x, *operands), expected)
+        assert layer(x[:0], *(y[:0] if len(y) == len(x) else y for y in operands)).shape == (0, 4, 5, 7)

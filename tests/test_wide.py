@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pow2quant import QuantPlan, prepare, simulate
 from pow2quant.backends.custom import QuantizedLayer
-from pow2quant.backends.wide_sums import wide_sums
+from pow2quant.backends.wide_sums import largest_sum, wide_sums
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.lower import lower
 from pow2quant.pow2_constraints import Encoding, IntGrid
@@ -138,3 +139,31 @@ def test_sums_in_parts_are_those_of_the_integers(kind, ends):
         exact = compute(x.double(), weight.double(), bias.double())
         assert torch.equal(how.of(compute, x, weight, bias), exact), (weight_bits, bits, signed, k)
     assert split > 20
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(40, 24), nn.ConvTranspose2d(8, 12, 3), nn.Conv2d(8, 12, 3)], ids=repr)
+def test_large_layers_are_widened_part_by_part(layer, monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randint(-(2**15), 2**15, layer.weight.shape).float()
+    bias = torch.randint(-(2**15), 2**15, layer.bias.shape).float()
+    axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+    source = Encoding(np.ones((), np.float32), np.zeros((), np.int64), IntGrid(16, False))
+    own = Encoding(
+        np.ones(weight.shape[axis], np.float32), np.zeros(weight.shape[axis], np.int64), IntGrid(16, True), axis
+    )
+    x = torch.randint(0, 2**16, (3, 40) if weight.ndim == 2 else (3, 8, 9, 9)).float()
+
+    def found():
+        how = wide_sums(layer, weight, bias, source, own)
+        call = {2: F.linear, 4: F.conv_transpose2d if axis else F.conv2d}[weight.ndim]
+        return largest_sum(layer, weight, bias, source, own), how.of(call, x, weight, bias)
+
+    whole, result = found()
+    monkeypatch.setattr("pow2quant.backends.wide_sums.LOOKED_AT", 50)
+    monkeypatch.setattr("pow2quant.backends.wide_sums.MULTIPLIED", 90)
+    assert (
+        found()[0]
+        == whole
+        == float(weight.abs().double().transpose(0, axis).flatten(1).sum(1).max() * (2**16 - 1) + bias.abs().max())
+    )
+    assert torch.equal(found()[1], result)

@@ -16,6 +16,7 @@ from pow2quant.backends.base import ALL, Batch, Simulation, device_of, inputs, s
 from pow2quant.backends.fitting import fit_accumulator, fit_shifts, tie
 from pow2quant.backends.placement import Layer, Placement
 from pow2quant.errors import ConfigError, DataError, EncodingError, WeightsError
+from pow2quant.frontends.copies import array
 from pow2quant.pow2_constraints import Encoding, Format, IntGrid, Observed, ceil_exponent, choose, power_of_two
 from pow2quant.pow2_constraints.blocks import choose_blocks
 from pow2quant.reading import Signature, read
@@ -174,7 +175,7 @@ def _weight_encoding(sim: Simulation, layer: Layer) -> Encoding:
     assert layer.weight is not None
     name = layer.weight.name
     spec = sim.placement.specs[name]
-    weight = sim.parameter(name).detach().cpu().numpy()
+    weight = array(sim.parameter(name))
     form = Format(spec.bits, spec.symmetric, spec.power_of_2, layer.axis)
     try:
         if layer.block is not None:

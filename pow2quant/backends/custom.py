@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -25,6 +24,7 @@ from pow2quant.backends.wide_sums import WideSums, largest_sum, wide_sums
 from pow2quant.config import QuantPlan
 from pow2quant.errors import ConfigError, EncodingError
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.copies import copied
 from pow2quant.frontends.modules import CONVOLUTIONS
 from pow2quant.frontends.writing import many
 
@@ -147,7 +147,7 @@ class CustomSimulation:
         self.sites: Sequence[Site] = self.placement.sites
         self.network = network
         self._quantizers: dict[str, FakeQuantize] = {}
-        model = copy.deepcopy(network)
+        model = copied(network)
         self._wrap_layers(model)
         self._widen(model)
         self._insert_quantizers(model)

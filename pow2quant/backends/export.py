@@ -14,6 +14,7 @@ from pow2quant import targets
 from pow2quant.artifact import Artifact, Table, note_recurrent
 from pow2quant.backends.placement import Placement, tensor_name, value_type
 from pow2quant.errors import EncodingError, UnsupportedModelError
+from pow2quant.frontends.copies import array
 from pow2quant.frontends.operators import operator
 from pow2quant.frontends.unrolled import recurrent
 from pow2quant.frontends.writing import OPSET, Node, OnnxGraph
@@ -103,7 +104,7 @@ def _emit(
         if getattr(module, kind) is None:
             continue
         name = site = f"{node.target}.{kind}"
-        value = parameter(name).detach().cpu().numpy().astype(np.float32)
+        value = array(parameter(name)).astype(np.float32, copy=False)
         if row.stored:
             site = tensor_name(node)
             name = name if node.args else site

@@ -23,6 +23,7 @@ from pow2quant.backends.base import Tap
 from pow2quant.backends.native import BLOCK, Scale
 from pow2quant.backends.target_rounding import TargetRounding
 from pow2quant.errors import Pow2QuantError
+from pow2quant.frontends.copies import is_shared, share
 from pow2quant.pow2_constraints import Encoding
 
 Bound = float | Tensor
@@ -242,7 +243,8 @@ class FakeQuantize(nn.Module):
         # Comparing values costs a third of quantizing them; PyTorch's count of writes misses those through `.data`.
         if self._kept is None or not torch.equal(self._kept[0], x):
             with torch.inference_mode(False), torch.no_grad():  # kept for training, too
-                self._kept = (x.detach().clone(), constants.quantize(x))
+                seen = share(x.detach()) if is_shared(x) else x.detach().clone()
+                self._kept = (seen, constants.quantize(x))
         return self._kept[1]
 
     def extra_repr(self) -> str:

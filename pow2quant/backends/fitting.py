@@ -12,6 +12,7 @@ from pow2quant.artifact import Table
 from pow2quant.backends.base import Simulation
 from pow2quant.backends.placement import Layer, Placement
 from pow2quant.errors import ConfigError
+from pow2quant.frontends.copies import array
 from pow2quant.frontends.operators import weight_axis
 from pow2quant.pow2_constraints import Encoding, Format, Observed, power_of_two
 from pow2quant.pow2_constraints.joint import at_exponent, choose_jointly
@@ -76,7 +77,7 @@ def _sums(
     assert layer.input is not None
     weight, source = table[layer.weight.name], table[layer.input.name]
     units = weight.per_channel
-    values = sim.parameter(layer.weight.name).detach().cpu().numpy()
+    values = array(sim.parameter(layer.weight.name))
     module = sim.network.get_submodule(layer.module)
     axis = weight_axis(module)
     codes = np.moveaxis(units.quantize(weight.fake_quantize(values)), 0 if axis is None else axis, 0)

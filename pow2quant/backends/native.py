@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pow2quant import compiled
+from pow2quant.frontends.copies import address
 
 Scale = float | Tensor
 """A number, as such or as a tensor (), or one for each row of (rows, values), (rows, 1)."""
@@ -59,9 +60,10 @@ def fake_quantize(
 ) -> None:
     """See `kernels.fake_quantize`; one scale may be a number."""
     scales, channels = _scales(scale)
+    written = out.data_ptr()  # first: it may be x, and gets memory of its own here
     functions()[0](
-        x.data_ptr(),
-        out.data_ptr(),
+        address(x),
+        written,
         None if inside is None else inside.data_ptr(),
         x.numel(),
         scales,

@@ -29,6 +29,9 @@ COUNTS = ((1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2))
 EXPONENTS = -126, 127 - 53
 """Units of which float32 holds multiples up to 2^53, rounded to 24 bits."""
 
+LOOKED_AT, MULTIPLIED = 1 << 18, 1 << 22
+"""So many weights are widened to float64 at a time: of a large layer, all would take twice its memory."""
+
 Layer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """Of input, weight and bias."""
 
@@ -48,13 +51,30 @@ class WideSums:
     def of(self, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's result, in float64. bias: (C,)."""
         if not self.split:
-            return layer(x.double(), weight.double(), None if bias is None else bias.double())
+            return _in_float64(layer, x.double(), weight, None if bias is None else bias.double())
         parts = list(_parts(x, self.inputs))
         products = (layer(part, w, None) for w in _parts(weight, self.weights) for part in parts)
         total = next(products).double()
         for product in products:
             total += product
         return total if bias is None else total.add_(bias.view(-1, *[1] * (weight.ndim - 2)))
+
+
+def _in_float64(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A layer's result; all but the weight are float64."""
+    if weight.ndim > 2:
+        return layer(x, weight.double(), bias)
+    result = x.new_empty(*x.shape[:-1], len(weight))
+    size = _block(weight, 0, MULTIPLIED)
+    for start in range(0, len(weight), size):
+        rows = slice(start, start + size)
+        result[..., rows] = layer(x, weight[rows].double(), None if bias is None else bias[rows])
+    return result
+
+
+def _block(weight: Tensor, axis: int, values: int) -> int:
+    """How many places along an axis of a weight hold so many values."""
+    return max(1, values * weight.shape[axis] // max(1, weight.numel()))
 
 
 @torch.inference_mode(False)  # the steps serve training, too
@@ -71,11 +91,12 @@ def wide_sums(
     slow = isinstance(layer, CONVOLUTIONS) and weight[0, 0].numel() > 1 and weight.device.type == "cpu"
     if not (slow and _exact(source, own)):
         return WideSums(False)
-    scale, codes = _codes(weight, own)
-    farthest, heaviest = _farthest(source), float(codes.max())
+    scale = _scale(weight, own)
+    farthest, heaviest = _farthest(source), max(float(codes.max()) for codes in _codes(layer, weight, scale))
     for of_inputs, of_weights in COUNTS:
         inputs, weights = _steps(farthest, of_inputs), _steps(heaviest, of_weights)
-        if _largest_part(farthest, inputs) * _heaviest_row(layer, codes, weights) <= FLOAT32_EXACT:
+        heaviest_row = max(_heaviest_row(layer, codes, weights) for codes in _codes(layer, weight, scale))
+        if _largest_part(farthest, inputs) * heaviest_row <= FLOAT32_EXACT:
             unit = torch.from_numpy(source.scale.copy()).to(weight.device)
             return WideSums(True, tuple(unit * step for step in inputs), tuple(scale * step for step in weights))
     return WideSums(False)
@@ -84,19 +105,26 @@ def wide_sums(
 @torch.no_grad()
 def largest_sum(layer: nn.Module, weight: Tensor, bias: Tensor | None, source: Encoding, own: Encoding) -> float:
     """No sum of a layer is beyond it, in units of s_in * s_w."""
-    scale, codes = _codes(weight, own)
-    sums = _rows(layer, codes) * _farthest(source)
+    scale = _scale(weight, own)
+    largest = max(float(_rows(layer, codes).max()) for codes in _codes(layer, weight, scale)) * _farthest(source)
     if bias is not None:
         unit = float(scale.double().min()) * float(np.min(source.scale))
-        sums = sums + (bias.double().abs() / unit).max()
-    return float(sums.max())
+        largest += float((bias.double().abs() / unit).max())
+    return largest
 
 
-def _codes(weight: Tensor, own: Encoding) -> tuple[Tensor, Tensor]:
-    """The scale, broadcasting against the weight, and the magnitudes of the weight's codes in float64."""
+def _scale(weight: Tensor, own: Encoding) -> Tensor:
+    """A weight's scale, broadcasting against it."""
     units = own.per_channel
-    scale = torch.from_numpy(np.array(units.along(units.scale, weight.shape), np.float32)).to(weight.device)
-    return scale, weight.double().abs() / scale
+    return torch.from_numpy(np.array(units.along(units.scale, weight.shape), np.float32)).to(weight.device)
+
+
+def _codes(layer: nn.Module, weight: Tensor, scale: Tensor) -> Iterator[Tensor]:
+    """The magnitudes of a weight's codes, in float64, some output channels at a time."""
+    axis = int(isinstance(layer, TRANSPOSED))
+    parts = (x.split(_block(weight, axis, LOOKED_AT), axis) for x in (weight, scale.expand_as(weight)))
+    for part, own in zip(*parts, strict=True):
+        yield part.double().abs() / own
 
 
 def _farthest(source: Encoding) -> float:

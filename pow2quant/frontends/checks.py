@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pow2quant.errors import ModelError, UnsupportedModelError
 from pow2quant.frontends.builder import Builder
 from pow2quant.frontends.captured import operation, scope
+from pow2quant.frontends.copies import address
 from pow2quant.frontends.export import first_line, source_line
 
 
@@ -65,7 +66,7 @@ class Once(TorchDispatchMode):
 def _identity(value: Any) -> Any:
     """What two arguments of an operation have in common only if they are the same."""
     if isinstance(value, Tensor):
-        return value.data_ptr(), value.shape, value.stride(), value.dtype
+        return address(value), value.shape, value.stride(), value.dtype
     if isinstance(value, dict):
         return tuple((name, _identity(x)) for name, x in value.items())
     if isinstance(value, (tuple, list)):

@@ -7,7 +7,6 @@ Both captures are static: every shape is a number, and what differs between them
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import operator as py
@@ -25,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from pow2quant.errors import ModelError, UnsupportedModelError
 from pow2quant.frontends.batches import call_arguments, open_dataclasses
+from pow2quant.frontends.copies import copied
 
 SIZES = (2, 3)
 """The batch sizes of the two captures."""
@@ -71,7 +71,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return in_eval_mode(copy.deepcopy(model, _computed_parameters(model))).float().cpu()
+            return in_eval_mode(copied(model, _computed_parameters(model))).float().cpu()
     except Exception as error:  # a user's __deepcopy__ may raise anything
         raise ModelError(f"the network cannot be copied: {first_line(error)}") from error
 

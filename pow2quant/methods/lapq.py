@@ -5,7 +5,6 @@ Nahshan et al. 2019, "Loss aware post-training quantization".
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, device_
 from pow2quant.backends.calibration import observe, settled
 from pow2quant.config import TensorSpec, integer, one_of
 from pow2quant.errors import ConfigError, EncodingError
+from pow2quant.frontends.copies import array, copied
 from pow2quant.methods.aciq import with_moments
 from pow2quant.methods.output_mse import least_error
 from pow2quant.methods.reconstruction import Part, Step, is_rounded, quantizing, walk
@@ -260,10 +260,10 @@ class _Loss:
     def __init__(self, sim: Simulation, data: Sequence[Batch], compare: Comparison, *, corrects: bool) -> None:
         self.sim, self.compare, self.corrects = sim, compare, corrects
         weights = [y.weight for y in sim.placement.layers if y.weight is not None and not is_rounded(sim, y)]
-        self.moving = {site.name: sim.parameter(site.name).cpu().numpy().copy() for site in weights}
+        self.moving = {site.name: array(sim.parameter(site.name)) for site in weights}
         self._made: dict[str, tuple[Encoding, Tensor]] = {}
         self.device = device_of(sim.model)
-        network = copy.deepcopy(sim.network).to(self.device)
+        network = copied(sim.network).to(self.device)
         (end,) = (node for node in network.graph.nodes if node.op == "output")
         end.args = (tuple(end.all_input_nodes),)  # the order in which `Step.finish` gives the results
         network.recompile()

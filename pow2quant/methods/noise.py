@@ -22,6 +22,7 @@ from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.placement import Placement
 from pow2quant.config import TensorSpec
 from pow2quant.errors import DataError
+from pow2quant.frontends.copies import copied
 from pow2quant.frontends.operators import called
 from pow2quant.methods.equalization import columns
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose
@@ -192,7 +193,7 @@ class _Seen(fx.Interpreter):
     """Runs the network, forwards and backwards, and keeps what is asked for, by the names of nodes."""
 
     def __init__(self, network: fx.GraphModule, layers: Collection[str], tensors: Collection[str]) -> None:
-        super().__init__(copy.deepcopy(network).requires_grad_(False))
+        super().__init__(copied(network).requires_grad_(False))
         self.layers, self.tensors = frozenset(layers), frozenset(tensors)
         self.count = 0
         self.gain: dict[str, Tensor] = {}

@@ -18,6 +18,7 @@ from pow2quant.backends.calibration import observe
 from pow2quant.backends.fake_quant import learned, power
 from pow2quant.config import FROM_ZERO, SHARE
 from pow2quant.errors import ConfigError
+from pow2quant.frontends.copies import array
 from pow2quant.methods.reconstruction import (
     Quantize,
     Step,
@@ -192,5 +193,5 @@ def widen_head_and_stem(sim: Simulation, batches: Iterable[Batch]) -> None:
         encode_activations(sim, {leader: widened(leader, seen, None)})
     for layer in dict.fromkeys((layers[0], layers[-1])):
         if layer.weight is not None and is_narrow(layer.weight.name) and not is_rounded(sim, layer):
-            weight = sim.parameter(layer.weight.name).detach().cpu().numpy()
+            weight = array(sim.parameter(layer.weight.name))
             encode_weight(sim, layer, widened(layer.weight.name, Observed.of(weight, layer.axis), layer.axis))

@@ -9,7 +9,6 @@ The prepared network itself is run, with the simulation's parameters and encodin
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from pow2quant.backends.calibration import bias_encoding, coarsen
 from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.placement import Layer
 from pow2quant.errors import DataError
+from pow2quant.frontends.copies import copied
 from pow2quant.pow2_constraints import Encoding
 
 Quantize = Callable[[Site, Tensor], Tensor]
@@ -265,7 +265,7 @@ class _Twin:
     def __init__(self, sim: Simulation) -> None:
         self.sim = sim
         self.device = device_of(sim.model)
-        self.network: nn.Module = copy.deepcopy(sim.network).to(self.device)
+        self.network: nn.Module = copied(sim.network).to(self.device)
         self.layers = {layer.module: layer for layer in sim.placement.layers}
         self.sites = {s.name: s for s in sim.sites}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import sys
@@ -18,6 +17,7 @@ from pow2quant.artifact import Artifact, Table
 from pow2quant.backends.base import Simulation
 from pow2quant.backends.placement import tensor_name
 from pow2quant.errors import ConfigError
+from pow2quant.frontends.copies import copied
 from pow2quant.pow2_constraints import Encoding, IntGrid
 from pow2quant.quantsim.opsets import with_opset
 from pow2quant.saving import write
@@ -123,7 +123,7 @@ def pair(
 
 def _pickled(simulation: Simulation) -> bytes:
     """The prepared float network, its weights and biases on their grids, as `torch.save` writes it."""
-    network, table = copy.deepcopy(simulation.network), simulation.encodings()
+    network, table = copied(simulation.network), simulation.encodings()
     network.meta = {}
     with torch.no_grad():
         for name, parameter in network.named_parameters():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from pow2quant import config as configuration
 from pow2quant.backends.base import SILENT, Batch
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError, DataError
+from pow2quant.frontends.copies import copied
 from pow2quant.methods.auto import Auto, Chain, Facts, Trial, best, named
 from pow2quant.plugins import resolve
 from pow2quant.runs.chains import fixed
@@ -70,7 +70,7 @@ def with_methods(job: Job, chain: Chain, batches: Sequence[Batch] | None = None)
     """The job with these methods, on these calibration batches; None: on its own. Its network had no rewrite yet."""
     config = fixed(job.config, chain)
     seen = job.calibration() if batches is None else batches
-    network = rewritten(copy.deepcopy(job.network), config, seen, job.progress)
+    network = rewritten(copied(job.network), config, seen, job.progress)
     return replace(job, config=config, network=network, seen=batches)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.datasets.sampling import Sample, labels_at_hand, sample
 from pow2quant.errors import ConfigError, DataError
 from pow2quant.frontends.batches import call_arguments, inputs
+from pow2quant.frontends.copies import copied
 from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.fixed import InParts
 from pow2quant.frontends.prepare import fixed_batch, prepare, unrolled
@@ -49,7 +49,7 @@ Named = list[tuple[str, Any]]
 def simulation_of(prepared: fx.GraphModule, example: Batch, plan: QuantPlan, backend: str) -> Simulation:
     """The backend's simulation of a prepared network, which stays as it is: batch norm folded, not yet calibrated."""
     be_exact()  # after torch.export, which sets cuDNN's precision
-    folded = fold_batch_norm(copy.deepcopy(prepared))
+    folded = fold_batch_norm(copied(prepared))
     if plan.sums is not None:
         separate(folded)
     sim: Simulation = resolve("backends", backend)(folded, example, plan)

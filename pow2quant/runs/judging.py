@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from pow2quant.artifact import Agreement
 from pow2quant.backends.pixels import fold_normalization
 from pow2quant.errors import Pow2QuantError
+from pow2quant.frontends.copies import copied
 from pow2quant.logits.paired import NORMAL_95, interval, paired
 from pow2quant.models import TORCHVISION
 from pow2quant.report.advice import advice
@@ -45,7 +45,7 @@ def _would_win_on_pixels(job: Job) -> bool:
     try:
         how = Pixels.of(config)
         how.pixels(next(iter(job.data.test))[0], "")
-        fold_normalization(copy.deepcopy(job.network), how.mean, how.std, how.white)
+        fold_normalization(copied(job.network), how.mean, how.std, how.white)
     except Pow2QuantError:
         return False
     return True

@@ -21,6 +21,7 @@ from torch import Tensor
 from pow2quant.artifact import Table
 from pow2quant.backends.base import Simulation
 from pow2quant.errors import FileFormatError, OutputError, Pow2QuantError
+from pow2quant.frontends.copies import array
 from pow2quant.pow2_constraints import Encoding, IntGrid
 from pow2quant.report.document import environment
 from pow2quant.saving import write
@@ -206,7 +207,7 @@ def fingerprint_of(texts: Iterable[str], tensors: Iterable[Tensor]) -> str:
         digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(array(tensor.contiguous()).tobytes())
     return digest.hexdigest()
 
 

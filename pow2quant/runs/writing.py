@@ -22,6 +22,7 @@ from pow2quant.backends.base import inputs as arguments
 from pow2quant.backends.samples import sample
 from pow2quant.config import Choice, RunConfig
 from pow2quant.errors import ConfigError
+from pow2quant.frontends.copies import array
 from pow2quant.frontends.prepare import unrolled
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.integer.resources import resources
@@ -130,7 +131,7 @@ def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[d
     artifact = sim.export(job.example).stored_in(job.config.quantization.storage)
     if job.config.data.input == "pixels":
         note_pixels(artifact.model)
-    parameters = {name: p.detach().cpu().numpy() for name, p in job.parameters(sim).items()}
+    parameters = {name: array(p) for name, p in job.parameters(sim).items()}
     run_folder.save_state(folder / run_folder.STATE, parameters, table)
     _write_models(artifact, folder, job.config.encodings_version)
     (folder / run_folder.CONFIG).write_text(configuration.dump(job.config), encoding="utf-8")

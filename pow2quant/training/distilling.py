@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 
@@ -12,6 +11,7 @@ from torch.nn import functional as F
 
 from pow2quant.backends.base import Simulation, inputs
 from pow2quant.config import TrainingConfig
+from pow2quant.frontends.copies import copied
 from pow2quant.methods.reconstruction import blocks
 
 CLASSES = ("classification", "segmentation", "none")
@@ -40,7 +40,7 @@ class Distillation:
         self.watched: dict[str, Tensor] = {}
         self._exact: dict[str, Tensor] = {}
         if config.feature_distillation:
-            self.teacher = copy.deepcopy(sim.network).to(device)
+            self.teacher = copied(sim.network).to(device)
             for end in (part[-1] for part in blocks(sim)):
                 site = sim.placement.quantized.get(end.name)
                 if site is not None:

@@ -6,7 +6,6 @@ in every backend. AIMET's modules call the quantizers, and AIMET's arithmetic qu
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +22,7 @@ from pow2quant.backends.export import to_artifact
 from pow2quant.backends.placement import Placement, connect, place
 from pow2quant.config import QuantPlan
 from pow2quant.errors import ConfigError, EncodingError, UnsupportedModelError
+from pow2quant.frontends.copies import copied
 from pow2quant.pow2_constraints import IntGrid
 from pow2quant.pow2_constraints.encoding import block_shape
 
@@ -49,7 +49,7 @@ class AimetSimulation:
             if bits > WIDEST and site.role != "bias":
                 raise ConfigError(f"{site.name}: the aimet backend simulates 2 to {WIDEST} bits, not {bits}")
         self.network = network
-        model = copy.deepcopy(network)
+        model = copied(network)
         readers = readers_of_inputs(model)
         self.quantsim: Any = _wrapped(model, example)
         self.model: nn.Module = self.quantsim.model

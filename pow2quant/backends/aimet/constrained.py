@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -18,6 +17,7 @@ from pow2quant.backends.base import Batch, device_of, inputs
 from pow2quant.backends.placement import place
 from pow2quant.config import QuantPlan, TensorSpec
 from pow2quant.errors import ConfigError
+from pow2quant.frontends.copies import copied
 
 
 def __getattr__(name: str) -> Any:
@@ -185,7 +185,7 @@ def configured(
     Raises ConfigError for a file that AIMET does not read, and for grids that cannot be constrained.
     """
     aimet = load_aimet()
-    model = copy.deepcopy(network)
+    model = copied(network)
     readers = readers_of_inputs(model)
     x = tuple(x[:1].to(device_of(model)) for x in inputs(example))
     with quiet():

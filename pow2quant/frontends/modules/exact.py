@@ -14,6 +14,9 @@ from pow2quant.functions import Definition, Lookup, accepts
 from pow2quant.pow2_constraints import Encoding
 from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 
+PIECE = 1 << 16
+"""So many values are worked on at a time: what lies between input and result takes many times their memory."""
+
 
 class Quantizer(Protocol):
     """What quantizes a tensor."""
@@ -52,15 +55,28 @@ class Exact(nn.Module):
         if defined is None:
             return self.plain(x, *more)
         with torch.no_grad():
-            codes = x.double() * 2.0 ** -int(encoding.exponent)
-            if not torch.equal(codes, codes.round()):
-                defined = None
-            else:
-                result = self.integers(codes, defined, encoding, *more).to(x.dtype)
-        if defined is None or torch.is_grad_enabled():
+            result = self._in_pieces(x, more, defined, encoding)
+        if result is None or torch.is_grad_enabled():
             plain = self.plain(x, *more)
-            result = plain if defined is None else _Replaced.apply(plain, result)
+            result = plain if result is None else _Replaced.apply(plain, result)
         return result
+
+    def _in_pieces(
+        self, x: Tensor, operands: tuple[Tensor, ...], defined: Definition, encoding: Encoding
+    ) -> Tensor | None:
+        """`integers`, some samples at a time; None where x is not on its grid."""
+        size, result = self._piece(x), torch.empty_like(x)
+        for start in range(0, len(x), size):
+            codes = x[start : start + size].double() * 2.0 ** -int(encoding.exponent)
+            if not torch.equal(codes, codes.round()):
+                return None
+            own = (y[start : start + size] if y.ndim == x.ndim and len(y) == len(x) else y for y in operands)
+            result[start : start + size] = self.integers(codes, defined, encoding, *own)
+        return result
+
+    def _piece(self, x: Tensor) -> int:
+        """How many samples are worked on at a time."""
+        return max(1, PIECE * len(x) // max(1, x.numel()) if x.device.type == "cpu" else len(x))
 
     def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> Definition | None:
         """The definition for an input of this shape and encoding and a result with `target`; None: there is none."""
@@ -93,6 +109,12 @@ class Function(Described, Exact):
             known = encoding, target, self.rounding, Lookup.of(encoding, target, values, self.rounding)
             self._known = known
         return known[3]
+
+    def _in_pieces(
+        self, x: Tensor, operands: tuple[Tensor, ...], defined: Definition, encoding: Encoding
+    ) -> Tensor | None:
+        result = super()._in_pieces(x.reshape(-1), operands, defined, encoding)
+        return None if result is None else result.view(x.shape)
 
     def integers(self, codes: Tensor, defined: Lookup, encoding: Encoding) -> Tensor:
         table = torch.from_numpy(defined.values()).to(codes.device)

@@ -178,6 +178,10 @@ class MaskedSoftmax(ExactSoftmax):
                 return None
         return functions.Softmax.of(axis, shape[axis], target.grid.width, self.factor, keep, self.asks, self.levels)
 
+    def _piece(self, x: Tensor) -> int:
+        own = self.mask is not None and self.mask.ndim == x.ndim  # its first dimension may be that of x
+        return max(1, len(x)) if own else super()._piece(x)
+
     def extra_repr(self) -> str:
         shape = None if self.mask is None else tuple(self.mask.shape)
         return f"dim={self.dim}, factor={self.factor}, mask={shape}"
