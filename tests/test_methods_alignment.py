@@ -117,6 +117,29 @@ def test_the_error_of_an_activation_by_hand() -> None:
     assert clipped.errors(torch.tensor(0.75)).item() == pytest.approx(2 * 0.75**2 * 2**2 / 2), "8 is clipped to 6"
 
 
+def test_headroom_is_for_values_that_calibration_did_not_see() -> None:
+    """7 fills 4 bits at 1/2 without headroom; 10 % more is beyond their end, 7.5."""
+    sample = torch.tensor([[1.0, 7.0]])
+    noise = TensorNoise(TensorSpec(4, False), torch.tensor([2.0]), sample, headroom=1.5)
+    assert noise.encoding().scale == 0.5
+    assert noise.errors(torch.tensor(1.0)).item() == 2 * 3**2 / 2
+
+
+def test_with_headroom_larger_inputs_saturate_less() -> None:
+    network = prepare(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), torch.rand(2, 4))
+    data = torch.rand(256, 4, generator=torch.Generator().manual_seed(0))
+    plan = QuantPlan(None, None, TensorSpec(8, False), None)
+    errors = []
+    for headroom in (1.0, 1.2):
+        rewritten = Align(headroom=headroom).rewrite(copy.deepcopy(network), [data], plan)
+        sim = simulate(rewritten, data, plan)
+        table = sim.calibrate([data])
+        largest = rewritten.get_submodule("0")(data).detach().max() * 1.1
+        errors.append(float((largest - float(table["1.output"].maximum)).clamp_min(0)))
+    assert errors[0] > 0
+    assert errors[1] < errors[0] / 10
+
+
 def test_the_gains_are_squared_derivatives() -> None:
     """Of a linear network they are known: W^T W, by column."""
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from pow2quant.backends.base import SILENT, Batch, Progress
 from pow2quant.backends.placement import place
-from pow2quant.config import QuantPlan, integer
+from pow2quant.config import QuantPlan, finite, integer
 from pow2quant.methods.equalization import Group, bias_magnitudes, bounds, groups, peaks, scale
 from pow2quant.methods.noise import LayerNoise, TensorNoise, matrix, measure
 
@@ -95,6 +95,9 @@ class Align:
 
     exact: a channel that reaches its ReLU6 keeps its factor, so that the float network computes what it did. Otherwise
     it is scaled too, and what is clipped elsewhere than before counts as an error.
+
+    headroom: errors of activations are those of values so many times as large as in calibration. Without it, factors
+    fill every range up to the largest value that was seen, and what is larger saturates.
     """
 
     deterministic: ClassVar[bool] = True
@@ -102,6 +105,7 @@ class Align:
     steps: Annotated[int, integer(1)] = 16
     rounds: Annotated[int, integer(1)] = 2
     exact: bool = False
+    headroom: Annotated[float, finite("a number from 1 up", lambda v: v >= 1)] = 1.0
 
     def rewrite(
         self, network: fx.GraphModule, batches: Iterable[Batch], plan: QuantPlan, progress: Progress = SILENT
@@ -109,6 +113,8 @@ class Align:
         """Rewrites in place, and returns the network. Raises DataError for no batches."""
         found = groups(network)
         layers, tensors = measure(network, place(network, plan), [n for g in found for n in g.tensors], batches)
+        for x in tensors.values():
+            x.headroom = self.headroom
         work = [
             Aligned(
                 network,

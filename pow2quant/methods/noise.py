@@ -117,6 +117,7 @@ class TensorNoise:
     gain: Tensor
     sample: Tensor
     ceiling: Tensor | None = None
+    headroom: float = 1.0
 
     def errors(self, divisor: Tensor, encoding: Encoding | None = None) -> Tensor:
         """g E[d^2] per channel, (C,), d the error after division by `divisor`, () or (C,), in units of before.
@@ -124,10 +125,11 @@ class TensorNoise:
         encoding: None for the one that calibration would choose after the division.
         """
         x = self.sample / divisor.view(-1, 1)
+        quantize = FakeQuantize(Site("", "output"))
+        quantize.encoding = encoding or self._chosen(self._entering(x))
+        x = x * self.headroom
         entering = self._entering(x)
         exact = x if self.ceiling is None else x.clamp_min(0).minimum((self.ceiling / divisor)[:, None])
-        quantize = FakeQuantize(Site("", "output"))
-        quantize.encoding = encoding or self._chosen(entering)
         error: Tensor = quantize(entering) - exact
         return error.square().mean(1) * divisor**2 * self.gain
 
