@@ -117,8 +117,11 @@ def gradients(
             torch.get_num_threads(),
         )
         if learns:
-            found.append(terms[:count].view(now, -1).sum(1, dtype=torch.float32))
-    return torch.cat(found) if learns else None
+            used = terms if count == len(terms) else terms[:count]
+            found.append(used.view(now, -1).sum(1, dtype=torch.float32))
+    if not learns:
+        return None
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _scales(scale: Scale) -> tuple[Any, int]:

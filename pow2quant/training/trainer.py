@@ -88,7 +88,7 @@ class Trainer:
         self.optimizer = schedule.optimizer_of(self.config, self.tensors)
         self.schedule = schedule.Schedule(self.config, self.optimizer, self.steps)
         self.exponent_optimizer = (
-            torch.optim.Adam(self.exponents.parameters(), self.config.exponent_learning_rate)
+            torch.optim.Adam(self.exponents.parameters(), self.config.exponent_learning_rate, foreach=True)
             if self.exponents.parameters() and self.config.exponents != "fixed"
             else None
         )
