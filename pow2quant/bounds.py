@@ -30,7 +30,7 @@ Function = tuple[str, str, str]
 def check(model: ModelProto) -> None:
     """Raises FileFormatError, naming the tensor or function, for what is beyond the bounds above or impossible."""
     _Calls(model).count(model.graph.node, 0)
-    for graph in _graphs(model.graph, 0):
+    for graph in graphs(model.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
             if value.type.HasField("tensor_type"):
                 _check_declared(value.name, [d.dim_value for d in value.type.tensor_type.shape.dim])
@@ -43,17 +43,18 @@ def check(model: ModelProto) -> None:
                         _check_stored(tensor)
 
 
-def _graphs(graph: GraphProto, depth: int) -> Iterable[GraphProto]:
-    """The graph and those in its nodes."""
+def graphs(graph: GraphProto, depth: int = 0) -> Iterable[GraphProto]:
+    """The graph and those in its nodes. Raises FileFormatError where they are too deep inside each other."""
     if depth > MOST_DEPTH:
         raise FileFormatError(f"graphs are more than {MOST_DEPTH} deep inside each other")
     yield graph
     for node in graph.node:
-        for inner in _inner(node):
-            yield from _graphs(inner, depth + 1)
+        for inner in inner_graphs(node):
+            yield from graphs(inner, depth + 1)
 
 
-def _inner(node: NodeProto) -> list[GraphProto]:
+def inner_graphs(node: NodeProto) -> list[GraphProto]:
+    """The graphs in a node: branches, bodies of loops."""
     return [g for a in node.attribute for g in ([a.g] if a.HasField("g") else []) + list(a.graphs)]
 
 
@@ -68,7 +69,7 @@ class _Calls:
         total = 0
         for node in nodes:
             total += 1 + self._called((node.domain, node.op_type, node.overload), depth)
-            total += sum(self.count(graph.node, depth + 1) for graph in _inner(node))
+            total += sum(self.count(graph.node, depth + 1) for graph in inner_graphs(node))
             if total > MOST_NODES:
                 raise FileFormatError(f"there are more than {MOST_NODES:,} nodes, those of functions counted")
         return total

@@ -117,17 +117,17 @@ def load(source: str | Path | ModelProto) -> OnnxFile:
     if model.functions:
         model = onnx.inliner.inline_local_functions(model)
     graph = model.graph
-    for tensor in (*graph.initializer, *(a.t for n in graph.node for a in n.attribute if a.type == a.TENSOR)):
+    for tensor in _tensors(model, name):
         _check_size(tensor, name)
     if graph.sparse_initializer:
         raise UnsupportedModelError(f"{name}: holds sparse initializers; write them as plain ones")
-    constants = {tensor.name: _array(tensor, name) for tensor in graph.initializer}
+    constants = {tensor.name: array_of(tensor, name) for tensor in graph.initializer}
     inputs = [(v.name, _dimensions(v, name)) for v in graph.input if v.name not in constants]
     _check_batch(inputs, name)
     outputs = [v.name for v in graph.output]
     types = {v.name: v.type.tensor_type.elem_type for v in graph.input}
     file = OnnxFile(name, model, opset, [], constants, inputs, outputs, types)
-    file.nodes = _ordered(file, copy.deepcopy(list(graph.node)))
+    file.nodes = ordered(file, copy.deepcopy(list(graph.node)))
     return file
 
 
@@ -140,11 +140,21 @@ def _read(path: Path) -> tuple[str, ModelProto]:
         raise FileFormatError(f"{name}: not an ONNX file ({type(error).__name__})") from error
     if not model.graph.node:
         raise FileFormatError(f"{name}: not an ONNX file, or one without nodes")
-    tensors = [*model.graph.initializer, *(a.t for n in model.graph.node for a in n.attribute if a.type == a.TENSOR)]
-    for tensor in tensors:
+    for tensor in _tensors(model, name):
         if external_data_helper.uses_external_data(tensor):
             _load_external(tensor, path)
     return name, model
+
+
+def _tensors(model: ModelProto, name: str) -> list[TensorProto]:
+    """Initializers and constants, those of branches too."""
+    try:
+        graphs = list(bounds.graphs(model.graph))
+    except FileFormatError as error:
+        raise FileFormatError(f"{name}: {error}") from None
+    nodes = [n for graph in graphs for n in graph.node]
+    inside = [a.t for n in nodes for a in n.attribute if a.type == a.TENSOR]
+    return [*(t for graph in graphs for t in graph.initializer), *inside]
 
 
 def _load_external(tensor: TensorProto, path: Path) -> None:
@@ -196,7 +206,7 @@ def _check_size(tensor: TensorProto, name: str) -> None:
         raise FileFormatError(f"{where}: its shape {tuple(tensor.dims)} does not fit the data that it holds")
 
 
-def _array(tensor: TensorProto, name: str) -> NDArray[Any]:
+def array_of(tensor: TensorProto, name: str) -> NDArray[Any]:
     """A tensor as an array; floats of any width become float32."""
     try:
         array = numpy_helper.to_array(tensor)
@@ -256,11 +266,16 @@ def _check_functions(model: ModelProto, name: str) -> None:
         raise UnsupportedModelError(f"{name}: has more than {MOST_NODES:,} nodes")
 
 
-def _ordered(file: OnnxFile, nodes: list[NodeProto]) -> list[NodeProto]:
-    """The nodes that the outputs need, in order of computation, without the Constant nodes (they become constants)."""
+def ordered(file: OnnxFile, nodes: list[NodeProto]) -> list[NodeProto]:
+    """The nodes that the outputs need, in order of computation, without the Constant nodes (they become constants).
+
+    An If reads its condition and, as further operands here, what its branches read around them.
+    """
     kept = []
     for node in nodes:
         _check_node(file, node)
+        if node.op_type == "If":
+            node.input[1:] = sorted({t for graph in bounds.inner_graphs(node) for t in _around(graph)})
         if node.op_type == "Constant" and node.domain in DOMAINS:
             file.constants[node.output[0]] = _constant(file, node)
         else:
@@ -290,6 +305,13 @@ def _ordered(file: OnnxFile, nodes: list[NodeProto]) -> list[NodeProto]:
     return _needed(ordered, file.outputs)
 
 
+def _around(graph: onnx.GraphProto) -> set[str]:
+    """What a branch reads and does not make."""
+    read = {t for node in graph.node for t in node.input if t} | {v.name for v in graph.output}
+    read |= {t for node in graph.node for inner in bounds.inner_graphs(node) for t in _around(inner)}
+    return read - {t.name for t in graph.initializer} - {t for node in graph.node for t in node.output}
+
+
 def _needed(nodes: list[NodeProto], outputs: list[str]) -> list[NodeProto]:
     wanted, kept = set(outputs), []
     for node in reversed(nodes):
@@ -300,7 +322,8 @@ def _needed(nodes: list[NodeProto], outputs: list[str]) -> list[NodeProto]:
 
 
 def _check_node(file: OnnxFile, node: NodeProto) -> None:
-    if any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
+    is_if = node.op_type == "If" and node.domain in DOMAINS
+    if not is_if and any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
         raise file.error(node, "control flow cannot be quantized; export the network without it")
     if node.op_type in QUANTIZED:
         raise FileFormatError(
@@ -317,4 +340,4 @@ def _constant(file: OnnxFile, node: NodeProto) -> NDArray[Any]:
     tensor = attribute(node, "value")
     if not isinstance(tensor, TensorProto):
         raise file.error(node, "a constant of text or of sparse values")
-    return _array(tensor, file.name)
+    return array_of(tensor, file.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pow2quant.errors import Pow2QuantError, UnsupportedModelError, WeightsError
+from pow2quant.frontends.onnx.branches import take_branches
 from pow2quant.frontends.onnx.checking import check, examples
 from pow2quant.frontends.onnx.evaluate import EVALUATED, evaluate
 from pow2quant.frontends.onnx.file import DOMAINS, OnnxFile, load
@@ -38,11 +40,12 @@ def read_network(source: str | Path | ModelProto) -> fx.GraphModule:
     for name, array in file.constants.items():
         if array.dtype == np.float32 and np.isnan(array).any():
             raise WeightsError(f"{file.name}: {name} holds NaN")
-    _fold_constants(file)
-    recognize(file)
-    network = Writer(file).write()
     try:
-        _note_shapes(file, network)
+        _fold_constants(file)
+        _decide_branches(file)
+        recognize(file)
+        network = Writer(file).write()
+        _run_without_values(file, network, file.batch or 2)
         check(file, network)
     except Pow2QuantError:
         raise
@@ -67,6 +70,36 @@ def _fold_constants(file: OnnxFile) -> None:
         file.constants.update(zip(node.output, results, strict=False))
     file.nodes = kept
     file.forget()
+
+
+def _decide_branches(file: OnnxFile) -> None:
+    """Leaves of every If the branch that it takes, where constants or the shapes of the inputs say which."""
+    while nodes := [n for n in file.nodes if n.op_type == "If"]:
+        if not any(n.input[0] in file.constants for n in nodes):
+            file.constants[nodes[0].input[0]] = _condition(file, nodes[0])
+        take_branches(file)
+        _fold_constants(file)
+
+
+SIZES = ("Shape", "Size", "SequenceLength")
+"""What they give does not depend on the values of their operand."""
+
+
+def _condition(file: OnnxFile, node: NodeProto) -> NDArray[Any]:
+    """What the first If decides by, computed from shapes. A batch size that is open must not matter."""
+    part = replace(file, outputs=[node.input[0]], nodes=[n for n in file.nodes if n.op_type not in SIZES])
+    part.forget()
+    if not {name for name, _ in file.inputs}.isdisjoint([node.input[0], *(t for n in part.nodes for t in n.input)]):
+        raise file.error(node, "its condition is computed from data; export the network without control flow")
+    part.nodes = file.nodes
+    part.forget()
+    network = Writer(part).write()
+    values = [_run_without_values(part, network, batch) for batch in ([file.batch] if file.batch else [1, 2])]
+    if any(value is None for value in values):
+        raise file.error(node, "its condition is known for inputs of one size only; fix all dimensions but the batch")
+    if any(bool(value) != bool(values[0]) for value in values):
+        raise file.error(node, "its condition depends on the batch size; export the network with a fixed one")
+    return np.asarray(values[0])
 
 
 SEVERAL = ("Split", "TopK", "LSTM", "GRU", "RNN")
@@ -254,14 +287,16 @@ class _Noting(fx.Interpreter):
         return result
 
 
-def _note_shapes(file: OnnxFile, network: fx.GraphModule) -> None:
+def _run_without_values(file: OnnxFile, network: fx.GraphModule, batch: int) -> Any:
+    """The results for a batch, tensors without values; None where the file leaves other sizes open."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    inputs = examples(file, file.batch or 2)
+    inputs = examples(file, batch)
     if inputs is None:
-        return
+        return None
     with torch.no_grad(), mode:
-        _Noting(network).run(*(mode.from_tensor(x) for x in inputs))
+        results = _Noting(network).run(*(mode.from_tensor(x) for x in inputs))
     if file.batch is None:
         for step in network.modules():
             if isinstance(step, Step):
                 step.fixed = None
+    return results
