@@ -18,7 +18,7 @@ import rules  # noqa: E402
 import targets as target_bench  # noqa: E402
 import tax  # noqa: E402
 import vendors  # noqa: E402
-from peers import compare  # noqa: E402
+from peers import compare, tools  # noqa: E402
 
 sys.path.remove(str(ROOT / "benchmarks"))
 
@@ -117,12 +117,26 @@ def test_the_page_of_peers_shows_its_rows() -> None:
     assert page.read_text(encoding="utf-8") == compare.put(page, compare.load(ROOT / "docs" / "peers.json"))
     row = compare.Row("net", "4:8", "auto", "bias_correction", 9, 4, "top1", 90.0, 89.0, 20.0, 0.25, 0.5, "2026-11-28")
     other = replace(row, tool="brevitas 1.0", chain=None, sqnr_db=21.0, behind=None, error=None)
-    lines = compare.rendered([row, other]).splitlines()
+    nothing = replace(other, tool="esp-ppq 1.0", value=None, sqnr_db=None, reason="no weights of 4 bits")
+    lines = compare.rendered([nothing, row, other]).splitlines()
     assert lines[0] == "### net, W4A8"
     assert [line for line in lines if line.endswith("2026-11-28 |")] == [
         "| brevitas 1.0 | 89.00 | 21.0 | 2026-11-28 |",
         "| **`auto`**: `bias_correction` | 89.00 | 20.0 (by hand +0.25 ± 0.50) | 2026-11-28 |",
+        "| esp-ppq 1.0 | no weights of 4 bits | | 2026-11-28 |",
     ]
+
+
+def test_what_a_tool_does_not_take_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(given: object, bits: int) -> None:
+        raise KeyError("an operation")
+
+    bench = compare.Bench("digits", {"ptq.calibration_batches": 1}, "8:8")
+    for tool, reason in ((fails, "fails: KeyError"), (tools.esp_ppq, "no weights of 4 bits")):
+        monkeypatch.setitem(compare.TOOLS, "tool", (tool, "torch"))
+        bench.weight = 4
+        row = bench.other("tool")
+        assert (row.value, row.sqnr_db, row.reason) == (None, None, reason)
 
 
 def test_the_page_on_powers_of_two_shows_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +60,8 @@ HAND = (
 class Row:
     """A network by a tool. tool: with its version; chain: of this project's own rows. sqnr_db: of the outputs.
 
-    behind, error: how many dB `hand` is ahead of `auto`, and two standard errors of that; null elsewhere.
+    behind, error: how many dB `hand` is ahead of `auto`, and two standard errors of that; null elsewhere. reason: why a
+    tool has no result; the figures are null then.
     """
 
     network: str
@@ -70,11 +72,12 @@ class Row:
     calibration: int
     metric: str
     float_value: float
-    value: float
-    sqnr_db: float
+    value: float | None
+    sqnr_db: float | None
     behind: float | None
     error: float | None
     date: str
+    reason: str | None = None
 
 
 class Bench:
@@ -131,20 +134,27 @@ class Bench:
             rows.append(self.row("hand", choosing.with_methods(self.job, methods).quantized().model, chain))
             trials.append(self.noises["hand"])
             print(f"{self.title}, {self.bits}, {chain}: {rows[-1].sqnr_db} dB", flush=True)
-        first = int(np.argmax([row.sqnr_db for row in rows]))
+        first = int(np.argmax([trial.sqnr_db for trial in trials]))
         self.noises["hand"] = trials[first]
         return rows[first]
 
     def other(self, name: str) -> Row:
-        """What another quantizer makes of the float network, image by image where it says so."""
+        """What another quantizer makes of the float network, or why it makes nothing. Raises ImportError without it."""
         quantize, package = TOOLS[name]
         job = Job.start(self.float_config, SILENT)
         images = np.concatenate([x.numpy() for batch in job.calibration() for x in inputs(batch)])
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
             float_model(job, Path(folder, "model.onnx"))
-            run = quantize(Given(copy.deepcopy(job.model), Path(folder, "model.onnx"), images), self.weight)
-            row = self.row(name, Called(run))
-        return Row(**{**asdict(row), "tool": f"{package} {version(package)}"})
+            try:
+                run = quantize(Given(copy.deepcopy(job.model), Path(folder, "model.onnx"), images), self.weight)
+                row = self.row(name, Called(run))
+            except ImportError:
+                raise
+            except Exception as error:  # whatever a tool does not take
+                why = str(error) if isinstance(error, NotOfferedError) else f"fails: {type(error).__name__}"
+                print(f"{name}: {error}", flush=True)
+                row = replace(self.row(name, job.model), value=None, sqnr_db=None, reason=why)
+        return replace(row, tool=f"{package} {version(package)}")
 
 
 class Called(nn.Module):
@@ -169,14 +179,15 @@ def rendered(rows: Sequence[Row]) -> str:
     """A table for every network and width, the closest to float first."""
     lines = []
     for network, bits in dict.fromkeys((row.network, row.widths) for row in rows):
-        own = sorted((r for r in rows if (r.network, r.widths) == (network, bits)), key=lambda r: -r.sqnr_db)
+        own = [r for r in rows if (r.network, r.widths) == (network, bits)]
+        own.sort(key=lambda r: -math.inf if r.sqnr_db is None else r.sqnr_db, reverse=True)
         weight, activation = bits.split(":")
         lines += [
             f"### {network}, W{weight}A{activation}\n",
             f"Float: {own[0].metric} {own[0].float_value:.2f} on {own[0].images:,} test samples; "
             f"{own[0].calibration:,} to calibrate.\n",
             f"| | {own[0].metric} | SQNR dB | date |\n|---|---|---|---|",
-            *(f"| {_name(row)} | {row.value:.2f} | {row.sqnr_db:.1f}{_behind(row)} | {row.date} |" for row in own),
+            *(f"| {_name(row)} | {_figures(row)} | {row.date} |" for row in own),
             "",
         ]
     return "\n".join(lines)
@@ -187,8 +198,11 @@ def _name(row: Row) -> str:
     return names.get(row.tool, row.tool) + (f": `{row.chain}`" if row.chain else "")
 
 
-def _behind(row: Row) -> str:
-    return "" if row.behind is None else f" (by hand {row.behind:+.2f} ± {row.error:.2f})"
+def _figures(row: Row) -> str:
+    if row.value is None:
+        return f"{row.reason} |"
+    behind = "" if row.behind is None else f" (by hand {row.behind:+.2f} ± {row.error:.2f})"
+    return f"{row.value:.2f} | {row.sqnr_db:.1f}{behind}"
 
 
 def load(path: Path) -> list[Row]:
@@ -225,7 +239,7 @@ def main() -> None:
                 continue
             try:
                 rows.append(bench.other(tool) if tool in TOOLS else getattr(bench, tool)())
-            except (ImportError, NotOfferedError) as error:
+            except ImportError as error:
                 print(f"{options.title}, {bits}, {tool}: absent ({error})", flush=True)
                 continue
             print(rows[-1], flush=True)

@@ -33,7 +33,7 @@ def onnxruntime(given: Given, bits: int) -> Run:
 def esp_ppq(given: Given, bits: int) -> Run:
     """Its setting for ESP-DL: scales of 2^k."""
     if bits != 8:
-        raise NotOfferedError(f"esp-ppq has no weights of {bits} bits")
+        raise NotOfferedError(f"no weights of {bits} bits")
     return vendors.esp_ppq(given)
 
 
