@@ -13,6 +13,7 @@ import pow2quant
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends.onnx.network import read_network
 from pow2quant.frontends.prepare import prepare
+from pow2quant.frontends.unrolled import UNROLLED
 from pow2quant.runs import simulate
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -112,16 +113,63 @@ def test_codes_are_those_of_the_pytorch_layer(kind, tmp_path):
             return self.head(self.layer(x)[0][:, -1])
 
     torch.manual_seed(0)
-    model, x = Network().eval(), torch.randn(8, LENGTH, CHANNELS)
-    options = {"dynamic_axes": {"x": {0: "n"}}, "input_names": ["x"], "dynamo": False, "verbose": False}
-    torch.onnx.export(model, (x,), tmp_path / "m.onnx", **options)
+    same_codes(Network().eval(), tmp_path / "m.onnx")
+
+
+def same_codes(model, path, dynamo=False):
+    """Compares the simulations of a network and of the file that PyTorch exports of it."""
+    x = torch.randn(8, LENGTH, CHANNELS)
+    open_batch = {"dynamic_shapes": [{0: torch.export.Dim.DYNAMIC}]} if dynamo else {"dynamic_axes": {"x": {0: "n"}}}
+    torch.onnx.export(model, (x,), path, input_names=["x"], dynamo=dynamo, verbose=False, **open_batch)
+    network = read_network(path)
+    assert {len(one.meta[UNROLLED]) for one in (prepare(model, x), prepare(network, x))} == {1}
     results = []
-    for one in (model, read_network(tmp_path / "m.onnx")):
+    for one in (model, network):
         simulation = simulate(one, x)
         simulation.calibrate([x])
         with torch.no_grad():
             results.append(simulation.model(x))
     assert torch.equal(*results)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+@pytest.mark.parametrize(
+    ("cell", "options", "dynamo"),
+    [
+        (nn.LSTMCell, {}, True),
+        (nn.LSTMCell, {"bias": False}, False),
+        (nn.GRUCell, {}, False),
+        (nn.RNNCell, {"nonlinearity": "relu"}, False),
+    ],
+)
+def test_codes_are_those_of_a_loop_over_a_cell(cell, options, dynamo, tmp_path):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = cell(CHANNELS, HIDDEN, **options), nn.Linear(HIDDEN, 3)
+
+        def forward(self, x):
+            state = None
+            for step in x.unbind(1):
+                state = self.cell(step, state)
+            return self.head(state[0] if cell is nn.LSTMCell else state)
+
+    torch.manual_seed(0)
+    same_codes(Network().eval(), tmp_path / "m.onnx", dynamo)
+
+
+def test_two_layers_that_are_added_before_a_tanh_stay_two_layers():
+    rows = {"w": (HIDDEN, CHANNELS), "r": (HIDDEN, HIDDEN), "b": (HIDDEN,)}
+    held = {name: np.random.default_rng(0).normal(size=shape).astype(np.float32) for name, shape in rows.items()}
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["left"], "left", transB=1),
+        helper.make_node("Gemm", ["z", "r", "b"], ["right"], "right", transB=1),
+        helper.make_node("Add", ["left", "right"], ["sum"], "sum"),
+        helper.make_node("Tanh", ["sum"], ["y"], "tanh"),
+    ]
+    model = file_of(nodes, {"x": ["n", CHANNELS], "z": ["n", HIDDEN]}, held, ["y"])
+    assert {"left", "right"} <= dict(read_network(model).named_modules()).keys()
+    same_as_onnxruntime(model, torch.randn(3, CHANNELS), torch.randn(3, HIDDEN))
 
 
 @pytest.mark.parametrize("flat", [True, False])

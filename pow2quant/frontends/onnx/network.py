@@ -102,7 +102,7 @@ def _condition(file: OnnxFile, node: NodeProto) -> NDArray[Any]:
     return np.asarray(values[0])
 
 
-SEVERAL = ("Split", "TopK", "LSTM", "GRU", "RNN")
+SEVERAL = ("Split", "TopK", "LSTM", "GRU", "RNN", "LSTMCell")
 """Operations of which more than the first result is given."""
 
 

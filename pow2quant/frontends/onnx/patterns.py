@@ -18,8 +18,15 @@ COMMUTES = ("Add", "Mul")
 FIRST_ONLY = ("Clip", "Expand", "ReduceL2", "ReduceMean")
 """Operations of which a pattern names the first operand only; the rest are bounds, a shape or axes."""
 
+CELLS = ("LSTMCell", "GRUCell", "RNNCell")
+TURNED = "_transposed"
+
 Pattern = Any
-"""A name (any tensor, the same one wherever it stands), a number (a constant), or (operation, *operands)."""
+"""A name (a tensor, the same one wherever it stands), a number (a constant), or (operation, *operands).
+
+A name that begins with # is a constant, one with ? is any tensor, another one is computed. `Split.2` is the third
+result. `Linear` is a Gemm, or a MatMul without a bias, with weights as (out, in). ("as", name, pattern) names a result.
+"""
 
 
 def _products(*factors: Pattern) -> list[Pattern]:
@@ -37,6 +44,25 @@ _LENGTH = ("Clip", ("ReduceL2", "x"), 1e-12, None)
 _CENTRED = ("Sub", "x", ("ReduceMean", "x"))
 _VARIANCES = [("ReduceMean", ("Pow", _CENTRED, 2.0)), ("ReduceMean", ("Mul", _CENTRED, _CENTRED))]
 
+
+def _cells(*biases: str) -> list[tuple[str, dict[str, Any], list[Pattern]]]:
+    """One step of a recurrent layer. biases: of the input and of the state, or none.
+
+    Without gates and biases it may be two layers on any number of dimensions.
+    """
+    x, h = ("Linear", "x", "#w_ih", *biases[:1]), ("Linear", "?h", "#w_hh", *biases[1:])
+    both = ("Add", h, x)
+    enter, forget, leave = (("Sigmoid", (f"Split.{i}", both)) for i in (0, 1, 3))
+    memory = ("Add", ("Mul", forget, "?c"), ("Mul", enter, ("Tanh", ("Split.2", both))))
+    reset, update = (("Sigmoid", ("Add", (f"Split.{i}", h), (f"Split.{i}", x))) for i in (0, 1))
+    new = ("Tanh", ("Add", ("Split.2", x), ("Mul", ("Split.2", h), reset)))
+    return [
+        ("LSTMCell", {}, [("Mul", leave, ("Tanh", ("as", "memory", memory)))]),
+        ("GRUCell", {}, [("Add", ("Mul", ("Sub", "?h", new), update), new)]),
+        *(("RNNCell", {"activation": name}, [(name, both)]) for name in ("Tanh", "Relu") if biases),
+    ]
+
+
 PATTERNS: list[tuple[str, dict[str, Any], list[Pattern]]] = [
     ("Silu", {}, [("Mul", "x", ("Sigmoid", "x"))]),
     ("Mish", {}, [("Mul", "x", ("Tanh", ("Softplus", "x")))]),
@@ -53,8 +79,14 @@ PATTERNS: list[tuple[str, dict[str, Any], list[Pattern]]] = [
     ("LayerNormalization", {}, [
         ("Add", ("Mul", ("Div", _CENTRED, ("Sqrt", ("Add", v, "#eps"))), "#scale"), "#bias") for v in _VARIANCES
     ]),
+    *_cells("#b_ih", "#b_hh"), *_cells(),
 ]  # fmt: skip
-"""(operation, its attributes, how it is written by parts). `#name`: any constant."""
+"""(operation, its attributes, how it is written by parts)."""
+
+OPERANDS = ("x", "?h", "?c", "#w_ih", "#w_hh", "#b_ih", "#b_hh", "#scale", "#bias")
+"""The names in patterns that the whole operation reads, in order."""
+
+ROOTS = {pattern[0] for _, _, patterns in PATTERNS for pattern in patterns}
 
 
 class Matcher:
@@ -62,7 +94,7 @@ class Matcher:
 
     def __init__(self, file: OnnxFile) -> None:
         self.file = file
-        self.found: dict[str, str] = {}
+        self.weights: dict[tuple[tuple[int, ...], bytes], str] = {}
 
     def match(self, name: str, pattern: Pattern) -> Iterator[dict[str, str]]:
         """Every way in which the tensor is what the pattern says: names of the pattern -> tensors."""
@@ -75,12 +107,30 @@ class Matcher:
                 yield bound
         elif isinstance(pattern, str):
             fits = pattern not in bound or bound[pattern] == name
-            if fits and (constant is not None) == pattern.startswith("#"):
+            if fits and (pattern.startswith("?") or (constant is not None) == pattern.startswith("#")):
                 yield {**bound, pattern: name}
+        elif pattern[0] == "as":
+            yield from ({**one, pattern[1]: name} for one in self._match(name, pattern[2], bound))
         else:
-            node = self.file.producers.get(name)
-            if node is not None and node.op_type == pattern[0] and self._fits(node, pattern):
+            node, (operation, _, at) = self.file.producers.get(name), pattern[0].partition(".")
+            if node is None or operation not in (node.op_type, "Linear") or not self._fits(node, pattern):
+                return
+            if at and name not in node.output[int(at) :][:1]:
+                return
+            if operation == "Linear":
+                yield from self._each([node.input[0], self._weight(node), *node.input[2:]], list(pattern[1:]), bound)
+            else:
                 yield from self._operands(node, pattern, bound)
+
+    def _weight(self, node: NodeProto) -> str:
+        """The weights of a product as (out, in). Exporters may write those of each step as a tensor of its own."""
+        name = node.input[1]
+        values = self.file.constants[name]
+        if not attribute(node, "transB", 0):
+            name, values = f"{name}{TURNED}", np.ascontiguousarray(values.T)
+        name = self.weights.setdefault((values.shape, values.tobytes()), name)
+        self.file.constants.setdefault(name, values)
+        return name
 
     def _operands(self, node: NodeProto, pattern: Pattern, bound: dict[str, str]) -> Iterator[dict[str, str]]:
         wanted = pattern[1:2] if node.op_type in FIRST_ONLY else pattern[1:]
@@ -99,6 +149,15 @@ class Matcher:
 
     def _fits(self, node: NodeProto, pattern: Pattern) -> bool:
         """Attributes, where an operation has any that matter."""
+        if pattern[0] == "Linear":
+            weight = self.file.constants.get(node.input[1]) if node.op_type in ("Gemm", "MatMul") else None
+            factors = {attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)}
+            flat = weight is not None and weight.ndim == 2 and (node.op_type == "Gemm" or len(node.input) == 2)
+            plain = factors == {1.0} and not attribute(node, "transA", 0)
+            return flat and plain and len(node.input) == len(pattern) - 1
+        if node.op_type == "Split":
+            sizes = self.file.constants.get(node.input[1]) if len(node.input) > 1 else attribute(node, "split")
+            return attribute(node, "axis", 0) in (1, -1) and (sizes is None or len({*np.asarray(sizes).tolist()}) == 1)
         if node.op_type == "HardSigmoid":
             return bool(abs(attribute(node, "alpha", 0.2) - 1 / 6) < 1e-6 and attribute(node, "beta", 0.5) == 0.5)
         if node.op_type == "Clip":
@@ -129,11 +188,16 @@ def recognize(file: OnnxFile) -> None:
     """Replaces the last node of every pattern by the whole operation; parts that nothing else reads go."""
     _fold_bias(file)
     matcher = Matcher(file)
-    for i, node in enumerate(file.nodes):
-        if node.op_type in ("Add", "Mul", "Div", "Where"):
-            whole = _whole(file, matcher, node)
-            if whole is not None:
-                file.nodes[i] = whole
+    places = {tensor: i for i, node in enumerate(file.nodes) for tensor in node.output}
+    found: list[NodeProto | None] = [*file.nodes]
+    for node in file.nodes:
+        whole = _whole(file, matcher, node) if node.op_type in ROOTS else None
+        if whole is not None:
+            written = sorted(places[tensor] for tensor in whole.output)
+            found[written[0]] = whole
+            for i in written[1:]:
+                found[i] = None
+    file.nodes = [node for node in found if node is not None]
     file.forget()
 
 
@@ -141,20 +205,28 @@ def _whole(file: OnnxFile, matcher: Matcher, node: NodeProto) -> NodeProto | Non
     for operation, attributes, patterns in PATTERNS:
         for pattern in patterns:
             for bound in matcher.match(node.output[0], pattern):
-                inputs = [bound["x"]]
+                inputs = [bound[name] for name in OPERANDS if name in bound]
+                if operation in CELLS and not _is_cell(file, operation, bound):
+                    continue
                 if operation == "LayerNormalization":
                     if file.constants[bound["#scale"]].ndim != 1 or file.constants[bound["#bias"]].ndim != 1:
                         continue
                     attributes = {"axis": -1, "epsilon": float(file.constants[bound["#eps"]].reshape(()))}
-                    inputs += [bound["#scale"], bound["#bias"]]
                 if operation == "LpNormalization":
                     length = file.producers[node.input[1]]
                     while length.op_type != "ReduceL2":
                         length = file.producers[length.input[0]]
                     attributes = {"p": 2, "axis": (matcher.axes(length) or [-1])[0]}
-                domain = OWN if operation == "Silu" else ""
-                return helper.make_node(operation, inputs, list(node.output), node.name, domain=domain, **attributes)
+                domain = OWN if operation == "Silu" or operation in CELLS else ""
+                outputs = [*node.output, *([bound["memory"]] if "memory" in bound else [])]
+                return helper.make_node(operation, inputs, outputs, node.name, domain=domain, **attributes)
     return None
+
+
+def _is_cell(file: OnnxFile, operation: str, bound: dict[str, str]) -> bool:
+    """Whether the state's weights are square for each gate and, where two layers may be meant, read in steps."""
+    (rows, columns), source = file.constants[bound["#w_hh"]].shape, bound["#w_hh"].removesuffix(TURNED)
+    return rows % columns == 0 and (operation != "RNNCell" or len(file.readers[source]) > 1)
 
 
 def _fold_bias(file: OnnxFile) -> None:

@@ -70,6 +70,23 @@ def _plain(s: Step, *operands: Any) -> Any:
     return _recurrent((0,), torch.rnn_relu if relu else torch.rnn_tanh)(s, *operands)
 
 
+def _cell(function: Callable[..., Any], states: int = 1) -> Row:
+    """One step, as `patterns` finds it. states: how many there are; constant zeros have any batch size."""
+
+    def row(s: Step, x: Any, *rest: Any) -> Any:
+        weights = [tensor(w) for w in rest[states:]]
+        sizes = len(x), weights[1].shape[1]
+        given = [x.new_zeros(sizes) if isinstance(h, np.ndarray) and not h.any() else tensor(h) for h in rest[:states]]
+        return function(x, given if states > 1 else given[0], *weights)
+
+    return row
+
+
+def _plain_cell(s: Step, *operands: Any) -> Any:
+    relu = s.attribute("activation") == "Relu"
+    return _cell(torch.rnn_relu_cell if relu else torch.rnn_tanh_cell)(s, *operands)
+
+
 def _attention(s: Step, query: Any, key: Any, value: Any, mask: Any = None, *past: Any) -> Tensor:
     """Of (N, heads, T, C), or (N, T, heads * C) with the attributes that say how many heads."""
     if any(p is not None for p in past) or s.attribute("softcap", 0.0) or sum(map(bool, s.node.output)) > 1:
@@ -91,5 +108,6 @@ def _attention(s: Step, query: Any, key: Any, value: Any, mask: Any = None, *pas
 
 ROWS: dict[str, Row] = {
     "LSTM": _recurrent((0, 2, 3, 1), torch.lstm, pair=True), "GRU": _recurrent((1, 0, 2), torch.gru), "RNN": _plain,
+    "LSTMCell": _cell(torch.lstm_cell, 2), "GRUCell": _cell(torch.gru_cell), "RNNCell": _plain_cell,
     "Attention": _attention,
 }  # fmt: skip
