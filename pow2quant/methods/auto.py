@@ -17,7 +17,7 @@ LEAD = 2.0
 """A chain takes the place of a cheaper one when it is closer to float by so many standard errors."""
 
 ALIGN = Choice("align", {"rounds": 1})
-ROOM = Choice("align", {"rounds": 1, "headroom": 1.1})
+HEADROOM = Choice("align", {"rounds": 1, "headroom": 1.1})
 EQUALIZE = Choice("equalize")
 BIAS = Choice("bias_correction")
 NOISE = Choice("output_mse")
@@ -137,7 +137,7 @@ def usual(facts: Facts, _: Chain) -> list[Chain]:
 
 def cheap(facts: Facts, _: Chain) -> list[Chain]:
     """What costs no more than a few calibrations."""
-    chains: list[Chain] = [(BIAS,), (ALIGN, BIAS), (ALIGN, NOISE), (ROOM, BIAS)]
+    chains: list[Chain] = [(BIAS,), (ALIGN, BIAS), (ALIGN, NOISE), (HEADROOM, BIAS)]
     return chains + [(EQUALIZE, BIAS), (EQUALIZE, ALIGN, BIAS), (EQUALIZE, ALIGN, NOISE)] * facts.depthwise
 
 
