@@ -5,11 +5,14 @@ They stand in the pages as inline SVG and take the page's colours, light or dark
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent / "pictures"
 INK, FAINT = "var(--md-default-fg-color,#1d2733)", "var(--md-default-fg-color--light,#5b6875)"
-BLUE, ORANGE, GREEN = "#3d8bd4", "#d9822b", "#2f9e5b"
+BLUE, ORANGE, GREEN, PURPLE = "#3d8bd4", "#d9822b", "#2f9e5b", "#9a6dd7"
 MINUS = "\N{MINUS SIGN}"
 
 
@@ -206,7 +209,54 @@ def method() -> str:
     return picture(654, 436, label, *parts)
 
 
-PICTURES = {"shift": shift, "lattice": lattice, "placement": placement, "zero-points": zero_points, "method": method}
+COLOURS = {"ptq": BLUE, "qat": ORANGE, "validate": GREEN, "export --to c": PURPLE}
+
+
+def panel(rows: list[dict[str, Any]], key: str, title: str, top: float) -> list[str]:
+    """A measure of every command over the number of weights, on two logarithmic axes."""
+    left, width, height = 70, 350, 160
+    values = [row[key] for row in rows]
+    ticks = [c * 10**e for e in range(6) for c in (1, 2, 5) if min(values) * 0.75 <= c * 10**e <= max(values) * 1.4]
+    low, high = math.log10(min(*values, *ticks)), math.log10(max(*values, *ticks))
+    first, last = (math.log10(pick(row["weights"] for row in rows)) for pick in (min, max))
+
+    def place(weights: float, value: float) -> tuple[float, float]:
+        x = left + width * (math.log10(weights) - first) / (last - first)
+        return round(x, 1), round(top + height * (high - math.log10(value)) / (high - low), 1)
+
+    parts = [text(left, top - 14, title, anchor="start")]
+    for tick in ticks:
+        _, y = place(10**first, tick)
+        parts += [line(f"M{left} {y}H{left + width}", FAINT, 0.4), text(left - 8, y + 4, f"{tick:,}", 12, "end")]
+    for exponent in range(math.ceil(first), math.floor(last) + 1):
+        x, _ = place(10**exponent, 1)
+        parts.append(line(f"M{x} {top}V{top + height}", FAINT, 0.4))
+        parts.append(text(x, top + height + 17, f"{10**exponent:,}", 12))
+    for command, colour in COLOURS.items():
+        points = sorted(place(row["weights"], row[key]) for row in rows if row["command"] == command)
+        parts.append(line("M" + "L".join(f"{x} {y}" for x, y in points), colour, 2))
+        parts += [f'<circle cx="{x}" cy="{y}" r="3.2" fill="{colour}"/>' for x, y in points]
+    return parts
+
+
+def sizes() -> str:
+    """Time and memory of every command over network size; `benchmarks/sizes.py` measures."""
+    rows = json.loads((FOLDER.parent / "sizes.json").read_text(encoding="utf-8"))
+    parts = [*panel(rows, "seconds", "CPU time, s", 34), *panel(rows, "mebibytes", "peak of memory, MiB", 250)]
+    parts.append(text(245, 447, "weights", 12))
+    for i, (command, colour) in enumerate(COLOURS.items()):
+        parts += [line(f"M{70 + 84 * i} 476h16", colour, 3), text(91 + 84 * i, 480, command, 12.5, "start")]
+    return picture(440, 492, "CPU time and peak of memory of four commands over the number of weights", *parts)
+
+
+PICTURES = {
+    "shift": shift,
+    "lattice": lattice,
+    "placement": placement,
+    "zero-points": zero_points,
+    "method": method,
+    "sizes": sizes,
+}
 
 if __name__ == "__main__":
     for name, draw in PICTURES.items():
