@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -90,12 +91,17 @@ class Chains:
         return sim
 
     def choice(self, chooser: Auto, plan: QuantPlan, backend: str = "custom", seed: int = 0) -> tuple[str, float]:
-        """The chain that `auto` chooses on a part of the images, and the process's seconds that its trials took."""
-        seen, held_back = choosing.split(self.batches, chooser.held_back)
-        chains, quantization = Chains(self.model, seen), RunConfig().quantization
+        """The chain that `auto` chooses on these images, and the process's seconds that its trials took."""
+        quantization = RunConfig().quantization
         config = replace(RunConfig(), quantization=replace(quantization, weight=plan.weight, output=plan.output))
 
-        def attempt(chain: Chain) -> Trial:
+        @cache
+        def halves(part: int) -> tuple[Chains, list[Tensor]]:
+            seen, held_back = choosing.split(self.batches, chooser.held_back, part)
+            return Chains(self.model, seen), held_back
+
+        def attempt(chain: Chain, part: int) -> Trial:
+            chains, held_back = halves(part)
             sim, seconds, _ = chains.simulation(written(chain), plan, backend, seed)
             return Trial(chain, choosing.noise(sim.model, self.model, held_back, torch.device("cpu")), seconds)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -14,10 +14,11 @@ from pow2quant.config import ABOVE_ZERO, Choice, finite
 Chain = tuple[Choice, ...]
 
 LEAD = 2.0
-"""A chain takes the place of a cheaper one when it is closer to float by so many standard errors."""
+"""A chain is clearly better than another when it is closer to float by so many standard errors."""
 
 ALIGN = Choice("align", {"rounds": 1})
 HEADROOM = Choice("align", {"rounds": 1, "headroom": 1.1})
+MORE_HEADROOM = Choice("align", {"rounds": 1, "headroom": 1.25})
 EQUALIZE = Choice("equalize")
 BIAS = Choice("bias_correction")
 NOISE = Choice("output_mse")
@@ -62,12 +63,14 @@ class Facts:
 class Trial:
     """A chain and what it gave on images that it did not see.
 
-    noise: per image, the energy of the outputs' error by that of the outputs. seconds: for calibration and methods.
+    noise: per image, the energy of the outputs' error by that of the outputs; of two trials the first images are the
+    same. seconds: for calibration and methods. parts: of the calibration images, that have judged it.
     """
 
     chain: Chain
     noise: NDArray[np.float64]
     seconds: float
+    parts: int = 1
 
     @property
     def sqnr_db(self) -> float:
@@ -85,81 +88,124 @@ class Trial:
         }
 
     def gain_over(self, other: Trial) -> tuple[float, float]:
-        """How much closer to float than another trial, in dB, and its standard error over images (jackknife)."""
-        n = len(self.noise)
-        ratio = np.log10(max(other.noise.sum(), 1e-300) / max(self.noise.sum(), 1e-300)) * 10
+        """How much closer to float than another trial, in dB, with its standard error (jackknife); on common images."""
+        n = min(len(self.noise), len(other.noise))
+        theirs, own = other.noise[:n], self.noise[:n]
+        ratio = np.log10(max(theirs.sum(), 1e-300) / max(own.sum(), 1e-300)) * 10
         if n < 2:
             return float(ratio), 0.0
-        without = [np.maximum(x.sum() - x, 1e-300) for x in (other.noise, self.noise)]
+        without = [np.maximum(x.sum() - x, 1e-300) for x in (theirs, own)]
         left = 10 * np.log10(without[0] / without[1])
         return float(ratio), float(np.sqrt((n - 1) * np.square(left - left.mean()).mean()))
+
+    def clearly_beats(self, other: Trial) -> bool:
+        """By more than chance, as far as the common images say."""
+        gain, error = self.gain_over(other)
+        return gain > LEAD * error
+
+    def then(self, other: Trial) -> Trial:
+        """This trial and that of the same chain on further images."""
+        noise = np.concatenate([self.noise, other.noise])
+        return replace(self, noise=noise, seconds=self.seconds + other.seconds, parts=self.parts + other.parts)
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Tries chains of methods by stages and keeps the one whose outputs are closest to float on images held back.
+    """Tries chains of methods by stages and keeps the one whose outputs are closest to float on images it did not see.
 
-    First cheap chains; on top of the best of them rounding that is learned (`gptq`, `adaround`); for activations below
-    8 bits then exponents by the loss and rounding by blocks (`lapq`, `qdrop`). Where learning has won, it is tried with
-    more steps. A costlier chain must win by twice the standard error. The images held back are calibration images,
-    never test images; the chain that is chosen then sees all of them, and is what config.yaml keeps.
+    First the default and cheap chains; behind the rewrites of the best cheap one rounding that is learned (`gptq`,
+    `adaround`); for activations below 8 bits then exponents by the loss and rounding by blocks (`lapq`, `qdrop`). Where
+    learning has won, it is tried with more steps.
 
-    minutes: no trial begins that would take their sum beyond. held_back: share of the calibration images that judges.
+    Calibration images judge, never test images: a part is held back and the others calibrate. Chains that are not
+    clearly worse than the best, by twice the standard error, are calibrated again with another part held back, until
+    every part has judged them. Then the best mean wins. A run with the chosen chain sees all calibration images; the
+    chain is what config.yaml keeps.
+
+    minutes: no trial begins that would take their sum beyond. held_back: share of the images that is held back at once.
     """
 
     minutes: Annotated[float, ABOVE_ZERO] = 10.0
     held_back: Annotated[float, finite("a number above 0 and below 1", lambda v: 0 < v < 1)] = 0.25
 
-    def choose(self, facts: Facts, attempt: Callable[[Chain], Trial], note: Callable[[str], None]) -> list[Trial]:
-        """All trials, in order; `best` says which is the choice. attempt: quantizes by a chain and judges the result.
+    @property
+    def parts(self) -> int:
+        """How often other images can be held back."""
+        return int(1 / self.held_back)
 
+    def choose(self, facts: Facts, attempt: Callable[[Chain, int], Trial], note: Callable[[str], None]) -> list[Trial]:
+        """All trials, in order; `best` says which is the choice.
+
+        attempt: quantizes by a chain with a part of the images held back, by its number, and judges the result by them.
         note: takes a line on every trial.
         """
         tried: list[Trial] = []
+
+        def affords(chain: Chain) -> bool:
+            needs = expected(chain, tried)
+            fits = sum(t.seconds for t in tried) + needs <= self.minutes * 60
+            if not fits:
+                note(f"auto: {named(chain)}: left out, it would take about {needs / 60:.1f} min")
+            return fits
+
+        def judge(chains: Sequence[Chain]) -> None:
+            """By further parts, as long as more than one is not clearly worse than the best."""
+            for part in range(1, self.parts):
+                rivals = [t for t in tried if t.chain in chains]
+                lead = best(rivals or tried)
+                close = [t for t in rivals if not lead.clearly_beats(t)]
+                close.sort(key=lambda t: t is not lead)  # the first where the budget ends here
+                for trial in close if len(close) > 1 else ():
+                    if trial.parts == part and affords(trial.chain):
+                        more = trial.then(attempt(trial.chain, part))
+                        tried[[t.chain for t in tried].index(trial.chain)] = more
+                        note(_line(more, lead))
+
         for stage in (usual, cheap, learned, blocks, longer):
-            for chain in stage(facts, best(tried).chain if tried else ()):
-                if chain in [t.chain for t in tried]:
-                    continue
-                needs = expected(chain, tried)
-                if sum(t.seconds for t in tried) + needs > self.minutes * 60:
-                    note(f"auto: {named(chain)}: left out, it would take about {needs / 60:.1f} min")
-                    continue
-                before = best(tried) if tried else None
-                tried.append(attempt(chain))
-                note(_line(tried[-1], before))
+            chains = stage(facts, tried)
+            for chain in chains:
+                if chain not in [t.chain for t in tried] and affords(chain):
+                    before = best(tried) if tried else None
+                    tried.append(attempt(chain, 0))
+                    note(_line(tried[-1], before))
+            if stage is cheap:
+                judge(chains)
+            judge([t.chain for t in tried])
         return tried
 
 
-def usual(facts: Facts, _: Chain) -> list[Chain]:
+def usual(facts: Facts, _: Sequence[Trial]) -> list[Chain]:
     """What a run does that names no method: nothing that is chosen is clearly worse."""
     return [facts.default]
 
 
-def cheap(facts: Facts, _: Chain) -> list[Chain]:
+def cheap(facts: Facts, _: Sequence[Trial]) -> list[Chain]:
     """What costs no more than a few calibrations."""
-    chains: list[Chain] = [(BIAS,), (ALIGN, BIAS), (ALIGN, NOISE), (HEADROOM, BIAS)]
-    return chains + [(EQUALIZE, BIAS), (EQUALIZE, ALIGN, BIAS), (EQUALIZE, ALIGN, NOISE)] * facts.depthwise
+    chains: list[Chain] = [(BIAS,), (ALIGN, BIAS), (ALIGN, NOISE), (HEADROOM, BIAS), (MORE_HEADROOM, BIAS)]
+    equalized = [(EQUALIZE, BIAS), (EQUALIZE, ALIGN, BIAS), (EQUALIZE, ALIGN, NOISE), (EQUALIZE, HEADROOM, BIAS)]
+    return chains + equalized * facts.depthwise
 
 
-def learned(facts: Facts, start: Chain) -> list[Chain]:
+def learned(facts: Facts, tried: Sequence[Trial]) -> list[Chain]:
     """Rounding that is chosen layer by layer, behind the rewrites of the best cheap chain."""
     if facts.weight_bits is None or facts.weight_bits > 8:
         return []
-    rewrites = tuple(c for c in start if c.name in ("align", "equalize"))
+    rewrites = _rewrites(facts, tried)
     chains = [SQUARES, (*rewrites, *SQUARES), (*rewrites, *CORRECTED)]
     return chains + [(*rewrites, NOISE, ROUND)] * (facts.weight_bits < 8)
 
 
-def blocks(facts: Facts, start: Chain) -> list[Chain]:
+def blocks(facts: Facts, tried: Sequence[Trial]) -> list[Chain]:
     """Exponents by the network's loss and rounding by blocks: for narrow activations."""
     if facts.weight_bits is None or facts.activation_bits is None or facts.activation_bits >= 8:
         return []
-    rewrites = tuple(c for c in start if c.name in ("align", "equalize"))
+    rewrites = _rewrites(facts, tried)
     return [(*rewrites, NOISE, BLOCKS), (*rewrites, EXPONENTS, BLOCKS), (*rewrites, EXPONENTS, *SQUARES)]
 
 
-def longer(_: Facts, start: Chain) -> list[Chain]:
+def longer(_: Facts, tried: Sequence[Trial]) -> list[Chain]:
     """The best chain with more steps, where it learns."""
+    start = best(tried).chain
     if all(c.parameters.get("iterations") != STEPS for c in start):
         return []
     more = {"iterations": LONGER * STEPS}
@@ -168,18 +214,27 @@ def longer(_: Facts, start: Chain) -> list[Chain]:
     ]
 
 
+def _rewrites(facts: Facts, tried: Sequence[Trial]) -> Chain:
+    """Those of the best cheap chain, whether or not the default, which may learn, is better than all of them."""
+    chains = cheap(facts, tried)
+    start = best([t for t in tried if t.chain in chains] or tried)
+    return tuple(c for c in start.chain if c.name in ("align", "equalize"))
+
+
 def best(tried: Sequence[Trial]) -> Trial:
-    """The trial that is the choice: each takes the place of those before it where it clearly wins."""
-    found = tried[0]
-    for trial in tried[1:]:
-        gain, error = trial.gain_over(found)
-        found = trial if gain > LEAD * error else found
+    """The choice: the least error among those that most images judged, unless another beats it clearly; then that."""
+    most = max(len(t.noise) for t in tried)
+    found = min((t for t in tried if len(t.noise) == most), key=lambda t: t.noise.mean())
+    for trial in tried:
+        if len(trial.noise) < most and trial.clearly_beats(found):
+            found = trial
     return found
 
 
 def expected(chain: Chain, tried: Sequence[Trial]) -> float:
-    """About how many seconds a trial takes, judged by those before it; 0 for the first."""
-    paces = [t.seconds / _cost(t.chain) for t in tried]
+    """About how many seconds a trial takes, by those of its chain or else of others; 0 for the first."""
+    same = [t for t in tried if t.chain == chain]
+    paces = [t.seconds / t.parts / _cost(t.chain) for t in same or tried]
     return max(paces, default=0.0) * _cost(chain)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -42,19 +43,19 @@ def decided(job: Job) -> Job:
     chooser = chooser_of(job.config) if job.given.methods is None else None
     if chooser is None:
         return job
-    seen, held_back = split(list(job.calibration()), chooser.held_back)
-
+    batches = list(job.calibration())
     numbers, silent = job.unfinished.numbers(job.fingerprint), replace(job, progress=SILENT, unfinished=NOTHING)
 
-    def measured(chain: Chain) -> list[float]:
+    def measured(chain: Chain, part: int) -> list[float]:
         torch.manual_seed(job.config.seed)
+        seen, held_back = split(batches, chooser.held_back, part)
         started = time.monotonic()
         sim = with_methods(silent, chain, seen).quantized()
         seconds = time.monotonic() - started
         return [seconds, *noise(sim.model, job.model, held_back, job.device)]
 
-    def attempt(chain: Chain) -> Trial:
-        seconds, *found = numbers.several(f"auto: {named(chain)}", lambda: measured(chain))
+    def attempt(chain: Chain, part: int) -> Trial:
+        seconds, *found = numbers.several(f"auto: {named(chain)}, part {part}", lambda: measured(chain, part))
         return Trial(chain, np.array(found), seconds)
 
     trials = chooser.choose(facts(job.network, job.config), attempt, job.progress.note)
@@ -74,24 +75,26 @@ def with_methods(job: Job, chain: Chain, batches: Sequence[Batch] | None = None)
     return replace(job, config=config, network=network, seen=batches)
 
 
-def split(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
-    """(seen, held back): a share of the images, rounded down, is held back, evenly spread over the batches.
+def split(batches: Sequence[Batch], share: float, part: int = 0) -> tuple[list[Batch], list[Batch]]:
+    """(seen, held back): a share of the images is held back, evenly spread over the batches.
 
-    Raises DataError where one of the two parts would be empty.
+    part: which images; those of parts 0 to `int(1 / share)` - 1 are disjoint, and of part 0 there are as many as the
+    share, rounded down. Raises DataError where one of the two would be empty.
     """
     parts: tuple[list[Batch], list[Batch]] = ([], [])
-    before = 0
+    ratio = Fraction(share).limit_denominator(10**6)
+    before = part
     for batch in batches:
         count = len(pytree.tree_leaves(batch)[0])
-        places = np.arange(before, before + count)
-        back = np.floor((places + 1) * share) > np.floor(places * share)
+        places = np.arange(before, before + count + 1) * ratio.numerator // ratio.denominator
+        back = np.diff(places) > 0
         before += count
-        for part, rows in zip(parts, (~back, back), strict=True):
+        for half, rows in zip(parts, (~back, back), strict=True):
             if rows.any():
                 index = torch.from_numpy(np.flatnonzero(rows))
-                part.append(pytree.tree_map(lambda x, index=index: x[index] if isinstance(x, Tensor) else x, batch))
+                half.append(pytree.tree_map(lambda x, index=index: x[index] if isinstance(x, Tensor) else x, batch))
     if not parts[0] or not parts[1]:
-        raise DataError(f"auto: {before} calibration images are too few; some judge and some calibrate")
+        raise DataError(f"auto: {before - part} calibration images are too few; some judge and some calibrate")
     return parts
 
 
