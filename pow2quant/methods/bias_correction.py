@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
+from pow2quant.backends.native import BLOCK
 from pow2quant.config import one_of
 from pow2quant.frontends.operators import called
 from pow2quant.methods.reconstruction import (
@@ -36,21 +37,28 @@ LEAST_ACTIVE = 0.01
 """A channel's share of values that count as unclipped at least, so that a nearly dead one moves in small steps."""
 
 
-def shift(results: Sequence[Tensor], targets: Sequence[Tensor], f: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def shift(result: Tensor, target: Tensor, f: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The c, float64 (C,), with E[f(y~ - c)] = E[f(y)] per channel; without f, E[y~ - y] (Nagel et al. 2019, eq. 1).
 
-    results, targets: y~ and y, batches of (N, C, …). f: clips, as ReLU and ReLU6 do. Newton's method: the derivative of
-    the mean is the share of values that f leaves as they are.
+    result, target: y~ and y, (C, n). f: clips, as ReLU and ReLU6 do. Newton's method: the derivative of the mean is the
+    share of values that f leaves as they are.
     """
-    c, _ = error_moments(results, targets)
+    # on a CPU few channels at a time, so that all iterations find them in its cache
+    size = max(1, BLOCK // result.shape[1]) if result.device.type == "cpu" else len(result)
+    parts = zip(result.split(size), target.split(size), strict=True)
+    return torch.cat([_shift(y, wanted, f) for y, wanted in parts])
+
+
+def _shift(y: Tensor, wanted: Tensor, f: Callable[[Tensor], Tensor] | None) -> Tensor:
+    c = (y - wanted).mean(1, dtype=torch.float64)
     if f is None:
         return c
-    clipped = [f(y) for y in targets]
+    wanted = f(wanted)
     for _ in range(ITERATIONS):
-        moved = [y - c.to(y).view(-1, *[1] * (y.ndim - 2)) for y in results]
-        mean, _ = error_moments([f(y) for y in moved], clipped)
-        outside, _ = error_moments([(f(y) != y).float() for y in moved], [torch.zeros(())] * len(moved))
-        c = c + mean / (1 - outside).clamp_min(LEAST_ACTIVE)
+        moved = y - c.to(y).unsqueeze(1)
+        kept = f(moved)
+        inside = 1 - moved.ne_(kept).mean(1, dtype=torch.float64)
+        c = c + (kept - wanted).mean(1, dtype=torch.float64) / inside.clamp_min(LEAST_ACTIVE)
     return c
 
 
@@ -134,13 +142,12 @@ def correct_bias(sim: Simulation, step: Step, progress: Progress = SILENT, behin
         return
     encodings = sim.encodings()
     quantize = quantizing({k: encodings[k] for k in step.parameters & encodings.keys() if k != name})
-    results, targets = [_sample(step.run(x, quantize)) for x in step.inputs], list(map(_sample, step.targets))
-    f = activation(sim, step.nodes[0]) if behind_activation else None
-    c = shift(results, targets, f)
+    result, target = (_sample(batches) for batches in ((step.run(x, quantize) for x in step.inputs), step.targets))
+    c = shift(result, target, activation(sim, step.nodes[0]) if behind_activation else None).cpu()
     bias = sim.parameter(name)
     write_bias(sim, step.layer, bias - c.to(bias))
-    mean, square = error_moments(results, targets)
-    before, after = (sqnr_db(targets, s) for s in (square, square - 2 * c * mean + c**2))
+    mean, square = error_moments([result.T], [target.T])
+    before, after = (sqnr_db([target], s) for s in (square, square - 2 * c * mean + c**2))
     progress.note(f"{step.layer.module}: output {before} -> {after}")
 
 
@@ -163,7 +170,11 @@ def _analytic(sim: Simulation, progress: Progress) -> None:
         progress.note(f"{layer.module}: shifted by up to {float(c.abs().max()):.3g}")
 
 
-def _sample(y: Tensor) -> Tensor:
-    """(N, C, …) -> (N, C, n), a copy."""
-    pixels = y.unsqueeze(-1).flatten(2)
-    return pixels[..., :: -(-pixels.shape[0] * pixels.shape[2] // SAMPLE) | 1].clone()
+def _sample(batches: Iterable[Tensor]) -> Tensor:
+    """(N, C, …) each -> (C, n)."""
+    found = []
+    for y in batches:
+        pixels = y.unsqueeze(-1).flatten(2)
+        step = -(-pixels.shape[0] * pixels.shape[2] // SAMPLE) | 1
+        found.append(pixels[..., ::step].transpose(0, 1).flatten(1))
+    return torch.cat(found, 1)
