@@ -59,7 +59,7 @@ def keywords_data() -> Pair:
         pitch = first + (last - first) * share.clamp(0, 1)
         near = torch.exp(-((bands - pitch[:, :, None]) ** 2))
         energy = energy + heard[:, :, None] * near * (0.5 + drawn(count, 1, 1))
-    return _split(energy.log()[:, None], labels)
+    return parted(energy.log()[:, None], labels)
 
 
 @cache
@@ -75,7 +75,7 @@ def keywords() -> nn.Module:
 
 def wake_data() -> Pair:
     """Every other canvas has a digit; all have patches of the same strokes in disorder."""
-    digits, _ = _digits()
+    digits, _ = digit_images()
     generator = torch.Generator().manual_seed(2)
     count = len(digits)
     canvases = 0.7 * torch.rand(count, 1, SIDE, SIDE, generator=generator)
@@ -86,7 +86,7 @@ def wake_data() -> Pair:
             row, column = torch.randint(0, SIDE - 7, (2,), generator=generator).tolist()
             place = canvases[i, 0, row : row + 8, column : column + 8]
             place.copy_(torch.maximum(place, patch))
-    return _split(canvases, labels)
+    return parted(canvases, labels)
 
 
 class Inverted(nn.Module):
@@ -120,8 +120,8 @@ def wake() -> nn.Module:
 
 def autoencoder_data() -> Pair:
     """Digits, (64,), which are their own targets."""
-    flat = _digits()[0].flatten(1)
-    return _split(flat, flat)
+    flat = digit_images()[0].flatten(1)
+    return parted(flat, flat)
 
 
 @cache
@@ -143,7 +143,7 @@ def psnr(outputs: Tensor, targets: Tensor) -> float:
 
 def detector_data() -> Pair:
     """Canvases of 3 x 3 cells; targets (4, 3, 3): presence, the centre's row and column in its cell, the class."""
-    digits, classes = _digits()
+    digits, classes = digit_images()
     generator = torch.Generator().manual_seed(3)
     count, cell = len(digits), SIDE // GRID
     canvases = 0.3 * torch.rand(count, 1, SIDE, SIDE, generator=generator)
@@ -159,7 +159,7 @@ def detector_data() -> Pair:
             place.copy_(torch.maximum(place, digits[which]))
             inside = (row + 4) / cell - y, (column + 4) / cell - x
             targets[i, :, y, x] = torch.tensor([1.0, *inside, float(classes[which])])
-    return _split(canvases, targets)
+    return parted(canvases, targets)
 
 
 def detection_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -189,14 +189,14 @@ def detector() -> nn.Module:
     return trained(model, detector_data()[0], detection_loss)
 
 
-def _digits() -> tuple[Tensor, Tensor]:
+def digit_images() -> tuple[Tensor, Tensor]:
     """(N, 8, 8) from 0 to 1, in an order without rule, and classes."""
     pixels, classes = (torch.from_numpy(x) for x in load_digits(return_X_y=True))
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(4))
     return pixels.view(-1, 8, 8).float()[order] / 16, classes[order]
 
 
-def _split(inputs: Tensor, targets: Tensor) -> Pair:
+def parted(inputs: Tensor, targets: Tensor) -> Pair:
     """Two thirds to train with, the rest to test with."""
     first = 2 * len(inputs) // 3
     return TensorDataset(inputs[:first], targets[:first]), TensorDataset(inputs[first:], targets[first:])
