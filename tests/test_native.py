@@ -14,6 +14,7 @@ from torch import Tensor
 from pow2quant.backends import fake_quant, native
 from pow2quant.backends.fake_quant import BLOCK, learned
 from pow2quant.compiled import compiler
+from pow2quant.methods import bias_correction
 from tests.test_kernels import GRIDS, SHAPES, encoding_of, quantizer_of, same, values
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C compiler")
@@ -140,3 +141,15 @@ def test_what_has_no_memory_of_its_own_is_left_to_the_plain_code():
     assert fake_quant.fused(torch.zeros(0)) is None
     assert fake_quant.fused(torch.zeros(3, dtype=torch.float64)) is None
     assert np.array_equal(learned(torch.zeros(0), torch.zeros(()), 0.5, (-8.0, 7.0), None, 1.0), np.zeros(0))
+
+
+@pytest.mark.parametrize("ends", [(0.0, math.inf), (0.0, 6.0), (-2.0, 1.0)])
+@pytest.mark.parametrize("count", [1, 1037])
+def test_what_bias_correction_shifts(ends: tuple[float, float], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipped and nearly dead channels too; sums have another order, so that their last digits may differ."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(9, count, generator=generator) - torch.arange(9).view(9, 1)
+    result = y + torch.randn(y.shape, generator=generator) / 8 + 0.1
+    found = bias_correction.shift(result, y, ends)
+    monkeypatch.setattr(bias_correction, "fused", lambda x: None)
+    torch.testing.assert_close(found, bias_correction.shift(result, y, ends), atol=1e-6, rtol=0)

@@ -6,7 +6,7 @@ has it.
 
 from __future__ import annotations
 
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,16 @@ BLOCK = 1 << 17
 
 
 @cache
-def functions() -> tuple[Any, Any]:
-    """`quantize` and `differentiate` of the C. Raises what `compiled.library` raises."""
+def functions() -> tuple[Any, Any, Any]:
+    """`quantize`, `differentiate` and `shifts` of the C. Raises what `compiled.library` raises."""
     text = SOURCE.read_text(encoding="utf-8")
     library = compiled.library({SOURCE.name: text}, SOURCE.name, FLAGS)
-    quantize, differentiate = library.quantize, library.differentiate
+    quantize, differentiate, moved = library.quantize, library.differentiate, library.shifts
     quantize.argtypes = [*[c_void_p] * 3, c_int64, *[c_void_p] * 3, *[c_float] * 3, *[c_int64] * 2, *[c_int] * 2]
     differentiate.argtypes = [*[c_void_p] * 4, *[c_int64] * 2, c_void_p, *[c_float] * 5, *[c_int] * 2]
-    quantize.restype = differentiate.restype = None
-    return quantize, differentiate
+    moved.argtypes = [*[c_void_p] * 3, *[c_int64] * 2, *[c_float] * 2, c_double, *[c_int] * 2]
+    quantize.restype = differentiate.restype = moved.restype = None
+    return quantize, differentiate, moved
 
 
 def fake_quantize(
@@ -122,6 +123,14 @@ def gradients(
     if not learns:
         return None
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def shifts(result: Tensor, target: Tensor, ends: tuple[float, float], steps: int, least: float) -> Tensor:
+    """See `bias_correction.shift`. result, target: float32 (C, n), contiguous."""
+    found = torch.empty(len(result), dtype=torch.float64)
+    given = result.data_ptr(), target.data_ptr(), found.data_ptr()
+    functions()[2](*given, *result.shape, *ends, least, steps, torch.get_num_threads())
+    return found
 
 
 def _scales(scale: Scale) -> tuple[Any, int]:

@@ -1,4 +1,5 @@
-/* A quantizer's two directions, each in one pass over memory; fake_quant.py holds their definitions.
+/* A quantizer's two directions, each in one pass over memory; fake_quant.py holds their definitions. And what quantizing
+ * shifts behind a clip; methods/bias_correction.py defines that.
  *
  * Every operation is one of IEEE 754 in float32, rounded as PyTorch rounds it; -ffp-contract=off keeps it so. Values
  * are float32, or bfloat16 (`half`), whose results are rounded after each operation. Arguments that are constant where
@@ -126,5 +127,34 @@ void differentiate(const void *grad, const void *x, void *passed, void *terms, C
                              (KIND & 1) != 0, (KIND & 2) != 0, (KIND & 8) != 0);                                       \
         break;
         switch (kind) { CASE(0) CASE(1) CASE(2) CASE(3) CASE(8) CASE(9) CASE(10) CASE(11) }
+    }
+}
+
+/* For each row of n values x and wanted the c, in `steps` of Newton's method, for which x - c and wanted have one mean when
+ * they are clipped. least: the share of values that count as unclipped at least. */
+void shifts(const float *x, const float *wanted, double *found, Count rows, Count n, float low, float high,
+            double least, int steps, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && rows * n > FEW)
+    for (Count r = 0; r < rows; r++) {
+        const float *y = x + r * n, *t = wanted + r * n;
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (Count i = 0; i < n; i++)
+            sum += y[i] - t[i];
+        double c = sum / n;
+        for (int step = 0; step < steps; step++) {
+            float now = (float)c;
+            double outside = 0;
+            sum = 0;
+#pragma omp simd reduction(+ : sum, outside)
+            for (Count i = 0; i < n; i++) {
+                float moved = y[i] - now, kept = clip(moved, low, high);
+                sum += kept - clip(t[i], low, high);
+                outside += kept != moved;
+            }
+            double inside = 1 - outside / n;
+            c += sum / n / (inside < least ? least : inside);
+        }
+        found[r] = c;
     }
 }

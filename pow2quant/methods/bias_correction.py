@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
-from pow2quant.backends.native import BLOCK
+from pow2quant.backends.fake_quant import fused
 from pow2quant.config import one_of
 from pow2quant.frontends.operators import called
 from pow2quant.methods.reconstruction import (
@@ -37,29 +37,30 @@ LEAST_ACTIVE = 0.01
 """A channel's share of values that count as unclipped at least, so that a nearly dead one moves in small steps."""
 
 
-def shift(result: Tensor, target: Tensor, f: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def shift(result: Tensor, target: Tensor, ends: tuple[float, float] | None = None) -> Tensor:
     """The c, float64 (C,), with E[f(y~ - c)] = E[f(y)] per channel; without f, E[y~ - y] (Nagel et al. 2019, eq. 1).
 
-    result, target: y~ and y, (C, n). f: clips, as ReLU and ReLU6 do. Newton's method: the derivative of the mean is the
-    share of values that f leaves as they are.
+    result, target: y~ and y, (C, n). ends: where f clips. Newton's method: the derivative of the mean is the share of
+    values that f leaves as they are.
     """
-    # on a CPU few channels at a time, so that all iterations find them in its cache
-    size = max(1, BLOCK // result.shape[1]) if result.device.type == "cpu" else len(result)
-    parts = zip(result.split(size), target.split(size), strict=True)
-    return torch.cat([_shift(y, wanted, f) for y, wanted in parts])
-
-
-def _shift(y: Tensor, wanted: Tensor, f: Callable[[Tensor], Tensor] | None) -> Tensor:
-    c = (y - wanted).mean(1, dtype=torch.float64)
-    if f is None:
+    if ends is not None and result.device.type == "cpu" and (kernels := fused(result)) is not None:
+        found: Tensor = kernels.shifts(result.contiguous(), target.contiguous(), ends, ITERATIONS, LEAST_ACTIVE)
+        return found
+    c = (result - target).mean(1, dtype=torch.float64)
+    if ends is None:
         return c
-    wanted = f(wanted)
+    wanted = target.clamp(*ends)
     for _ in range(ITERATIONS):
-        moved = y - c.to(y).unsqueeze(1)
-        kept = f(moved)
+        moved = result - c.to(result).unsqueeze(1)
+        kept = moved.clamp(*ends)
         inside = 1 - moved.ne_(kept).mean(1, dtype=torch.float64)
         c = c + (kept - wanted).mean(1, dtype=torch.float64) / inside.clamp_min(LEAST_ACTIVE)
     return c
+
+
+def ends_of(clip: nn.Module) -> tuple[float, float]:
+    """Between which values a ReLU, ReLU6 or Hardtanh leaves values as they are."""
+    return (float(clip.min_val), float(clip.max_val)) if isinstance(clip, nn.Hardtanh) else (0.0, math.inf)
 
 
 def clipped_normal_mean(mean: Tensor, deviation: Tensor, low: float, high: float) -> Tensor:
@@ -83,7 +84,7 @@ def expected_input(network: fx.GraphModule, node: fx.Node) -> Tensor | None:
     low, high = -math.inf, math.inf
     clip = called(network, source)
     if isinstance(clip, (nn.ReLU, nn.Hardtanh)):  # ReLU6 is a Hardtanh
-        low, high = (0.0, math.inf) if isinstance(clip, nn.ReLU) else (float(clip.min_val), float(clip.max_val))
+        low, high = ends_of(clip)
         (source,) = source.all_input_nodes
     normal = source.meta.get("normal")
     if normal is None:
@@ -143,7 +144,8 @@ def correct_bias(sim: Simulation, step: Step, progress: Progress = SILENT, behin
     encodings = sim.encodings()
     quantize = quantizing({k: encodings[k] for k in step.parameters & encodings.keys() if k != name})
     result, target = (_sample(batches) for batches in ((step.run(x, quantize) for x in step.inputs), step.targets))
-    c = shift(result, target, activation(sim, step.nodes[0]) if behind_activation else None).cpu()
+    clip = activation(sim, step.nodes[0]) if behind_activation else None
+    c = shift(result, target, None if clip is None else ends_of(clip)).cpu()
     bias = sim.parameter(name)
     write_bias(sim, step.layer, bias - c.to(bias))
     mean, square = error_moments([result.T], [target.T])
