@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -97,8 +98,8 @@ def observe(
         if site.role == "weight":
             return quantized
         if (name := seen_at.get(site.name, site.name)) in samples:
-            low, high = (float(v) for v in torch.aminmax(x))
-            if not (np.isfinite(low) and np.isfinite(high)):
+            low, high = (v.item() for v in torch.aminmax(x))
+            if not (math.isfinite(low) and math.isfinite(high)):
                 raise _not_finite(site, len(lows[name]) // (1 + sizes[name]))
             lows[name].append(low)
             highs[name].append(high)

@@ -211,7 +211,8 @@ class FakeQuantize(nn.Module):
 
     @encoding.setter
     def encoding(self, encoding: Encoding | None) -> None:
-        self._encoding, self._constants, self._kept = encoding, None, None
+        if encoding is not self._encoding:
+            self._encoding, self._constants, self._kept = encoding, None, None
 
     def __getattr__(self, name: str) -> Any:
         try:

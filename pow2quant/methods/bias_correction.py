@@ -18,6 +18,7 @@ from pow2quant.methods.reconstruction import (
     Step,
     activation,
     error_moments,
+    power,
     quantizing,
     sqnr_db,
     walk,
@@ -149,7 +150,8 @@ def correct_bias(sim: Simulation, step: Step, progress: Progress = SILENT, behin
     bias = sim.parameter(name)
     write_bias(sim, step.layer, bias - c.to(bias))
     mean, square = error_moments([result.T], [target.T])
-    before, after = (sqnr_db([target], s) for s in (square, square - 2 * c * mean + c**2))
+    signal = power([target])
+    before, after = (sqnr_db(signal, s) for s in (square, square - 2 * c * mean + c**2))
     progress.note(f"{step.layer.module}: output {before} -> {after}")
 
 

@@ -12,7 +12,16 @@ from torch import Tensor
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation
 from pow2quant.config import integer
 from pow2quant.frontends.operators import weight_axis
-from pow2quant.methods.reconstruction import Step, error_moments, is_rounded, quantizing, sqnr_db, walk, write_bias
+from pow2quant.methods.reconstruction import (
+    Step,
+    error_moments,
+    is_rounded,
+    power,
+    quantizing,
+    sqnr_db,
+    walk,
+    write_bias,
+)
 
 NOTHING = torch.zeros(())
 
@@ -99,4 +108,4 @@ def _found(sim: Simulation, step: Step) -> tuple[Tensor, Tensor]:
 
 def _error(sim: Simulation, step: Step) -> str:
     _, square = error_moments(_results(sim, step), step.targets)
-    return sqnr_db(step.targets, square)
+    return sqnr_db(power(step.targets), square)

@@ -57,7 +57,7 @@ class Step:
     def parameters(self) -> frozenset[str]:
         """The names of the part's parameters, such as `conv1.bias`."""
         own = {str(node.target) for node in self.nodes}
-        return frozenset(n for n, _ in self._twin.network.named_parameters() if n.rpartition(".")[0] in own)
+        return frozenset(n for n in self._twin.parameters if n.rpartition(".")[0] in own)
 
     @property
     def layer(self) -> Layer:
@@ -234,9 +234,13 @@ def error_moments(results: Iterable[Tensor], targets: Iterable[Tensor] | None) -
     return sums.cpu() / count, squares.cpu() / count
 
 
-def sqnr_db(targets: Sequence[Tensor], mean_squares: Tensor) -> str:
-    """How far results are from their targets, for people: `12.3 dB`. mean_squares: of the error, per channel (C,)."""
-    signal = sum(float(t.square().sum(dtype=torch.float64)) for t in targets) / sum(t.numel() for t in targets)
+def power(targets: Sequence[Tensor]) -> float:
+    """The mean square of all values."""
+    return sum(float(t.square().sum(dtype=torch.float64)) for t in targets) / sum(t.numel() for t in targets)
+
+
+def sqnr_db(signal: float, mean_squares: Tensor) -> str:
+    """How far results are from targets of this power, for people: `12.3 dB`. mean_squares: of the error, (C,)."""
     noise = float(mean_squares.mean())
     return f"{10 * math.log10(signal / noise):.1f} dB" if signal > 0 and noise > 0 else "exact"
 
@@ -246,7 +250,7 @@ def output_sqnr(sim: Simulation, step: Step, quantize: Quantize | None = None) -
     """`sqnr_db` of what the part computes from its quantized inputs. quantize: None: as the simulation says now."""
     quantize = quantize or quantizing(sim.encodings())
     _, square = error_moments((step.run(x, quantize) for x in step.inputs), step.targets)
-    return sqnr_db(step.targets, square)
+    return sqnr_db(power(step.targets), square)
 
 
 def _encode_bias(sim: Simulation, layer: Layer, table: Table) -> None:
@@ -266,6 +270,7 @@ class _Twin:
         self.sim = sim
         self.device = device_of(sim.model)
         self.network: nn.Module = copied(sim.network).to(self.device)
+        self.parameters = [name for name, _ in self.network.named_parameters()]
         self.layers = {layer.module: layer for layer in sim.placement.layers}
         self.sites = {s.name: s for s in sim.sites}
 

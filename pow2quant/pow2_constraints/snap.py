@@ -290,8 +290,11 @@ def error_by_zero_point(x: Floats, sums: Floats, squares: Floats, scale: float, 
 
     sums, squares: the running sums of x and x^2. Each value's error is convex in the zero point, so their sum is.
     """
-    codes = np.rint(x / scale)
-    rounding = running(np.square(x - codes * scale))
+    codes = x / scale
+    np.rint(codes, out=codes)
+    lost = codes * scale
+    np.subtract(x, lost, out=lost)
+    rounding = running(np.square(lost, out=lost))
 
     def error(zero_point: Ints) -> Floats:
         first, last = -zero_point, qmax - zero_point
@@ -318,7 +321,9 @@ def least_on_even(function: Callable[[Ints], Floats], first: int, last: int) -> 
 
 def running(values: Floats) -> Floats:
     """The running sums of (n,), and a zero in front: (n + 1,)."""
-    return np.concatenate([[0.0], np.cumsum(values)])
+    sums = np.zeros(len(values) + 1)
+    np.cumsum(values, out=sums[1:])
+    return sums
 
 
 def _free(low: Floats, high: Floats, form: Format) -> Encoding:
