@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--sums", type=int, help="bits of sums and of what they add, as `quantization.sums`")
     parser.add_argument("--exponents", default="tqt", choices=["tqt", "lsq", "fixed"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--features", type=float, default=0.0, help="as `training.feature_distillation`")
     parser.add_argument("--relative-steps", action="store_true", help="as `training.relative_steps`")
     parser.add_argument("--batch-norm", default="folded", choices=["live", "folded"])
     parser.add_argument("--backend", default="custom")
@@ -85,6 +86,7 @@ def main() -> None:
             "training.temperature": 4.0,
             "training.precision": options.precision,
             "training.batch_norm": options.batch_norm,
+            "training.feature_distillation": options.features,
             "training.relative_steps": options.relative_steps,
         }
         folder = options.output / f"{run.replace(':', '-')}-{options.exponents}-seed{options.seed}"

@@ -57,6 +57,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--batch-norm", default="folded", choices=["live", "folded"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--distillation", type=float, default=0.8, help="as `training.distillation`")
+    parser.add_argument("--temperature", type=float, default=2.0, help="as `training.temperature`")
+    parser.add_argument("--features", type=float, default=0.0, help="as `training.feature_distillation`")
+    parser.add_argument("--relative-steps", action="store_true", help="as `training.relative_steps`")
     parser.add_argument("--backend", default="custom")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -88,8 +92,10 @@ def main() -> None:
             "training.scheduler": {"type": "OneCycleLR", "pct_start": 0.1},
             "training.weight_decay": 1e-4,
             "training.batch_size": 64,
-            "training.distillation": 0.8,
-            "training.temperature": 2.0,
+            "training.distillation": options.distillation,
+            "training.temperature": options.temperature,
+            "training.feature_distillation": options.features,
+            "training.relative_steps": options.relative_steps,
             "training.precision": options.precision,
             "training.checkpoint_minutes": 5.0,
         }
