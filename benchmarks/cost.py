@@ -2,9 +2,10 @@
 
     python benchmarks/cost.py [--size 64] [--rounds 7]
 
-Process CPU time on one thread, the median of interleaved rounds. Three ratios per network: calibration and snapping of
-8 batches of 32 images with the default choosers, the same with `minmax`, and the simulation's forward pass with frozen
-weights, each against the float network (batch norm folded, as in the simulation; and as the user's network is).
+Process CPU time on one thread, the median of interleaved rounds. Four ratios per network: calibration and snapping of
+8 batches of 32 images with the default choosers, the same with `minmax`, the simulation's forward pass with frozen
+weights, and bias correction, each against the float network (batch norm folded, as in the simulation; and as the user's
+network is).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pow2quant.backends.custom import CustomSimulation
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.config import QuantPlan
 from pow2quant.frontends.prepare import prepare
+from pow2quant.methods.bias_correction import BiasCorrection
 
 BATCHES, BATCH = 8, 32
 
@@ -58,8 +60,9 @@ def measure(name: str, size: int, rounds: int) -> None:
         input=replace(plan.input, range="minmax"),
         output=replace(plan.output, range="minmax"),
     )
-    default, fastest, frozen = (CustomSimulation(network, batches[0], p) for p in (plan, fast, plan))
+    default, fastest, frozen, corrected = (CustomSimulation(network, batches[0], p) for p in (plan, fast, plan, plan))
     frozen.calibrate(batches)
+    corrected.calibrate(batches)
 
     def forward(module: torch.nn.Module) -> None:
         with torch.no_grad():
@@ -72,6 +75,7 @@ def measure(name: str, size: int, rounds: int) -> None:
         "calibrate (default)": lambda: default.calibrate(batches),
         "calibrate (minmax)": lambda: fastest.calibrate(batches),
         "simulate": lambda: forward(frozen.model),
+        "bias_correction": lambda: BiasCorrection().apply(corrected, batches),
     }
     times = interleaved(tasks, rounds)
     base, folded = times["float"], times["folded"]
