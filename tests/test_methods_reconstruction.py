@@ -350,3 +350,19 @@ def deviations(sim: Simulation, batches: list[Tensor]) -> dict[str, tuple[float,
             off = float(((own - mean).abs() / deviation).mean()), float((spread / deviation).log().abs().mean())
             found[step.layer.module] = off
     return found
+
+
+def test_loading_the_same_encodings_keeps_quantized_weights() -> None:
+    """A walk loads the table behind every layer; only what it changes is quantized again."""
+    sim = resolve("backends", "custom")(conformance.prepared(), conformance.batch(), conformance.LOW_BITS)
+    sim.calibrate([conformance.batch()])
+    layers = [module for module in sim.model.modules() if getattr(module, "weight_quantizer", None) is not None]
+    with torch.no_grad():
+        before = [layer.weight_quantizer(layer.weight) for layer in layers]
+        table = sim.encodings()
+        changed = layers[0].weight_quantizer.site.name
+        old = table[changed]
+        sim.load(table | {changed: replace(old, scale=old.scale * 2)})
+        after = [layer.weight_quantizer(layer.weight) for layer in layers]
+    assert [a is b for a, b in zip(before, after, strict=True)] == [False] + [True] * (len(layers) - 1)
+    assert not torch.equal(before[0], after[0])
