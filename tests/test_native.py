@@ -153,3 +153,12 @@ def test_what_bias_correction_shifts(ends: tuple[float, float], count: int, monk
     found = bias_correction.shift(result, y, ends)
     monkeypatch.setattr(bias_correction, "fused", lambda x: None)
     torch.testing.assert_close(found, bias_correction.shift(result, y, ends), atol=1e-6, rtol=0)
+
+
+def test_shifts_of_narrower_numbers_are_those_of_the_plain_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C reads float32 alone."""
+    y = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = [bias_correction.shift(y + 0.25, target, (0.0, 6.0)) for target in (y, y.float())]
+    monkeypatch.setattr(bias_correction, "fused", lambda x: None)
+    for shifts, target in zip(found, (y, y.float()), strict=True):
+        assert torch.equal(shifts, bias_correction.shift(y + 0.25, target, (0.0, 6.0)))

@@ -126,7 +126,7 @@ def gradients(
 
 
 def shifts(result: Tensor, target: Tensor, ends: tuple[float, float], steps: int, least: float) -> Tensor:
-    """See `bias_correction.shift`. result, target: float32 (C, n), contiguous."""
+    """float64 (C,), see `bias_correction.shift`. result, target: float32 (C, n), contiguous, on the CPU."""
     found = torch.empty(len(result), dtype=torch.float64)
     given = result.data_ptr(), target.data_ptr(), found.data_ptr()
     functions()[2](*given, *result.shape, *ends, least, steps, torch.get_num_threads())

@@ -44,7 +44,8 @@ def shift(result: Tensor, target: Tensor, ends: tuple[float, float] | None = Non
     result, target: y~ and y, (C, n). ends: where f clips. Newton's method: the derivative of the mean is the share of
     values that f leaves as they are.
     """
-    if ends is not None and result.device.type == "cpu" and (kernels := fused(result)) is not None:
+    plain = ends is None or result.device.type != "cpu" or not result.dtype == target.dtype == torch.float32
+    if not plain and (kernels := fused(result)) is not None:
         found: Tensor = kernels.shifts(result.contiguous(), target.contiguous(), ends, ITERATIONS, LEAST_ACTIVE)
         return found
     c = (result - target).mean(1, dtype=torch.float64)
