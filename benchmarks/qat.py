@@ -48,6 +48,9 @@ def main() -> None:
     parser.add_argument("--sums", type=int, help="bits of sums and of what they add, as `quantization.sums`")
     parser.add_argument("--exponents", default="tqt", choices=["tqt", "lsq", "fixed"])
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--teacher", help="as `training.teacher.name`: whose logits are imitated, with its weights")
+    parser.add_argument("--teacher-weights", help="as `training.teacher.weights`")
+    parser.add_argument("--average", type=float, default=0.0, help="as `training.average`")
     parser.add_argument("--features", type=float, default=0.0, help="as `training.feature_distillation`")
     parser.add_argument("--relative-steps", action="store_true", help="as `training.relative_steps`")
     parser.add_argument("--batch-norm", default="folded", choices=["live", "folded"])
@@ -88,6 +91,8 @@ def main() -> None:
             "training.batch_norm": options.batch_norm,
             "training.feature_distillation": options.features,
             "training.relative_steps": options.relative_steps,
+            "training.average": options.average,
+            "training.teacher": options.teacher and {"name": options.teacher, "weights": options.teacher_weights},
         }
         folder = options.output / f"{run.replace(':', '-')}-{options.exponents}-seed{options.seed}"
         if not folder.exists():

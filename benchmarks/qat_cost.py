@@ -47,7 +47,7 @@ def trainer_of(sim: Simulation, data: datasets.Data, network: nn.Module, mode: s
         sim=sim,
         parameters=parameters,
         data=data,
-        teacher=network,
+        network=network,
         config=config,
         task=Classification([(data.num_classes,)]),
     )

@@ -38,7 +38,7 @@ from pow2quant.report.document import environment
 from pow2quant.runs.executors import SIMULATION, Arrays, compared, executors, runner
 from pow2quant.runs.job import Job
 from pow2quant.runs.scores import FLOAT, Scores
-from pow2quant.runs.writing import quantized
+from pow2quant.runs.writing import quantized, start
 from pow2quant.validation.agreement import Executor
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -117,7 +117,7 @@ def measure(title: str, bits: str, config: RunConfig, limit: int | None, slow: i
     """Quantizes for the configuration's target and runs its executors; the project's own ones on `slow` images."""
     started = time.monotonic()
     target = targets.load(config.target)
-    job, sim, _ = quantized(config, SILENT)
+    job, sim, _ = quantized(start(config, SILENT))
     fitting.require(sim.placement, sim.encodings())
     artifact = sim.export(job.example)
     left_out: dict[str, str] = {}

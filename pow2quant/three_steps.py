@@ -24,7 +24,7 @@ from pow2quant.backends.base import SILENT, Progress, Simulation, inputs
 from pow2quant.backends.calibration import settled
 from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError, OutputError, TrainingError
-from pow2quant.runs import Job, Result, Simulated, finish, quantized, unfinished, write_report
+from pow2quant.runs import Job, Result, Simulated, finish, quantized, start, unfinished, write_report
 from pow2quant.runs.chains import to_train
 from pow2quant.runs.chosen import shown
 from pow2quant.runs.quantizing import BACKEND, BITS, Temporary, requested
@@ -69,13 +69,16 @@ def qat(
         staged = run_folder.staged(target, overwrite) if processes.leads else nullcontext()
         with staged as folder:
             kept = unfinished.Unfinished(checkpoints if processes.leads else None)
-            job, sim, steps = quantized(config, bars, default=to_train(config), kept=kept)
+            job = start(config, bars, default=to_train(config), kept=kept)
+            teacher = job.teacher()
+            job, sim, steps = quantized(job)
             ptq_accuracy = job.score(sim.model)
             trainer = Trainer(
                 sim=sim,
                 parameters=job.parameters(sim),
                 data=replace(job.data, test=job.sample(job.config.ptq.max_eval_batches).batches),
-                teacher=job.model,
+                network=job.model,
+                teacher=teacher,
                 task=job.task,
                 config=job.config.training,
                 seed=job.config.seed,
@@ -127,7 +130,7 @@ def qat_model(
     `folded`), `final_ptq`. Raises Pow2QuantError, one line, for everything that can be fixed.
     """
     base, given, bars = requested(model, data, bits, methods, metric, task, backend, target, config, progress)
-    job, sim, steps = quantized(base, bars, given, to_train(base))
+    job, sim, steps = quantized(start(base, bars, given, to_train(base)))
     parameters = job.parameters(sim)
     batches = ([x.to(job.device) for x in inputs(batch)] for batch in job.calibration())
     made: QatModel[Result] = QatModel(

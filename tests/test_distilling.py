@@ -1,5 +1,6 @@
 """The float network inside the loss, and the moving average of the weights."""
 
+import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -9,12 +10,15 @@ import torch
 from torch import nn
 
 from pow2quant import datasets, models
-from pow2quant.backends.base import Simulation
-from pow2quant.config import DataConfig, QuantPlan, TrainingConfig
+from pow2quant.backends.base import SILENT, Simulation
+from pow2quant.config import DataConfig, QuantPlan, RunConfig, TrainingConfig, load, with_values
+from pow2quant.errors import Pow2QuantError
 from pow2quant.methods.reconstruction import blocks
-from pow2quant.runs import simulate
+from pow2quant.runs import simulate, start
 from pow2quant.tasks.classification import Classification
+from pow2quant.three_steps import qat
 from pow2quant.training.averaging import Average
+from pow2quant.training.distilling import divergence
 from pow2quant.training.trainer import Trainer
 
 SHORT = TrainingConfig(epochs=2, learning_rate=1e-3, mode="full", batch_norm="folded", distillation=1.0)
@@ -40,10 +44,15 @@ def simulated(network: nn.Module, data: datasets.Data) -> Simulation:
 
 
 def trainer_of(
-    sim: Simulation, data: datasets.Data, network: nn.Module, config: TrainingConfig, folder: Path | None = None
+    sim: Simulation,
+    data: datasets.Data,
+    network: nn.Module,
+    config: TrainingConfig,
+    folder: Path | None = None,
+    teacher: nn.Module | None = None,
 ) -> Trainer:
     parameters = {name: sim.parameter(name) for name in dict(sim.network.named_parameters())}
-    return Trainer(sim, parameters, data, network, config, Classification([(10,)]), folder=folder)
+    return Trainer(sim, parameters, data, network, config, Classification([(10,)]), teacher, folder=folder)
 
 
 def test_the_average_is_that_of_its_equation_and_changes_places_with_the_weights() -> None:
@@ -113,3 +122,96 @@ def test_features_are_what_blocks_compute(data: datasets.Data, network: nn.Modul
     assert float(loss.detach()) == pytest.approx(3 * sum(errors) / len(errors), rel=1e-5)
     assert torch.equal(value, result)
     assert all(float(t.grad.abs().sum()) > 0 for t in trainer.tensors if t.ndim > 1)
+
+
+@pytest.mark.parametrize("features", [0.0, 3.0])
+def test_a_teacher_takes_the_place_of_the_float_network_s_logits_alone(
+    data: datasets.Data, network: nn.Module, features: float
+) -> None:
+    """Features are still those of the float network, and so is what accuracy is compared with."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    before = [t.clone() for t in teacher.state_dict().values()]
+    config = replace(SHORT, distillation=0.5, temperature=2.0, feature_distillation=features)
+    losses = []
+    for one in (teacher, None):
+        trainer = trainer_of(simulated(network, data), data, network, config, teacher=one)
+        with trainer.training(), torch.no_grad():
+            result = trainer.sim.model(data.train[0][0])
+            losses.append(float(trainer.distillation.loss(result, [data.train[0][0]])))
+    with torch.no_grad():
+        logits = [one(data.train[0][0]) for one in (teacher, network)]
+    differences = [0.5 * float(divergence(result, one, 2.0)) for one in logits]
+    assert losses[0] - losses[1] == pytest.approx(differences[0] - differences[1], rel=1e-4)
+    assert losses[0] > losses[1]
+    trainer.run()
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.state_dict().values(), strict=True))
+
+
+NETWORKS = """
+import torch
+from torch import nn
+
+
+def wide(num_classes=10):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, num_classes))
+
+
+def hundred():
+    return wide(100)
+"""
+
+
+def configured(tmp_path: Path, name: str = "wide", weights: str | None = None, **training: object) -> RunConfig:
+    (tmp_path / "networks.py").write_text(NETWORKS)
+    values = {
+        "ptq.methods": [],
+        "ptq.calibration_batches": 2,
+        "ptq.max_eval_batches": 1,
+        "training.epochs": 1,
+        "training.distillation": 1.0,
+        "training.teacher": {"name": f"{tmp_path}/networks.py:{name}", "weights": weights},
+    }
+    return with_values(RunConfig(), values | {f"training.{key}": value for key, value in training.items()})
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_a_run_learns_from_the_teacher_that_its_configuration_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pixels: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    configuration = configured(tmp_path)
+    values = {"training.teacher.name": "networks.py:wide"} | ({"data.input": "pixels"} if pixels else {})
+    runs = [
+        qat(with_values(configuration, values), tmp_path / "taught"),
+        qat(with_values(configuration, values | {"training.teacher": None}), tmp_path / "alone"),
+    ]
+    losses = [
+        json.loads((run.folder / "training_metrics.json").read_text())["epochs"][-1]["loss"] for run in runs if run
+    ]
+    assert losses[0] > 2 * losses[1], "it knows nothing, the network's own logits are near"
+    kept = load(tmp_path / "taught" / "config.yaml").training.teacher
+    assert kept is not None
+    assert kept.name == f"{tmp_path}/networks.py:wide"
+
+
+def test_a_teacher_that_cannot_teach_is_refused_before_anything_is_quantized(tmp_path: Path) -> None:
+    for values, message in (
+        (
+            {"name": "hundred"},
+            r"training.teacher: .*:hundred gives \(1, 100\) for a sample; the network gives \(1, 10\)",
+        ),
+        ({"distillation": 0.0}, "training.teacher: needs training.distillation above 0"),
+        ({"weights": str(tmp_path / "none.pt")}, "none.pt"),
+    ):
+        with pytest.raises(Pow2QuantError, match=message):
+            qat(configured(tmp_path, **values), tmp_path / "run")
+        assert sorted(p.name for p in tmp_path.iterdir() if "run" in p.name) == []
+
+
+def test_what_ptq_draws_does_not_depend_on_the_teacher(tmp_path: Path) -> None:
+    job = start(configured(tmp_path), SILENT)
+    state = torch.get_rng_state()
+    assert job.teacher() is not None
+    assert torch.equal(torch.get_rng_state(), state)

@@ -14,7 +14,7 @@ from pow2quant import config
 from pow2quant.backends.base import SILENT
 from pow2quant.cli import main
 from pow2quant.plugins import names, resolve
-from pow2quant.runs import quantized
+from pow2quant.runs import quantized, start
 from tests.kinds import KINDS, QUICK, command, write
 
 FILES = ("model.onnx", "model_float.onnx", "model.encodings", "model.safetensors")
@@ -191,7 +191,7 @@ def test_a_method_that_says_it_is_deterministic_ignores_the_seed(method: str, mi
     for seed in (0, 1):
         values = {"model.name": kind.model_in(mine), "data.dataset": kind.data_in(mine), "seed": seed}
         widths = {"quantization.weight.bitwidth": 2 if method == "ternary" else 4, "ptq.methods": ["none", method]}
-        job, sim, _ = quantized(config.with_values(config.RunConfig(), values | widths), SILENT)
+        job, sim, _ = quantized(start(config.with_values(config.RunConfig(), values | widths), SILENT))
         found.append((sim.encodings(), {name: p.clone() for name, p in job.parameters(sim).items()}))
     (one, first), (other, second) = found
     assert one == other

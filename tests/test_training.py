@@ -51,7 +51,7 @@ def trainer_of(
     sim: Simulation, data: datasets.Data, network: nn.Module, config: TrainingConfig, **more: object
 ) -> Trainer:
     parameters = {name: sim.parameter(name) for name in dict(sim.network.named_parameters())}
-    values = {"sim": sim, "parameters": parameters, "data": data, "teacher": network, "config": config, **more}
+    values = {"sim": sim, "parameters": parameters, "data": data, "network": network, "config": config, **more}
     return Trainer(task=Classification([(10,)]), **values)  # type: ignore[arg-type]
 
 

@@ -163,8 +163,10 @@ class TrainingConfig:
     folded. freeze_batch_norm: the share of all steps after which batch norm uses its running statistics. warmup_epochs:
     epochs without quantization. gradual_epochs: epochs after the warm-up, over which the share of quantized tensors
     grows. gradient_clip: the largest norm of the gradient. distillation: share of the loss that compares with the float
-    network's logits. temperature: of distillation. feature_distillation: weight of the mean squared error behind every
-    block, by the energy of what the float network computes there; it is added to the loss. average: decay of the moving
+    network's logits. temperature: of distillation. teacher: a network whose logits are compared with in place of those
+    of the float network, such as a larger one, with the keys of `model`. feature_distillation: weight of the mean
+    squared error behind every block, by the energy of what the float network computes there; it is added to the loss.
+    average: decay of the moving
     average of the weights, which is measured and kept in their place; 0: none. relative_steps: steps of the optimizer
     are in proportion to each channel's weights. precision: `bfloat16` and `float16` are mixed, for devices that are
     faster so. keep: the `last` epoch, or the one that was `best` on the test data (which makes its accuracy there a
@@ -192,6 +194,7 @@ class TrainingConfig:
     gradient_clip: Annotated[float | None, ABOVE_ZERO] = None
     distillation: Annotated[float, SHARE] = 0.0
     temperature: Annotated[float, ABOVE_ZERO] = 1.0
+    teacher: ModelConfig | None = None
     feature_distillation: Annotated[float, FROM_ZERO] = 0.0
     average: Annotated[float, _BELOW_ONE] = 0.0
     relative_steps: bool = False

@@ -57,8 +57,10 @@ def _value(hint: Any, current: Any, value: Any, path: str) -> Any:
     legal, nullable = legal_of(hint)
     if value is None and nullable:
         return None
-    if is_dataclass(current):
-        return build(current, value, path)
+    classes = (a for a in get_args(hint) if isinstance(a, type) and is_dataclass(a))
+    part = current if is_dataclass(current) else next(classes, None)
+    if part is not None:
+        return build(part, value, path)
     try:
         return _adapter(hint).validate_json(json.dumps(value, default=os.fspath), strict=True)
     except (TypeError, ValueError, KeyError, AttributeError):  # pydantic's ValidationError is a ValueError

@@ -8,7 +8,7 @@ from pow2quant.runs.reopening import reopened, responses
 from pow2quant.runs.result import Result, Verdict
 from pow2quant.runs.simulating import Simulated, simulate
 from pow2quant.runs.validating import Validation, validate
-from pow2quant.runs.writing import finish, ptq, quantized, score, write_report
+from pow2quant.runs.writing import finish, ptq, quantized, score, start, write_report
 
 __all__ = [
     "Given",
@@ -31,6 +31,7 @@ __all__ = [
     "simulate",
     "simulation_executor",
     "simulation_of",
+    "start",
     "validate",
     "write_report",
 ]

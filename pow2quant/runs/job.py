@@ -22,7 +22,7 @@ from pow2quant.backends.pixels import fold_normalization
 from pow2quant.backends.sums import separate
 from pow2quant.config import QuantPlan, RunConfig
 from pow2quant.datasets.sampling import Sample, labels_at_hand, sample
-from pow2quant.errors import ConfigError, DataError
+from pow2quant.errors import ConfigError, DataError, ModelError
 from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.copies import copied
 from pow2quant.frontends.export import unwrapped
@@ -78,6 +78,7 @@ class Job:
     """What a configuration stands for: a float network, its preparation, and data.
 
     model: as the user wrote it, called with a flat sequence of tensors. example: inputs of one call, of one sample.
+    flattened: makes of a network that is called as the user's is one that is called as `model` is.
     seen: calibration batches in place of those of `data`. trials: by which the methods were chosen, if they were.
     unfinished: where simulations on their way are kept.
     """
@@ -89,6 +90,7 @@ class Job:
     example: Batch
     task: Task
     progress: Progress
+    flattened: Callable[[nn.Module], nn.Module]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     given: Given = NOTHING
     samples: dict[int | None, Sample] = field(default_factory=dict)
@@ -141,15 +143,34 @@ class Job:
             progress.note(f"{name}: unrolled over {steps} steps, the length of the inputs; it takes no other length")
         flat = inputs(called)
         example = flat[0] if len(flat) == 1 else flat
-        own = model if isinstance(called, Tensor) and not call_arguments(model, called)[1] else Flat(model, called)
         if size := fixed_batch(network):
             progress.note(
                 f"the network takes batches of {size} only: it is called part by part; quantized it takes any"
             )
-            own = InParts(own, size)
-        if pixels is not None:
-            own = Normalizing(own, pixels)
-        return cls(config, data, own, network, example, task, progress, device or torch.device("cpu"), given)
+        flattened = partial(_flattened, called=called, size=size, pixels=pixels)
+        device = device or torch.device("cpu")
+        return cls(config, data, flattened(model), network, example, task, progress, flattened, device, given)
+
+    def teacher(self) -> nn.Module | None:
+        """The network of `training.teacher`, on the device, called as `model` is; None where none is named.
+
+        To be asked for before `simulate`, while `model` is on the CPU.
+
+        Raises ConfigError where nothing is learned from it, ModelError for one whose first result has not the shape of
+        the float network's.
+        """
+        training = self.config.training
+        if training.teacher is None:
+            return None
+        if not training.distillation:
+            raise ConfigError("training.teacher: needs training.distillation above 0, its share of the loss")
+        with torch.random.fork_rng(devices=[]), torch.no_grad():  # what PTQ draws does not depend on the teacher
+            teacher = self.flattened(unwrapped(_built(training.teacher)))
+            shapes = [tuple(inputs(network(*inputs(self.example)))[0].shape) for network in (self.model, teacher)]
+        if shapes[0] != shapes[1]:
+            name = training.teacher.name
+            raise ModelError(f"training.teacher: {name} gives {shapes[1]} for a sample; the network gives {shapes[0]}")
+        return teacher.to(self.device)
 
     def simulate(self) -> Simulation:
         """The backend's simulation of the prepared network, on the device."""
@@ -330,8 +351,18 @@ def network_of(config: RunConfig, given: Given = NOTHING) -> nn.Module:
     if given.model is not None:
         models.check_finite(given.model.state_dict(), config.model.name)
         return unwrapped(given.model)
-    name, classes, weights = config.model.name, config.model.num_classes, config.model.weights
-    return unwrapped(models.build(name, num_classes=classes, weights=weights))
+    return unwrapped(_built(config.model))
+
+
+def _built(model: configuration.ModelConfig) -> nn.Module:
+    return models.build(model.name, num_classes=model.num_classes, weights=model.weights)
+
+
+def _flattened(model: nn.Module, called: Any, size: int | None, pixels: Pixels | None) -> nn.Module:
+    """A network called with a flat sequence of tensors: size samples at a time, from pixels, where these are given."""
+    own = model if isinstance(called, Tensor) and not call_arguments(model, called)[1] else Flat(model, called)
+    own = InParts(own, size) if size else own
+    return own if pixels is None else Normalizing(own, pixels)
 
 
 @dataclass(frozen=True)
@@ -369,13 +400,16 @@ def absolute(config: RunConfig) -> RunConfig:
     def chosen(choice: configuration.Choice | None) -> Any:
         return choice and choice._replace(name=own(choice.name))
 
-    model = replace(config.model, name=own(config.model.name), weights=whole(config.model.weights))
+    def network(model: configuration.ModelConfig) -> configuration.ModelConfig:
+        return replace(model, name=own(model.name), weights=whole(model.weights))
+
     t = config.training
-    parts = {"criterion": chosen(t.criterion), "optimizer": chosen(t.optimizer), "scheduler": chosen(t.scheduler)}
+    parts: dict[str, Any] = {key: chosen(getattr(t, key)) for key in ("criterion", "optimizer", "scheduler")}
+    parts |= {"teacher": t.teacher and network(t.teacher)}
     return replace(
         config,
         metric=config.metric and own(config.metric),
-        model=model,
+        model=network(config.model),
         training=replace(t, **parts),
         data=replace(config.data, dataset=own(config.data.dataset), path=whole(config.data.path)),
         search=replace(config.search, latency_table=whole(config.search.latency_table)),

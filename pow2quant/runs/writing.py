@@ -67,7 +67,7 @@ def ptq(
         raise ConfigError("ptq takes a RunConfig and a folder; for a network in Python: quantize(model, data)")
     started, target = time.monotonic(), run_folder.path_of(output)
     with run_folder.staged(target, overwrite) as folder, unfinished.beside(target) as kept:
-        job, sim, steps = quantized(config, shown(progress), given, kept=kept)
+        job, sim, steps = quantized(start(config, shown(progress), given, kept=kept))
         report, agreements = finish(job, sim, folder, [*steps, "export"])
         report["ptq_accuracy"] = report["final_accuracy"]
         report["duration_seconds"] = round(time.monotonic() - started, 2)
@@ -75,21 +75,26 @@ def ptq(
     return Result(target, report, tuple(agreements), Simulated(sim, job.example))
 
 
-def quantized(
+def start(
     config: RunConfig,
     progress: Progress,
     given: Given = NOTHING,
     default: tuple[Choice, ...] | None = None,
     kept: unfinished.Unfinished = unfinished.NOTHING,
-) -> tuple[Job, Simulation, list[str]]:
-    """The first part of every run: what a configuration stands for, its calibrated simulation, and the steps taken.
+) -> Job:
+    """What a configuration stands for, before anything is quantized.
 
     default: the methods where none is named; None: those of `ptq`. kept: where simulations on their way are kept.
     """
     if given.methods is None:
         config = with_chain(config, configuration.default_methods(config) if default is None else default, progress)
     methods_of(config, given)
-    job = decided(replace(Job.start(config, progress, given), unfinished=kept))
+    return replace(Job.start(config, progress, given), unfinished=kept)
+
+
+def quantized(job: Job) -> tuple[Job, Simulation, list[str]]:
+    """The first part of every run: the job with methods that are chosen, its calibrated simulation, the steps taken."""
+    job = decided(job)
     return job, job.quantized(), job.steps
 
 
@@ -102,7 +107,7 @@ def score(
     Returns keys of report.json: `backend`, `pipeline_steps`, `task`, `metrics`, `evaluation`, the accuracies of the
     float network (`initial_…`) and of the simulation (`final_…`), `final_sqnr_db` and `evaluated_samples`.
     """
-    job, sim, steps = quantized(config, progress, kept=kept)
+    job, sim, steps = quantized(start(config, progress, kept=kept))
     limit = config.ptq.max_eval_batches
     scores = Scores(job.task, limit=limit, total=job.sample(limit).total)
     simulation = scores.watch(simulation_executor(sim, config.backend, job.device), noise=True)

@@ -1,4 +1,4 @@
-"""What training takes from the float network: its logits, and what it computes behind every block."""
+"""What training takes from float networks: a teacher's logits, and what the float network computes behind blocks."""
 
 from __future__ import annotations
 
@@ -28,25 +28,39 @@ def divergence(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 class Distillation:
-    """The float network beside the one that is trained.
+    """The float networks beside the one that is trained.
 
-    watched: by site name, what the trained network has just computed behind its blocks; empty without features.
+    networks: those that compute, the last one for its logits. watched: by site name, what the trained network has just
+    computed behind its blocks; empty without features.
     """
 
     def __init__(
-        self, config: TrainingConfig, task: str, teacher: nn.Module, sim: Simulation, device: torch.device
+        self,
+        config: TrainingConfig,
+        task: str,
+        network: nn.Module,
+        teacher: nn.Module | None,
+        sim: Simulation,
+        device: torch.device,
     ) -> None:
-        self.config, self.task, self.teacher = config, task, teacher
+        """network: the float one. teacher: whose logits are imitated; None: those of the float network."""
+        self.config, self.task = config, task
         self.watched: dict[str, Tensor] = {}
         self._exact: dict[str, Tensor] = {}
         if config.feature_distillation:
-            self.teacher = copied(sim.network).to(device)
+            network = copied(sim.network).to(device)
             for end in (part[-1] for part in blocks(sim)):
                 site = sim.placement.quantized.get(end.name)
                 if site is not None:
                     self.watched[site.name] = torch.empty(0)
-                    module = self.teacher.get_submodule(str(end.target))
+                    module = network.get_submodule(str(end.target))
                     module.register_forward_hook(partial(_keep, self._exact, site.name))
+        if teacher is None:
+            self.networks = [network]
+        elif config.feature_distillation:
+            self.networks = [network, teacher]
+        else:
+            self.networks = [teacher]
 
     def loss(self, result: Tensor, arguments: Sequence[Tensor]) -> Tensor:
         """What is added to the loss of the task. result: the first of what the trained network gives for arguments."""
@@ -54,7 +68,7 @@ class Distillation:
         if not share and not weight:
             return result.new_zeros(())
         with torch.no_grad():
-            teacher = inputs(self.teacher(*arguments))[0]
+            teacher = [inputs(network(*arguments))[0] for network in self.networks][-1]
         loss = result.new_zeros(())
         if share and self.task in CLASSES:
             loss = share * divergence(result, teacher, self.config.temperature)

@@ -50,17 +50,19 @@ LAYOUT = torch.channels_last
 class Trainer:
     """One training of one simulation, which must be calibrated.
 
-    parameters: the float parameters that are trained, by name. teacher: the float network, for distillation. task: says
-    the loss where the configuration does not, and the metric by which epochs are compared. folder: where checkpoints
-    go; None: there are none. identity: what a checkpoint must have been made with.
+    parameters: the float parameters that are trained, by name. network: the float one. task: says the loss where the
+    configuration does not, and the metric by which epochs are compared. teacher: whose logits distillation imitates, on
+    the device; None: the float network's. folder: where checkpoints go; None: there are none. identity: what a
+    checkpoint must have been made with.
     """
 
     sim: Simulation
     parameters: Mapping[str, Tensor]
     data: Data
-    teacher: nn.Module
+    network: nn.Module
     config: TrainingConfig
     task: Task
+    teacher: nn.Module | None = None
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     processes: Processes = field(default_factory=Processes)
@@ -77,7 +79,7 @@ class Trainer:
         self.exponents, self.norms, self.tensors = self.learning.exponents, self.learning.norms, self.learning.tensors
         self.average = Average(self.tensors, self.config.average)
         self.relative = RelativeSteps(self.tensors, self.config.relative_steps)
-        self.distillation = Distillation(self.config, self.task.name, self.teacher, self.sim, self.device)
+        self.distillation = Distillation(self.config, self.task.name, self.network, self.teacher, self.sim, self.device)
         self.learning.watched = self.distillation.watched
         self.steps = len(self.data.train) * self.config.epochs
         self.criterion = schedule.criterion_of(self.config, self.task.loss)
@@ -137,7 +139,7 @@ class Trainer:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Within it the simulation computes with what is learned; sites that learn have no encoding of their own."""
-        networks = (self.sim.model, self.teacher, self.distillation.teacher)
+        networks = (self.sim.model, self.network, *self.distillation.networks)
         for module in networks:
             module.to(memory_format=LAYOUT)
         self.norms.arrange(LAYOUT)
@@ -254,7 +256,7 @@ class Trainer:
 
     def accuracy(self) -> float:
         """The leading metric on the test data; every process measures all of it."""
-        return judged(self.metric, self.sim.model, self.teacher, self.data.test, self.device)
+        return judged(self.metric, self.sim.model, self.network, self.data.test, self.device)
 
     def _measure(self, loss: float | None, seconds: float) -> None:
         """Adds an epoch to the history; remembers it if it is the best of those in which everything was quantized."""
