@@ -17,7 +17,6 @@ from pow2quant.adapters.onnx_qdq import export_qdq, from_qdq, save, to_qdq
 from pow2quant.errors import DataError, FileFormatError
 from pow2quant.integer.certificate import certify
 from pow2quant.pow2_constraints import Encoding
-from pow2quant.validation import agreement
 from pow2quant.validation.agreement import SUSPECTS, Executor, compare, lacks_vnni
 from pow2quant.validation.ort import BATCH, executors, inspect, optimized, options, plain, random_batches
 from tests.quantized_graphs import Graph, encoding, residual_network
@@ -194,12 +193,6 @@ def test_accumulators_beyond_float32_are_named():
     (result,) = compare(reference, [other], inputs(artifact, 200), artifact, proof=certify(artifact))
     assert result.claim == "differs"
     assert "the accumulator may reach" in result.first_diverging.cause
-
-
-def test_an_x86_without_vnni_is_a_likely_cause(network, monkeypatch):
-    monkeypatch.setattr(agreement, "lacks_vnni", lambda: True)
-    assert "has no VNNI" in agreement.likely_cause(network, "relu6.output")
-    assert agreement.likely_cause(network, "residual.output") is None
 
 
 @pytest.mark.parametrize(

@@ -286,9 +286,6 @@ def likely_cause(artifact: Artifact, tensor: str) -> str | None:
         bound = bounds.get(node.output[0])
         if bound is not None and not bound.proved:
             return bound.reason
-    for node in nodes:
-        if lacks_vnni() and _is_u8s8(artifact, node):
-            return "this x86 processor has no VNNI: 16-bit sums of unsigned times signed 8-bit products saturate"
     return None
 
 
@@ -301,11 +298,6 @@ def _between(artifact: Artifact, tensor: str) -> list[onnx.NodeProto]:
             nodes.insert(0, node)
             wanted |= {name for name in node.input if name not in artifact.encodings}
     return nodes
-
-
-def _is_u8s8(artifact: Artifact, node: onnx.NodeProto) -> bool:
-    grids = [artifact.encodings[name].grid for name in node.input[:2] if name in artifact.encodings]
-    return [grid.signed for grid in grids] == [False, True] and all(grid.width <= 8 for grid in grids)
 
 
 def _largest_difference(a: NDArray[np.float32], b: NDArray[np.float32], encoding: Encoding | None) -> float:
