@@ -2,7 +2,8 @@
 
     pow2quant ptq --model benchmarks/kinds.py:keywords --data benchmarks/kinds.py:keywords_data
 
-A factory trains its network in some seconds, always the same way. Data functions return (training, test).
+A factory trains its network in some seconds, always the same way on one kind of processor. Data functions return
+(training, test).
 """
 
 from __future__ import annotations
