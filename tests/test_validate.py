@@ -17,8 +17,8 @@ from pow2quant.adapters.onnx_qdq import export_qdq, from_qdq, save, to_qdq
 from pow2quant.errors import DataError, FileFormatError
 from pow2quant.integer.certificate import certify
 from pow2quant.pow2_constraints import Encoding
-from pow2quant.validation.agreement import SUSPECTS, Executor, compare, lacks_vnni
-from pow2quant.validation.ort import BATCH, executors, inspect, optimized, options, plain, random_batches
+from pow2quant.validation.agreement import SUSPECTS, Executor, compare
+from pow2quant.validation.ort import BATCH, executors, inspect, lacks_vnni, optimized, options, plain, random_batches
 from tests.quantized_graphs import Graph, encoding, residual_network
 
 

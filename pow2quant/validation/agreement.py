@@ -6,10 +6,8 @@ Values are compared, not their representation: -0.0 equals 0.0, and NaN differs 
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -314,17 +312,3 @@ def _largest_difference(a: NDArray[np.float32], b: NDArray[np.float32], encoding
         steps = np.where(a == b, 0, difference / unit)
     largest = float(steps.max())
     return largest if math.isfinite(largest) else math.inf
-
-
-def lacks_vnni(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None) -> bool:
-    """Whether this is an x86 processor without VNNI instructions, or one of which that is not known.
-
-    There onnxruntime's u8s8 kernels add pairs of products in 16 bits, which saturate (VPMADDUBSW).
-    """
-    if (machine or platform.machine()).lower() not in ("x86_64", "amd64", "x86", "i386", "i686"):
-        return False
-    try:
-        flags = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
-    except OSError:
-        return True
-    return not flags & {"avx512_vnni", "avx_vnni"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from pow2quant.adapters.onnx_qdq.batch import fixed_batch
 from pow2quant.adapters.onnx_qdq.integer_ends import INTEGERS
 from pow2quant.errors import DataError, FileFormatError
 from pow2quant.graphs import GraphIndex
-from pow2quant.validation.agreement import Executor, lacks_vnni
+from pow2quant.validation.agreement import Executor
 from pow2quant.validation.files import QdqFile, opened
 from pow2quant.validation.optimizers import culprits
 
@@ -314,6 +315,20 @@ def options(*, optimized: bool) -> onnxruntime.SessionOptions:
     if lacks_vnni():
         session.add_session_config_entry("session.x64quantprecision", "1")
     return session
+
+
+def lacks_vnni(cpuinfo: Path = Path("/proc/cpuinfo"), machine: str | None = None) -> bool:
+    """Whether this is an x86 processor without VNNI instructions, or one of which that is not known.
+
+    There onnxruntime's u8s8 kernels add pairs of products in 16 bits, which saturate (VPMADDUBSW).
+    """
+    if (machine or platform.machine()).lower() not in ("x86_64", "amd64", "x86", "i386", "i686"):
+        return False
+    try:
+        flags = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return True
+    return not flags & {"avx512_vnni", "avx_vnni"}
 
 
 def _usable_cores() -> int:
