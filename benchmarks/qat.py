@@ -3,16 +3,18 @@
     python benchmarks/qat.py --data-path DIR --network models.py:cifar10_resnet20 --weights resnet20.safetensors
         [--runs 8:8:weights:1:1e-4 4:8:weights:3:1e-4 4:4:full:10:2.5e-4 …] [--exponents tqt|lsq|fixed]
         [--before "align: {rounds: 1}, gptq, bias_correction"] [--overrides "{fc: {output: {bitwidth: 8}}}"] [--sums 8]
+        [--teacher models.py:cifar10_resnet56 --teacher-weights resnet56.safetensors]
         [--output runs/qat-cifar10]
 
 DIR holds `cifar-10-batches-py/` or `cifar10.npz`; networks and weights are your own. A run is
 WEIGHT BITS:ACTIVATION BITS:MODE:EPOCHS:LEARNING RATE; the rate warms up for a tenth of the steps. 512 calibration
 images; `weights` starts from the default methods, `full` from the chain `--before`; batches of 64, folded batch norm,
-no loss but distillation from the float network. `--overrides` are `quantization.overrides`: by default the logits have
-8 bits, as with 4 bits the two largest of them are often equal. `--exponents fixed` leaves exponents where the
-methods put them, and takes less time. The last epoch is kept: no choice is made on test images. Prints a markdown row
-per run. A run that was interrupted continues when the same command is given again. `--precision bfloat16` is faster on
-processors that compute with it, and half as fast on others. Exit status 1 when any output element differs.
+no loss but distillation from the float network, or from `--teacher`. `--overrides` are `quantization.overrides`: by
+default the logits have 8 bits, as with 4 bits the two largest of them are often equal. `--exponents fixed` leaves
+exponents where the methods put them, and takes less time. The last epoch is kept: no choice is made on test images.
+Prints a markdown row per run. A run that was interrupted continues when the same command is given again. `--precision
+bfloat16` is faster on processors that compute with it, and half as fast on others. Exit status 1 when any output
+element differs.
 """
 
 from __future__ import annotations
@@ -50,7 +52,6 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--teacher", help="as `training.teacher.name`: whose logits are imitated, with its weights")
     parser.add_argument("--teacher-weights", help="as `training.teacher.weights`")
-    parser.add_argument("--average", type=float, default=0.0, help="as `training.average`")
     parser.add_argument("--features", type=float, default=0.0, help="as `training.feature_distillation`")
     parser.add_argument("--relative-steps", action="store_true", help="as `training.relative_steps`")
     parser.add_argument("--batch-norm", default="folded", choices=["live", "folded"])
@@ -59,6 +60,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/qat-cifar10"))
     options = parser.parse_args()
+    if options.teacher_weights and not options.teacher:
+        parser.error("name the network of --teacher-weights with --teacher")
     print("| widths | mode | epochs | minutes | float | PTQ | after training | onnxruntime | differing |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     agrees = True
@@ -91,7 +94,6 @@ def main() -> None:
             "training.batch_norm": options.batch_norm,
             "training.feature_distillation": options.features,
             "training.relative_steps": options.relative_steps,
-            "training.average": options.average,
             "training.teacher": options.teacher and {"name": options.teacher, "weights": options.teacher_weights},
         }
         folder = options.output / f"{run.replace(':', '-')}-{options.exponents}-seed{options.seed}"

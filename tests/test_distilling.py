@@ -1,4 +1,4 @@
-"""The float network inside the loss, and the moving average of the weights."""
+"""The float network or a teacher inside the loss, and the moving average of the weights."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from torch import nn
 from pow2quant import datasets, models
 from pow2quant.backends.base import SILENT, Simulation
 from pow2quant.config import DataConfig, QuantPlan, RunConfig, TrainingConfig, load, with_values
-from pow2quant.errors import Pow2QuantError
+from pow2quant.errors import ConfigError, Pow2QuantError
 from pow2quant.methods.reconstruction import blocks
 from pow2quant.runs import simulate, start
 from pow2quant.tasks.classification import Classification
@@ -128,7 +128,7 @@ def test_features_are_what_blocks_compute(data: datasets.Data, network: nn.Modul
 def test_a_teacher_takes_the_place_of_the_float_network_s_logits_alone(
     data: datasets.Data, network: nn.Module, features: float
 ) -> None:
-    """Features are still those of the float network, and so is what accuracy is compared with."""
+    """Features are still those of the float network."""
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
     before = [t.clone() for t in teacher.state_dict().values()]
@@ -208,6 +208,11 @@ def test_a_teacher_that_cannot_teach_is_refused_before_anything_is_quantized(tmp
         with pytest.raises(Pow2QuantError, match=message):
             qat(configured(tmp_path, **values), tmp_path / "run")
         assert sorted(p.name for p in tmp_path.iterdir() if "run" in p.name) == []
+
+
+def test_a_teacher_has_no_default() -> None:
+    with pytest.raises(ConfigError, match=r"training.teacher.name: missing"):
+        with_values(RunConfig(), {"training.teacher": {"num_classes": 10}})
 
 
 def test_what_ptq_draws_does_not_depend_on_the_teacher(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pow2quant.config.sections import (
     ReportConfig,
     RunConfig,
     SearchConfig,
+    TeacherConfig,
     TrainingConfig,
 )
 from pow2quant.config.users_code import from_file, is_in_file, users_code
@@ -44,6 +45,7 @@ __all__ = [
     "ReportConfig",
     "RunConfig",
     "SearchConfig",
+    "TeacherConfig",
     "TensorSpec",
     "TrainingConfig",
     "default_methods",

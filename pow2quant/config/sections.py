@@ -70,7 +70,16 @@ _OVERRIDES = Legal(lambda: "{PATTERN: {ROLE: {key: value}}}, with null for a rol
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class TeacherConfig:
+    """Which network teaches. The keys are those of `model`, but it has no default."""
+
+    name: Annotated[str, _TEXT]
+    num_classes: Annotated[int | None, _COUNT] = None
+    weights: Annotated[str | None, _TEXT] = None
+
+
+@dataclass(frozen=True)
+class ModelConfig(TeacherConfig):
     """Which network.
 
     name: `digits-cnn`, `torchvision:resnet18`, `timm:NAME`, `net.onnx` or `file.py:factory`. num_classes: of the
@@ -78,8 +87,6 @@ class ModelConfig:
     """
 
     name: Annotated[str, _TEXT] = "digits-cnn"
-    num_classes: Annotated[int | None, _COUNT] = None
-    weights: Annotated[str | None, _TEXT] = None
 
 
 @dataclass(frozen=True)
@@ -166,12 +173,12 @@ class TrainingConfig:
     network's logits. temperature: of distillation. teacher: a network whose logits are compared with in place of those
     of the float network, such as a larger one, with the keys of `model`. feature_distillation: weight of the mean
     squared error behind every block, by the energy of what the float network computes there; it is added to the loss.
-    average: decay of the moving
-    average of the weights, which is measured and kept in their place; 0: none. relative_steps: steps of the optimizer
-    are in proportion to each channel's weights. precision: `bfloat16` and `float16` are mixed, for devices that are
-    faster so. keep: the `last` epoch, or the one that was `best` on the test data (which makes its accuracy there a
-    little too good). patience: epochs without a better accuracy until training stops. checkpoint_minutes: between
-    checkpoints, beside that of every epoch. tensorboard: curves are written for TensorBoard too.
+    average: decay of the moving average of the weights, which is measured and kept in their place; 0: none.
+    relative_steps: steps of the optimizer are in proportion to each channel's weights. precision: `bfloat16` and
+    `float16` are mixed, for devices that are faster so. keep: the `last` epoch, or the one that was `best` on the test
+    data (which makes its accuracy there a little too good). patience: epochs without a better accuracy until training
+    stops. checkpoint_minutes: between checkpoints, beside that of every epoch. tensorboard: curves are written for
+    TensorBoard too.
     """
 
     epochs: Annotated[int, _COUNT] = 20
@@ -194,7 +201,7 @@ class TrainingConfig:
     gradient_clip: Annotated[float | None, ABOVE_ZERO] = None
     distillation: Annotated[float, SHARE] = 0.0
     temperature: Annotated[float, ABOVE_ZERO] = 1.0
-    teacher: ModelConfig | None = None
+    teacher: TeacherConfig | None = None
     feature_distillation: Annotated[float, FROM_ZERO] = 0.0
     average: Annotated[float, _BELOW_ONE] = 0.0
     relative_steps: bool = False

@@ -41,6 +41,7 @@ from pow2quant.tasks.choosing import task_of, unread
 from pow2quant.tasks.judging import counted, leading, value_of
 
 T = TypeVar("T")
+Network = TypeVar("Network", bound=configuration.TeacherConfig)
 
 
 Named = list[tuple[str, Any]]
@@ -354,7 +355,7 @@ def network_of(config: RunConfig, given: Given = NOTHING) -> nn.Module:
     return unwrapped(_built(config.model))
 
 
-def _built(model: configuration.ModelConfig) -> nn.Module:
+def _built(model: configuration.TeacherConfig) -> nn.Module:
     return models.build(model.name, num_classes=model.num_classes, weights=model.weights)
 
 
@@ -400,7 +401,7 @@ def absolute(config: RunConfig) -> RunConfig:
     def chosen(choice: configuration.Choice | None) -> Any:
         return choice and choice._replace(name=own(choice.name))
 
-    def network(model: configuration.ModelConfig) -> configuration.ModelConfig:
+    def network(model: Network) -> Network:
         return replace(model, name=own(model.name), weights=whole(model.weights))
 
     t = config.training
