@@ -8,10 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from pow2quant import datasets, models
+from pow2quant.config import DataConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 import defaults  # noqa: E402
+import held_back  # noqa: E402
 import kinds  # noqa: E402
 import methods as bench  # noqa: E402
 import rules  # noqa: E402
@@ -57,6 +62,44 @@ def test_the_default_is_measured_beside_what_it_must_beat(tmp_path: Path, monkey
     assert defaults.worse([alone, replace(alone, experiment=other)]) == []
     low = replace(alone, experiment=other, accuracy=alone.accuracy - 2 * alone.interval - 1)
     assert len(defaults.worse([alone, low])) == 1
+
+
+NET = """
+import torch
+from torch import nn
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+"""
+
+
+def test_images_that_are_held_back_become_halves_with_the_classes_of_the_float_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    train, test = (rng.integers(0, 256, (n, 32, 32, 3), np.uint8) for n in (30, 4))
+    np.savez(tmp_path / "cifar10.npz", train_x=train, train_y=np.arange(30) % 10, test_x=test, test_y=np.zeros(4, int))
+    (tmp_path / "net.py").write_text(NET)
+    network = models.build(f"{tmp_path}/net.py:net")
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    given = ["--network", f"{tmp_path}/net.py:net", "--weights", str(tmp_path / "net.pt"), "--train", "20"]
+    made = ["--data-path", str(tmp_path), "--held-back", "8", "--output", str(tmp_path / "other")]
+    monkeypatch.setattr(sys, "argv", ["held_back.py", *given, *made])
+    held_back.main()
+    with np.load(tmp_path / "other" / "cifar10.npz") as archive:
+        assert np.array_equal(archive["train_x"], train[:20])
+        assert np.array_equal(archive["train_y"], np.arange(20) % 10)
+        left, right = ([x.tobytes() for x in part] for part in (train[-8:, :, :16], train[-8:, :, 16:]))
+        assert len(archive["test_x"]) == 40
+        assert all(x[:, :16].tobytes() == left[i % 8] for i, x in enumerate(archive["test_x"]))
+        partners = [right.index(x[:, 16:].tobytes()) for x in archive["test_x"]]
+    assert all(partner != i % 8 for i, partner in enumerate(partners))
+    assert len({(i % 8, partner) for i, partner in enumerate(partners)}) == 40
+    data = datasets.load(DataConfig("cifar10", str(tmp_path / "other")))
+    with torch.no_grad():
+        assert all(torch.equal(network(images).argmax(1), labels) for images, labels in data.test)
 
 
 def test_the_page_of_targets_shows_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
