@@ -48,8 +48,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     options = parser.parse_args()
     images, _, _ = cifar10(DataConfig("cifar10", options.data_path))
-    if options.train + options.held_back > len(images) or options.held_back <= PAIRINGS:
+    if options.train < 1 or options.train + options.held_back > len(images):
         parser.error(f"--train and --held-back: {options.data_path} has {len(images)} training images")
+    if options.held_back <= PAIRINGS:
+        parser.error(f"--held-back: {options.held_back}; at least {PAIRINGS + 1} images make {PAIRINGS} pairings")
     path = options.output / "cifar10.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     tested = composed(images.pixels[-options.held_back :])
