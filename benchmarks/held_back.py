@@ -15,15 +15,18 @@ float network was trained on them: it is so sure of their classes that hardly an
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from pow2quant import datasets, models
+from pow2quant import models
 from pow2quant.config import DataConfig
 from pow2quant.datasets.cifar10 import cifar10
+from pow2quant.datasets.settings import resolved
 
 PAIRINGS = 5
 """Test images for each image that is held back."""
@@ -47,21 +50,21 @@ def main() -> None:
     parser.add_argument("--held-back", type=int, default=2000, help="of the last training images")
     parser.add_argument("--output", type=Path, required=True, help="a folder")
     options = parser.parse_args()
-    images, _, _ = cifar10(DataConfig("cifar10", options.data_path))
+    images, _, _ = cifar10(resolved(DataConfig("cifar10", options.data_path)))
     if options.train < 1 or options.train + options.held_back > len(images):
         parser.error(f"--train and --held-back: {options.data_path} has {len(images)} training images")
     if options.held_back <= PAIRINGS:
         parser.error(f"--held-back: {options.held_back}; at least {PAIRINGS + 1} images make {PAIRINGS} pairings")
-    path = options.output / "cifar10.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tested = composed(images.pixels[-options.held_back :])
-    parts = {"train": (images.pixels[: options.train], images.labels[: options.train])}
-    save(path, parts | {"test": (tested, torch.zeros(len(tested), dtype=torch.int64))})
+    pixels = composed(images.pixels[-options.held_back :])
+    tested = replace(images, pixels=pixels, labels=torch.zeros(len(pixels), dtype=torch.int64))
     network = models.build(options.network, weights=options.weights).eval()
     with torch.no_grad():
-        found = [network(x).argmax(1) for x, _ in datasets.load(DataConfig("cifar10", str(options.output))).test]
-    save(path, parts | {"test": (tested, torch.cat(found))})
-    print(f"{path}: {options.train:,} training images, {len(tested):,} test images")
+        found = [network(x).argmax(1) for x, _ in DataLoader(tested, 64, collate_fn=lambda batch: batch)]
+    path = options.output / "cifar10.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train = (images.pixels[: options.train], images.labels[: options.train])
+    save(path, {"train": train, "test": (pixels, torch.cat(found))})
+    print(f"{path}: {options.train:,} training images, {len(pixels):,} test images")
 
 
 def save(path: Path, parts: dict[str, tuple[Tensor, Tensor]]) -> None:
