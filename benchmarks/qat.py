@@ -98,8 +98,8 @@ def main() -> None:
             "training.teacher": options.teacher and {"name": options.teacher, "weights": options.teacher_weights},
         }
         folder = options.output / f"{run.replace(':', '-')}-{options.exponents}-seed{options.seed}"
-        if not folder.exists():
-            qat(with_values(RunConfig(), values), folder, resume=True)
+        if not folder.exists() and qat(with_values(RunConfig(), values), folder, resume=True) is None:
+            continue  # another process of torchrun's leads, and prints the row
         r = json.loads((folder / "report.json").read_text())
         differing = sum(a["differing"] for a in r["validation"])
         accuracies = " | ".join(f"{r[f'{k}_accuracy']:.2f}" for k in ("initial", "ptq", "final", "onnxruntime"))

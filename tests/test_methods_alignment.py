@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pow2quant import QuantPlan, RunConfig, datasets, models, prepare, runs, simulate
 from pow2quant.backends.fold import fold_batch_norm
-from pow2quant.backends.placement import place
+from pow2quant.backends.placement import Placement, place
 from pow2quant.config import DataConfig, TensorSpec, with_values
 from pow2quant.errors import DataError
 from pow2quant.methods.alignment import Align, Aligned
@@ -257,6 +257,19 @@ def test_a_trained_network_gains_by_it(widths: tuple[int, int], free: bool, weig
         with torch.no_grad():
             errors.append(sum(float((sim.model(x) - network(x)).square().sum()) for x in digits[4:]))
     assert errors[1] < errors[0]
+
+
+def test_what_layers_read_of_wide_sums_counts_with_its_own_width() -> None:
+    """With sums of 8 bits, a layer behind one reads 4: in the simulation, and where noise is weighed."""
+    plan = replace(QuantPlan.default(8, 4), sums=8)
+
+    def read(placement: Placement) -> dict[str, int]:
+        return {y.module: placement.specs[y.input.name].bits for y in placement.layers if y.input is not None}
+
+    network = Align(rounds=1).rewrite(streams(), [images(32)], plan)
+    simulated = read(simulate(streams(), images(), plan).placement)
+    assert read(place(network, plan)) == simulated
+    assert simulated["a"] == 4
 
 
 @pytest.fixture(scope="module")

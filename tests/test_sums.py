@@ -67,6 +67,9 @@ def test_the_float_network_computes_the_same_bits(network, batch):
     changed = copy.deepcopy(prepared)
     separate(changed)
     assert len(list(changed.graph.nodes)) == len(list(prepared.graph.nodes)) + 2
+    once = changed.code
+    separate(changed)
+    assert changed.code == once
     assert torch.equal(changed(batch), prepared(batch))
 
 

@@ -36,8 +36,8 @@ def stream(network: fx.GraphModule) -> list[fx.Node]:
 def separate(network: fx.GraphModule) -> None:
     """Lets layers read the stream through a second clip of the same kind, in place: a tensor that may have fewer bits.
 
-    A clip of what is clipped changes nothing. What has no clip behind it, such as the sums of MobileNetV2, is read by
-    layers as it is.
+    A clip of what is clipped changes nothing, and a network that is separate already stays as it is. What has no clip
+    behind it, such as the sums of MobileNetV2, is read by layers as it is.
     """
     for node in stream(network):
         readers = [user for user in node.users if kind_of(called(network, user)) is Kind.WEIGHTED]

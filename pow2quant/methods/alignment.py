@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from pow2quant.backends.base import SILENT, Batch, Progress
 from pow2quant.backends.placement import place
+from pow2quant.backends.sums import separate
 from pow2quant.config import QuantPlan, finite, integer
 from pow2quant.methods.equalization import Group, bias_magnitudes, bounds, groups, peaks, scale
 from pow2quant.methods.noise import LayerNoise, TensorNoise, matrix, measure
@@ -111,6 +112,8 @@ class Align:
         self, network: fx.GraphModule, batches: Iterable[Batch], plan: QuantPlan, progress: Progress = SILENT
     ) -> fx.GraphModule:
         """Rewrites in place, and returns the network. Raises DataError for no batches."""
+        if plan.sums is not None:
+            separate(network)  # so that what layers read has its own width here, too
         found = groups(network)
         layers, tensors = measure(network, place(network, plan), [n for g in found for n in g.tensors], batches)
         for x in tensors.values():
