@@ -111,9 +111,13 @@ class Align:
     def rewrite(
         self, network: fx.GraphModule, batches: Iterable[Batch], plan: QuantPlan, progress: Progress = SILENT
     ) -> fx.GraphModule:
-        """Rewrites in place, and returns the network. Raises DataError for no batches."""
+        """Rewrites in place, and returns the network. Raises DataError for no batches.
+
+        With `plan.sums`, layers read wide sums through clips of their own from here on: they are placed in the network
+        as they will be in its simulation, and weighed at the width that layers read.
+        """
         if plan.sums is not None:
-            separate(network)  # so that what layers read has its own width here, too
+            separate(network)
         found = groups(network)
         layers, tensors = measure(network, place(network, plan), [n for g in found for n in g.tensors], batches)
         for x in tensors.values():
