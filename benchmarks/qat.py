@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--teacher", help="as `training.teacher.name`: whose logits are imitated, with its weights")
     parser.add_argument("--teacher-weights", help="as `training.teacher.weights`")
     parser.add_argument("--features", type=float, default=0.0, help="as `training.feature_distillation`")
+    parser.add_argument("--mixing", choices=["cutmix", "mixup"], help="as `training.mixing`")
+    parser.add_argument("--average", type=float, default=0.0, help="as `training.average`")
     parser.add_argument("--relative-steps", action="store_true", help="as `training.relative_steps`")
     parser.add_argument("--batch-norm", default="folded", choices=["live", "folded"])
     parser.add_argument("--backend", default="custom")
@@ -94,6 +96,8 @@ def main() -> None:
             "training.precision": options.precision,
             "training.batch_norm": options.batch_norm,
             "training.feature_distillation": options.features,
+            "training.mixing": options.mixing,
+            "training.average": options.average,
             "training.relative_steps": options.relative_steps,
             "training.teacher": options.teacher and {"name": options.teacher, "weights": options.teacher_weights},
         }

@@ -30,6 +30,7 @@ from pow2quant.runs.chosen import shown
 from pow2quant.runs.quantizing import BACKEND, BITS, Temporary, requested
 from pow2quant.training import curves
 from pow2quant.training.learning import Learning
+from pow2quant.training.mixing import Mixing
 from pow2quant.training.module import QatModel
 from pow2quant.training.processes import joined
 from pow2quant.training.trainer import Trainer
@@ -71,6 +72,7 @@ def qat(
             kept = unfinished.Unfinished(checkpoints if processes.leads else None)
             job = start(config, bars, default=to_train(config), kept=kept)
             teacher = job.teacher()
+            Mixing(job.config.training).check(inputs(job.example))
             job, sim, steps = quantized(job)
             ptq_accuracy = job.score(sim.model)
             trainer = Trainer(

@@ -415,6 +415,7 @@ def test_warm_up_is_float_and_then_the_share_of_quantized_sites_grows(network, d
         {"criterion": Choice("CrossEntropyLoss", {"label_smoothing": 0.1}), "precision": "bfloat16"},
         {"scheduler": None, "freeze_exponents": 0.1, "freeze_batch_norm": 1.0},
         {"batch_norm": "folded", "keep": "best"},
+        {"mixing": "cutmix", "distillation": 1.0, "temperature": 3.0},
     ],
     ids=str,
 )

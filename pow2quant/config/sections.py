@@ -29,6 +29,7 @@ ENCODINGS_VERSIONS = ("0.6.1", "1.0.0", "2.0.0")
 MODES = ("weights", "full")
 EXPONENTS = ("tqt", "lsq", "fixed")
 BATCH_NORMS = ("live", "folded")
+MIXINGS = ("cutmix", "mixup")
 TERNARY = ("twn", "ttq", "learned")
 KEEPS = ("last", "best")
 INPUTS = ("float", "pixels")
@@ -49,6 +50,7 @@ _PRECISION = one_of(lambda: PRECISIONS)
 _TERNARY = one_of(lambda: TERNARY)
 _BATCH_NORM = one_of(lambda: BATCH_NORMS)
 _KEEP = one_of(lambda: KEEPS)
+_MIXING = one_of(lambda: MIXINGS)
 _MEAN = Legal(lambda: "a list of finite numbers, one per channel", lambda v: len(v) > 0 and all(map(math.isfinite, v)))
 _STD = Legal(
     lambda: "a list of finite numbers above 0, one per channel",
@@ -173,12 +175,13 @@ class TrainingConfig:
     network's logits. temperature: of distillation. teacher: a network whose logits are compared with in place of those
     of the float network, such as a larger one, with the keys of `model`. feature_distillation: weight of the mean
     squared error behind every block, by the energy of what the float network computes there; it is added to the loss.
-    average: decay of the moving average of the weights, which is measured and kept in their place; 0: none.
-    relative_steps: steps of the optimizer are in proportion to each channel's weights. precision: `bfloat16` and
-    `float16` are mixed, for devices that are faster so. keep: the `last` epoch, or the one that was `best` on the test
-    data (which makes its accuracy there a little too good). patience: epochs without a better accuracy until training
-    stops. checkpoint_minutes: between checkpoints, beside that of every epoch. tensorboard: curves are written for
-    TensorBoard too.
+    mixing: what makes one image of two: `cutmix` puts a rectangle of another image into each, `mixup` adds two in
+    random shares; null: nothing does. mixed_steps: the share of steps with such images. average: decay of the moving
+    average of the weights, which is measured and kept in their place; 0: none. relative_steps: steps of the optimizer
+    are in proportion to each channel's weights. precision: `bfloat16` and `float16` are mixed, for devices that are
+    faster so. keep: the `last` epoch, or the one that was `best` on the test data (which makes its accuracy there a
+    little too good). patience: epochs without a better accuracy until training stops. checkpoint_minutes: between
+    checkpoints, beside that of every epoch. tensorboard: curves are written for TensorBoard too.
     """
 
     epochs: Annotated[int, _COUNT] = 20
@@ -203,6 +206,8 @@ class TrainingConfig:
     temperature: Annotated[float, ABOVE_ZERO] = 1.0
     teacher: TeacherConfig | None = None
     feature_distillation: Annotated[float, FROM_ZERO] = 0.0
+    mixing: Annotated[str | None, _MIXING] = None
+    mixed_steps: Annotated[float, SHARE] = 0.5
     average: Annotated[float, _BELOW_ONE] = 0.0
     relative_steps: bool = False
     precision: Annotated[str, _PRECISION] = "float32"

@@ -35,6 +35,7 @@ from pow2quant.training.curves import Epoch
 from pow2quant.training.distilling import Distillation
 from pow2quant.training.learning import Learning
 from pow2quant.training.losses import Losses
+from pow2quant.training.mixing import Mixing
 from pow2quant.training.processes import Processes
 from pow2quant.training.relative import RelativeSteps
 
@@ -79,6 +80,7 @@ class Trainer:
         self.exponents, self.norms, self.tensors = self.learning.exponents, self.learning.norms, self.learning.tensors
         self.average = Average(self.tensors, self.config.average)
         self.relative = RelativeSteps(self.tensors, self.config.relative_steps)
+        self.mixing = Mixing(self.config)
         self.distillation = Distillation(self.config, self.task.name, self.network, self.teacher, self.sim, self.device)
         self.learning.watched = self.distillation.watched
         self.steps = len(self.data.train) * self.config.epochs
@@ -196,7 +198,7 @@ class Trainer:
         count, share = len(whole[0]), self.processes.share
         if count < self.processes.size:  # a user's own loader may end an epoch so
             return
-        arguments = self._placed(tuple(share(x) for x in whole))
+        arguments = self._placed(tuple(share(x) for x in self.mixing.of(whole)))
         targets = pytree.tree_map(lambda t: sent(share(t), self.device) if isinstance(t, Tensor) else t, targets)
         self.optimizer.zero_grad()
         if self.exponent_optimizer is not None:
