@@ -91,17 +91,25 @@ def test_a_training_learns_what_the_teacher_says_about_mixed_images(data: datase
 
 
 @pytest.mark.parametrize(
-    ("changes", "example", "expected"),
+    ("config", "example", "expected"),
     [
-        ({"distillation": 0.5}, torch.zeros(1, 3, 8, 8), "cutmix mixes no labels; it needs training.distillation: 1"),
-        ({}, torch.zeros(1, 8), r"cutmix mixes images \(N, C, H, W\); input 1 is \(1, 8\)"),
-        ({"mixing": "mixup"}, torch.zeros(1, 8, dtype=torch.int64), "mixup mixes floats; input 1 is torch.int64"),
+        (
+            replace(MIXED, distillation=0.5),
+            torch.zeros(1, 3, 8, 8),
+            "cutmix mixes no labels; it needs training.distillation: 1",
+        ),
+        (MIXED, torch.zeros(1, 8), r"cutmix mixes images \(N, C, H, W\); input 1 is \(1, 8\)"),
+        (
+            replace(MIXED, mixing="mixup"),
+            torch.zeros(1, 8, dtype=torch.int64),
+            "mixup mixes floats; input 1 is torch.int64",
+        ),
     ],
 )
-def test_what_cannot_be_mixed_is_said(changes: dict[str, object], example: torch.Tensor, expected: str) -> None:
+def test_what_cannot_be_mixed_is_said(config: TrainingConfig, example: torch.Tensor, expected: str) -> None:
     images = torch.zeros(1, 3, 8, 8)
     with pytest.raises(ConfigError, match=f"training.mixing: {expected}"):
-        Mixing(replace(MIXED, **changes)).check([images, example])  # type: ignore[arg-type]
+        Mixing(config).check([images, example])
 
 
 def test_a_run_says_so_before_anything_is_quantized(tmp_path: Path) -> None:

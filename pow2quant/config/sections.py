@@ -176,12 +176,13 @@ class TrainingConfig:
     of the float network, such as a larger one, with the keys of `model`. feature_distillation: weight of the mean
     squared error behind every block, by the energy of what the float network computes there; it is added to the loss.
     mixing: what makes one image of two: `cutmix` puts a rectangle of another image into each, `mixup` adds two in
-    random shares; null: nothing does. mixed_steps: the share of steps with such images. average: decay of the moving
-    average of the weights, which is measured and kept in their place; 0: none. relative_steps: steps of the optimizer
-    are in proportion to each channel's weights. precision: `bfloat16` and `float16` are mixed, for devices that are
-    faster so. keep: the `last` epoch, or the one that was `best` on the test data (which makes its accuracy there a
-    little too good). patience: epochs without a better accuracy until training stops. checkpoint_minutes: between
-    checkpoints, beside that of every epoch. tensorboard: curves are written for TensorBoard too.
+    random shares; null: nothing does. It needs `distillation: 1`, as labels are not mixed. mixed_steps: the share of
+    steps with such images. average: decay of the moving average of the weights, which is measured and kept in their
+    place; 0: none. relative_steps: steps of the optimizer are in proportion to each channel's weights. precision:
+    `bfloat16` and `float16` are mixed, for devices that are faster so. keep: the `last` epoch, or the one that was
+    `best` on the test data (which makes its accuracy there a little too good). patience: epochs without a better
+    accuracy until training stops. checkpoint_minutes: between checkpoints, beside that of every epoch. tensorboard:
+    curves are written for TensorBoard too.
     """
 
     epochs: Annotated[int, _COUNT] = 20

@@ -16,11 +16,12 @@ class Mixing:
 
     Every sample is mixed with its neighbour in the batch, which training shuffles. The share l of the sample itself is
     drawn uniformly, once for a batch, which is Beta(1, 1) of both papers. Labels are not mixed: what is learned is what
-    the teacher says about the mixed images (Beyer et al. 2022, "Knowledge distillation: A good teacher is patient and
-    consistent", section 3).
+    the teacher says about the mixed images (as Beyer et al. 2022, "Knowledge distillation: A good teacher is patient
+    and consistent", do with mixup).
     """
 
     def __init__(self, config: TrainingConfig) -> None:
+        """config: its `mixing`, `mixed_steps` and `distillation` are read."""
         self.rule, self.share, self.distillation = config.mixing, config.mixed_steps, config.distillation
 
     def check(self, example: Sequence[Tensor]) -> None:
