@@ -31,6 +31,7 @@ from pow2quant.methods.auto import (
     best,
     blocks,
     cheap,
+    expected,
     learned,
     named,
 )
@@ -105,19 +106,55 @@ def test_one_part_is_enough_where_one_chain_is_clearly_best() -> None:
     assert best(trials).chain == (BIAS,)
 
 
+def took(chain: Chain) -> float:
+    """Seconds on a network where every method takes what `auto` expects."""
+    return expected(chain, [trial([1.0], (BIAS,), 1.0)])
+
+
+def alike(chain: Chain, part: int) -> Trial:
+    """Two images, of which none tells chains apart."""
+    return trial([0.9, 1.3] if chain == (ALIGN, BIAS) else [1.4, 1.0], chain, took(chain))
+
+
 def test_the_budget_ends_further_parts_too_and_the_best_comes_first() -> None:
     lines: list[str] = []
-    facts = Facts(8, 8, depthwise=False, default=(BIAS,))
-
-    def noise(chain: Chain) -> list[float]:
-        return [0.9, 1.3] if chain == (ALIGN, BIAS) else [1.4, 1.0]
-
-    count = len(cheap(facts, []))
-    trials = Auto(minutes=(count + 1.5) / 6).choose(facts, tries(noise, seconds=10), lines.append)
-    assert [t.parts for t in trials if t.chain == (ALIGN, BIAS)] == [2]
-    assert sum(t.parts for t in trials) == count + 1
+    facts = Facts(16, 16, depthwise=False, default=(BIAS,))
+    minutes = 1.5 * sum(map(took, cheap(facts, []))) / 60
+    trials = Auto(minutes=minutes).choose(facts, alike, lines.append)
+    assert sum(t.seconds for t in trials) <= minutes * 60
     assert best(trials).chain == (ALIGN, BIAS)
-    assert any("left out" in line for line in lines)
+    assert best(trials).parts == max(t.parts for t in trials) > min(t.parts for t in trials)
+    assert len(set(lines)) == len(lines)
+
+
+def test_what_is_left_out_is_said_once() -> None:
+    lines: list[str] = []
+    trials = Auto(minutes=1).choose(NARROW, lambda c, part: trial([1.0, 1.0], c, 3 * took(c)), lines.append)
+    without = [line for line in lines if "left out" in line]
+    assert len(set(without)) == len(without) > 1
+    assert not any(line.startswith(f"auto: {named(t.chain)}: ") for line in without for t in trials)
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_cheap_chains_leave_half_of_the_budget_to_those_that_learn(depthwise: bool) -> None:
+    """However many of them there are, and however close they are to each other."""
+    facts = Facts(8, 8, depthwise, default=(BIAS,))
+    some = [trial([1.0], (ALIGN, BIAS))]
+    minutes = 2.01 * sum(map(took, learned(facts, some))) / 60
+    trials = Auto(minutes=minutes).choose(facts, alike, lambda line: None)
+    chains = [t.chain for t in trials]
+    assert all(chain in chains for chain in learned(facts, some))
+    assert sum(took(chain) for chain in chains if chain in cheap(facts, [])) <= minutes * 30
+
+
+@pytest.mark.parametrize("chain", [(ALIGN, BIAS), (ALIGN, Choice("gptq"), BIAS)])
+def test_a_trial_is_expected_to_take_what_the_same_methods_took(chain: Chain) -> None:
+    """Whatever their parameters; and without one, as much for its cost as the slowest of others."""
+    more = tuple(c._replace(parameters={**c.parameters, "headroom": 1.1}) if c.name == "align" else c for c in chain)
+    known = [trial([1.0], (BIAS,), 1.0), trial([1.0], chain, 70.0), trial([1.0], (NOISE, *chain), 1000.0)]
+    assert expected(more, known) == expected(chain, known) == 70
+    assert expected(more, known[:1]) > expected((BIAS,), known[:1]) == 1
+    assert expected(chain, []) == 0
 
 
 @given(st.lists(st.tuples(st.floats(1e-3, 10), st.floats(1e-3, 10)), min_size=2, max_size=8))
@@ -192,7 +229,7 @@ def test_what_learns_and_wins_gets_more_steps_where_they_fit() -> None:
     assert learning == {"qdrop": 2000}
     assert [c.name for c in chains[-1]] in [[c.name for c in chain] for chain in chains[:-1]]
     lines: list[str] = []
-    Auto(minutes=20).choose(NARROW, tries(noise, seconds=20), lines.append)
+    Auto(minutes=20).choose(NARROW, lambda c, part: trial(noise(c), c, 2 * took(c)), lines.append)
     assert "qdrop(iterations=2000): left out" in lines[-1]
     chains = [t.chain for t in Auto().choose(NARROW, tries(lambda c: [1.0, 1.0]), lambda line: None)]
     assert all(c.parameters.get("iterations", 400) == 400 for chain in chains for c in chain)

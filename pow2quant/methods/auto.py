@@ -28,13 +28,17 @@ STEPS = 400
 """Of methods that learn, at first; LONGER times as many where they have won."""
 
 LONGER = 5
+
+CHEAP = 0.5
+"""Share of the budget beyond which no trial of a cheap chain goes, so that the others get theirs."""
+
 ROUND = Choice("adaround", {"iterations": STEPS})
 EXPONENTS = Choice("lapq", {"bias_correction": False})
 BLOCKS = Choice("qdrop", {"iterations": STEPS})
 
 COST = {
     "bias_correction": 1,
-    "align": 2,
+    "align": 6,
     "equalize": 1,
     "output_mse": 4,
     "gptq": 8,
@@ -122,7 +126,8 @@ class Auto:
     every part has judged them. Then the best mean wins. A run with the chosen chain sees all calibration images; the
     chain is what config.yaml keeps.
 
-    minutes: no trial begins that would take their sum beyond. held_back: share of the images that is held back at once.
+    minutes: no trial begins that would take their sum beyond; cheap chains get half of them at most.
+    held_back: share of the images that is held back at once.
     """
 
     minutes: Annotated[float, ABOVE_ZERO] = 10.0
@@ -141,36 +146,38 @@ class Auto:
         """
         tried: list[Trial] = []
 
-        def affords(chain: Chain) -> bool:
-            needs = expected(chain, tried)
-            fits = sum(t.seconds for t in tried) + needs <= self.minutes * 60
-            if not fits:
-                note(f"auto: {named(chain)}: left out, it would take about {needs / 60:.1f} min")
-            return fits
+        def affords(chain: Chain, share: float) -> bool:
+            return sum(t.seconds for t in tried) + expected(chain, tried) <= share * self.minutes * 60
 
-        def judge(chains: Sequence[Chain]) -> None:
+        def judge(chains: Sequence[Chain], share: float) -> None:
             """By further parts, as long as more than one is not clearly worse than the best."""
             for part in range(1, self.parts):
                 rivals = [t for t in tried if t.chain in chains]
                 lead = best(rivals or tried)
                 close = [t for t in rivals if not lead.clearly_beats(t)]
-                close.sort(key=lambda t: t is not lead)  # the first where the budget ends here
-                for trial in close if len(close) > 1 else ():
-                    if trial.parts == part and affords(trial.chain):
+                if len(close) == 1 or (lead.parts == part and not affords(lead.chain, share)):
+                    return
+                close.sort(key=lambda t: t is not lead)  # others are compared with it
+                for trial in close:
+                    if trial.parts == part and affords(trial.chain, share):
                         more = trial.then(attempt(trial.chain, part))
                         tried[[t.chain for t in tried].index(trial.chain)] = more
                         note(_line(more, lead))
 
         for stage in (usual, cheap, learned, blocks, longer):
-            chains = stage(facts, tried)
+            chains, share = stage(facts, tried), CHEAP if stage is cheap else 1.0
             for chain in chains:
-                if chain not in [t.chain for t in tried] and affords(chain):
-                    before = best(tried) if tried else None
-                    tried.append(attempt(chain, 0))
-                    note(_line(tried[-1], before))
+                if chain in [t.chain for t in tried]:
+                    continue
+                if not affords(chain, share):
+                    note(f"auto: {named(chain)}: left out, it would take about {expected(chain, tried) / 60:.1f} min")
+                    continue
+                before = best(tried) if tried else None
+                tried.append(attempt(chain, 0))
+                note(_line(tried[-1], before))
             if stage is cheap:
-                judge(chains)
-            judge([t.chain for t in tried])
+                judge(chains, share)
+            judge([t.chain for t in tried], share)
         return tried
 
 
@@ -180,10 +187,11 @@ def usual(facts: Facts, _: Sequence[Trial]) -> list[Chain]:
 
 
 def cheap(facts: Facts, _: Sequence[Trial]) -> list[Chain]:
-    """What costs no more than a few calibrations."""
-    chains: list[Chain] = [(BIAS,), (ALIGN, BIAS), (ALIGN, NOISE), (HEADROOM, BIAS), (MORE_HEADROOM, BIAS)]
-    equalized = [(EQUALIZE, BIAS), (EQUALIZE, ALIGN, BIAS), (EQUALIZE, ALIGN, NOISE), (EQUALIZE, HEADROOM, BIAS)]
-    return chains + equalized * facts.depthwise
+    """What costs no more than a few calibrations; what the budget may leave out comes last."""
+    chains: list[Chain] = [(BIAS,), (ALIGN, BIAS), (ALIGN, NOISE), (HEADROOM, BIAS)]
+    if facts.depthwise:
+        chains = [some for chain in chains for some in (chain, (EQUALIZE, *chain))]
+    return [*chains, (MORE_HEADROOM, BIAS)]
 
 
 def learned(facts: Facts, tried: Sequence[Trial]) -> list[Chain]:
@@ -232,8 +240,8 @@ def best(tried: Sequence[Trial]) -> Trial:
 
 
 def expected(chain: Chain, tried: Sequence[Trial]) -> float:
-    """About how many seconds a trial takes, by those of its chain or else of others; 0 for the first."""
-    same = [t for t in tried if t.chain == chain]
+    """About how many seconds a trial takes, by those of the same methods or else of others; 0 for the first."""
+    same = [t for t in tried if [c.name for c in t.chain] == [c.name for c in chain]]
     paces = [t.seconds / t.parts / _cost(t.chain) for t in same or tried]
     return max(paces, default=0.0) * _cost(chain)
 
