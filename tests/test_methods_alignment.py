@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -191,22 +192,25 @@ def test_the_float_network_does_not_notice_and_the_estimate_falls(seed: int) -> 
     assert notes[2] <= notes[0]
 
 
-def test_every_factor_has_the_error_that_comes_of_it() -> None:
-    """What `shared` and `separate` foretell is what the noise adds up to after the division."""
-    network, data = streams(), [images(32)]
+def parts(plan: QuantPlan) -> Iterator[Aligned]:
+    """The groups of `streams`, and what is known about their noise."""
+    network = streams()
     found = groups(network)
-    layers, tensors = measure(
-        network, place(network, QuantPlan.default(4, 4)), [n for g in found for n in g.tensors], data
-    )
-    one = torch.ones(())
+    layers, tensors = measure(network, place(network, plan), [n for g in found for n in g.tensors], [images(32)])
     for group in found:
-        part = Aligned(
+        yield Aligned(
             network,
             group,
             {n: layers[n] for n in group.writers},
             {n: layers[n] for n in group.readers},
             [tensors[n] for n in group.tensors if n in tensors],
         )
+
+
+def test_every_factor_has_the_error_that_comes_of_it() -> None:
+    """What `shared` and `separate` foretell is what the noise adds up to after the division."""
+    one = torch.ones(())
+    for part in parts(QuantPlan.default(4, 4)):
         other = copy.deepcopy(part)
         factor = torch.tensor(2**0.3125)
         foretold = part.shared(factor)
@@ -215,11 +219,19 @@ def test_every_factor_has_the_error_that_comes_of_it() -> None:
         candidates = torch.exp2(torch.arange(-4, 5) / 4)
         foretold = part.separate(candidates, 4)
         for node, y in part.writers.items():  # per channel, so that nothing is shared
-            now = torch.stack([y.least(matrix(network, node) / t)[1].flatten() * t**2 for t in candidates])
+            now = torch.stack([y.least(matrix(part.network, node) / t)[1].flatten() * t**2 for t in candidates])
             foretold = foretold - now
-        rest = [y.errors_by_column(w := matrix(network, n), y.least(w)[0]) for n, y in part.readers.items()]
+        rest = [y.errors_by_column(w := matrix(part.network, n), y.least(w)[0]) for n, y in part.readers.items()]
         total = sum(float(e.sum()) for e in rest) + sum(float(x.errors(one).sum()) for x in part.tensors)
         assert float(foretold[4].sum()) == pytest.approx(total, rel=1e-2)
+
+
+def test_one_factor_for_all_channels_has_the_same_error_an_octave_further() -> None:
+    """So one octave is all that is tried. With scales that are powers of two, to the last bit."""
+    for part in parts(QuantPlan.default(4, 8)):
+        errors = [part.shared(torch.tensor(t)) for t in (0.5, 0.75, 1.0, 1.5, 2.0)]
+        assert errors[0] == errors[2] == errors[4]
+        assert errors[1] == errors[3] != errors[0]
 
 
 def test_a_clipped_channel_is_scaled_where_that_costs_less_than_it_wins() -> None:

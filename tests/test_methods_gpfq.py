@@ -22,7 +22,6 @@ from pow2quant.methods.gpfq import (
     follow_path,
     hard_threshold,
     nearest,
-    patches,
     soft_threshold,
     stochastic,
 )
@@ -131,31 +130,6 @@ def test_stochastic_rounding_is_right_on_average() -> None:
     codes = stochastic(z)
     assert ((codes == z.floor()) | (codes == z.ceil())).all()
     torch.testing.assert_close(codes.mean(0), z[0], atol=0.02, rtol=0)
-
-
-LAYERS = {
-    "linear": (nn.Linear(6, 4), (5, 6)),
-    "linear of a sequence": (nn.Linear(6, 4), (5, 3, 6)),
-    "conv": (nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 7, 8)),
-    "oblong": (nn.Conv2d(4, 6, (3, 1), padding=(0, 2), dilation=(2, 1)), (2, 4, 7, 8)),
-    "groups": (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 7, 8)),
-    "depthwise": (nn.Conv2d(4, 8, 3, groups=4, padding="same"), (2, 4, 7, 8)),
-    "reflecting": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (2, 4, 7, 8)),
-    "one dimension": (nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2), (2, 4, 9)),
-}
-
-
-@pytest.mark.parametrize("name", LAYERS)
-@torch.no_grad()
-def test_a_layer_is_its_patches_times_its_weights(name: str) -> None:
-    layer, shape = LAYERS[name]
-    x = torch.randn(shape)
-    expected = layer(x)
-    expected = expected.flatten(0, -2) if isinstance(layer, nn.Linear) else expected.movedim(1, -1).flatten(0, -2)
-    found = patches(layer, x)
-    weight = layer.weight.view(len(found), -1, found.shape[2])
-    product = (found @ weight.mT).movedim(0, 1).flatten(1) + layer.bias
-    torch.testing.assert_close(product, expected, atol=1e-5, rtol=0)
 
 
 # -- the method --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pow2quant.backends.placement import tensor_name
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.frontends.modules import CONVOLUTIONS, Concat, ConstantPad, Slice, ZeroPad
 from pow2quant.frontends.operators import called
+from pow2quant.frontends.rows.weighted import zeros_around
 
 LARGEST = 255
 """The largest pixel: a byte's."""
@@ -75,17 +76,7 @@ def _layer_behind(network: fx.GraphModule, reader: fx.Node) -> tuple[tuple[int, 
             f"--input pixels: {what} reads the network's input; only a convolution with zero padding can take the "
             "normalization: leave the option out, or begin the network with one"
         )
-    return _pads(module), reader  # type: ignore[arg-type]
-
-
-def _pads(module: nn.Conv2d) -> tuple[int, ...]:
-    """A convolution's own padding, (left, right, top, bottom)."""
-    if isinstance(module.padding, str):
-        reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        sides = [(r // 2, r - r // 2) if module.padding == "same" else (0, 0) for r in reach]
-    else:
-        sides = [(p, p) for p in module.padding]
-    return tuple(p for side in reversed(sides) for p in side)
+    return zeros_around(module), reader  # type: ignore[arg-type]
 
 
 def _fold(network: fx.GraphModule, node: fx.Node, shift: Tensor, step: Tensor) -> None:

@@ -149,11 +149,12 @@ class Align:
         return torch.exp2(torch.arange(-self.steps, self.steps + 1) / self.steps)
 
     def _shared(self, part: Aligned, peak: Tensor) -> Tensor:
-        candidates = self._candidates()
         if part.group.clips:
             return torch.ones_like(peak)
-        errors = torch.stack([part.shared(t) for t in candidates])
-        return _least(candidates, errors[:, None]).expand(len(peak))
+        octave = self._candidates()[: self.steps]  # errors are the same an octave further, and that of 1/2 is that of 1
+        errors = torch.stack([part.shared(t) for t in octave])
+        chosen = int(errors.argmin())
+        return torch.full_like(peak, float(octave[chosen]) if errors[chosen] < errors[0] else 1.0)
 
     def _separate(self, part: Aligned, peak: Tensor) -> Tensor:
         candidates = self._candidates()

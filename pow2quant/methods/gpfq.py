@@ -14,10 +14,10 @@ from typing import Annotated, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pow2quant.backends.base import SILENT, Batch, Progress, Simulation, inputs
 from pow2quant.config import ABOVE_ZERO, FROM_ZERO, finite, integer, one_of
+from pow2quant.methods.patches import patches
 from pow2quant.methods.reconstruction import Step, encode_weight, is_rounded, output_sqnr, walk
 from pow2quant.pow2_constraints import Encoding, power_of_two
 
@@ -224,21 +224,6 @@ def samples_of(step: Step, module: nn.Module, retain_rate: float) -> Iterator[tu
 
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d)
-
-
-def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """What meets the weights of one neuron: (N, C, …) -> (groups, samples, K), K as in `weight.flatten(1)`."""
-    if isinstance(module, nn.Linear):
-        return x.flatten(0, -2)[None]
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode)
-    kernel, dilation, stride = module.kernel_size, module.dilation, module.stride
-    if isinstance(module, nn.Conv1d):
-        x, kernel, dilation, stride = x.unsqueeze(2), (1, *kernel), (1, *dilation), (1, *stride)
-    columns = F.unfold(x, kernel, dilation, 0, stride)
-    found: Tensor = columns.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
-    return found
 
 
 def alphabet(weight: Tensor, scalar: float, now: Encoding) -> Encoding:

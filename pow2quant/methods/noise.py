@@ -8,7 +8,6 @@ weighed against what another loses.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from pow2quant.errors import DataError
 from pow2quant.frontends.copies import copied
 from pow2quant.frontends.operators import called
 from pow2quant.methods.equalization import columns
+from pow2quant.methods.patches import some_patches
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose
 
 IMAGES = 16
@@ -231,7 +231,7 @@ class _Seen(fx.Interpreter):
         """As fx says, and kept."""
         entering = self.fetch_args_kwargs_from_env(n)[0]
         if n.name in self.layers:
-            seen = _patches(self.fetch_attr(str(n.target)), entering[0].detach())
+            seen = _entering(self.fetch_attr(str(n.target)), entering[0].detach())
             mean, square = self._moments.get(n.name, (None, None))
             product = seen @ seen.transpose(1, 2) / seen.shape[2]
             self._moments[n.name] = self._mean(mean, seen.mean(2)), self._mean(square, product)
@@ -250,17 +250,9 @@ def _is_clip(network: nn.Module, node: fx.Node) -> bool:
     return isinstance(called(network, node), nn.ReLU6)
 
 
-def _patches(layer: Any, x: Tensor) -> Tensor:
+def _entering(layer: Any, x: Tensor) -> Tensor:
     """What the rows of a layer see at some positions, (groups, D, n); of a transposed convolution, single values."""
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
-        values = x.transpose(0, 1).flatten(1)
-        return values.view(getattr(layer, "groups", 1), -1, values.shape[1])
-    channels, taps = x.shape[1], layer.weight[0, 0].numel()
-    probe = copy.copy(layer)
-    probe.groups = channels
-    one_each = torch.eye(taps).view(taps, 1, *layer.kernel_size).repeat(channels, *[1] * (x.ndim - 1))
-    found = []
-    for image in x.split(1):
-        seen = probe._conv_forward(image, one_each, None)[0].flatten(1)
-        found.append(seen.view(layer.groups, -1, seen.shape[1])[..., :: -(-seen.shape[1] // PATCHES) | 1])
-    return torch.cat(found, 2)
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        return some_patches(layer, x, PATCHES)
+    values = x.transpose(0, 1).flatten(1)
+    return values.view(getattr(layer, "groups", 1), -1, values.shape[1])

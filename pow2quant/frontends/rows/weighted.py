@@ -18,6 +18,12 @@ def conv_pads(module: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d) -> tuple[list[
     return pads, pads
 
 
+def zeros_around(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
+    """A convolution's own padding as `torch.nn.functional.pad` takes it: the last dimension first."""
+    sides = zip(*conv_pads(module), strict=True)
+    return tuple(p for side in reversed(list(sides)) for p in side)
+
+
 def _conv(op: str) -> Emit:
     def emit(module: nn.Conv2d | nn.ConvTranspose2d, node: Node, graph: OnnxGraph) -> None:
         attributes = {
