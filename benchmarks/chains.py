@@ -95,9 +95,11 @@ class Chains:
         quantization = RunConfig().quantization
         config = replace(RunConfig(), quantization=replace(quantization, weight=plan.weight, output=plan.output))
 
+        batches = choosing.some(self.batches, chooser.images)
+
         @cache
         def halves(part: int) -> tuple[Chains, list[Tensor]]:
-            seen, held_back = choosing.split(self.batches, chooser.held_back, part)
+            seen, held_back = choosing.split(batches, chooser.held_back, part)
             return Chains(self.model, seen), held_back
 
         def attempt(chain: Chain, part: int) -> Trial:

@@ -36,7 +36,7 @@ from pow2quant.methods.auto import (
     named,
 )
 from pow2quant.runs import choosing, unfinished
-from pow2quant.runs.choosing import split
+from pow2quant.runs.choosing import some, split
 
 NARROW = Facts(4, 4, depthwise=False, default=(ALIGN, NOISE))
 
@@ -263,6 +263,29 @@ def test_every_image_either_calibrates_or_judges(sizes: list[int], share: float)
         judged += halves[1].tolist()
     assert len(set(judged)) == len(judged)
     assert len(judged) == total or share not in (0.05, 0.1, 0.2, 0.25, 0.5)
+
+
+@given(st.integers(1, 9), st.integers(1, 12), st.integers(2, 60))
+def test_trials_take_the_fewest_batches_with_enough_images(size: int, count: int, images: int) -> None:
+    batches = [torch.full((size, 1), float(i)) for i in range(count)]
+    kept = [int(x[0]) for x in some(batches, images)]
+    assert len(kept) == min(count, -(-images // size))
+    gaps = np.diff([*kept, count])
+    assert kept[0] == 0
+    assert gaps.max() - gaps.min() <= 1, "evenly spread"
+
+
+def test_a_large_calibration_set_is_for_the_run_not_for_the_trials(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, batches = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), list(torch.rand(640, 6).split(64))
+    folders = tmp_path / "auto", tmp_path / "again"
+    found = pow2quant.quantize(
+        network, batches, methods=[{"auto": {"images": 128}}], output=folders[0], progress=False
+    ).report
+    assert 32 <= max(t["images"] for t in found["auto"]) <= 128
+    methods = list(configuration.load(folders[0] / "config.yaml").ptq.methods or ())
+    pow2quant.quantize(network, batches, methods=methods, output=folders[1], progress=False)
+    assert (folders[0] / "model.encodings").read_bytes() == (folders[1] / "model.encodings").read_bytes()
 
 
 def test_one_image_cannot_do_both() -> None:

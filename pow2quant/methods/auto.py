@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pow2quant.config import ABOVE_ZERO, Choice, finite
+from pow2quant.config import ABOVE_ZERO, Choice, finite, integer
 
 Chain = tuple[Choice, ...]
 
@@ -127,10 +127,12 @@ class Auto:
     chain is what config.yaml keeps.
 
     minutes: no trial begins that would take their sum beyond; cheap chains get half of them at most.
-    held_back: share of the images that is held back at once.
+    images: about so many of the calibration images are for the trials. held_back: share of these that is held back at
+    once.
     """
 
     minutes: Annotated[float, ABOVE_ZERO] = 10.0
+    images: Annotated[int, integer(2)] = 512
     held_back: Annotated[float, finite("a number above 0 and below 1", lambda v: 0 < v < 1)] = 0.25
 
     @property

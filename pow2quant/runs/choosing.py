@@ -43,7 +43,7 @@ def decided(job: Job) -> Job:
     chooser = chooser_of(job.config) if job.given.methods is None else None
     if chooser is None:
         return job
-    batches = list(job.calibration())
+    batches = some(list(job.calibration()), chooser.images)
     numbers, silent = job.unfinished.numbers(job.fingerprint), replace(job, progress=SILENT, unfinished=NOTHING)
 
     def measured(chain: Chain, part: int) -> list[float]:
@@ -73,6 +73,13 @@ def with_methods(job: Job, chain: Chain, batches: Sequence[Batch] | None = None)
     seen = job.calibration() if batches is None else batches
     network = rewritten(copied(job.network), config, seen, job.progress)
     return replace(job, config=config, network=network, seen=batches)
+
+
+def some(batches: Sequence[Batch], images: int) -> list[Batch]:
+    """The fewest batches, evenly spread, with that many images where batches are alike; all where there are fewer."""
+    count = sum(len(pytree.tree_leaves(batch)[0]) for batch in batches)
+    kept = min(len(batches), -(-len(batches) * images // count)) if count else 0
+    return [batches[i * len(batches) // kept] for i in range(kept)]
 
 
 def split(batches: Sequence[Batch], share: float, part: int = 0) -> tuple[list[Batch], list[Batch]]:
