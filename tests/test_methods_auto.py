@@ -29,7 +29,6 @@ from pow2quant.methods.auto import (
     Facts,
     Trial,
     best,
-    blocks,
     cheap,
     expected,
     learned,
@@ -119,7 +118,7 @@ def alike(chain: Chain, part: int) -> Trial:
 def test_the_budget_ends_further_parts_too_and_the_best_comes_first() -> None:
     lines: list[str] = []
     facts = Facts(16, 16, depthwise=False, default=(BIAS,))
-    minutes = 1.5 * sum(map(took, cheap(facts, []))) / 60
+    minutes = 1.5 * sum(map(took, cheap(facts))) / 60
     trials = Auto(minutes=minutes).choose(facts, alike, lines.append)
     assert sum(t.seconds for t in trials) <= minutes * 60
     assert best(trials).chain == (ALIGN, BIAS)
@@ -144,7 +143,7 @@ def test_cheap_chains_leave_half_of_the_budget_to_those_that_learn(depthwise: bo
     trials = Auto(minutes=minutes).choose(facts, alike, lambda line: None)
     chains = [t.chain for t in trials]
     assert all(chain in chains for chain in learned(facts, some))
-    assert sum(took(chain) for chain in chains if chain in cheap(facts, [])) <= minutes * 30
+    assert sum(took(chain) for chain in chains if chain in cheap(facts)) <= minutes * 30
 
 
 @pytest.mark.parametrize("chain", [(ALIGN, BIAS), (ALIGN, Choice("gptq"), BIAS)])
@@ -181,7 +180,7 @@ def test_costlier_chains_stand_on_the_best_cheap_one() -> None:
     trials = Auto().choose(NARROW, tries(lambda c: [0.1, 0.1] if c == better else [1.0, 1.0]), lambda line: None)
     chains = [t.chain for t in trials]
     assert chains[0] == NARROW.default
-    assert set(map(str, cheap(NARROW, []))) <= set(map(str, chains))
+    assert set(map(str, cheap(NARROW))) <= set(map(str, chains))
     assert (ALIGN, NOISE, Choice("adaround", {"iterations": 400})) in chains
     assert (ALIGN, Choice("gptq"), BIAS) in chains
     assert len(set(map(str, chains))) == len(chains)
@@ -201,18 +200,40 @@ def test_rewrites_are_those_of_the_best_cheap_chain_where_the_default_beats_all_
     assert (EQUALIZE, ALIGN, NOISE, Choice("adaround", {"iterations": 400})) in chains
 
 
-def test_rounding_is_not_learned_above_eight_bits_and_blocks_are_not_at_eight() -> None:
-    assert learned(Facts(16, 16, False, ()), []) == []
-    assert blocks(Facts(4, 8, False, ()), []) == []
-    assert not any(
-        c.name == "adaround" for chain in learned(Facts(8, 8, False, ()), [trial([1.0], (BIAS,))]) for c in chain
-    )
+@pytest.mark.parametrize(
+    ("weight", "activation", "methods"),
+    [(16, 16, set()), (8, 8, {"gptq"}), (4, 8, {"gptq", "adaround"}), (4, 4, {"gptq", "adaround", "qdrop", "lapq"})],
+)
+def test_rounding_is_learned_where_it_pays(weight: int, activation: int, methods: set[str]) -> None:
+    """Not above eight bits, by blocks only where activations are narrow, and there before that of single layers."""
+    chains = learned(Facts(weight, activation, False, ()), [trial([1.0], (BIAS,))])
+    assert {c.name for chain in chains for c in chain} - {"bias_correction", "output_mse"} == methods
+    if activation < 8:
+        order = ["qdrop" in [c.name for c in chain] for chain in chains]
+        assert max(np.flatnonzero(order)) < len(chains) - 1
+        assert chains[-1][-1].name == "adaround"
+
+
+def test_all_that_is_learned_is_tried_before_further_images_judge_any_of_it() -> None:
+    """Where chains are close, the budget would end with that, and the costly ones would not be tried at all."""
+    calls: list[tuple[Chain, int]] = []
+
+    def attempt(chain: Chain, part: int) -> Trial:
+        calls.append((chain, part))
+        return alike(chain, part)
+
+    costly = learned(NARROW, [trial([1.0], (ALIGN, BIAS))])
+    minutes = 1.01 * sum(map(took, [*cheap(NARROW), *costly])) / 60
+    Auto(minutes=minutes).choose(NARROW, attempt, lambda line: None)
+    parts = [part for chain, part in calls if chain in costly]
+    assert parts == sorted(parts)
+    assert any(c.name == "qdrop" for chain, _ in calls for c in chain)
 
 
 def test_depthwise_networks_are_equalized_before_they_are_aligned() -> None:
     """Equalization moves a channel by any factor, alignment by less than two: they win together, in this order."""
-    tried = cheap(Facts(8, 8, True, ()), [])
-    assert not any(EQUALIZE in chain for chain in cheap(Facts(8, 8, False, ()), []))
+    tried = cheap(Facts(8, 8, True, ()))
+    assert not any(EQUALIZE in chain for chain in cheap(Facts(8, 8, False, ())))
     assert all(chain in tried for chain in [(EQUALIZE, BIAS), (EQUALIZE, ALIGN, BIAS), (EQUALIZE, ALIGN, NOISE)])
     assert all(
         chain[:2] == (EQUALIZE, ALIGN)
@@ -229,7 +250,7 @@ def test_what_learns_and_wins_gets_more_steps_where_they_fit() -> None:
     assert learning == {"qdrop": 2000}
     assert [c.name for c in chains[-1]] in [[c.name for c in chain] for chain in chains[:-1]]
     lines: list[str] = []
-    Auto(minutes=20).choose(NARROW, lambda c, part: trial(noise(c), c, 2 * took(c)), lines.append)
+    Auto(minutes=10).choose(NARROW, lambda c, part: trial(noise(c), c, 2 * took(c)), lines.append)
     assert "qdrop(iterations=2000): left out" in lines[-1]
     chains = [t.chain for t in Auto().choose(NARROW, tries(lambda c: [1.0, 1.0]), lambda line: None)]
     assert all(c.parameters.get("iterations", 400) == 400 for chain in chains for c in chain)

@@ -118,7 +118,7 @@ class Auto:
     """Tries chains of methods by stages and keeps the one whose outputs are closest to float on images it did not see.
 
     First the default and cheap chains; behind the rewrites of the best cheap one rounding that is learned (`gptq`,
-    `adaround`); for activations below 8 bits then exponents by the loss and rounding by blocks (`lapq`, `qdrop`). Where
+    `adaround`); for activations below 8 bits also exponents by the loss and rounding by blocks (`lapq`, `qdrop`). Where
     learning has won, it is tried with more steps.
 
     Calibration images judge, never test images: a part is held back and the others calibrate. Chains that are not
@@ -166,8 +166,7 @@ class Auto:
                         tried[[t.chain for t in tried].index(trial.chain)] = more
                         note(_line(more, lead))
 
-        for stage in (usual, cheap, learned, blocks, longer):
-            chains, share = stage(facts, tried), CHEAP if stage is cheap else 1.0
+        def attempted(chains: Sequence[Chain], share: float) -> None:
             for chain in chains:
                 if chain in [t.chain for t in tried]:
                     continue
@@ -177,18 +176,16 @@ class Auto:
                 before = best(tried) if tried else None
                 tried.append(attempt(chain, 0))
                 note(_line(tried[-1], before))
-            if stage is cheap:
-                judge(chains, share)
-            judge([t.chain for t in tried], share)
+
+        attempted([facts.default, *cheap(facts)], CHEAP)
+        judge(cheap(facts), CHEAP)
+        for stage in (learned, longer):
+            attempted(stage(facts, tried), 1.0)
+            judge([t.chain for t in tried], 1.0)
         return tried
 
 
-def usual(facts: Facts, _: Sequence[Trial]) -> list[Chain]:
-    """What a run does that names no method: nothing that is chosen is clearly worse."""
-    return [facts.default]
-
-
-def cheap(facts: Facts, _: Sequence[Trial]) -> list[Chain]:
+def cheap(facts: Facts) -> list[Chain]:
     """What costs no more than a few calibrations; what the budget may leave out comes last."""
     chains: list[Chain] = [(BIAS,), (ALIGN, BIAS), (ALIGN, NOISE), (HEADROOM, BIAS)]
     if facts.depthwise:
@@ -197,20 +194,18 @@ def cheap(facts: Facts, _: Sequence[Trial]) -> list[Chain]:
 
 
 def learned(facts: Facts, tried: Sequence[Trial]) -> list[Chain]:
-    """Rounding that is chosen layer by layer, behind the rewrites of the best cheap chain."""
+    """Rounding that is chosen layer by layer, behind the rewrites of the best cheap chain.
+
+    For narrow activations also exponents by the network's loss, and rounding by blocks, before the costly rounding of
+    single layers.
+    """
     if facts.weight_bits is None or facts.weight_bits > 8:
         return []
     rewrites = _rewrites(facts, tried)
-    chains = [SQUARES, (*rewrites, *SQUARES), (*rewrites, *CORRECTED)]
+    chains: list[Chain] = [SQUARES, (*rewrites, *SQUARES), (*rewrites, *CORRECTED)]
+    if facts.activation_bits is not None and facts.activation_bits < 8:
+        chains += [(*rewrites, NOISE, BLOCKS), (*rewrites, EXPONENTS, BLOCKS), (*rewrites, EXPONENTS, *SQUARES)]
     return chains + [(*rewrites, NOISE, ROUND)] * (facts.weight_bits < 8)
-
-
-def blocks(facts: Facts, tried: Sequence[Trial]) -> list[Chain]:
-    """Exponents by the network's loss and rounding by blocks: for narrow activations."""
-    if facts.weight_bits is None or facts.activation_bits is None or facts.activation_bits >= 8:
-        return []
-    rewrites = _rewrites(facts, tried)
-    return [(*rewrites, NOISE, BLOCKS), (*rewrites, EXPONENTS, BLOCKS), (*rewrites, EXPONENTS, *SQUARES)]
 
 
 def longer(_: Facts, tried: Sequence[Trial]) -> list[Chain]:
@@ -226,7 +221,7 @@ def longer(_: Facts, tried: Sequence[Trial]) -> list[Chain]:
 
 def _rewrites(facts: Facts, tried: Sequence[Trial]) -> Chain:
     """Those of the best cheap chain, whether or not the default, which may learn, is better than all of them."""
-    chains = cheap(facts, tried)
+    chains = cheap(facts)
     start = best([t for t in tried if t.chain in chains] or tried)
     return tuple(c for c in start.chain if c.name in ("align", "equalize"))
 
