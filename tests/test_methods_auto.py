@@ -138,11 +138,11 @@ def test_what_is_left_out_is_said_once() -> None:
 def test_cheap_chains_leave_half_of_the_budget_to_those_that_learn(depthwise: bool) -> None:
     """However many of them there are, and however close they are to each other."""
     facts = Facts(8, 8, depthwise, default=(BIAS,))
-    some = [trial([1.0], (ALIGN, BIAS))]
-    minutes = 2.01 * sum(map(took, learned(facts, some))) / 60
+    aligned = [trial([1.0], (ALIGN, BIAS))]
+    minutes = 2.01 * sum(map(took, learned(facts, aligned))) / 60
     trials = Auto(minutes=minutes).choose(facts, alike, lambda line: None)
     chains = [t.chain for t in trials]
-    assert all(chain in chains for chain in learned(facts, some))
+    assert all(chain in chains for chain in learned(facts, aligned))
     assert sum(took(chain) for chain in chains if chain in cheap(facts)) <= minutes * 30
 
 
