@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,16 @@ def test_a_wrong_node_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ROWS, "Cos", lambda s, x: torch.cos(x) * 1.001)
     with pytest.raises(UnsupportedModelError, match="'y' is not what onnxruntime computes"):
         read_network(model)
+
+
+def test_a_wrong_node_is_found_when_the_sizes_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file leaves them open, so nothing can be compared when it is read; also where a module calls the network."""
+    monkeypatch.setitem(ROWS, "Cos", lambda s, x: torch.cos(x) * 1.001)
+    for batch in ("n", 4):
+        network = read_network(model_of([N("Cos", ["x"], ["y"], "wave")], [batch, 3, "height", "width"], {}))
+        for model in (network, nn.Sequential(nn.Conv2d(3, 3, 1), copy.deepcopy(network))):
+            with pytest.raises(UnsupportedModelError, match="'y' is not what onnxruntime computes"):
+                prepare(model, torch.randn(2, 3, 4, 6))
 
 
 def test_small_values_of_a_sigmoid_are_as_good_as_onnxruntime_computes_them() -> None:

@@ -38,7 +38,7 @@ def node(
     kind: str, shape: tuple[Any, ...], *operands: Any, opset: int = 21, batch: int = 1, **attributes: Any
 ) -> onnx.ModelProto:
     """An operation of `x`, of this shape behind a batch of one, and constants; text names another tensor."""
-    names = [v if isinstance(v, str) else f"c{i}" for i, v in enumerate(operands)]
+    names = [v if isinstance(v, str) else "" if v is None else f"c{i}" for i, v in enumerate(operands)]
     constants = [numpy_helper.from_array(np.asarray(v), f"c{i}") for i, v in enumerate(operands) if v is not None]
     graph = helper.make_graph(
         [
@@ -51,6 +51,14 @@ def node(
         [*constants, numpy_helper.from_array(np.float32(1.5), "one")],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def resized(
+    high: float, wide: float, place: str = "half_pixel", rounding: str = "round_prefer_floor"
+) -> onnx.ModelProto:
+    """The nearest values of a map of 7 x 6."""
+    how = {"mode": "nearest", "coordinate_transformation_mode": place, "nearest_mode": rounding}
+    return node("Resize", (2, 7, 6), None, np.float32([1, 1, high, wide]), **how)
 
 
 FILES: dict[str, onnx.ModelProto] = {
@@ -81,6 +89,21 @@ FILES: dict[str, onnx.ModelProto] = {
     "Mean": node("Mean", (4, 5), "x", floats(4, 5)),
     "ReduceProd of two dimensions": node("ReduceProd", (2, 3), INTS([1, 2]), keepdims=0),
     "GlobalLpPool": node("GlobalLpPool", (4, 5)),
+    "Selu, of other constants": node("Selu", (4, 5), alpha=3.0, gamma=0.7),
+    "PRelu along the last dimension": node("PRelu", (4, 5), np.abs(floats(5))),
+    "Resize to half": resized(0.5, 0.5),
+    "Resize by its scales, not by the sizes": resized(1.5, 0.7, "asymmetric", "floor"),
+    **{
+        f"Resize, {place}, {rounding}": resized(2.0, 3.0, place, rounding)
+        for place in ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel")
+        for rounding in ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil")
+    },
+    "MaxPool, a window in the padding": node(
+        "MaxPool", (2, 7, 9), kernel_shape=[2, 2], strides=[2, 2], pads=[1] * 4, ceil_mode=1
+    ),
+    "AveragePool, padded in front alone": node(
+        "AveragePool", (2, 7, 9), kernel_shape=[2, 2], strides=[2, 2], auto_pad="SAME_LOWER"
+    ),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ parameters stay shared. Dropout, identities and whatever else does nothing go (`
 from __future__ import annotations
 
 import gc
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ from pow2quant.frontends.containers import restore_containers
 from pow2quant.frontends.export import SIZES, capture, captured, first_line, module_of, unwrapped
 from pow2quant.frontends.fixed import in_parts, opened
 from pow2quant.frontends.idle import drop_idle
+from pow2quant.frontends.onnx.checking import COMPARE
 from pow2quant.frontends.returned import RETURNED
 from pow2quant.frontends.unrolled import UNROLLED
 
@@ -56,8 +58,8 @@ def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
 
     model: left unchanged; the result holds copies. example: inputs of one call, (N, …) each; what counts is their
     shapes and types, and how large their values are.
-    Raises UnsupportedModelError (node, source line, what can be done), WeightsError for weights that are not finite,
-    ModelError when the network fails on the example.
+    Raises UnsupportedModelError (node, source line, what can be done; or that a network is not what its ONNX file
+    computes), WeightsError for weights that are not finite, ModelError when the network fails on the example.
     """
     model = module_of(model)
     if not isinstance(model, nn.Module):
@@ -65,6 +67,7 @@ def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
     _check_names(model)
     _check_finite(model)
     model = unwrapped(model)
+    _check_files(model, example)
     programs, sizes, fixed = _captured(model, example)
     builder = Builder(model, programs, ROWS)
     network = builder.build()
@@ -114,6 +117,30 @@ def _captured(
                 first = captured(model, _of_size(example, size))
                 return (first, opened(first, inputs(_of_size(example, 2 * size)))), (size, 2 * size), size
         raise
+
+
+def _check_files(model: nn.Module, example: Any) -> None:
+    """Compares networks that were read from files with open sizes with these files, at the sizes of the example.
+
+    Raises UnsupportedModelError where one is not what its file computes.
+    """
+    for part in model.modules():
+        compare = getattr(part, "meta", {}).get(COMPARE)
+        if compare is None:
+            continue
+        calls: list[tuple[Any, ...]] = []
+        given = inspect.signature(part.forward)
+        handle = part.register_forward_pre_hook(
+            lambda _, args, kwargs, calls=calls, given=given: calls.append(given.bind(*args, **kwargs).args),
+            with_kwargs=True,
+        )
+        try:
+            with torch.no_grad():
+                _returned(model, _of_size(example, 2), None)
+        finally:
+            handle.remove()
+        for args in calls:
+            compare(part, list(args))
 
 
 def _check_same(
@@ -242,7 +269,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _of_size(example: Any, n: int) -> Any:
-    """n samples of the example's shape and size of values, each another; integers (tokens) keep the example's rows."""
+    """n samples of the example's shape and size of values, each another; integers and masks keep the example's rows."""
     generator = torch.Generator().manual_seed(0)
 
     def varied(x: Any) -> Any:
@@ -252,7 +279,7 @@ def _of_size(example: Any, n: int) -> Any:
         x = x.detach().cpu()
         if not x.numel():
             raise ModelError(f"the example holds no values: its shape is {tuple(x.shape)}")
-        if not x.is_floating_point():
+        if not x.is_floating_point() or x.unique().tolist() == [0.0, 1.0]:  # the latter is a mask
             return x[torch.arange(n) % len(x)].clone()
         first = x[:1].float()
         if not torch.isfinite(first).all():

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MOST_VALUES = 1 << 26
-"""Values of inputs that are made for the check; a file with larger inputs is checked when it is prepared."""
+"""Values of inputs that are made for the check; a network with larger inputs is compared when it is prepared."""
+
+COMPARE = "pow2quant_compare"
+"""In a network's `meta`, where no check was possible yet: `compare`, given the file."""
 
 UP_TO_ONE = ("Sigmoid", "Softmax", "Tanh", "HardSigmoid")
 """Functions that onnxruntime computes to about 1e-7, however small the result is."""
@@ -47,15 +50,24 @@ def examples(file: OnnxFile, batch: int) -> list[Tensor] | None:
     return made
 
 
-def check(file: OnnxFile, network: nn.Module) -> None:
+def check(file: OnnxFile, network: nn.Module) -> bool:
     """Compares on random inputs; where the file fixes the batch size, a batch of twice that size, run in two parts.
 
+    False where it leaves other sizes open: then `compare` has to, once they are known.
     Raises UnsupportedModelError for an output that is farther from onnxruntime's than rounding explains.
     """
-    step = file.batch or 2
-    inputs = examples(file, 2 * step if file.batch else step)
-    if inputs is None:
-        return
+    inputs = examples(file, 2 * file.batch if file.batch else 2)
+    if inputs is not None:
+        compare(file, network, inputs)
+    return inputs is not None
+
+
+def compare(file: OnnxFile, network: nn.Module, inputs: list[Tensor]) -> None:
+    """Compares on these inputs, in parts of the batch size that the file fixes. Raises as `check` does."""
+    rows = max((len(x) for x in inputs if x.ndim), default=1)
+    step = file.batch or rows
+    whole = torch.arange(-(-rows // step) * step)
+    inputs = [x[whole % len(x)] if x.ndim else x for x in inputs]
     results = _results(network, inputs)
     tolerance = 3e-2 if TensorProto.FLOAT16 in file.types.values() else 1e-4
     for i, (name, wanted) in enumerate(zip(file.outputs, _run(file, inputs, step), strict=True)):

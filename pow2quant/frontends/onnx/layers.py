@@ -75,8 +75,9 @@ def _conv_transpose(w: Weights, node: NodeProto) -> nn.Module:
     assert weight is not None
     kernel, group = list(weight.shape[2:]), attribute(node, "group", 1)
     n = len(kernel)
-    before, behind = paddings(node, [], kernel)
-    if before != behind or attribute(node, "output_shape") or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+    same = attribute(node, "auto_pad", "NOTSET").startswith("SAME")
+    before, behind = ([0] * n, [0] * n) if same else paddings(node, [], kernel)
+    if same or before != behind or attribute(node, "output_shape"):
         raise w.file.error(node, "its padding (unequal, by output_shape or auto_pad) is not supported")
     return weighted.convolution(
         weight, bias, group, transposed=True, stride=tuple(attribute(node, "strides", [1] * n)), padding=tuple(before),
@@ -156,8 +157,8 @@ def _rms_norm(w: Weights, node: NodeProto) -> nn.Module | None:
 
 def _prelu(w: Weights, node: NodeProto) -> nn.Module | None:
     slope = w.parameter(node, 1)
-    if slope is None or slope.numel() not in (1, *slope.shape[:1]):
-        return None
+    if slope is None or slope.numel() not in (1, *slope.shape[:1]) or (slope.ndim == 1 and slope.numel() > 1):
+        return None  # one number for each place of the last dimension
     layer = nn.PReLU(slope.numel())
     layer.weight = slope if slope.ndim == 1 else nn.Parameter(slope.detach().flatten())
     return layer

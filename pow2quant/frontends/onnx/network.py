@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pow2quant.errors import Pow2QuantError, UnsupportedModelError, WeightsError
 from pow2quant.frontends.onnx.branches import take_branches
-from pow2quant.frontends.onnx.checking import check, examples
+from pow2quant.frontends.onnx.checking import COMPARE, check, compare, examples
 from pow2quant.frontends.onnx.evaluate import EVALUATED, evaluate
 from pow2quant.frontends.onnx.file import DOMAINS, OnnxFile, load
 from pow2quant.frontends.onnx.layers import LAYERS
@@ -32,7 +33,8 @@ def read_network(source: str | Path | ModelProto) -> fx.GraphModule:
     """What a float ONNX file computes, as a network in eval mode that can be trained; `prepare` takes it from there.
 
     A layer is named as its weight or bias (`conv1.weight` belongs to conv1), any other module as its node. A batch
-    size that the file fixes is opened. On random inputs the network gives what onnxruntime gives.
+    size that the file fixes is opened. On random inputs the network gives what onnxruntime gives; where the file leaves
+    sizes open, `prepare` compares the two on its example.
     Raises FileFormatError for a damaged or quantized file, UnsupportedModelError naming file, node and operation,
     WeightsError for weights that are not finite, ModelError where onnxruntime does not run the file.
     """
@@ -46,7 +48,8 @@ def read_network(source: str | Path | ModelProto) -> fx.GraphModule:
         recognize(file)
         network = Writer(file).write()
         _run_without_values(file, network, file.batch or 2)
-        check(file, network)
+        if not check(file, network):
+            network.meta[COMPARE] = partial(compare, file)
     except Pow2QuantError:
         raise
     except Exception as error:  # whatever a malformed graph makes torch raise between its nodes

@@ -64,6 +64,14 @@ def _clip(s: Step, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
     return torch.clamp(x, least, most)
 
 
+def _selu(s: Step, x: Tensor) -> Tensor:
+    alpha, gamma = s.attribute("alpha", 1.6732632), s.attribute("gamma", 1.0507010)
+    if abs(alpha - 1.6732632) < 1e-6 and abs(gamma - 1.0507010) < 1e-6:
+        return F.selu(x)
+    result: Tensor = torch.ops.aten.elu(x, alpha, gamma)
+    return result
+
+
 def _hard_sigmoid(s: Step, x: Tensor) -> Tensor:
     alpha, beta = s.attribute("alpha", 0.2), s.attribute("beta", 0.5)
     if abs(alpha - 1 / 6) < 1e-6 and beta == 0.5:
@@ -183,7 +191,7 @@ ROWS: dict[str, Row] = {
     "Reciprocal": _unary(torch.reciprocal), "Floor": _unary(torch.floor), "Ceil": _unary(torch.ceil),
     "Round": _unary(torch.round), "Sign": _unary(torch.sign), "Sin": _unary(torch.sin), "Cos": _unary(torch.cos),
     "Mish": _unary(F.mish), "HardSwish": _unary(F.hardswish), "Silu": _unary(F.silu), "Not": _unary(torch.logical_not),
-    "Selu": _unary(F.selu), "Clip": _clip, "HardSigmoid": _hard_sigmoid,
+    "Selu": _selu, "Clip": _clip, "HardSigmoid": _hard_sigmoid,
     "Celu": lambda s, x: F.celu(x, s.attribute("alpha", 1.0)),
     "Elu": lambda s, x: F.elu(x, s.attribute("alpha", 1.0)),
     "LeakyRelu": lambda s, x: F.leaky_relu(x, s.attribute("alpha", 0.01)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from torch.nn import functional as F
 
 from pow2quant.frontends.onnx.file import attribute
 from pow2quant.frontends.onnx.step import Row, Step, scalar
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 MAX_POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 AVERAGE_POOLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
@@ -110,14 +113,18 @@ def _resize(s: Step, x: Tensor, *rest: Any) -> Tensor:
 def _interpolated(s: Step, x: Tensor, wanted: list[int], n: int, factors: list[float] | None, old: bool) -> Tensor:
     mode = s.attribute("mode", "nearest")
     coordinates = s.attribute("coordinate_transformation_mode", "asymmetric" if old else "half_pixel")
-    whole = all(w % d == 0 for w, d in zip(wanted, x.shape[2:], strict=True))
     if mode == "nearest":
         rounding = s.attribute("nearest_mode", "floor" if old else "round_prefer_floor")
-        if (coordinates, rounding) == ("asymmetric", "floor") or (whole and coordinates in ("half_pixel",)):
-            return F.interpolate(x, wanted, mode="nearest")
-        if coordinates in ("half_pixel", "pytorch_half_pixel") and rounding.startswith("round"):
-            return F.interpolate(x, wanted, mode="nearest-exact")
-        raise s.error(f"nearest with {coordinates} and {rounding} is not supported")
+        scales = factors or [w / d for w, d in zip(wanted, x.shape[2:], strict=True)]
+        pairs = list(zip(x.shape[2:], wanted, scales, strict=True))
+        places = [_nearest(s, *pair, coordinates, rounding) for pair in pairs]
+        for name, shift in (("nearest", 0.0), ("nearest-exact", 0.5)):
+            if all(np.array_equal(p, _of_torch(*pair[:2], shift)) for p, pair in zip(places, pairs, strict=True)):
+                return F.interpolate(x, wanted, mode=name)
+        for d, p in enumerate(places, 2):
+            if not np.array_equal(p, np.arange(x.shape[d])):
+                x = torch.index_select(x, d, torch.from_numpy(p))
+        return x
     kind = SMOOTH.get((mode, n))
     exact = factors is None or all(math.floor(d * f) == d * f for d, f in zip(x.shape[2:], factors, strict=True))
     if kind is None or coordinates not in ("half_pixel", "pytorch_half_pixel", "align_corners") or not exact:
@@ -125,6 +132,39 @@ def _interpolated(s: Step, x: Tensor, wanted: list[int], n: int, factors: list[f
     if mode == "cubic" and abs(s.attribute("cubic_coeff_a", -0.75) + 0.75) > 1e-6:
         raise s.error("cubic_coeff_a must be -0.75")
     return F.interpolate(x, wanted, mode=kind, align_corners=coordinates == "align_corners")
+
+
+def _nearest(s: Step, size: int, wanted: int, scale: float, coordinates: str, rounding: str) -> NDArray[np.int64]:
+    """The place along a dimension that each place of the result reads: the standard's formulas, in float32."""
+    i, factor = np.arange(wanted, dtype=np.float32), np.float32(scale)
+    if scale == 1:
+        x = i
+    elif coordinates == "align_corners":
+        x = i * np.float32(size - 1) / np.float32(max(wanted - 1, 1))
+    elif coordinates == "asymmetric":
+        x = i / factor
+    elif coordinates == "pytorch_half_pixel" and wanted == 1:
+        x = 0 * i
+    elif coordinates in ("half_pixel", "pytorch_half_pixel"):
+        x = (i + np.float32(0.5)) / factor - np.float32(0.5)
+    else:
+        raise s.error(f"nearest with {coordinates} is not supported")
+    half = np.float32(0.5)
+    rounded = {
+        "floor": np.floor(x),
+        "ceil": np.ceil(x),
+        "round_prefer_floor": np.ceil(x - half),
+        "round_prefer_ceil": np.floor(x + half),
+    }
+    places: NDArray[np.int64] = rounded[rounding].astype(np.int64).clip(0, size - 1)
+    return places
+
+
+def _of_torch(size: int, wanted: int, shift: float) -> NDArray[np.int64]:
+    """The places that `F.interpolate` reads: of nearest without a shift, of nearest-exact by half a place."""
+    i, scale = np.arange(wanted, dtype=np.float32), np.float32(size) / np.float32(wanted)
+    places: NDArray[np.int64] = np.floor((i + np.float32(shift)) * scale).astype(np.int64).clip(0, size - 1)
+    return places
 
 
 def _pad(s: Step, x: Tensor, pads: Any = None, value: Any = None, axes: Any = None) -> Tensor:

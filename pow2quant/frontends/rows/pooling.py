@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -14,21 +15,38 @@ from pow2quant.frontends.writing import Emit, Formula, Node, OnnxGraph, Operator
 def _pool(op: str, spatial: int) -> Emit:
     def emit(module: Any, node: Node, graph: OnnxGraph) -> None:
         kernel = many(module.kernel_size, spatial)
+        strides = many(module.stride if module.stride is not None else kernel, spatial)
         pads = many(module.padding, spatial)
+        dilations = many(getattr(module, "dilation", 1), spatial)
+        spans = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+        behind = _behind(node.shapes[0][2:], spans, strides, pads) if module.ceil_mode else None
         attributes: dict[str, Any] = {
             "kernel_shape": kernel,
-            "strides": many(module.stride if module.stride is not None else kernel, spatial),
-            "pads": pads_of(pads, pads),
-            "ceil_mode": int(module.ceil_mode),
+            "strides": strides,
+            "pads": pads_of(pads, behind or pads),
+            "ceil_mode": int(module.ceil_mode and behind is None),
         }
         if op == "MaxPool":
-            attributes["dilations"] = many(module.dilation, spatial)
+            attributes["dilations"] = dilations
         else:
             # Without padding it means nothing, but onnxruntime's kernel then also counts what lies beyond the map.
             attributes["count_include_pad"] = int(module.count_include_pad and any(pads))
         graph.node(op, node.inputs, node.output, node.name, **attributes)
 
     return emit
+
+
+def _behind(sizes: Sequence[int], spans: list[int], strides: list[int], pads: list[int]) -> list[int] | None:
+    """The padding behind a map that gives as many windows as PyTorch's `ceil_mode`; None where ONNX's gives these.
+
+    A window that would begin behind the map and its padding in front is one that PyTorch leaves out.
+    """
+    rows = list(zip(sizes, spans, strides, pads, strict=True))
+    whole = [-((span - size - 2 * pad) // stride) + 1 for size, span, stride, pad in rows]
+    counts = [n - ((n - 1) * stride >= size + pad) for n, (size, _, stride, pad) in zip(whole, rows, strict=True)]
+    if counts == whole:
+        return None
+    return [max(0, (n - 1) * s + span - size - pad) for n, (size, span, s, pad) in zip(counts, rows, strict=True)]
 
 
 def _resample(module: m.Resample, node: Node, graph: OnnxGraph) -> None:
