@@ -231,8 +231,10 @@ def test_a_mask_becomes_part_of_the_softmax():
         (lambda x: x.sort(0)[1], "along the batch"),
         (lambda x: F.fractional_max_pool2d(x, 2, 3), "fractional_max_pool2d"),
         (lambda x: torch.tril(x.mean((2, 3))), "tril is not prepared as it is written"),
+        (nn.GRU(6, 4), "use batch_first=True"),
+        (nn.LSTM(6, 4, proj_size=2, batch_first=True), "lstm .*proj_size"),
     ],
 )
 def test_what_is_not_supported_is_named(function, names):
     with pytest.raises(UnsupportedModelError, match=names):
-        prepare(Calls(function).eval(), torch.randn(2, 8, 6, 6))
+        prepare(Calls(function).eval(), torch.randn(2, 8, *[6] * (1 if isinstance(function, nn.RNNBase) else 2)))

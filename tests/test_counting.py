@@ -13,14 +13,14 @@ from tests.prepared import outcome
 
 
 class Of(nn.Module):
-    """A function of a tensor and a table of 60 rows."""
+    """A function of tensors and a table of 60 rows."""
 
     def __init__(self, function) -> None:
         super().__init__()
         self.function, self.table = function, nn.Embedding(60, 4)
 
-    def forward(self, x):
-        return self.function(x, self.table)
+    def forward(self, *x):
+        return self.function(*x, self.table)
 
 
 def positions(x, table):
@@ -54,6 +54,24 @@ TOKENS = {
     "buckets": lambda x, table: table((x - 25) // 7 + 30) + table(50 - x),
     "of two": lambda x, table: table((x[:, 1:] + x[:, :-1] * 2) % 60),
 }
+MIXED = {
+    "lengths": lambda x, n, table: x * (torch.arange(6) < n[:, :1]),
+    "one-hot": lambda x, n, table: F.one_hot(n[:, 0], 9) * x[:, :1],
+    "product": lambda x, n, table: x * n,
+    "quotient": lambda x, n, table: x / (n + 1),
+    "sums": lambda x, n, table: (x + n, n - x),
+    "joined": lambda x, n, table: torch.cat([x, n], 1),
+    "chosen": lambda x, n, table: torch.where(x > 0, n, x),
+    "a wave": lambda x, n, table: torch.sin(n) + x,
+    "clamped": lambda x, n, table: table(n.clamp(1, 5)).mean(2) * x,
+}
+TRUTHS = {
+    "product": lambda x, kept, table: x * ~kept,
+    "filled": lambda x, kept, table: x.masked_fill(kept, 0.5),
+    "chosen": lambda x, kept, table: torch.where(kept, x, -x),
+    "real": lambda x, kept, table: x + kept.float(),
+    "repeated": lambda x, kept, table: x.masked_fill(torch.arange(6) > 3, 0.0) * kept[:, :1],
+}
 MAPS = {
     "keypoints": keypoints, "experts": experts, "codes": codes,
     "order": lambda x, table: (x.sort(2)[1].float() * x, x.argsort(1, descending=True).float() + x),
@@ -69,6 +87,7 @@ def differing(function, batches, folder):
     """Elements that differ between the simulation and onnxruntime."""
     torch.manual_seed(0)
     found = outcome(prepare(Of(function).eval(), batches[0]), batches, folder)
+    assert [found.get("integer engine", 0), found.get("generated C", 0)] == [0, 0]
     return [found["onnxruntime, no optimization"], found["onnxruntime, all optimizations"]]
 
 
@@ -76,6 +95,24 @@ def differing(function, batches, folder):
 def test_integers_are_computed_as_integers(name, tmp_path):
     batches = [(torch.randint(0, 50, (3, 6), generator=torch.Generator().manual_seed(i)),) for i in range(2)]
     assert differing(TOKENS[name], batches, tmp_path) == [0, 0]
+
+
+def pairs(second):
+    """Batches of reals and of something beside them."""
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    return [(torch.randn(3, 6, generator=g), second(g)) for g in generators]
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_integers_beside_reals_become_reals(name, tmp_path):
+    batches = pairs(lambda g: torch.randint(0, 8, (3, 6), generator=g))
+    assert differing(MIXED[name], batches, tmp_path) == [0, 0]
+
+
+@pytest.mark.parametrize("name", TRUTHS)
+def test_truth_values_are_inputs(name, tmp_path):
+    batches = pairs(lambda g: torch.rand(3, 6, generator=g) > 0.5)
+    assert differing(TRUTHS[name], batches, tmp_path) == [0, 0]
 
 
 @pytest.mark.parametrize("name", MAPS)

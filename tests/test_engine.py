@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given, settings
 from onnx.reference import ReferenceEvaluator
+from torch import nn
 
+from pow2quant import QuantPlan, prepare, simulate
 from pow2quant.adapters import onnx_qdq
 from pow2quant.artifact import Artifact
 from pow2quant.errors import DataError, EncodingError, NotPowerOfTwoError, UnsupportedModelError
 from pow2quant.integer import run as engine
 from pow2quant.integer.lower import lower
+from pow2quant.integer.lowering import Lowering
 from pow2quant.integer.program import Requantization, storage
 from pow2quant.pow2_constraints import Encoding, IntGrid
 from pow2quant.pow2_constraints.arithmetic import ROUNDINGS
@@ -335,6 +339,17 @@ def broken(change):
     y = g.node("Conv", "c", [x, weight, *bias], None if change == "float output" else encoding(-2))
     if change == "softmax":
         y = g.node("Softmax", "s", [y], encoding(-8))
+    if change == "fill":
+        y = g.node("Pad", "p", [y, g.constant("pads", np.int64([0, 0, 1, 1] * 2)), g.constant("v", np.float32(0.37))])
+    if change in ("half_pixel", "scales"):
+        scales = np.float32([1, 1, 2.3, 2.3] if change == "scales" else [1, 1, 2, 2])
+        place = "asymmetric" if change == "scales" else change
+        how = {"mode": "nearest", "coordinate_transformation_mode": place, "nearest_mode": "floor"}
+        y = g.node("Resize", "r", [y, "", g.constant("scales", scales)], encoding(-2), **how)
+    if change == "dilations":
+        y = g.node("MaxPool", "m", [y], encoding(-2), kernel_shape=[2, 2], dilations=[2, 2], auto_pad="SAME_UPPER")
+    if change == "ceil_mode":
+        y = g.node("MaxPool", "m", [y], encoding(-2), kernel_shape=[3, 1], strides=[1, 2], ceil_mode=1)
     if change == "batch":
         y = g.node("Transpose", "t", [y], encoding(-2), perm=[1, 0, 2, 3])
     return g.artifact(y)
@@ -351,12 +366,38 @@ def broken(change):
         ("free scale", NotPowerOfTwoError, "w: scale 0.3"),
         ("off grid", EncodingError, "w: 6 values are off its grid"),
         ("softmax", UnsupportedModelError, "Softmax s: has no integers"),
+        ("fill", UnsupportedModelError, "p.output: the network's output stays float"),
+        ("half_pixel", UnsupportedModelError, "Resize r: only nearest neighbours by whole factors"),
+        ("scales", UnsupportedModelError, "Resize r: only nearest neighbours by whole factors"),
+        ("dilations", UnsupportedModelError, "MaxPool m: auto_pad with dilations"),
+        ("ceil_mode", UnsupportedModelError, "MaxPool m: its last window would begin behind the map"),
         ("batch", UnsupportedModelError, "t.output: its first dimension is not the batch"),
     ],
 )
 def test_what_has_no_integers_is_named(change, error, text):
     with pytest.raises(error, match=text.replace("*", r"\*").replace("^", r"\^")):
         lower(broken(change))
+
+
+def test_integers_that_are_computed_with_may_have_any_value():
+    """Arithmetic with a constant says nothing of how large they are, as a comparison does."""
+    for function, bits in ((lambda n: (n + 7).float(), 31), (lambda n: (n > 300).float(), 16)):
+        sim = simulate(prepare(Of(function), TOKENS), TOKENS, QuantPlan.default())
+        sim.calibrate([TOKENS])
+        artifact = sim.export(TOKENS)
+        assert Lowering.of(artifact).tensors["n"].encoding.grid.bits == bits
+
+
+TOKENS = torch.arange(600).view(100, 6)
+
+
+class Of(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, n):
+        return self.function(n)
 
 
 def test_codes_of_another_shape_are_refused():

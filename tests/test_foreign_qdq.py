@@ -295,6 +295,13 @@ def clipped(high, zero_point="z"):
     return [q, helper.make_node("Clip", ["a", "", high], ["clipped"], "clip"), dq, relu]
 
 
+def bounded(op, *ends):
+    """x -> Relu or Clip -> Q `q` to 4 bits -> DQ -> relu."""
+    nodes = pair("s", "eight")
+    nodes[0].input[0] = "bounded"
+    return [helper.make_node(op, ["x", *ends], ["bounded"]), *nodes]
+
+
 UNREADABLE = [
     (
         [helper.make_node("QLinearMatMul", ["x"] * 8, ["y"], "mm")],
@@ -313,6 +320,8 @@ UNREADABLE = [
         [*clipped("seven"), dequantize("a", "s", "c")],
         "QuantizeLinear q feeds DequantizeLinear nodes behind .* different",
     ),
+    (bounded("Relu"), "q stores 4 bits behind a Relu"),
+    (bounded("Clip", "s", "s2"), "q stores 4 bits behind a Clip"),
     (pair("s", "f8"), "QuantizeLinear q is of type float8_e4m3fn; only integers"),
     (pair("three", axis=-1), "QuantizeLinear q counts axis -1 from the end"),
     (
@@ -331,6 +340,7 @@ UNREADABLE = [
 def test_what_cannot_be_read_is_named(nodes, text):
     constants = {"k": np.int8([1, 2, 3, 4]), "nan": np.float32([np.nan]), "half": np.float16(0.5), "f8": E4M3, **SCALES}
     constants |= {"hundred": np.uint8(100), "seven": np.uint8(7)}
+    constants["eight"] = np.asarray(8).astype(helper.tensor_dtype_to_np_dtype(TensorProto.UINT4))
     constants |= {"zero": np.float32(0), "two": np.float32([1, 2]), "three": np.float32([1, 2, 4])}
     graph = helper.make_graph(
         nodes,

@@ -110,7 +110,11 @@ class Builder:
         elif isinstance(spec.arg, ConstantArgument):
             self.constants[node] = self.constants[twin] = spec.arg.value
         else:
-            self.new[node] = self.results[node] = self.graph.placeholder(node.name)
+            self.new[node] = self.results[node] = given = self.graph.placeholder(node.name)
+            if node.meta["val"].dtype == torch.bool and node.users:
+                self._current = self.made[node] = []
+                self.new[node] = self.call(node, m.Real(), given)
+                self.new[node].meta[TRUTH] = True
 
     def _convert(self, node: fx.Node) -> None:
         if node.target is py.getitem:
@@ -239,10 +243,16 @@ class Builder:
             return self._hold(node, value)
         raise self.unsupported(node, "an operand is not a tensor")
 
+    def real(self, node: fx.Node, value: Any) -> fx.Node:
+        """A tensor argument; where the operation gives real numbers, integers that count become such."""
+        x = self.operand(node, value)
+        is_real = node.meta["val"].dtype.is_floating_point
+        return self.call(node, m.Real(), x) if is_real and self.is_data(value) and self.counts(value) else x
+
     def tensor_or_number(self, node: fx.Node, value: Any) -> fx.Node:
         """An operand that may be a number."""
         number = self.number(value)
-        return self.operand(node, value) if number is None else self.hold(node, torch.tensor(number))
+        return self.real(node, value) if number is None else self.hold(node, torch.tensor(number))
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The user's module in whose forward a captured node stands."""

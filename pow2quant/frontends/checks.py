@@ -110,6 +110,7 @@ class Lockstep:
                 self.users[twin] = value = batch.pop(0)
                 self._set(self.builder.results[node], value)
                 del value
+                self._run([n for n in self.builder.made.get(node, ()) if n in self._kept])
             elif node in self.builder.made:
                 with Once():
                     self._step(node, twin)

@@ -19,7 +19,7 @@ from pow2quant.integer.lowering import Lowering
 from pow2quant.integer.nodes import title
 from pow2quant.integer.ops import LOWER, LOWER_DEFINED
 from pow2quant.integer.ops.average import Average
-from pow2quant.integer.ops.copy import Copy
+from pow2quant.integer.ops.copy import Copy, fills_exactly
 from pow2quant.integer.ops.table import SHAPED_LIKE_INPUT, lower_function, sources
 from pow2quant.integer.program import Program, Step
 from pow2quant.operators import MOVES, values
@@ -67,7 +67,8 @@ def _add(graph: Lowering, node: onnx.NodeProto) -> None:
         return
     for name in node.output:
         source = node.input[0] if node.input else ""
-        if name not in graph.encodings and source in graph.tensors and values(node.op_type) in MOVES:
+        moves = source in graph.tensors and values(node.op_type) in MOVES
+        if name not in graph.encodings and moves and fills_exactly(graph, node):
             graph.encodings[name] = graph.encodings[source]
     if not any(name in graph.encodings for name in node.output):
         return

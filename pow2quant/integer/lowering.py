@@ -17,7 +17,7 @@ from pow2quant.errors import EncodingError, NotPowerOfTwoError, UnsupportedModel
 from pow2quant.functions import accepts, region
 from pow2quant.graphs import GraphIndex
 from pow2quant.integer.batch import Found, Place, places
-from pow2quant.integer.nodes import title
+from pow2quant.integer.nodes import COMPARISONS, title
 from pow2quant.integer.program import Requantization, Step, Tensor
 from pow2quant.operators import Values, values
 from pow2quant.pow2_constraints import Encoding, IntGrid
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
     from pow2quant.integer.program import Ints
 
 
-INDICES = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
-"""The types of inputs that choose rows of a constant: their codes are their values."""
+INDICES = (onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
+"""The types of inputs whose codes are their values: integers, such as rows of a constant, and truth values."""
+
+LARGEST_INDEX = 31
+"""Bits of inputs of integers that may have any value."""
 
 
 @dataclass
@@ -233,7 +236,8 @@ def _of_indices(index: GraphIndex, encodings: dict[str, Encoding], name: str) ->
     """The encoding of an input of integers: its values are codes, in the narrowest type that is enough.
 
     That is a type for every row that they choose; or else one that holds what they are compared with, or become as
-    real numbers, and one more at either end: what lies beyond gives the same result.
+    real numbers, and one more at either end: what lies beyond gives the same result. Of what is computed with
+    otherwise, every value counts.
     """
     rows, ends, pending = [], [0], [name]
     while pending:
@@ -246,10 +250,12 @@ def _of_indices(index: GraphIndex, encodings: dict[str, Encoding], name: str) ->
                 ends += [math.floor(grid.min()), math.ceil(grid.max())]
             elif reader.op_type == "Cast" or values(reader.op_type) is Values.MOVED:
                 pending += reader.output
-            else:
+            elif reader.op_type in COMPARISONS:
                 ends += [int(end) for constant in constants for end in (constant.min(), constant.max())]
+            else:
+                ends.append(1 << LARGEST_INDEX - 1)
     needed = (max(rows) - 1).bit_length() if rows else max((abs(end) + 1).bit_length() for end in ends) + 1
-    bits = next((b for b in (8, 16, 31) if needed <= b), 31)
+    bits = next((b for b in (8, 16) if needed <= b), LARGEST_INDEX)
     return Encoding(np.ones((), np.float32), np.zeros((), np.int64), IntGrid(bits, signed=not rows))
 
 

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+POOLS = ("AveragePool", "MaxPool")
+
+COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not")
+"""Operations whose results are truth values."""
+
 
 def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
     """An attribute's value, or `default` when the node does not have it."""
@@ -69,6 +74,12 @@ class Window:
         dilations = [int(d) for d in attribute(node, "dilations", [1] * rank)]
         reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
         pads = _pads(node, size, strides, reach)
+        if node.op_type in POOLS and attribute(node, "auto_pad", b"").startswith(b"SAME") and max(dilations) > 1:
+            raise UnsupportedModelError(f"{title(node)}: auto_pad with dilations, which onnxruntime leaves out of it")
+        if attribute(node, "ceil_mode", 0) and result is not None:
+            starts = [(n - 1) * s - a for n, s, a in zip(result, strides, pads, strict=False)]
+            if any(start >= n for start, n in zip(starts, size, strict=True)):
+                raise UnsupportedModelError(f"{title(node)}: its last window would begin behind the map (ceil_mode)")
         if result is None:
             padded = [n + a + b for n, a, b in zip(size, pads, pads[rank:], strict=False)]
             result = [(n - r) // s + 1 for n, r, s in zip(padded, reach, strides, strict=True)]

@@ -165,6 +165,7 @@ class _Reader:
         again = is_a(self.stated.producer.get(q.input[0]), "DequantizeLinear")
         readers = [q] if again else self.consumers[q.input[0]]
         plain, results, _ = self._behind(q, None)
+        self._require_kept(q)
         if plain.block is not None:
             raise refusal(
                 q, "has one scale for each block of a tensor that is computed; only parameters can have blocks"
@@ -183,6 +184,19 @@ class _Reader:
             self._bind(name, plain, results, q)
         else:
             self._merge(q, source, plain, results)
+
+    def _require_kept(self, q: NodeProto) -> None:
+        """Raises FileFormatError for 4-bit codes in front of which onnxruntime's optimizers do not keep a bound.
+
+        ReluQuantRewrite takes the Relu out whatever the zero point is; with a Clip, the model is not loaded at all.
+        """
+        before, stored = self.stated.producer.get(q.input[0]), self.stated.encoding(q, None, None)
+        if before is None or before.op_type not in ("Relu", "Clip") or stored.grid.width > 4:
+            return
+        if before.op_type == "Clip" or (stored.zero_point != stored.grid.qmin).any():
+            raise refusal(
+                q, f"stores 4 bits behind a {before.op_type}, which onnxruntime's optimizers do not keep; store 8 bits"
+            )
 
     def _merge(self, q: NodeProto, source: str, plain: Encoding, results: list[str]) -> None:
         """A tensor that only Qs of one encoding read becomes the quantized tensor itself."""

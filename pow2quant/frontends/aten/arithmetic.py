@@ -26,7 +26,7 @@ def _binary(make: Callable[[], nn.Module], scalar: Callable[[float, bool], nn.Mo
     def with_number(b: Builder, node: fx.Node, module: nn.Module, number: Any, x: Any) -> fx.Node:
         if isinstance(module, m.Scale):
             module.written = b.is_written(number)
-        return b.call(node, module, b.operand(node, x))
+        return b.call(node, module, b.real(node, x))
 
     def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         left, right = a.self, a.other
@@ -35,16 +35,16 @@ def _binary(make: Callable[[], nn.Module], scalar: Callable[[float, bool], nn.Mo
         if numbers[1] is not None and factor is not None and b.is_data(left):
             return with_number(b, node, scalar(numbers[1] * factor, False), right, left)
         if factor != 1:
-            scaled = b.call(node, m.Scale(float(factor or 0)), b.operand(node, right))
-            return b.call(node, make(), b.operand(node, left), scaled)
+            scaled = b.call(node, m.Scale(float(factor or 0)), b.real(node, right))
+            return b.call(node, make(), b.real(node, left), scaled)
         if numbers[0] is not None and b.is_data(right):
             return with_number(b, node, scalar(numbers[0], True), left, right)
         for value, other in ((right, left), (left, right)):
             affine = _per_channel(b, node, make(), value, other, swapped=value is left)
             if affine is not None:
                 kind = make().__class__.__name__.lower()
-                return b.call(node, affine, b.operand(node, other), kind=kind)
-        return b.call(node, make(), b.operand(node, left), b.operand(node, right))
+                return b.call(node, affine, b.real(node, other), kind=kind)
+        return b.call(node, make(), b.real(node, left), b.real(node, right))
 
     return handler
 
@@ -79,7 +79,7 @@ def _rsub(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     a.self, a.other = a.other, a.self
     number = b.number(a.self)
     if number is not None:
-        return b.call(node, m.Scale(-float(a.alpha), number), b.operand(node, a.other))
+        return b.call(node, m.Scale(-float(a.alpha), number), b.real(node, a.other))
     return _result(_sub(b, node, a))
 
 
@@ -88,23 +88,23 @@ def _div(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     if getattr(a, "rounding_mode", None) is not None:
         if a.rounding_mode != "floor" or number is None:
             raise b.unsupported(node, f"a division with rounding_mode={a.rounding_mode!r}; only 'floor', by a number")
-        return b.call(node, m.FloorDivide(number), b.operand(node, a.self))
+        return b.call(node, m.FloorDivide(number), b.real(node, a.self))
     whole = normalized(b, node, a) if b.is_data(a.other) and b.is_data(a.self) else None
     if whole is not None:
-        return b.call(node, whole, b.operand(node, a.self))
+        return b.call(node, whole, b.real(node, a.self))
     if number is not None:
-        return b.call(node, m.Scale(1.0 / number), b.operand(node, a.self))
+        return b.call(node, m.Scale(1.0 / number), b.real(node, a.self))
     if not b.is_data(a.other):
-        return b.call(node, m.Mul(), b.operand(node, a.self), b.hold(node, 1.0 / b.tensor(node, a.other)))
+        return b.call(node, m.Mul(), b.real(node, a.self), b.hold(node, 1.0 / b.tensor(node, a.other)))
     if b.number(a.self) is not None:
-        return scaled(b, node, b.call(node, m.Reciprocal(), b.operand(node, a.other)), b.number(a.self) or 0.0)
-    return b.call(node, m.Div(), b.operand(node, a.self), b.operand(node, a.other))
+        return scaled(b, node, b.call(node, m.Reciprocal(), b.real(node, a.other)), b.number(a.self) or 0.0)
+    return b.call(node, m.Div(), b.real(node, a.self), b.real(node, a.other))
 
 
 def _addcmul(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     """self + value * tensor1 * tensor2."""
     product = scaled(b, node, _result(_mul(b, node, SimpleNamespace(self=a.tensor1, other=a.tensor2))), a.value)
-    return b.call(node, m.Add(), b.operand(node, a.self), product)
+    return b.call(node, m.Add(), b.real(node, a.self), product)
 
 
 def _matmul(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
@@ -115,7 +115,7 @@ def _matmul(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         return linear(b, node, left, b.tensor(node, other).t().contiguous(), None, None)
     if b.rank(left) < 2 or b.rank(other) < 2:
         raise b.unsupported(node, "a product with a vector")
-    return b.call(node, m.MatMul(), b.operand(node, left), b.operand(node, other))
+    return b.call(node, m.MatMul(), b.real(node, left), b.real(node, other))
 
 
 def _addmm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
@@ -124,8 +124,8 @@ def _addmm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     if plain and (b.rank(a.self) == 1 or b.shape(a.self)[0] == 1):
         weight, offset = b.tensor(node, a.mat2).t().contiguous(), b.tensor(node, a.self).flatten()
         return linear(b, node, a.mat1, weight, offset, None)
-    product = b.call(node, m.MatMul(), b.operand(node, a.mat1), b.operand(node, a.mat2))
-    bias = b.operand(node, a.self)
+    product = b.call(node, m.MatMul(), b.real(node, a.mat1), b.real(node, a.mat2))
+    bias = b.real(node, a.self)
     return b.call(node, m.Add(), scaled(b, node, product, a.alpha), scaled(b, node, bias, a.beta))
 
 

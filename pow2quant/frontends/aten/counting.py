@@ -45,6 +45,19 @@ def _counted(operation: str, real: Handler) -> Handler:
     return handler
 
 
+def _clamp(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
+    if not (_is_whole(node) and b.is_data(a.self) and b.counts(a.self)):
+        return functions.ROWS["clamp"](b, node, a)
+    x = b.operand(node, a.self)
+    for operation, bound in (("Max", getattr(a, "min", None)), ("Min", getattr(a, "max", None))):
+        number = None if bound is None else b.number(bound)
+        if bound is not None and number is None:
+            raise b.unsupported(node, "ends of integers that are no numbers")
+        if number is not None:
+            x = b.call(node, m.Count(operation, torch.tensor(int(number))), x, kind="count")
+    return x
+
+
 def _cumsum(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
     if not _is_whole(node):
         return reductions.ROWS["cumsum"](b, node, a)
@@ -109,5 +122,6 @@ ROWS: dict[str, Handler] = {
         )
         for name in names
     },
+    **dict.fromkeys(("clamp", "clamp_min", "clamp_max", "clip"), _clamp),
     "cumsum": _cumsum, "gather": _gather, "scatter": _scatter,
 }  # fmt: skip

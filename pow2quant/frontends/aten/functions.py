@@ -23,12 +23,12 @@ def given(a: SimpleNamespace) -> Any:
 
 def unary(make: Callable[[SimpleNamespace], nn.Module]) -> Handler:
     """A row of a function of one tensor."""
-    return lambda b, node, a: b.call(node, make(a), b.operand(node, given(a)))
+    return lambda b, node, a: b.call(node, make(a), b.real(node, given(a)))
 
 
 def of_operands(make: Callable[[], nn.Module], *names: str) -> Handler:
     """A row of an operation of these operands, and nothing else."""
-    return lambda b, node, a: b.call(node, make(), *(b.operand(node, getattr(a, name)) for name in names))
+    return lambda b, node, a: b.call(node, make(), *(b.real(node, getattr(a, name)) for name in names))
 
 
 def _same(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:

@@ -159,11 +159,15 @@ def _layers(step: Advance, third: bool = False, pair: bool = False) -> Handler:
     def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> Parts:
         if not hasattr(a, "input") or not hasattr(a, "batch_first"):
             raise b.unsupported(node, "packed sequences")
+        if b.free(a.input)[0 if not a.batch_first else 1]:
+            raise b.unsupported(node, "steps along the first dimension, that of the batch; use batch_first=True")
+        size, directions = (4 if a.has_biases else 2), (2 if a.bidirectional else 1)
+        if len(a.params) != size * directions * int(a.num_layers):
+            raise b.unsupported(node, "proj_size")
         firsts = a.hx if pair else [a.hx]
         given = [_state(b, node, h) for h in firsts]
         name = _name(b, node)
         steps = _steps(b, node, a, name)
-        size, directions = (4 if a.has_biases else 2), (2 if a.bidirectional else 1)
         finals: list[State] = []
         for layer in range(int(a.num_layers)):
             outputs = []

@@ -101,7 +101,7 @@ def _concat(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     parts = [p for p in a.tensors if b.rank(p) == b.rank(node)]
     if b.free(node)[dim]:
         raise b.unsupported(node, "joining along the batch")
-    return join(b, node, dim, [b.operand(node, p) for p in parts], parts)
+    return join(b, node, dim, [b.real(node, p) for p in parts], parts)
 
 
 def _along(dim: int) -> Handler:
@@ -127,7 +127,7 @@ def _stack(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     dim = int(a.dim) % b.rank(node)
     shape = list(b.shape_with_batch(node))
     shape[dim] = 1
-    operands = [b.call(node, m.Reshape(shape), b.operand(node, p)) for p in a.tensors]
+    operands = [b.call(node, m.Reshape(shape), b.real(node, p)) for p in a.tensors]
     return join(b, node, dim, operands, a.tensors)
 
 

@@ -16,6 +16,8 @@ COUNTING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Mul": torch.mul,
     "Div": lambda x, y: torch.div(x, y, rounding_mode="floor"),
     "Mod": torch.remainder,
+    "Max": torch.maximum,
+    "Min": torch.minimum,
 }
 """By ONNX's name; Div is rounded down."""
 

@@ -252,6 +252,14 @@ def lower_pad(graph: Lowering, node: onnx.NodeProto, output: str, low: float, hi
     _move(graph, node, output, (low, high), (read, write), fill)
 
 
+def fills_exactly(graph: Lowering, node: onnx.NodeProto) -> bool:
+    """Whether a code of the input's encoding is exactly what a Pad puts around it; true of what is no Pad."""
+    if node.op_type != "Pad" or len(node.input) < 3 or not node.input[2]:
+        return True
+    value, encoding = graph.floats.get(node.input[2]), graph.encodings[node.input[0]]
+    return value is not None and bool((encoding.dequantize(encoding.quantize(value)) == value).all())
+
+
 def lower_resize(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
     """Resize that repeats every value a whole number of times."""
     shape, full = graph.shape(node.input[0]), graph.shape(output if output in graph.shapes else node.output[0])
@@ -264,7 +272,10 @@ def lower_resize(graph: Lowering, node: onnx.NodeProto, output: str, low: float,
             ("nearest_mode", b"round_prefer_floor"),
         )
     )
-    repeats = (place, rounding) == ("asymmetric", "floor") or place == "half_pixel"
+    repeats = (place, rounding) == ("asymmetric", "floor") or (place == "half_pixel" and rounding.startswith("round"))
+    if len(node.input) > 2 and node.input[2]:
+        scales = graph.floats.get(node.input[2])
+        repeats = repeats and scales is not None and (not scales.size or scales.tolist() == factors)
     if mode != "nearest" or not repeats or [a * f for a, f in zip(shape, factors, strict=True)] != list(full):
         raise UnsupportedModelError(f"{title(node)}: only nearest neighbours by whole factors have integers")
     split = [n for pair in zip(shape, factors, strict=True) for n in pair]

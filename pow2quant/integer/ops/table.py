@@ -33,7 +33,7 @@ LARGEST = 16
 
 @dataclass(frozen=True, eq=False)
 class Table(Step):
-    """y = table[x - low]; table: (codes,) or one row per channel (C, codes)."""
+    """y = table[x - low]; table: (codes,) or one row per channel (C, codes), for x of as many channels or of one."""
 
     table: Ints
 
@@ -47,16 +47,18 @@ class Table(Step):
 
     def emit_c(self, layer: Layer) -> str:
         x, result = layer.input(0), layer.output
-        layer.overwrites = [x.name]
         table = layer.typed_array("table", self.table.astype(result.dtype))
         rows, codes = self.table.reshape(-1, self.table.shape[-1]).shape
         count = result.size // rows
+        if x.size == result.size:
+            layer.overwrites = [x.name]
         if rows == 1:
             return f"for (int32_t i = 0; i < {count}; i++)\n    y[i] = {table.name}[x[i] - {x.low}];"
         place = f"c * {count} + i"
+        source = place if x.size == result.size else "i"  # one channel that every row of the table reads
         return (
             f"for (int32_t c = 0; c < {rows}; c++)\n    for (int32_t i = 0; i < {count}; i++)\n"
-            f"        y[{place}] = {table.name}[c * {codes} + x[{place}] - {x.low}];"
+            f"        y[{place}] = {table.name}[c * {codes} + x[{source}] - {x.low}];"
         ).replace("- -", "+ ")
 
     def bound(self, program: Program) -> int:

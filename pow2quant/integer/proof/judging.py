@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from pow2quant.functions import definition
 from pow2quant.integer.lattice import NotProvedError
+from pow2quant.integer.nodes import COMPARISONS
 from pow2quant.integer.proof.averages import average, total_of
 from pow2quant.integer.proof.definitions import defined_by
 from pow2quant.integer.proof.elements import choice, product_of, sum_of
-from pow2quant.integer.proof.moves import COMPARISONS, comparison, float_sums, function, moves, nothing, resize, unknown
+from pow2quant.integer.proof.moves import comparison, float_sums, function, moves, nothing, resize, unknown
 from pow2quant.integer.proof.products import weighted
 from pow2quant.integer.proof.requirements import (
     ROUNDS_AFTER_ZERO_POINT,

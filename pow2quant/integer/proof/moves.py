@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from pow2quant.integer.lattice import Lattice, NotProvedError
-from pow2quant.integer.nodes import attribute
+from pow2quant.integer.nodes import COMPARISONS, attribute
 from pow2quant.integer.proof.tensors import Judged, Tensors
 from pow2quant.operators import OPERATIONS, Values, operations
 
@@ -44,9 +44,6 @@ def resize(tensors: Tensors, node: onnx.NodeProto) -> Judged:
         raise NotProvedError("Resize interpolates in float32, each executor in its own way")
     return moves(tensors, node)
 
-
-COMPARISONS = ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not")
-"""Operations whose results are truth values."""
 
 INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 
