@@ -15,6 +15,7 @@ from pow2quant.backends import conformance
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.config import DataConfig
 from pow2quant.errors import DataError
+from pow2quant.methods.alignment import Align
 from pow2quant.methods.equalization import (
     Equalize,
     absorb,
@@ -130,6 +131,21 @@ def test_per_tensor_weights_gain_by_it() -> None:
         with torch.no_grad():
             errors.append(float((sim.model(test) - expected).square().mean()))
     assert errors[1] < 0.1 * errors[0]
+
+
+@pytest.mark.parametrize(("outputs", "groups_of"), [(6, 1), (4, 2)])
+def test_volumes_are_scaled_as_images_are(outputs: int, groups_of: int) -> None:
+    """A transposed convolution has its input channels first in three dimensions, too."""
+    torch.manual_seed(0)
+    layers = (nn.Conv3d(2, 4, 3), nn.ReLU(), nn.ConvTranspose3d(4, outputs, 2, 2, groups=groups_of), nn.ReLU())
+    model, x = nn.Sequential(*layers, nn.Conv3d(outputs, 3, 1)), torch.randn(4, 2, 5, 5, 5)
+    for method in (Equalize(), Align(rounds=1)):
+        network = prepare(model.eval(), x)
+        before, weights = network(x), network.get_parameter("0.weight").detach().clone()
+        parameters = {"plan": QuantPlan.default(4, 8)} if isinstance(method, Align) else {}
+        after = method.rewrite(network, [x], **parameters)(x)
+        assert (after - before).abs().max() <= 1e-4 * before.abs().max()
+        assert torch.equal(network.get_parameter("0.weight"), weights) == (groups_of > 1)
 
 
 def test_a_nearly_dead_channel_does_not_blow_up() -> None:

@@ -99,6 +99,7 @@ def test_mixing_takes_either_value_and_all_of_one_at_the_ends() -> None:
     xq = x.round()
     assert torch.equal(mixed(xq, x, 1), xq)
     assert torch.equal(mixed(xq, x, 0), x)
+    assert torch.equal(mixed(torch.arange(9), torch.arange(9), 0.5), torch.arange(9)), "tokens"
     some = mixed(xq, x, 0.3)
     assert ((some == xq) | (some == x)).all()
     assert (some == xq).float().mean().item() == pytest.approx(0.3, abs=0.03)

@@ -236,6 +236,15 @@ def test_a_network_without_batch_norm_is_trained_as_ever(data):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_convolutions_of_volumes_are_trained(data):
+    torch.manual_seed(0)
+    layers = (nn.Unflatten(1, (1, 1)), nn.Conv3d(1, 8, (1, 3, 3)), nn.BatchNorm3d(8), nn.ReLU())
+    volumes = nn.Sequential(*layers, nn.Flatten(), nn.Linear(288, 10)).eval()
+    trainer = trainer_of(simulated(volumes, data), data, volumes, replace(SHORT, learning_rate=3e-3))
+    history = trainer.run()
+    assert history[-1].accuracy > history[0].accuracy + 20
+
+
 # -- the loop ----------------------------------------------------------------------------------------------------------
 
 

@@ -32,9 +32,10 @@ FULL = 6.001
 MARGIN = 0.25
 """Peaks count as so much further from the mean than the calibration data showed them."""
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear, *TRANSPOSED)
-PASSES = (nn.ReLU, m.LeakyReLU, nn.PReLU, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, m.NearestUpsample)
+WEIGHTED = (*m.CONVOLUTIONS, *m.TRANSPOSED, nn.Linear)
+MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+PASSES = (nn.ReLU, m.LeakyReLU, nn.PReLU, *MAX_POOLS, *AVERAGE_POOLS, m.NearestUpsample)
 """f(s x) = s f(x) for every s > 0 per channel."""
 
 
@@ -91,7 +92,7 @@ def groups(network: fx.GraphModule) -> list[Group]:
         sources = list(node.all_input_nodes)
         of[node] = Group([node])
         module = called(network, node)
-        if isinstance(module, WEIGHTED) and not (isinstance(module, TRANSPOSED) and module.groups > 1):
+        if isinstance(module, WEIGHTED) and not (isinstance(module, m.TRANSPOSED) and module.groups > 1):
             of[node].writers.append(node)
             of[sources[0]].readers.append(node)
             if any(uses[id(p)] > 1 for p in module.parameters()):
@@ -125,7 +126,7 @@ def _homogeneous(module: nn.Module, node: fx.Node) -> bool:
 def rows(network: fx.GraphModule, node: fx.Node) -> Tensor:
     """A view of a layer's weight with its output channels first: (C_out, …)."""
     weight = network.get_parameter(f"{node.target}.weight").detach()
-    return weight.transpose(0, 1) if isinstance(network.get_submodule(str(node.target)), TRANSPOSED) else weight
+    return weight.transpose(0, 1) if isinstance(network.get_submodule(str(node.target)), m.TRANSPOSED) else weight
 
 
 def columns(network: fx.GraphModule, node: fx.Node) -> Tensor:
@@ -134,7 +135,7 @@ def columns(network: fx.GraphModule, node: fx.Node) -> Tensor:
     weight = network.get_parameter(f"{node.target}.weight").detach()
     groups = 1 if isinstance(module, nn.Linear) else module.groups
     grouped = weight.view(groups, -1, *weight.shape[1:])
-    return grouped if isinstance(module, TRANSPOSED) else grouped.transpose(1, 2)
+    return grouped if isinstance(module, m.TRANSPOSED) else grouped.transpose(1, 2)
 
 
 @torch.no_grad()
@@ -239,7 +240,7 @@ def _constant_readers(network: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     found = []
     for user in node.users:
         module: Any = called(network, user)
-        if isinstance(module, nn.Linear) or (isinstance(module, (nn.Conv1d, nn.Conv2d)) and not _padding(module)):
+        if isinstance(module, nn.Linear) or (isinstance(module, m.CONVOLUTIONS) and not _padding(module)):
             readers = [user] if module.bias is not None else []
         elif isinstance(module, (m.Mean, nn.Flatten)) and _homogeneous(module, user):
             readers = _constant_readers(network, user)
@@ -251,7 +252,7 @@ def _constant_readers(network: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _padding(convolution: nn.Conv1d | nn.Conv2d) -> bool:
+def _padding(convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
     padding = convolution.padding
     return padding == "same" if isinstance(padding, str) else any(padding)
 

@@ -21,6 +21,7 @@ from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.placement import Placement
 from pow2quant.config import TensorSpec
 from pow2quant.errors import DataError
+from pow2quant.frontends import modules as m
 from pow2quant.frontends.copies import copied
 from pow2quant.frontends.operators import called
 from pow2quant.methods.equalization import columns
@@ -252,7 +253,7 @@ def _is_clip(network: nn.Module, node: fx.Node) -> bool:
 
 def _entering(layer: Any, x: Tensor) -> Tensor:
     """What the rows of a layer see at some positions, (groups, D, n); of a transposed convolution, single values."""
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+    if isinstance(layer, m.CONVOLUTIONS):
         return some_patches(layer, x, PATCHES)
     values = x.transpose(0, 1).flatten(1)
     return values.view(getattr(layer, "groups", 1), -1, values.shape[1])

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from pow2quant.frontends.rows.weighted import zeros_around
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
 
 def patches(module: nn.Module, x: Tensor) -> Tensor:
     """What meets the weights of one neuron: (N, C, …) -> (groups, samples, K), K as in `weight.flatten(1)`."""
@@ -24,7 +26,7 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
     return found
 
 
-def some_patches(module: nn.Conv1d | nn.Conv2d, x: Tensor, most: int) -> Tensor:
+def some_patches(module: Convolution, x: Tensor, most: int) -> Tensor:
     """Of every image at most so many patches, at evenly spread positions: (N, C, …) -> (groups, K, samples).
 
     The step between positions is odd, so that they are not all in a few columns of the image.
@@ -41,6 +43,6 @@ def some_patches(module: nn.Conv1d | nn.Conv2d, x: Tensor, most: int) -> Tensor:
     return found.permute(1, 2, 0, 3).reshape(module.groups, -1, len(x) * found.shape[3])
 
 
-def _padded(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+def _padded(module: Convolution, x: Tensor) -> Tensor:
     """With the convolution's own padding, of zeros: convolutions with another are not quantized."""
     return F.pad(x, zeros_around(module))

@@ -49,8 +49,11 @@ def annealed(share: float, start: float, end: float) -> float:
 
 
 def mixed(quantized: Tensor, exact: Tensor, share: float) -> Tensor:
-    """Element by element, the quantized value with probability `share`, otherwise the exact one: QDrop."""
-    if share == 1:
+    """Element by element, the quantized value with probability `share`, otherwise the exact one: QDrop.
+
+    Integers, such as tokens, are never quantized.
+    """
+    if share == 1 or not exact.is_floating_point():
         return quantized
     return exact.lerp(quantized, torch.rand_like(exact).lt_(share))  # exact at both ends, and faster than `where`
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +144,14 @@ class Trainer:
         """Within it the simulation computes with what is learned; sites that learn have no encoding of their own."""
         networks = (self.sim.model, self.network, *self.distillation.networks)
         for module in networks:
-            module.to(memory_format=LAYOUT)
+            _arrange(module, LAYOUT)
         self.norms.arrange(LAYOUT)
         try:
             with self.learning.computing():
                 yield
         finally:
             for module in networks:
-                module.to(memory_format=torch.contiguous_format)
+                _arrange(module, torch.contiguous_format)
 
     def _placed(self, batch: Batch) -> list[Tensor]:
         """The inputs of a batch, on the device."""
@@ -391,6 +392,13 @@ class Trainer:
         self.losses.smoothed, self.losses.first = smoothed
         self.flips.fill_(flips)
         torch.set_rng_state(state["generator"])
+
+
+def _arrange(module: nn.Module, layout: torch.memory_format) -> None:
+    """Lays out all weights of images in memory; `Module.to` refuses those of volumes."""
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=layout)
 
 
 def _seed(seed: int, epoch: int) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 from pow2quant.frontends.writing import Emit, Node, OnnxGraph, Operator, Rows, pads_of
 
 
-def conv_pads(module: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d) -> tuple[list[int], list[int]]:
+def conv_pads(module: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d) -> tuple[list[int], list[int]]:
     """Zeros in front of and behind every spatial dimension, also for padding="same"."""
     if module.padding == "valid":
         return [0] * len(module.kernel_size), [0] * len(module.kernel_size)
@@ -18,7 +18,7 @@ def conv_pads(module: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d) -> tuple[list[
     return pads, pads
 
 
-def zeros_around(module: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
+def zeros_around(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
     """A convolution's own padding as `torch.nn.functional.pad` takes it: the last dimension first."""
     sides = zip(*conv_pads(module), strict=True)
     return tuple(p for side in reversed(list(sides)) for p in side)
