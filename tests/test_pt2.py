@@ -73,6 +73,28 @@ def test_a_torch_program_gives_the_bits_of_the_simulation(network, tmp_path):
     assert (found.differing, found.claim) == (0, "observed on 16 inputs")
 
 
+class Named(nn.Module):
+    """Features, and the row of a table that an integer names."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+    def forward(self, x, row):
+        return self.layer(self.table(row) + x)
+
+
+def test_integers_are_inputs(tmp_path):
+    batch = torch.randn(8, 6), torch.randint(0, 9, (8,))
+    sim = simulate(Named().eval(), batch, plan_of(RunConfig()))
+    sim.calibrate([batch])
+    artifact = sim.export(batch)
+    onnx_qdq.export_qdq(artifact, tmp_path)
+    executors = plugins.resolve("validators", "pt2")(tmp_path / "model.onnx")
+    reference = simulation_executor(sim, "custom", torch.device("cpu"))
+    assert compare(reference, executors, [[x.numpy() for x in batch]], artifact)[0].differing == 0
+
+
 def test_the_file_needs_torch_alone(tmp_path):
     sim, artifact, x = quantized("Everything")
     file = plugins.resolve("exporters", "pt2")(artifact, tmp_path, batch=16)

@@ -6,7 +6,8 @@ In one pass, `kernels` computes the same on a GPU where Triton can, `native` on 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, cached_property
 from importlib.util import find_spec
 from math import prod
@@ -178,6 +179,17 @@ def _inner(x: Tensor, scale: Tensor, axis: int | None) -> int | None:
     return 1 if x.is_contiguous() and scale.numel() == prod(x.shape) else None
 
 
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Within it, `torch.jit.trace` records nothing."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
 def _straight_through(x: Tensor, constants: _Constants) -> Tensor:
     if torch._C._get_tracing_state():  # which knows no functions of Python's
         return constants.finish(constants.codes(x))
@@ -231,7 +243,8 @@ class FakeQuantize(nn.Module):
     def _quantized(self, x: Tensor, encoding: Encoding) -> Tensor:
         constants = self._constants
         if constants is None or constants.device != x.device or constants.ndim != x.ndim:
-            constants = self._constants = _Constants(encoding, x.shape, x.device, self.rounding)
+            with _untraced():  # a traced graph holds them, as it holds weights
+                constants = self._constants = _Constants(encoding, [int(n) for n in x.shape], x.device, self.rounding)
         if (torch.is_grad_enabled() and x.requires_grad) or torch._C._get_tracing_state():
             return _straight_through(x, constants)
         if self.caches and self.tap is None and x.device.type == "cpu" and not x.is_inference():

@@ -31,7 +31,8 @@ class FoldedBatchNorm(_BatchNorm):
 
     def _refuse(self, name: str) -> AttributeError:
         where = vars(self).get("where", "")
-        return AttributeError(f'{where}: batch norm is folded, it has no {name}; backend="aimet" keeps it')
+        kept = 'backend="aimet", placement="aimet" keeps it'
+        return AttributeError(f"{where}: batch norm is folded, it has no {name}; {kept}")
 
     def __getattr__(self, name: str) -> Any:
         raise self._refuse(name)

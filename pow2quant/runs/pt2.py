@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 
@@ -55,9 +56,12 @@ def program(artifact: Artifact, batch: int, outputs: list[str] | None = None) ->
     """
     model = to_float_ops(artifact, outputs)
     fix_batch(model, batch)
-    shapes = [[d.dim_value for d in value.type.tensor_type.shape.dim] for value in model.graph.input]
+    types = [value.type.tensor_type for value in model.graph.input]
     network = read_network(model).requires_grad_(False)
-    return torch.export.export(network, tuple(torch.zeros(shape) for shape in shapes))
+    zeros = [
+        np.zeros([d.dim_value for d in t.shape.dim], onnx.helper.tensor_dtype_to_np_dtype(t.elem_type)) for t in types
+    ]
+    return torch.export.export(network, tuple(map(torch.from_numpy, zeros)))
 
 
 def content(exported: torch.export.ExportedProgram) -> bytes:
@@ -112,6 +116,6 @@ def _each(run: Callable[..., Any], batch: Arrays) -> list[NDArray[np.float32]]:
     rows: list[Sequence[torch.Tensor]] = []
     with torch.no_grad():
         for i in range(len(batch[0])):
-            found = run(*(torch.from_numpy(np.ascontiguousarray(x[i : i + 1], np.float32)) for x in batch))
+            found = run(*(torch.from_numpy(np.ascontiguousarray(x[i : i + 1])) for x in batch))
             rows.append(found if isinstance(found, (tuple, list)) else [found])
     return [torch.cat(list(column)).numpy() for column in zip(*rows, strict=True)]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from pow2quant import QuantizationSimModel
 from pow2quant.backends import aimet
 from pow2quant.backends.aimet import constrained
 from tests.aimet_flows.digits import accuracy, images, train, trained
@@ -81,6 +82,35 @@ def test_mixed_precision(installed, given, tmp_path):
     sim.export(tmp_path, "m", DUMMY)
     for result in in_onnxruntime(tmp_path / "m.onnx", tmp_path / "m.encodings", images()):
         assert np.array_equal(result, run(sim.model).numpy())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mixed_precision_with_aimets_placement(installed, tmp_path):
+    """Every scale that the search computes with is a power of two, and what it leaves can be exported."""
+    from aimet_torch.common.defs import CallbackFunc, QuantizationDataType
+    from aimet_torch.mixed_precision import choose_mixed_precision
+
+    integer, seen = QuantizationDataType.int, []
+    sim = QuantizationSimModel(trained(), DUMMY, backend="aimet")
+    sim.compute_encodings(lambda model: model(images()))
+
+    def evaluate(model, _):
+        seen.extend(q.get_scale() for q in model.modules() if vars(q).get("enabled") and q.is_initialized())
+        return -float((run(model) - reference).square().mean())
+
+    reference, widths = run(trained()), [((8, integer), (8, integer)), ((4, integer), (4, integer))]
+    callback = CallbackFunc(evaluate, None)
+    with aimet.quiet():
+        found = choose_mixed_precision(
+            sim, DUMMY, widths, callback, callback, 0.03, str(tmp_path), True, CallbackFunc(lambda model, _: run(model))
+        )
+    assert found
+    scales = [s.detach().numpy() for s in seen if s is not None]
+    assert len(scales) > 20
+    assert all((np.frexp(s)[0] == 0.5).all() for s in scales)
+    sim.export(tmp_path, "m", DUMMY)
+    assert is_constrained(sim)
+    assert {q.bitwidth for q in sim.quantizers()} == {4, 8}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pow2quant import QuantPlan, simulate
-from pow2quant.errors import DataError, UnsupportedModelError, WeightsError
+from pow2quant.errors import ConfigError, DataError, UnsupportedModelError, WeightsError
 from tests.aimet_flows.digits import Net, images, trained
 from tests.drop_in.networks import DUMMY, prepared, table
 
@@ -54,6 +54,18 @@ def test_nan_in_the_weights_later(make, calibrated):
     with pytest.raises((WeightsError, DataError), match=r"^fc\.\w+: (the network gives |holds )?NaN or infinity"):
         calibrated.compute_encodings(lambda model: model(images(8)))
     assert table(calibrated) == before
+
+
+def test_a_quantizer_that_was_removed_is_named(installed):
+    """Our placement on AIMET exports every site."""
+    for remove in (
+        lambda sim: sim.model.fc.output_quantizers.__setitem__(0, None),
+        lambda sim: sim.exclude_layers_from_quantization([sim.model.fc]),
+    ):
+        sim = prepared(trained(), DUMMY, backend="aimet")
+        remove(sim)
+        with pytest.raises(ConfigError, match=r"fc\.\w+: its quantizer was removed"):
+            sim.compute_encodings(lambda model: model(images()))
 
 
 def test_a_part_that_is_never_run(make):

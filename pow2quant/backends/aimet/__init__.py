@@ -152,6 +152,13 @@ class AimetSimulation:
         return self.model.get_parameter(name)
 
     def calibrate(self, batches: Iterable[Batch], roles: Collection[str] = ALL) -> Table:
+        """See `Simulation.calibrate`. Raises ConfigError, too, for a site whose quantizer somebody has removed."""
+        present = set(self.model.modules())
+        for name, (module, _, key) in self._slots.items():
+            if module not in present or self._slot(name)[key] is None:
+                raise ConfigError(
+                    f'{name}: its quantizer was removed; name it in the overrides instead, or use placement="aimet"'
+                )
         return calibrate(self, batches, roles)
 
     def encodings(self) -> Table:

@@ -76,6 +76,22 @@ def quantizer_class() -> type:
     return ConstrainedQuantizer
 
 
+@cache
+def _constrained(kind: Any) -> type | None:
+    """The constrained class for a class of quantizers; None where there is none.
+
+    There is one for what stands in for AIMET's `QuantizeDequantize` while its mixed precision searches, too.
+    """
+    from aimet_torch.quantization.affine import QuantizeDequantize
+
+    if kind is QuantizeDequantize:
+        return quantizer_class()
+    *mixed_in, plain = kind.__bases__
+    if not mixed_in or plain is not QuantizeDequantize:
+        return None
+    return type(kind.__name__, (*mixed_in, quantizer_class()), {})
+
+
 def constrain(quantsim: Any) -> None:
     """Makes every scale of any AIMET `QuantizationSimModel` a power of two: its quantizers stay where AIMET put them.
 
@@ -83,19 +99,20 @@ def constrain(quantsim: Any) -> None:
     Raises ConfigError for grids that this constraint does not know: narrow ones (-127 … 127), more than 16 bits, and
     blocks whose scales are multiples of a common one (LPBQ).
     """
-    from aimet_torch.quantization.affine import QuantizeDequantize
     from aimet_torch.quantization.affine.quantizer import AffineQuantizerBase
 
-    constrained = quantizer_class()
     for path, quantizer in quantsim.named_quantizers():
-        if isinstance(quantizer, constrained) or not isinstance(quantizer, AffineQuantizerBase):
+        if isinstance(quantizer, quantizer_class()) or not isinstance(quantizer, AffineQuantizerBase):
+            continue
+        if not getattr(quantizer, "enabled", True):  # mixed precision's stand-in where there is none
             continue
         module, kind, key = path.rsplit(".", 2)
         role = key if kind == "param_quantizers" else kind.removesuffix("_quantizers")
         name = f"{module}.{role}" + ("" if key in (role, "0") else f".{key}")
-        if type(quantizer) is not QuantizeDequantize:
-            if hasattr(quantizer, "site"):  # of a simulation that is constrained already
-                continue
+        if hasattr(quantizer, "site"):  # of a simulation that is constrained already
+            continue
+        constrained = _constrained(type(quantizer))  # type: ignore[arg-type]
+        if constrained is None:
             raise ConfigError(f"{name}: the scales of a {type(quantizer).__name__} cannot all be powers of two")
         codes = quantizer.qmax - quantizer.qmin + 1
         if codes & (codes - 1) or codes > 1 << WIDEST:
