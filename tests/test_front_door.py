@@ -412,6 +412,24 @@ def test_a_network_under_autocast_is_compared_in_float32() -> None:
     assert quick(net, (x, Y)).agrees
 
 
+class AtTimes(nn.Module):
+    """Features and an integer, such as a time step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.layer(x) + time[:, None]
+
+
+def test_integers_that_become_one_are_said() -> None:
+    for most, expected in ((1000, ["real: integers become real numbers in steps of 4"]), (100, [])):
+        data = [(torch.randn(8, 6), torch.randint(0, most, (8,))) for _ in range(4)]
+        found = quick(AtTimes().eval(), data, task="none").report["verdict"]["warnings"]
+        assert [text.partition(";")[0] for text in found if "steps" in text] == expected
+
+
 def test_of_several_targets_the_first_is_judged(mine: tuple[Path, dict[str, Any]]) -> None:
     """As data sets have them that give an index or a file's name beside the label."""
     net, numbers = mine[1]["classifier"](), torch.arange(16)

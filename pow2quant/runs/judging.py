@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import fx, nn
 
-from pow2quant.artifact import Agreement
+from pow2quant.artifact import Agreement, Table
 from pow2quant.backends.pixels import fold_normalization
 from pow2quant.errors import Pow2QuantError
 from pow2quant.frontends.copies import copied
+from pow2quant.frontends.modules import Real
+from pow2quant.frontends.operators import called
 from pow2quant.logits.paired import NORMAL_95, interval, paired
 from pow2quant.models import TORCHVISION
 from pow2quant.report.advice import advice
@@ -24,11 +26,17 @@ from pow2quant.tasks.base import ONE_ANSWER, Averaged, Counter, Metric, OneAnswe
 
 
 def judge(
-    job: Job, agreements: Sequence[Agreement], change: Change | None, sizes: Mapping[str, int], steps: Collection[str]
+    job: Job,
+    agreements: Sequence[Agreement],
+    change: Change | None,
+    sizes: Mapping[str, int],
+    steps: Collection[str],
+    table: Table,
 ) -> dict[str, Any]:
     """`verdict` of report.json. sizes: of the files `float` and `quantized`, in bytes. steps: what the run did."""
     advised = advice(job.config, steps, _would_win_on_pixels(job), tried=bool(job.trials))
-    return verdict(agreements, change, advised, [*job.data.warnings, *_unloaded(job), *_grown(sizes)])
+    warnings = [*job.data.warnings, *_unloaded(job), *_coarse(job.network, table), *_grown(sizes)]
+    return verdict(agreements, change, advised, warnings)
 
 
 def _would_win_on_pixels(job: Job) -> bool:
@@ -108,6 +116,18 @@ def untrained(model: nn.Module) -> bool:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [(m.running_mean, m.running_var) for m in norms if m.running_mean is not None and m.running_var is not None]
     return bool(kept) and not any(bool(mean.any()) or bool(variance.ne(1).any()) for mean, variance in kept)
+
+
+def _coarse(network: fx.GraphModule, table: Table) -> Iterator[str]:
+    """That integers, such as lengths and time steps, are no longer told apart once they are real numbers."""
+    for node in network.graph.nodes:
+        encoding = table.get(f"{node.target}.output")
+        step = float(encoding.scale.max()) if encoding is not None and isinstance(called(network, node), Real) else 0
+        if step > 1:
+            yield (
+                f"{node.target}: integers become real numbers in steps of {step:g}; more bits, there and where they "
+                "are computed with, tell them apart (quantization.overrides)"
+            )
 
 
 def _grown(sizes: Mapping[str, int]) -> Iterator[str]:

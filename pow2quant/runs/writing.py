@@ -228,7 +228,7 @@ def _report(
     }
     change, needed = change_of(scores, simulated), resources(artifact, certificate)
     report: dict[str, Any] = {
-        "verdict": judge(job, agreements, change, sizes, steps),
+        "verdict": judge(job, agreements, change, sizes, steps, artifact.encodings),
         "quantization_type": "power_of_2" if document.is_power_of_two(artifact.encodings.values()) else "free_scale",
         "backend": job.config.backend,
         "target": target.name,
