@@ -430,6 +430,21 @@ def test_integers_that_become_one_are_said() -> None:
         assert [text.partition(";")[0] for text in found if "steps" in text] == expected
 
 
+class Attending(nn.Module):
+    """Attention to what a mask keeps; reals of a mask may be anything between 0 and 1."""
+
+    def forward(self, x: Tensor, kept: Tensor) -> Tensor:
+        scores = x @ x.transpose(1, 2) / 3 + (1 - kept.float()[:, None]) * -1e4
+        return scores.softmax(-1) @ x
+
+
+def test_a_mask_that_widens_the_scores_is_said() -> None:
+    for kind, expected in ((torch.float32, 1), (torch.int64, 0), (torch.bool, 0)):
+        data = [(torch.randn(8, 5, 6), (torch.rand(8, 5) > 0.3).to(kind)) for _ in range(4)]
+        found = quick(Attending().eval(), data, task="none").report["verdict"]["warnings"]
+        assert sum("few scores are told apart" in text for text in found) == expected
+
+
 def test_of_several_targets_the_first_is_judged(mine: tuple[Path, dict[str, Any]]) -> None:
     """As data sets have them that give an index or a file's name beside the label."""
     net, numbers = mine[1]["classifier"](), torch.arange(16)

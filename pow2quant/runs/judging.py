@@ -119,11 +119,17 @@ def untrained(model: nn.Module) -> bool:
 
 
 def _coarse(network: fx.GraphModule, table: Table) -> Iterator[str]:
-    """That integers, such as lengths and time steps, are no longer told apart once they are real numbers."""
+    """That numbers are no longer told apart: integers that became real ones, or what a softmax reads."""
+    steps = {name.removesuffix(".output"): float(encoding.scale.max()) for name, encoding in table.items()}
     for node in network.graph.nodes:
-        encoding = table.get(f"{node.target}.output")
-        step = float(encoding.scale.max()) if encoding is not None and isinstance(called(network, node), Real) else 0
-        if step > 1:
+        module, step = called(network, node), steps.get(str(node.target), 0.0)
+        read = max((steps.get(str(x.target), 0.0) for x in node.all_input_nodes), default=0.0)
+        if isinstance(module, nn.Softmax) and read >= 1:
+            yield (
+                f"{node.target}: its input has steps of {read:g}, so that few scores are told apart; a mask that is "
+                "added as large numbers is better given as integers or truth values"
+            )
+        if isinstance(module, Real) and step > 1:
             yield (
                 f"{node.target}: integers become real numbers in steps of {step:g}; more bits, there and where they "
                 "are computed with, tell them apart (quantization.overrides)"
