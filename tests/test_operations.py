@@ -72,7 +72,6 @@ CASES: dict[str, Case] = {
         lambda s, x: s("op", m.Select(), s("c", m.Compare("Greater", 0), x), x, s("y", nn.Conv1d(8, 8, 1), x)),
         ROWS,
         integers=False,
-        proved=False,
     ),
     "Linear": Case(lambda s, x: s("op", nn.Linear(8, 4), x), VECTORS),
     "Concat with an expanded constant": Case(

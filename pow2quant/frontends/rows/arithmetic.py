@@ -82,7 +82,7 @@ ROWS: Rows = {
     m.Div: Operator("Div", formula(_div)),
     m.Maximum: Operator("Max", plain("Max"), integers=True, proved=True),
     m.Minimum: Operator("Min", plain("Min"), integers=True, proved=True),
-    m.Select: Operator("Where", formula(_select)),
+    m.Select: Operator("Where", formula(_select), proved=True),
     m.Masked: Operator("Where", formula(_masked), proved=True),
     m.Choose: Operator("Where", formula(_choose), proved=True),
     m.Mean: Operator("ReduceMean", _mean, integers=True, proved=True),

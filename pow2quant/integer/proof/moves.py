@@ -51,13 +51,31 @@ TRUTHS = Lattice.of_constants(np.array([0.0, 1.0]))
 
 
 def comparison(tensors: Tensors, node: onnx.NodeProto) -> Judged:
-    """Comparisons of integers that count, and casts of what they give, are the same everywhere."""
-    if not all(_counts(tensors, name) for name in node.input):
-        return function(tensors, node)
-    if node.op_type != "Cast" or attribute(node, "to", 0) in INTEGERS:
-        return None, None
-    source = tensors.index.producers.get(node.input[0])
-    return (None, TRUTHS) if source is not None and source.op_type in COMPARISONS else function(tensors, node)
+    """Comparisons of what is the same everywhere, and casts of what they give."""
+    if node.op_type != "Cast":
+        return (None, None) if all(_is_same(tensors, name) for name in node.input) else function(tensors, node)
+    if attribute(node, "to", 0) in INTEGERS:
+        return (None, None) if _counts(tensors, node.input[0]) else function(tensors, node)
+    return (None, TRUTHS) if _is_truth(tensors, node.input[0]) else function(tensors, node)
+
+
+def _is_same(tensors: Tensors, name: str) -> bool:
+    """Whether a tensor's values are the same everywhere: constants, integers, truth values, and what is encoded."""
+    if name in tensors.constants or _counts(tensors, name) or _is_truth(tensors, name):
+        return True
+    try:
+        tensors.lattice(name)
+    except NotProvedError:
+        return False
+    return True
+
+
+def _is_truth(tensors: Tensors, name: str) -> bool:
+    """Whether a tensor holds truth values that are the same everywhere."""
+    node = tensors.index.producers.get(name)
+    if node is None:
+        return tensors.index.inputs.get(name) == onnx.TensorProto.BOOL
+    return node.op_type in COMPARISONS and all(_is_same(tensors, read) for read in node.input)
 
 
 def _counts(tensors: Tensors, name: str) -> bool:
