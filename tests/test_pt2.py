@@ -84,9 +84,26 @@ class Named(nn.Module):
         return self.layer(self.table(row) + x)
 
 
-def test_integers_are_inputs(tmp_path):
-    batch = torch.randn(8, 6), torch.randint(0, 9, (8,))
-    sim = simulate(Named().eval(), batch, plan_of(RunConfig()))
+class Attending(nn.Module):
+    """Attention turns samples and places, and truth values say what it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.layer = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x, hidden):
+        return self.layer(self.attention(x, x, x, key_padding_mask=hidden, need_weights=False)[0].mean(1))
+
+
+@pytest.mark.parametrize(
+    ("network", "batch"),
+    [
+        (Named, (torch.randn(8, 6), torch.arange(8))),
+        (Attending, (torch.randn(8, 5, 8), torch.arange(40).view(8, 5) % 5 > torch.arange(8)[:, None] % 4)),
+    ],
+)
+def test_integers_and_truth_values_are_inputs(network, batch, tmp_path):
+    sim = simulate(network().eval(), batch, plan_of(RunConfig()))
     sim.calibrate([batch])
     artifact = sim.export(batch)
     onnx_qdq.export_qdq(artifact, tmp_path)

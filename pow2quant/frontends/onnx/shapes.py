@@ -20,9 +20,17 @@ def _reshape(s: Step, x: Tensor, shape: Any = None) -> Tensor:
     wanted = s.integers("shape", shape) or []
     if not s.attribute("allowzero", 0):
         wanted = [x.shape[i] if d == 0 else d for i, d in enumerate(wanted)]
-    if s.fixed is not None and s.fixed[0] != tuple(x.shape):
+    if s.fixed is not None and s.fixed[0] != tuple(x.shape) and not _leaves_batch_open(wanted, s.fixed[1], s.batch):
         return x.reshape(regrown(*s.fixed, x.shape))
     return x.reshape(wanted)
+
+
+def _leaves_batch_open(wanted: list[int], result: tuple[int, ...], batch: int | None) -> bool:
+    """Whether -1 stands where the samples lie, of a shape that a file with a fixed batch size asks for."""
+    if -1 not in wanted:
+        return False
+    at = wanted.index(-1)
+    return at == 0 or (result[at] == batch and batch not in wanted[:at])
 
 
 def _flatten(s: Step, x: Tensor) -> Tensor:
