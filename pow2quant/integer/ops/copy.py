@@ -256,7 +256,7 @@ def fills_exactly(graph: Lowering, node: onnx.NodeProto) -> bool:
     """Whether a code of the input's encoding is exactly what a Pad puts around it; true of what is no Pad."""
     if node.op_type != "Pad" or len(node.input) < 3 or not node.input[2]:
         return True
-    value, encoding = graph.floats.get(node.input[2]), graph.encodings[node.input[0]]
+    value, encoding = graph.floats.get(node.input[2]), graph.tensors[node.input[0]].encoding
     return value is not None and bool((encoding.dequantize(encoding.quantize(value)) == value).all())
 
 
