@@ -88,8 +88,18 @@ REWRITES: tuple[Rewrite, ...] = (
             *("MatMulAddFusion", "GemmSumFusion", "DivMulFusion"),
         )
     ),
-    Rewrite("ClipQuantRewrite", "extended", "drops a Clip if the next Q saturates at the same bounds: the same codes"),
-    Rewrite("ReluQuantRewrite", "extended", "drops a Relu before a Q whose smallest code is zero: the same codes"),
+    Rewrite(
+        "ClipQuantRewrite",
+        "extended",
+        "drops a Clip if the next Q saturates at the same bounds: the same codes; before one of 4 bits it is an error, "
+        "and the reader refuses that",
+    ),
+    Rewrite(
+        "ReluQuantRewrite",
+        "extended",
+        "drops a Relu before a Q whose smallest code is zero: the same codes; before one of 4 bits it drops it "
+        "whatever the zero point is, and the reader refuses that",
+    ),
     Rewrite(
         "QDQSelectorActionTransformer",
         "extended",

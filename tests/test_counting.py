@@ -109,6 +109,13 @@ def test_integers_beside_reals_become_reals(name, tmp_path):
     assert differing(MIXED[name], batches, tmp_path) == [0, 0]
 
 
+@pytest.mark.parametrize("name", ["lengths", "one-hot"])
+def test_one_channel_is_read_by_every_row_of_a_table_in_c(name, tmp_path):
+    batches = pairs(lambda g: torch.randint(0, 8, (3, 6), generator=g))
+    found = outcome(prepare(Of(MIXED[name]).eval(), batches[0]), batches, tmp_path)
+    assert found["integer engine"] == found["generated C"] == 0
+
+
 @pytest.mark.parametrize("name", TRUTHS)
 def test_truth_values_are_inputs(name, tmp_path):
     batches = pairs(lambda g: torch.rand(3, 6, generator=g) > 0.5)

@@ -268,6 +268,11 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
+def _is_mask(x: Tensor) -> bool:
+    """Whether real numbers are zeros and ones, and not all the same."""
+    return bool(((x == 0) | (x == 1)).all()) and 0 < int(torch.count_nonzero(x)) < x.numel()
+
+
 def _of_size(example: Any, n: int) -> Any:
     """n samples of the example's shape and size of values, each another; integers and masks keep the example's rows."""
     generator = torch.Generator().manual_seed(0)
@@ -279,7 +284,7 @@ def _of_size(example: Any, n: int) -> Any:
         x = x.detach().cpu()
         if not x.numel():
             raise ModelError(f"the example holds no values: its shape is {tuple(x.shape)}")
-        if not x.is_floating_point() or x.unique().tolist() == [0.0, 1.0]:  # the latter is a mask
+        if not x.is_floating_point() or _is_mask(x):
             return x[torch.arange(n) % len(x)].clone()
         first = x[:1].float()
         if not torch.isfinite(first).all():

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from pow2quant.backends.base import Batch, inputs
 from pow2quant.errors import DataError
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.aten.pooling import AVERAGE_POOLS, MAX_POOLS
 from pow2quant.frontends.operators import called
 
 ROUNDS = 40
@@ -33,8 +34,6 @@ MARGIN = 0.25
 """Peaks count as so much further from the mean than the calibration data showed them."""
 
 WEIGHTED = (*m.CONVOLUTIONS, *m.TRANSPOSED, nn.Linear)
-MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-AVERAGE_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 PASSES = (nn.ReLU, m.LeakyReLU, nn.PReLU, *MAX_POOLS, *AVERAGE_POOLS, m.NearestUpsample)
 """f(s x) = s f(x) for every s > 0 per channel."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pow2quant.frontends.aten.functions import SELU_ALPHA, SELU_SCALE
 from pow2quant.frontends.onnx import places, recurrent, shapes, windows
 from pow2quant.frontends.onnx.step import Row, Step, number, scalar, tensor
 
@@ -65,8 +66,8 @@ def _clip(s: Step, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
 
 
 def _selu(s: Step, x: Tensor) -> Tensor:
-    alpha, gamma = s.attribute("alpha", 1.6732632), s.attribute("gamma", 1.0507010)
-    if abs(alpha - 1.6732632) < 1e-6 and abs(gamma - 1.0507010) < 1e-6:
+    alpha, gamma = s.attribute("alpha", SELU_ALPHA), s.attribute("gamma", SELU_SCALE)
+    if abs(alpha - SELU_ALPHA) < 1e-6 and abs(gamma - SELU_SCALE) < 1e-6:
         return F.selu(x)
     result: Tensor = torch.ops.aten.elu(x, alpha, gamma)
     return result
