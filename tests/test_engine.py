@@ -342,7 +342,7 @@ def broken(change):
     if change == "fill":
         y = g.node("Pad", "p", [y, g.constant("pads", np.int64([0, 0, 1, 1] * 2)), g.constant("v", np.float32(0.37))])
     if change in ("half_pixel", "scales"):
-        scales = np.float32([1, 1, 2.3, 2.3] if change == "scales" else [1, 1, 2, 2])
+        scales = np.float32([1, 1, 2.2, 2.2] if change == "scales" else [1, 1, 2, 2])
         place = "asymmetric" if change == "scales" else change
         how = {"mode": "nearest", "coordinate_transformation_mode": place, "nearest_mode": "floor"}
         y = g.node("Resize", "r", [y, "", g.constant("scales", scales)], encoding(-2), **how)
