@@ -52,6 +52,7 @@ TOKENS = {
     "an offset for each column": lambda x, table: table(x % 10 + torch.arange(6) * 10),
     "positions": positions,
     "buckets": lambda x, table: table((x - 25) // 7 + 30) + table(50 - x),
+    "towards zero": lambda x, table: table(torch.div(x - 25, 7, rounding_mode="trunc") + 30),
     "of two": lambda x, table: table((x[:, 1:] + x[:, :-1] * 2) % 60),
 }
 MIXED = {

@@ -161,6 +161,25 @@ def test_tokens_are_chosen_as_by_an_embedding(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, floats(5, 3)[tokens.numpy()])
 
 
+def test_a_quotient_of_integers_is_rounded_towards_zero(tmp_path: Path) -> None:
+    nodes = [("Sub", ["tokens", "shift"], "s"), ("Div", ["s", "by"], "q"), ("Add", ["q", "shift"], "t")]
+    graph = helper.make_graph(
+        [*(helper.make_node(kind, given, [to]) for kind, given, to in nodes), helper.make_node("Gather", ["w", "t"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("tokens", TensorProto.INT64, ["n", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(np.asarray(value), name)
+            for name, value in (("shift", INTS(4)), ("by", INTS(3)), ("w", floats(9, 3)))
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "t.onnx")
+    tokens = torch.tensor([[0, 1, 2, 3], [4, 5, 6, 8]])
+    with torch.no_grad():
+        found = prepare(read_network(tmp_path / "t.onnx"), tokens)(tokens).numpy()
+    np.testing.assert_array_equal(found, floats(9, 3)[[[3, 3, 4, 4], [4, 4, 4, 5]]])
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_file_of_torchs_older_exporter_is_as_in_onnxruntime(tmp_path: Path) -> None:
     path, x = tmp_path / "net.onnx", torch.randn(2, 6)

@@ -31,11 +31,12 @@ def _counted(operation: str, real: Handler) -> Handler:
 
     def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> Any:
         data = [x for x in (a.self, a.other) if b.is_data(x)]
-        plain = getattr(a, "alpha", 1) == 1 and getattr(a, "rounding_mode", "floor") == "floor"
+        rounding = getattr(a, "rounding_mode", "floor")
+        plain = getattr(a, "alpha", 1) == 1 and rounding in ("floor", "trunc")
         if not (plain and _is_whole(node) and any(b.counts(x) for x in data)):
             return real(b, node, a)
         first, other = (a.other, a.self) if operation == "rsub" else (a.self, a.other)
-        kind = "Sub" if operation == "rsub" else operation
+        kind = {"rsub": "Sub", "Div": "FloorDiv" if rounding == "floor" else "Div"}.get(operation, operation)
         if len(data) == 2:
             return b.call(node, m.Count(kind), _whole(b, node, first), _whole(b, node, other), kind="count")
         constant = other if b.is_data(first) else first

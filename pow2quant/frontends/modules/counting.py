@@ -14,12 +14,13 @@ COUNTING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Add": torch.add,
     "Sub": torch.sub,
     "Mul": torch.mul,
-    "Div": lambda x, y: torch.div(x, y, rounding_mode="floor"),
+    "Div": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
+    "FloorDiv": lambda x, y: torch.div(x, y, rounding_mode="floor"),
     "Mod": torch.remainder,
     "Max": torch.maximum,
     "Min": torch.minimum,
 }
-"""By ONNX's name; Div is rounded down."""
+"""By ONNX's name; Div rounds towards zero there. FloorDiv, which ONNX does not have, rounds down."""
 
 
 class CompareIntegers(nn.Module):

@@ -51,7 +51,7 @@ def _extreme(clamp: str, function: Callable[[Any, Any], Any]) -> Row:
 
 def _divide(left: Any, right: Any) -> Any:
     whole = not any(v.is_floating_point() if isinstance(v, Tensor) else isinstance(v, float) for v in (left, right))
-    return torch.div(left, right, rounding_mode="floor") if whole else left / right
+    return torch.div(left, right, rounding_mode="trunc") if whole else left / right
 
 
 def _clip(s: Step, x: Tensor, low: Any = None, high: Any = None) -> Tensor:

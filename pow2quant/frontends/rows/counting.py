@@ -17,8 +17,8 @@ def _count(f: Formula, module: m.Count, *inputs: str) -> str:
     if module.values is not None:
         operands.append(f.integers(module.values.cpu().numpy()))
     x, y = reversed(operands) if module.first else operands
-    if module.operation == "Div":  # ONNX rounds towards zero
-        x = f("Sub", x, f("Mod", x, y))
+    if module.operation == "FloorDiv":
+        return f("Div", f("Sub", x, f("Mod", x, y)), y)
     return f(module.operation, x, y)
 
 
