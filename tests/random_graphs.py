@@ -51,7 +51,7 @@ class Grower:
         """Adds one node."""
         name, shape, k = self.tensors[-1 if self.rng.random() < 0.8 else int(self.rng.integers(len(self.tensors)))]
         kinds = ["conv", "conv", "relu", "sum", "sum", "product", "seam", "maximum", "average", "concat", "move", "pad"]
-        kinds += ["constant", "extreme", "reduce", "resize", "gather"]
+        kinds += ["constant", "extreme", "choice", "reduce", "resize", "gather"]
         getattr(self, f"_{self.rng.choice(kinds)}")(f"n{number}", name, shape, k)
 
     def _conv(self, name: str, x: str, shape: Shape, k: int) -> None:
@@ -155,6 +155,20 @@ class Grower:
     def _extreme(self, name: str, x: str, shape: Shape, k: int) -> None:
         pair = [x, self._other(shape)]
         self.add(self.g.node(str(self.rng.choice(["Max", "Min"])), name, pair, self.maybe(k)), shape, k)
+
+    def _choice(self, name: str, x: str, shape: Shape, k: int) -> None:
+        """By a bound of a tensor or a constant mask, of two tensors or of one and a number."""
+        if self.rng.random() < 0.6:
+            bound = self.g.constant(f"{name}.bound", np.float32(self.rng.integers(-100, 100) * 2.0**k))
+            truth = self.g.node("Greater", f"{name}g", [self._other(shape), bound])
+        else:
+            fitting = [(shape[0], 1, 1), (1, *shape), shape[2:]]
+            truth = self.g.constant(f"{name}.mask", self.rng.random(fitting[self.rng.integers(3)]) < 0.5)
+        other = self._other(shape)
+        if self.rng.random() < 0.3:
+            other = self.g.constant(f"{name}.number", np.float32(self.rng.normal() * 2.0 ** (k + 7)))
+        pair = [x, other] if self.rng.random() < 0.7 else [other, x]
+        self.add(self.g.node("Where", name, [truth, *pair], self.maybe(k)), shape, k)
 
     def _reduce(self, name: str, x: str, shape: Shape, k: int) -> None:
         op = str(self.rng.choice(["ReduceMax", "ReduceMin", "ReduceSum", "ReduceMean"]))

@@ -162,9 +162,12 @@ def test_tokens_are_chosen_as_by_an_embedding(tmp_path: Path) -> None:
 
 
 def test_a_quotient_of_integers_is_rounded_towards_zero(tmp_path: Path) -> None:
-    nodes = [("Sub", ["tokens", "shift"], "s"), ("Div", ["s", "by"], "q"), ("Add", ["q", "shift"], "t")]
+    nodes = [
+        *(("Sub", ["tokens", "shift"], "s"), ("Div", ["s", "by"], "q")),
+        *(("Add", ["q", "shift"], "t"), ("Gather", ["w", "t"], "y")),
+    ]
     graph = helper.make_graph(
-        [*(helper.make_node(kind, given, [to]) for kind, given, to in nodes), helper.make_node("Gather", ["w", "t"], ["y"])],
+        [helper.make_node(kind, given, [to]) for kind, given, to in nodes],
         "g",
         [helper.make_tensor_value_info("tokens", TensorProto.INT64, ["n", 4])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],

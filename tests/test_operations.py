@@ -63,15 +63,21 @@ CASES: dict[str, Case] = {
     "MatMul": Case(lambda s, x: s("op", m.MatMul(), x, s("y", m.Permute((0, 1, 3, 2)), x))),
     "Maximum": Case(lambda s, x: s("op", m.Maximum(), x, s("y", nn.Conv2d(8, 8, 1), x))),
     "Minimum": Case(lambda s, x: s("op", m.Minimum(), x, s("y", nn.Conv1d(8, 8, 1), x)), ROWS),
-    "Choose": Case(
-        lambda s, x: s("op", m.Choose(torch.rand(1, 1, 12) > 0.5), x, s("y", nn.Conv1d(8, 8, 1), x)),
-        ROWS,
-        integers=False,
+    "Choose": Case(lambda s, x: s("op", m.Choose(torch.rand(1, 1, 12) > 0.5), x, s("y", nn.Conv1d(8, 8, 1), x)), ROWS),
+    "Choose a constant": Case(
+        lambda s, x: s("op", m.Choose(torch.rand(8, 1) > 0.5), x, s("c", constant(1, 1, 12))), ROWS
     ),
     "Select": Case(
-        lambda s, x: s("op", m.Select(), s("c", m.Compare("Greater", 0), x), x, s("y", nn.Conv1d(8, 8, 1), x)),
-        ROWS,
-        integers=False,
+        lambda s, x: s("op", m.Select(), s("c", m.Compare("Greater", 0), x), x, s("y", nn.Conv1d(8, 8, 1), x)), ROWS
+    ),
+    "Select by one channel": Case(
+        lambda s, x: s(
+            "op",
+            m.Select(),
+            s("c", m.Compare("LessOrEqual", 0.1), s("z", nn.Conv2d(8, 1, 1), x)),
+            s("y", nn.Conv2d(8, 8, 1), x),
+            s("n", m.Constant(torch.tensor(0.37))),
+        )
     ),
     "Linear": Case(lambda s, x: s("op", nn.Linear(8, 4), x), VECTORS),
     "Concat with an expanded constant": Case(

@@ -74,6 +74,11 @@ class Reader:
         a, b = (x * 2**shift for x, shift in zip(real, step["shifts"], strict=True))
         return self.requantize(step["requantization"], a - b if step["subtracts"] else a + b)
 
+    def choice(self, step, real, codes):
+        condition, a, b = (x * 2**shift for x, shift in zip(real, step["shifts"], strict=True))
+        chosen = np.where((condition > step["limit"]).astype(bool), a, b)
+        return self.requantize(step["requantization"], chosen.astype(object))
+
     def copy(self, step, real, codes):
         result = np.full(np.prod(self.tensors[step["output"]]["shape"]), step["fill"] or 0, object)
         for part in step["parts"]:
@@ -187,6 +192,23 @@ def test_a_function_a_concatenation_and_constants_are_in_the_pack_too(tmp_path):
     values = pack.run({"x": golden[1]})
     (expected,) = plain(to_qdq(artifact)).run([artifact.encodings["x"].dequantize(golden[1:].astype(np.int64))])
     np.testing.assert_array_equal(artifact.encodings[y].dequantize(values[y].astype(np.int64)), expected[0])
+
+
+def test_the_files_alone_choose_between_tensors_numbers_and_by_a_mask(tmp_path):
+    g = Graph()
+    x = g.input("x", (3, 4), encoding(-4, 100))
+    doubled = g.node("Add", "sum", [x, x], encoding(-2, 30))
+    truth = g.node("Greater", "truth", [x, g.constant("bound", np.float32(0.3))])
+    a = g.node("Where", "either", [truth, doubled, x], encoding(-3, 60))
+    mask = g.constant("mask", np.array([[True], [False], [True]]))
+    y = g.node("Where", "masked", [mask, g.constant("number", np.float32(-1.7)), a], encoding(-2, 40))
+    artifact = g.artifact(y)
+    pack = Reader(export_integers(artifact, tmp_path / "p", samples=3))
+    assert [step["kind"] for step in pack.program["steps"]] == ["sum", "choice", "choice"]
+    golden = pack.array(pack.tensors["x"]["golden"])
+    found = [pack.run({"x": codes})[y] for codes in golden]
+    (expected,) = plain(to_qdq(artifact)).run([artifact.encodings["x"].dequantize(golden.astype(np.int64))])
+    np.testing.assert_array_equal(artifact.encodings[y].dequantize(np.array(found, np.int64)), expected)
 
 
 @pytest.mark.parametrize("shifted", [False, True])

@@ -96,7 +96,7 @@ def _add(graph: Lowering, node: onnx.NodeProto) -> None:
 
 def _reads_float(graph: Lowering, node: onnx.NodeProto) -> bool:
     """Whether a node reads what another node of the same module computes and does not round."""
-    data = node.input[:1] if node.op_type in ("Expand", "Reshape") else node.input
+    data = {"Expand": node.input[:1], "Reshape": node.input[:1], "Where": node.input[1:]}.get(node.op_type, node.input)
     return any(n.startswith(f"{node.name}.") and n not in graph.floats and n not in graph.tensors for n in data)
 
 
@@ -128,9 +128,11 @@ def _ends(graph: Lowering, node: onnx.NodeProto) -> tuple[float, float]:
 def _is_function(graph: Lowering, core: onnx.NodeProto) -> bool:
     """Whether a node is a function of a single encoded tensor, element by element.
 
-    Where both operands of a sum or product have encodings, it is computed instead.
+    Where both operands of a sum or product have encodings, it is computed instead, as is what a constant mask chooses.
     """
     if core.op_type in LOWER and all(name in graph.encodings for name in core.input):
+        return False
+    if core.op_type == "Where" and core.input[0] in graph.floats:
         return False
     return core.op_type in SHAPED_LIKE_INPUT and len(sources(graph, core)) == 1
 

@@ -8,6 +8,8 @@ KINDS = {
     "average": "`window` slides over the map as described below. result = requantize(sum of (x - zero) over it), where "
     "the shift also divides by `counts`: (sum * 2^max(0, -shift)) / (counts * 2^max(0, shift)), rounded half to "
     "even. counts: one number, or one for every place of the result's map. A global average is a window over one row.",
+    "choice": "result = requantize((a - zero_a) * 2^shifts[1] where condition - zero_condition > limit, else (b - "
+    "zero_b) * 2^shifts[2]); the inputs are condition, a and b; a constant of fewer dimensions repeats, as in ONNX.",
     "convolution": "accumulator = sum of weight * (x - zero) over the window + bias; result = requantize(accumulator). "
     "weight: (C_out, C_in / groups, kernel height, kernel width); output channel c reads the input channels of group "
     "c // (C_out / groups). bias: (C_out). shift: one number, or one per output channel.",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pow2quant.functions import Definition, Lookup, Norm, Softmax
 from pow2quant.integer.ops import (
     average,
+    choice,
     convolution,
     copy,
     dense,
@@ -68,6 +69,7 @@ LOWER: dict[str, Lower] = {
     "Sub": sum.lower,
     "Transpose": copy.lower_transpose,
     "Unsqueeze": view.lower,
+    "Where": choice.lower,
 }
 
 LOWER_DEFINED: dict[type[Definition], Callable[[Lowering, onnx.NodeProto, Any], None]] = {

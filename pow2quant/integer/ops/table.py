@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from pow2quant.integer.c_layer import Layer
     from pow2quant.integer.lowering import Lowering
-    from pow2quant.integer.program import Codes, Ints, Program
+    from pow2quant.integer.program import Codes, Ints, Program, Tensor
 
 LARGEST = 16
 """A table is made for at most so many bits."""
@@ -75,21 +75,34 @@ def lower_defined(graph: Lowering, node: onnx.NodeProto, defined: functions.Look
 
 def lower_function(graph: Lowering, node: onnx.NodeProto, core: onnx.NodeProto, low: float, high: float) -> None:
     """The table of the function that ends at `node`; `core` is the node behind its ReLUs and clips."""
-    (source,) = sources(graph, core)
-    x, target = graph.read(source, rows=True), graph.declare(node.output[0])
-    if x.encoding.grid.width > LARGEST:
-        raise UnsupportedModelError(f"{title(core)}: a table over {x.encoding.grid.width} bits; at most {LARGEST}")
-    real = x.encoding.dequantize(np.arange(x.low, x.high + 1))
-    if _is_double(graph, core):
-        real = real.astype(np.float64)
-    with np.errstate(over="ignore", divide="ignore"):
-        values = np.asarray(_evaluate(graph, core, source, real))
+    x, values = values_by_code(graph, core)
+    target = graph.declare(node.output[0])
+    with np.errstate(over="ignore"):
         values = np.clip(values, low, high).astype(np.float32)
     values = np.nan_to_num(values, nan=np.nan)  # infinite ones saturate, as in every executor
     table = target.encoding.quantize(values, rounding=graph.target.rounding.functions)
     if table.ndim > 1:
-        graph.read(source)  # one table per channel: only where the channels stand behind the batch
+        graph.read(x.name)  # one table per channel: only where the channels stand behind the batch
     graph.steps.append(Table(node.name or target.name, (x.name,), target.name, table))
+
+
+def values_by_code(graph: Lowering, node: onnx.NodeProto) -> tuple[Tensor, NDArray[Any]]:
+    """The encoded tensor that a function reads, and the function's value for each of its codes, the least one first.
+
+    (codes,), or (C, codes) behind one parameter per channel. Raises UnsupportedModelError for a function several
+    tensors, and of codes too many for a table.
+    """
+    if len(found := sources(graph, node)) != 1:
+        raise UnsupportedModelError(f"{title(node)}: is no function of one encoded tensor, element by element")
+    (source,) = found
+    x = graph.read(source, rows=True)
+    if x.encoding.grid.width > LARGEST:
+        raise UnsupportedModelError(f"{title(node)}: a table over {x.encoding.grid.width} bits; at most {LARGEST}")
+    real = x.encoding.dequantize(np.arange(x.low, x.high + 1))
+    if _is_double(graph, node):
+        real = real.astype(np.float64)
+    with np.errstate(over="ignore", divide="ignore"):
+        return x, np.asarray(_evaluate(graph, node, source, real))
 
 
 def sources(graph: Lowering, node: onnx.NodeProto) -> set[str]:
