@@ -348,6 +348,8 @@ def broken(change):
         y = g.node("Resize", "r", [y, "", g.constant("scales", scales)], encoding(-2), **how)
     if change == "dilations":
         y = g.node("MaxPool", "m", [y], encoding(-2), kernel_shape=[2, 2], dilations=[2, 2], auto_pad="SAME_UPPER")
+    if change == "window":
+        y = g.node("AveragePool", "m", [y], encoding(-2), kernel_shape=[9, 9])
     if change == "ceil_mode":
         y = g.node("MaxPool", "m", [y], encoding(-2), kernel_shape=[3, 1], strides=[1, 2], ceil_mode=1)
     if change == "batch":
@@ -370,6 +372,7 @@ def broken(change):
         ("half_pixel", UnsupportedModelError, "Resize r: only nearest neighbours by whole factors"),
         ("scales", UnsupportedModelError, "Resize r: only nearest neighbours by whole factors"),
         ("dilations", UnsupportedModelError, "MaxPool m: auto_pad with dilations"),
+        ("window", UnsupportedModelError, r"AveragePool m: a window of \[9, 9\] on a map of"),
         ("ceil_mode", UnsupportedModelError, "MaxPool m: its last window would begin behind the map"),
         ("batch", UnsupportedModelError, "t.output: its first dimension is not the batch"),
     ],

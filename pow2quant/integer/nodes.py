@@ -83,6 +83,8 @@ class Window:
         if result is None:
             padded = [n + a + b for n, a, b in zip(size, pads, pads[rank:], strict=False)]
             result = [(n - r) // s + 1 for n, r, s in zip(padded, reach, strides, strict=True)]
+        if min(result) < 1:
+            raise UnsupportedModelError(f"{title(node)}: a window of {reach} on a map of {list(size)} with pads {pads}")
         # every window fits into the map with its padding, and the padding ends where the last window does
         ends = [(n - 1) * s + r for n, s, r in zip(result, strides, reach, strict=True)]
         after = [end - n - a for end, n, a in zip(ends, size, pads, strict=False)]
