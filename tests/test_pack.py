@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto
 
 from pow2quant.adapters.onnx_qdq import to_qdq
 from pow2quant.errors import OutputError, UnsupportedModelError
@@ -78,6 +79,9 @@ class Reader:
         condition, a, b = (x * 2**shift for x, shift in zip(real, step["shifts"], strict=True))
         chosen = np.where((condition > step["limit"]).astype(bool), a, b)
         return self.requantize(step["requantization"], chosen.astype(object))
+
+    def argmax(self, step, real, codes):
+        return np.argmax(codes[0].astype(int), step["axis"])
 
     def copy(self, step, real, codes):
         result = np.full(np.prod(self.tensors[step["output"]]["shape"]), step["fill"] or 0, object)
@@ -194,7 +198,7 @@ def test_a_function_a_concatenation_and_constants_are_in_the_pack_too(tmp_path):
     np.testing.assert_array_equal(artifact.encodings[y].dequantize(values[y].astype(np.int64)), expected[0])
 
 
-def test_the_files_alone_choose_between_tensors_numbers_and_by_a_mask(tmp_path):
+def test_the_files_alone_choose_between_tensors_numbers_and_by_a_mask_and_find_the_largest(tmp_path):
     g = Graph()
     x = g.input("x", (3, 4), encoding(-4, 100))
     doubled = g.node("Add", "sum", [x, x], encoding(-2, 30))
@@ -202,13 +206,17 @@ def test_the_files_alone_choose_between_tensors_numbers_and_by_a_mask(tmp_path):
     a = g.node("Where", "either", [truth, doubled, x], encoding(-3, 60))
     mask = g.constant("mask", np.array([[True], [False], [True]]))
     y = g.node("Where", "masked", [mask, g.constant("number", np.float32(-1.7)), a], encoding(-2, 40))
-    artifact = g.artifact(y)
+    best = g.node("ArgMax", "best", [y], axis=2, keepdims=0)
+    artifact = g.artifact(y, g.node("Cast", "real", [best], encoding(0), to=TensorProto.FLOAT))
     pack = Reader(export_integers(artifact, tmp_path / "p", samples=3))
-    assert [step["kind"] for step in pack.program["steps"]] == ["sum", "choice", "choice"]
+    assert [step["kind"] for step in pack.program["steps"]] == ["sum", "choice", "choice", "argmax", "table"]
     golden = pack.array(pack.tensors["x"]["golden"])
-    found = [pack.run({"x": codes})[y] for codes in golden]
-    (expected,) = plain(to_qdq(artifact)).run([artifact.encodings["x"].dequantize(golden.astype(np.int64))])
-    np.testing.assert_array_equal(artifact.encodings[y].dequantize(np.array(found, np.int64)), expected)
+    found = [pack.run({"x": codes}) for codes in golden]
+    expected, places = plain(to_qdq(artifact)).run([artifact.encodings["x"].dequantize(golden.astype(np.int64))])
+    codes = np.array([values[y] for values in found], np.int64)
+    np.testing.assert_array_equal(artifact.encodings[y].dequantize(codes), expected)
+    np.testing.assert_array_equal([values["best.output"] for values in found], places)
+    assert len(np.unique(places)) > 1
 
 
 @pytest.mark.parametrize("shifted", [False, True])

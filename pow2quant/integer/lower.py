@@ -22,7 +22,7 @@ from pow2quant.integer.ops.average import Average
 from pow2quant.integer.ops.copy import Copy, fills_exactly
 from pow2quant.integer.ops.table import SHAPED_LIKE_INPUT, lower_function, sources
 from pow2quant.integer.program import Program, Step
-from pow2quant.operators import MOVES, values
+from pow2quant.operators import MOVES, OPERATIONS, Kind, values
 from pow2quant.pow2_constraints.arithmetic import HALF_EVEN
 
 if TYPE_CHECKING:
@@ -70,10 +70,13 @@ def _add(graph: Lowering, node: onnx.NodeProto) -> None:
         moves = source in graph.tensors and values(node.op_type) in MOVES
         if name not in graph.encodings and moves and fills_exactly(graph, node):
             graph.encodings[name] = graph.encodings[source]
+    graph.rounding = HALF_EVEN
+    if node.op_type in LOWER and OPERATIONS[node.op_type].kind is Kind.INDEX:
+        graph.lower(node, node.output[0])
+        return
     if not any(name in graph.encodings for name in node.output):
         return
     defined = definition(node)
-    graph.rounding = HALF_EVEN
     if defined is not None:
         LOWER_DEFINED[type(defined)](graph, node, defined)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 KINDS = {
+    "argmax": "result = the index of the largest code along `axis` (counted from the end), the first of equal ones.",
     "average": "`window` slides over the map as described below. result = requantize(sum of (x - zero) over it), where "
     "the shift also divides by `counts`: (sum * 2^max(0, -shift)) / (counts * 2^max(0, shift)), rounded half to "
     "even. counts: one number, or one for every place of the result's map. A global average is a window over one row.",

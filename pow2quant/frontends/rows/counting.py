@@ -44,7 +44,9 @@ ROWS: Rows = {
     m.CountUp: Operator("CumSum", formula(_count_up), own=Kind.INDEX),
     m.Real: Operator("Cast", plain("Cast", to=FLOAT), integers=True),
     m.Whole: Operator("Cast", formula(lambda f, module, x: f("Cast", f("Round", x), to=INT64)), own=Kind.INDEX),
-    m.ArgMax: Operator("ArgMax", plain("ArgMax", lambda x: {"axis": x.dim, "keepdims": int(x.keepdim)}), proved=True),
+    m.ArgMax: Operator(
+        "ArgMax", plain("ArgMax", lambda x: {"axis": x.dim, "keepdims": int(x.keepdim)}), integers=True, proved=True
+    ),
     m.Places: Operator("TopK", _places, own=Kind.INDEX, proved=True),
     m.Gathered: Operator("GatherElements", plain("GatherElements", lambda x: {"axis": x.dim}), proved=True),
     m.Scattered: Operator("ScatterElements", formula(_scattered), proved=True),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pow2quant.functions import Definition, Lookup, Norm, Softmax
 from pow2quant.integer.ops import (
+    argmax,
     average,
     choice,
     convolution,
@@ -39,6 +40,7 @@ The name is the node's own result, or that of the ReLU or clip that is fused wit
 
 LOWER: dict[str, Lower] = {
     "Add": sum.lower,
+    "ArgMax": argmax.lower,
     "AveragePool": average.lower_pool,
     "Concat": copy.lower_concat,
     "Conv": convolution.lower,
