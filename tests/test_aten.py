@@ -149,6 +149,23 @@ def test_function_of_a_map(name):
     prepare(Calls(MAPS[name]).eval(), torch.randn(2, 8, 6, 6))
 
 
+LENGTHS = {
+    "embedding": lambda x: F.normalize(x.mean((2, 3))),
+    "descriptors": lambda x: F.normalize(F.relu(x - 1), dim=1),
+    "cosine similarity": lambda x: F.cosine_similarity(x[:, :4], x[:, 4:]),
+    "over a map": lambda x: x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_division_by_a_length_is_in_integers(name, tmp_path):
+    batches = [(torch.randn(3, 8, 6, 6),) for _ in range(2)]
+    found = outcome(prepare(Calls(LENGTHS[name]).eval(), batches[0]), batches, tmp_path)
+    assert found.pop("proved")
+    assert set(found.values()) == {0}
+    assert len(found) == 4
+
+
 @pytest.mark.parametrize("name", TOKENS)
 def test_function_of_tokens(name):
     prepare(Calls(TOKENS[name]).eval(), torch.randn(2, 5, 8))

@@ -79,6 +79,10 @@ CASES: dict[str, Case] = {
             s("n", m.Constant(torch.tensor(0.37))),
         )
     ),
+    "Normalize along other dimensions": Case(lambda s, x: s("op", m.Normalize((1,)), x), integers=False, proved=False),
+    "Normalize, not below a length": Case(
+        lambda s, x: s("op", m.Normalize((3,), 0.5), x), integers=False, proved=False
+    ),
     "Linear": Case(lambda s, x: s("op", nn.Linear(8, 4), x), VECTORS),
     "Concat with an expanded constant": Case(
         lambda s, x: s("op", m.Concat(2), s("e", m.Expand(), s("c", constant(1, 8, 1)), x), x), ROWS
@@ -154,7 +158,13 @@ ON_MAPS = [
     *(m.LogSumExp((1,), keepdim=False), m.Product((1,), keepdim=False), m.Variance((2, 3), keepdim=False)),
     *(m.Variance((1,), True, 0, root=True), m.Norm((1,), True), m.Norm((2, 3), False, 1), m.CumSum(1)),
     *(m.TopK(3, 2), m.Softmax(1), m.LogSoftmax(1), m.MaskedSoftmax(-1, 0.353), m.MaskedSoftmax(-1, 0.353, CAUSAL)),
-    *(m.Normalize((1,)), m.RMSNorm([6, 6]), randomized(m.RMSNorm([6], 1e-6)), randomized(m.LayerNorm([8, 6, 6]))),
+    *(
+        m.Normalize((3,)),
+        m.Normalize((1, 2, 3)),
+        m.RMSNorm([6, 6]),
+        randomized(m.RMSNorm([6], 1e-6)),
+        randomized(m.LayerNorm([8, 6, 6])),
+    ),
     *(randomized(m.GroupNorm(2, 8)), m.GroupNorm(8, 8, affine=False), m.LocalResponseNorm(3, k=2.0)),
     *(m.Take(3, [2, 1, 0, 1, 2, 3, 4, 5, 4, 3]), m.Take(2, [5, 4, 3, 2, 1, 0]), m.Take(1, [0, 0, 0, 1, 1, 1, 5])),
     *(m.ConstantPad((1, 1, 1, 1), 1.0), m.ConstantPad((1, 0), -0.3), m.ZeroPad((1, 2, -1, 1))),

@@ -12,7 +12,7 @@ from torch import fx, nn
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.aten.functions import of_operands, unary
 from pow2quant.frontends.aten.layers import linear
-from pow2quant.frontends.aten.normalization import normalized
+from pow2quant.frontends.aten.normalization import along_last, normalized
 from pow2quant.frontends.aten.products import scaled
 from pow2quant.frontends.builder import Builder, Handler
 
@@ -91,7 +91,7 @@ def _div(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         return b.call(node, m.FloorDivide(number), b.real(node, a.self))
     whole = normalized(b, node, a) if b.is_data(a.other) and b.is_data(a.self) else None
     if whole is not None:
-        return b.call(node, whole, b.real(node, a.self))
+        return along_last(b, node, whole, b.real(node, a.self), b.rank(a.self))
     if number is not None:
         return b.call(node, m.Scale(1.0 / number), b.real(node, a.self))
     if not b.is_data(a.other):

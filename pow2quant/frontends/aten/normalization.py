@@ -36,9 +36,22 @@ def _rms_norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return b.call(node, layer, b.operand(node, a.input), name=b.owner(node, a.weight))
 
 
+def along_last(b: Builder, node: fx.Node, layer: nn.Module, x: fx.Node, rank: int) -> fx.Node:
+    """A layer's result; one that divides by a length along other dimensions than the last reads them as the last."""
+    inner = sorted(layer.dims) if isinstance(layer, m.Normalize) else []
+    order = [*(d for d in range(rank) if d not in inner), *inner]
+    if order == list(range(rank)) or 0 in inner:
+        return b.call(node, layer, x)
+    assert isinstance(layer, m.Normalize)
+    turned = b.call(node, m.Permute(order), x)
+    layer = m.Normalize(range(rank - len(inner), rank), layer.eps)
+    return b.call(node, m.Permute([order.index(d) for d in range(rank)]), b.call(node, layer, turned))
+
+
 def _cosine_similarity(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     first, second = (
-        b.call(node, m.Normalize([int(a.dim) % b.rank(x)], float(a.eps)), b.operand(node, x)) for x in (a.x1, a.x2)
+        along_last(b, node, m.Normalize([int(a.dim) % b.rank(x)], float(a.eps)), b.operand(node, x), b.rank(x))
+        for x in (a.x1, a.x2)
     )
     return b.call(node, m.Sum([int(a.dim) % b.rank(a.x1)], keepdim=False), b.call(node, m.Mul(), first, second))
 

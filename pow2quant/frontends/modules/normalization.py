@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pow2quant import functions
 from pow2quant.frontends.modules.exact import Exact
-from pow2quant.frontends.modules.rounded import Rounded, single
+from pow2quant.frontends.modules.rounded import Described, single
 from pow2quant.pow2_constraints import Encoding
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -197,15 +197,29 @@ ENOUGH = 20
 """exp(-ENOUGH) is 0 in every table of exponentials."""
 
 
-class Normalize(Rounded):
-    """x / max(|x|, eps) along `dims`, |x| the root of the sum of squares."""
+class Normalize(Described, ExactNorm):
+    """x / max(|x|, eps) along `dims`, |x| the root of the sum of squares: once rounded from float64, or integers.
+
+    The latter along the last dimensions, where no |x| but 0 is below eps.
+    """
 
     def __init__(self, dims: Sequence[int], eps: float = 1e-12) -> None:
         super().__init__()
         self.dims, self.eps = tuple(dims), single(eps)
 
-    def compute(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return x / torch.sqrt((x * x).sum(self.dims, keepdim=True)).clamp(min=self.eps)
+    def plain(self, x: Tensor) -> Tensor:
+        wide = x.double()
+        length = torch.sqrt((wide * wide).sum(self.dims, keepdim=True))
+        return (wide / length.clamp(min=self.eps)).to(x.dtype)
+
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> functions.Norm | None:
+        first = len(shape) - len(self.dims)
+        if first == 0 or sorted(d % len(shape) for d in self.dims) != list(range(first, len(shape))):
+            return None
+        rows, gamma = shape[first:], np.full(1, math.prod(shape[first:]) ** -0.5, np.float32)
+        defined = functions.Norm.of(rows, 0, False, 0.0, gamma, np.zeros(1, np.float32))
+        fits = self.eps <= math.ldexp(1, int(encoding.exponent)) and defined is not None and defined.is_exact(encoding)
+        return defined if fits else None
 
 
 class RMSNorm(ShiftedNorm, nn.RMSNorm):

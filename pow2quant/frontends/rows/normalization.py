@@ -92,7 +92,7 @@ ROWS: Rows = {
     m.LogSoftmax: Operator("LogSoftmax", plain("LogSoftmax", lambda x: {"axis": x.dim})),
     m.MaskedSoftmax: Operator("Softmax", formula(_masked_softmax), integers=True, proved=True),
     m.LayerNorm: Operator("LayerNormalization", _layer_norm, integers=True, proved=True),
-    m.Normalize: Operator("Div", formula(_normalize)),
+    m.Normalize: Operator("Div", formula(_normalize), integers=True, proved=True),
     m.RMSNorm: Operator("Div", formula(_rms_norm), integers=True, proved=True),
     m.GroupNorm: Operator("Div", _group_norm, integers=True, proved=True),
     m.LocalResponseNorm: Operator("Div", _local_response_norm),

@@ -30,7 +30,7 @@ class ArgMax(Step):
 
     def run(self, program: Program, *inputs: Codes) -> Codes:
         (x,) = inputs
-        return np.argmax(x, self.axis)
+        return np.asarray(np.argmax(x, self.axis))
 
     def emit_c(self, layer: Layer) -> str:
         x = layer.input(0)
