@@ -353,12 +353,66 @@ def region(
 
 
 def inside_definitions(index: GraphIndex, table: dict[str, Encoding]) -> set[str]:
-    """What the nodes compute that a definition stands for, but for its result."""
+    """What is computed inside of definitions and resamplings: all but their results."""
     found = set[str]()
     for node in index.graph.node:
+        resampled = resampling(index, table, node)
+        found |= set() if resampled is None else resampled.inner
         if definition(node) is not None:
             found |= {n.output[0] for n in region(index, table, node)[0]} - set(node.output)
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Resampling:
+    """Weighted sums of an encoded tensor along its dimensions, one after the other, and a division of them.
+
+    maps: each with its integers (results, values), and how many values lie behind one another along the dimension, 0
+    where that is not known. inner: what is computed in between.
+    """
+
+    source: str
+    maps: tuple[tuple[Ints, int], ...]
+    divisor: int
+    inner: frozenset[str]
+
+    @property
+    def gain(self) -> int:
+        """No sum of products is further from zero than so many values."""
+        return math.prod(int(np.abs(matrix).sum(1).max()) for matrix, _ in self.maps)
+
+
+def resampling(index: GraphIndex, table: dict[str, Encoding], node: onnx.NodeProto) -> Resampling | None:
+    """What ends at a Div by a whole number behind products with constant matrices of whole numbers; None for others."""
+    divisor = _whole(index, table, node.input[1]) if node.op_type == "Div" else None
+    if divisor is None or divisor.size > 1 or not 1 <= divisor.min() <= 2**50:
+        return None
+    maps: list[tuple[Ints, int]] = []
+    inner, name = set[str](), node.input[0]
+    while name not in table:
+        before = index.producers.get(name)
+        if before is None or len(index.readers[name]) > 1 or name in index.outputs:
+            return None
+        inner.add(name)
+        name = before.input[0]
+        if before.op_type == "MatMul":
+            left, right = (_whole(index, table, operand) for operand in before.input)
+            matrix = left if right is None else right.T
+            if (left is None) == (right is None) or matrix is None or matrix.ndim != 2:
+                return None
+            name = before.input[0 if left is None else 1]
+            maps.append((matrix, 1 if left is None else index.shapes.get(name, (0,))[-1] or 0))
+        elif before.op_type != "Reshape" and not (before.op_type == "Max" and len(before.input) == 1):
+            return None
+    return Resampling(name, tuple(reversed(maps)), int(divisor.reshape(())), frozenset(inner)) if maps else None
+
+
+def _whole(index: GraphIndex, table: dict[str, Encoding], name: str) -> Ints | None:
+    """A constant without an encoding, of whole numbers; None for another."""
+    values = index.constants.get(name)
+    if values is None or name in table or not (np.isfinite(values).all() and (values == np.rint(values)).all()):
+        return None
+    return values.astype(np.int64)
 
 
 def _tuples(value: Any) -> Any:

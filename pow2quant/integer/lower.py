@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.functions import definition, inside_definitions
+from pow2quant.functions import definition, inside_definitions, resampling
 from pow2quant.integer.lowering import Lowering
 from pow2quant.integer.nodes import title
 from pow2quant.integer.ops import LOWER, LOWER_DEFINED
@@ -89,7 +89,7 @@ def _add(graph: Lowering, node: onnx.NodeProto) -> None:
         graph.steps.append(Copy.whole(node.name or output, x, target, requantization))
     elif _is_function(graph, core):
         lower_function(graph, node, core, low, high)
-    elif _reads_float(graph, core):
+    elif _reads_float(graph, core) and resampling(graph.index, graph.encodings, core) is None:
         raise UnsupportedModelError(f"{core.name}: is computed in float, in several steps, and has no integers")
     elif core.op_type in LOWER:
         LOWER[core.op_type](graph, core, output, low, high)

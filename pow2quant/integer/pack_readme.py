@@ -29,6 +29,8 @@ KINDS = {
     "normstep": "the definition of docs/numerics.md in integers: per row the sums of (x - zero) and of its square, one "
     "integer root, one division, and `definition`'s gain and offset; then requantize.",
     "product": "result = requantize((a - zero_a) * (b - zero_b)); a constant of fewer dimensions repeats, as in ONNX.",
+    "resample": "along `axes`, one after the other, result i = sum over k of weights[i][k] * value[first[i] + k], of x "
+    "- zero; result = the requantized sum, where the shift also divides by `divisor`, as in an average.",
     "softmaxstep": "along `definition.axis`: d = largest code - x; e = table[min(d, length - 1)]; p = e * floor(2^R / "
     "sum of e) >> (R - 24), R = `definition.reciprocal_bits`; result = requantize(p). Where a second input is at most "
     "0.5, x is 2^18 lower.",

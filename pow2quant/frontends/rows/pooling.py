@@ -75,7 +75,7 @@ def _grid_sample(f: Formula, module: m.GridSample, x: str, grid: str) -> str:
 
 ROWS: Rows = {
     m.GridSample: Operator("GridSample", formula(_grid_sample)),
-    m.Resample: Operator("Div", _resample),
+    m.Resample: Operator("Div", _resample, integers=True, proved=True),
     nn.AvgPool1d: Operator("AveragePool", _pool("AveragePool", 1), integers=True, proved=True),
     nn.AvgPool2d: Operator("AveragePool", _pool("AveragePool", 2), integers=True, proved=True),
     nn.AvgPool3d: Operator("AveragePool", _pool("AveragePool", 3), proved=True),

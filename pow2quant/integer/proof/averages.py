@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pow2quant.functions import resampling
 from pow2quant.integer.lattice import FLOAT32_EXACT, Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute, reduced_axes
 from pow2quant.integer.proof.elements import zero_point_of
+from pow2quant.integer.proof.moves import float_sums
 from pow2quant.integer.proof.tensors import Judged, Tensors
 
 if TYPE_CHECKING:
@@ -41,6 +43,22 @@ def average(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     return total, None
 
 
+def quotient(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """Resampling: an exact sum, and a quotient that is rounded half to even; other quotients are not proved."""
+    found = resampling(tensors.index, tensors.encodings, node)
+    if found is None:
+        return float_sums(tensors, node)
+    total = tensors.encoded(found.source).times(found.gain)
+    total = total | -total  # weights may be negative
+    total.require_exact("the sum", limit=tensors.limit)
+    target = tensors.target(node.output[0])
+    if target is None:
+        raise NotProvedError(f"a quotient by {found.divisor} stays float", total)
+    if found.divisor & (found.divisor - 1):
+        _require_far_from_ties(found.divisor, total, target, total, wide=False)
+    return total, None
+
+
 def _averages_wide(tensors: Tensors, node: onnx.NodeProto) -> bool:
     """Whether an average that is not proved in float32 is computed in float64."""
     return tensors.limit > FLOAT32_EXACT and tensors.encodings[node.input[0]].grid.width > 8
@@ -51,12 +69,8 @@ def _require_sharp_quotient(n: int, total: Lattice, target: Encoding, accumulato
 
     wide: both in float64.
     """
-    drop = int(target.exponent.max()) - int(total.exponent)
-    z, grid = target.zero_point, target.grid
-    codes = int(np.maximum(grid.qmax - z, z - grid.qmin).max()) + 1
-    reach = math.ldexp(float(total.magnitude.max()), -drop) / n
-    if n * 2.0 ** max(0, drop) * (min(codes, reach) + int(np.abs(z).max())) > (2**50 if wide else 2**21):
-        raise NotProvedError(f"quotients by {n} on {grid.width} bits are too fine for float32", accumulator)
+    _require_far_from_ties(n, total, target, accumulator, wide)
+    drop, codes = int(target.exponent.max()) - int(total.exponent), _farthest(target)
     sums = np.ldexp((np.arange(-codes, codes + 1) + 0.5) * n, drop)  # S * 2^-drop / n = m + 1/2
     ties = sums[(sums == np.rint(sums)) & (total.low <= sums) & (sums <= total.high)]
     real = np.float64 if wide else np.float32
@@ -66,6 +80,23 @@ def _require_sharp_quotient(n: int, total: Lattice, target: Encoding, accumulato
         raise NotProvedError(
             f"{missed} exact ties round differently where 1/{n} is multiplied instead of divided by {n}", accumulator
         )
+
+
+def _require_far_from_ties(n: int, total: Lattice, target: Encoding, accumulator: Lattice, wide: bool) -> None:
+    """Raises NotProvedError unless a quotient S / n, rounded to float32, is on the same side of every tie as S / n.
+
+    wide: rounded to float64.
+    """
+    drop = int(target.exponent.max()) - int(total.exponent)
+    reach = math.ldexp(float(total.magnitude.max()), -drop) / n
+    largest = min(_farthest(target), reach) + int(np.abs(target.zero_point).max())
+    if n * 2.0 ** max(0, drop) * largest > (2**50 if wide else 2**21):
+        raise NotProvedError(f"quotients by {n} on {target.grid.width} bits are too fine for float32", accumulator)
+
+
+def _farthest(target: Encoding) -> int:
+    """One more than the farthest code from that of zero."""
+    return int(np.maximum(target.grid.qmax - target.zero_point, target.zero_point - target.grid.qmin).max()) + 1
 
 
 def total_of(tensors: Tensors, node: onnx.NodeProto) -> Judged:
