@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import nn
 
-from pow2quant import config as configuration
 from pow2quant import run_folder
 from pow2quant.backends.base import SILENT, Progress, Simulation, inputs
 from pow2quant.backends.calibration import settled
@@ -87,7 +86,7 @@ def qat(
                 device=job.device,
                 processes=processes,
                 folder=checkpoints,
-                identity=configuration.dump(job.config),
+                identity=job.identity(),
                 progress=bars,
             )
             with _nothing_left_before(trainer):

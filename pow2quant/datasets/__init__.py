@@ -46,6 +46,8 @@ def load(config: DataConfig, train_batch_size: int | None = None, given: Any = N
         with users_code(name, DataError):
             made = _call(function, config)
     elif name.endswith((".npz", ".npy")):
+        if unused := [key for key in ("path", "resize", "crop") if getattr(config, key) is not None]:
+            raise ConfigError(f"data.{unused[0]}: {name} holds arrays, which are used as they are; legal: null")
         made = arrays(Path(name))
     elif name in names("datasets"):
         made = _call(resolve("datasets", name), config)

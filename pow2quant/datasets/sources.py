@@ -149,6 +149,12 @@ class Columns(Dataset[Any]):
 
     columns: dict[str, Tensor]
 
+    def __post_init__(self) -> None:
+        """Raises DataError for arrays of different lengths."""
+        lengths = {key: len(x) for key, x in self.columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise DataError(f"arrays of different lengths: {', '.join(f'{k} {n:,}' for k, n in lengths.items())}")
+
     def __len__(self) -> int:
         return min((len(x) for x in self.columns.values()), default=0)
 
@@ -271,15 +277,15 @@ def _collated(items: Any) -> Any:
 
 
 def _classes(train: Any, test: Any) -> tuple[str, ...]:
-    """The training set's class names, or "0", "1", ... up to the largest label; none where the data do not say."""
+    """The training set's class names, or "0", "1", ... up to the largest label; none where these are no classes."""
     while isinstance(train, Subset) and not hasattr(train, "classes"):
         train = train.dataset
     if hasattr(train, "classes"):
         return tuple(map(str, train.classes))
     known = [labels for each in (train, test) if (labels := _labels(each)) is not None]
     count = max(int(labels.max()) for labels in known) + 1 if known else 0
-    if count > MOST_CLASSES:
-        raise DataError(f"label {count - 1} is no class; legal: 0 to {MOST_CLASSES - 1}")
+    if count > MOST_CLASSES or any(int(labels.min()) < 0 for labels in known):
+        return ()
     return tuple(map(str, range(count)))
 
 

@@ -16,8 +16,14 @@ from pow2quant.frontends.operators import called
 TRUTH = "pow2quant_truth"
 """Stands in a node's `meta` whose values are 0 and 1."""
 
-HIDES = -1e3
-"""A mask that adds this, or less, takes a value out of a softmax."""
+ENDS = "pow2quant_ends"
+"""Where a node's `meta` has its least and its largest finite value, on the example."""
+
+HIDES = -50.0
+"""A mask that takes values out of a softmax adds this or less, and less than makes up for the spread of the scores."""
+
+ENOUGH = 20.0
+"""So much below another score, in front of exp, a score counts for nothing: exp(-20) is 2e-9."""
 
 MOVES = (m.Permute, m.Reshape, m.Slice, m.Take, m.Expand, nn.Flatten)
 """Modules that move the values of their first operand."""
@@ -26,12 +32,14 @@ MOVES = (m.Permute, m.Reshape, m.Slice, m.Take, m.Expand, nn.Flatten)
 class Kept:
     """Writes truth values into a network: for masks that are added to scores, or that choose between them.
 
-    before: the node, a softmax, in front of which they are written. What is asked for twice is written once.
+    before: the node, a softmax, in front of which they are written. margin: how far below another score a score counts
+    for nothing there. What is asked for twice is written once.
     """
 
     def __init__(self, network: fx.GraphModule) -> None:
         self.network = network
         self.before: fx.Node | None = None
+        self.margin = ENOUGH
         self._written: dict[tuple[Any, str], fx.Node] = {}
 
     def taken_out(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -41,15 +49,27 @@ class Kept:
             condition, first, second = operands
             for scores, fill, holds in ((first, second, True), (second, first, False)):
                 number = self._number(fill)
-                if number is not None and number <= HIDES and _broadcasts(condition, scores, node):
+                chosen = number is not None and number <= self.chosen_bound(scores)
+                if chosen and _broadcasts(condition, scores, node):
                     return scores, condition if holds else self._not(condition)
         if isinstance(module, (m.Add, m.Sub)) and len(operands) == 2:
             sign = 1 if isinstance(module, m.Add) else -1
             for scores, mask in (operands, operands[::-1])[: 1 if sign < 0 else 2]:
-                kept = self._of_mask(mask, sign) if _broadcasts(mask, scores, node) else None
+                bound = self.added_bound(scores)
+                kept = self._of_mask(mask, bound, sign) if _broadcasts(mask, scores, node) else None
                 if kept is not None:
                     return scores, kept
         return None
+
+    def chosen_bound(self, scores: fx.Node) -> float:
+        """A number that stands in a score's place takes it out where it is not above this."""
+        low, high = ends(self.network, scores)
+        return min(HIDES, low - max(high - low, self.margin))
+
+    def added_bound(self, scores: fx.Node) -> float:
+        """A number that is added to a score takes it out where it is not above this."""
+        low, high = ends(self.network, scores)
+        return min(HIDES, low - high - max(high - low, self.margin))
 
     def both(self, first: fx.Node, second: fx.Node) -> fx.Node:
         """What both keep."""
@@ -57,9 +77,9 @@ class Kept:
         shape, free = [max(a[0], b[0]) for a, b in pairs], [a[1] or b[1] for a, b in pairs]
         return self._write((first, second), "kept", m.Minimum(), (first, second), shape, free)
 
-    def constant(self, beside: fx.Node, mask: Tensor) -> fx.Node | None:
-        """What an added constant keeps; None where it does more than to take values out."""
-        if not bool(((mask == 0) | (mask <= HIDES)).all()):
+    def constant(self, beside: fx.Node, mask: Tensor, bound: float) -> fx.Node | None:
+        """What an added constant keeps; None where it does more than to take values out. bound: see `added_bound`."""
+        if not bool(((mask == 0) | (mask <= bound)).all()):
             return None
         return self._write(beside, "kept", m.Constant(mask == 0), (), mask.shape, [False] * mask.ndim)
 
@@ -72,29 +92,29 @@ class Kept:
                 kept = self._write((kept, dim), "repeated", m.Take(dim, [0] * size), (kept,), own, kept.meta["free"])
         return kept
 
-    def _of_mask(self, node: fx.Node, sign: int = 1) -> fx.Node | None:
+    def _of_mask(self, node: fx.Node, bound: float, sign: int = 1) -> fx.Node | None:
         """What a computed mask keeps that is added to scores, or subtracted; None where it is no mask."""
         found = self._values(node)
         if found is not None:
             truth, low, high = found
-            if sign * low <= HIDES and high == 0:
+            if sign * low <= bound and high == 0:
                 return truth
-            return self._not(truth) if sign * high <= HIDES and low == 0 else None
+            return self._not(truth) if sign * high <= bound and low == 0 else None
         operands = node.all_input_nodes
         if isinstance(called(self.network, node), MOVES):
-            inner = self._of_mask(operands[0], sign)
+            inner = self._of_mask(operands[0], bound, sign)
             return None if inner is None else self._moved(node, inner)
         if not isinstance(called(self.network, node), m.Add) or len(operands) != 2:
             return None
-        parts = [self._part(operand, sign) for operand in operands]
+        parts = [self._part(operand, bound, sign) for operand in operands]
         return None if parts[0] is None or parts[1] is None else self.both(parts[0], parts[1])
 
-    def _part(self, node: fx.Node, sign: int) -> fx.Node | None:
+    def _part(self, node: fx.Node, bound: float, sign: int) -> fx.Node | None:
         """What one summand of a mask keeps."""
         module = called(self.network, node)
         if isinstance(module, m.Constant):
-            return self.constant(node, sign * module.value.detach())
-        return self._of_mask(node, sign)
+            return self.constant(node, sign * module.value.detach(), bound)
+        return self._of_mask(node, bound, sign)
 
     def _values(self, node: fx.Node) -> tuple[fx.Node, float, float] | None:
         """Truth values that decide a node's, and what it is where they are 0, and where they are 1; or None."""
@@ -157,6 +177,20 @@ class Kept:
             made.meta = {TRUTH: True, "dtype": torch.float32, "shape": tuple(shape), "free": tuple(free)}
             self._written[origin, kind] = made
         return self._written[origin, kind]
+
+
+def ends(network: fx.GraphModule, node: fx.Node) -> tuple[float, float]:
+    """The least and the largest value of scores on the example, masks in front left out; (0, 0) where not known."""
+    found: tuple[float, float] = node.meta.get(ENDS, (0.0, 0.0))
+    module = called(network, node)
+    inner = [x for x in node.all_input_nodes if not isinstance(called(network, x), m.Constant)]
+    if found[0] > HIDES or not isinstance(module, (m.Masked, m.Select, m.Add, m.Sub)):
+        return found
+    if isinstance(module, m.Select):  # the condition is 0 and 1
+        inner = [x for x in inner if x is not node.args[0]]
+    # beside a mask, scores are those that are closer to one another
+    spreads = [(high - low, x) for x in inner for low, high in (x.meta.get(ENDS, (0.0, 0.0)),)]
+    return ends(network, min(spreads, key=lambda pair: pair[0])[1]) if spreads else found
 
 
 def _broadcasts(mask: fx.Node, scores: fx.Node, result: fx.Node) -> bool:

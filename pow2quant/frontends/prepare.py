@@ -32,6 +32,7 @@ from pow2quant.frontends.containers import restore_containers
 from pow2quant.frontends.export import SIZES, capture, captured, first_line, module_of, unwrapped
 from pow2quant.frontends.fixed import in_parts, opened
 from pow2quant.frontends.idle import drop_idle
+from pow2quant.frontends.kept import ENDS
 from pow2quant.frontends.onnx.checking import COMPARE
 from pow2quant.frontends.returned import RETURNED
 from pow2quant.frontends.unrolled import UNROLLED
@@ -180,6 +181,8 @@ def _check_same(
             node.meta["shape"] = tuple(several[0])
             node.meta["free"] = tuple(a != b for a, b in zip(several[0], one[0], strict=True))
             node.meta["dtype"] = several[1]
+            if node.name in whole.ends:
+                node.meta[ENDS] = whole.ends[node.name]
 
 
 def _returned(model: nn.Module, batch: Any, size: int | None) -> tuple[Tensor, ...]:
@@ -203,12 +206,13 @@ def _agree(results: Sequence[Tensor], returned: Sequence[Tensor], outputs: Seque
 
 
 class Shapes(fx.Interpreter):
-    """Runs a network and notes every node's shape and type, by name."""
+    """Runs a network and notes every node's shape and type, and the ends of its finite real values, by name."""
 
     def __init__(self, network: fx.GraphModule) -> None:
         super().__init__(network)
         self.extra_traceback = False  # an error stays one line
         self.shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        self.ends: dict[str, tuple[float, float]] = {}
 
     def results(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What it returns for a batch."""
@@ -225,6 +229,9 @@ class Shapes(fx.Interpreter):
             raise UnsupportedModelError(f"{n.target}: {why} It must be the same for any batch.") from error
         if isinstance(value, Tensor):
             self.shapes[n.name] = (value.shape, value.dtype)
+            finite = value[torch.isfinite(value)] if value.is_floating_point() else value[:0]
+            if finite.numel():
+                self.ends[n.name] = (float(finite.min()), float(finite.max()))
         return value
 
 

@@ -15,9 +15,12 @@ from torch import Tensor, fx
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.dropouts import DROPOUT, bypass
-from pow2quant.frontends.kept import HIDES, MOVES, Kept
+from pow2quant.frontends.kept import ENOUGH, MOVES, Kept
 from pow2quant.frontends.modules.normalization import LOWEST
 from pow2quant.frontends.operators import called
+
+NOTHING = -(2.0**50)
+"""What a mask of this, or less, is added to is taken out, whatever the scores are."""
 
 ROUNDING = 2**-20
 """How far products of rounded factors are from the factor that was meant, relative to it."""
@@ -51,9 +54,9 @@ def _gathered(
     """softmax(factor * x + mask) of what is kept, with what is in front of x."""
     kept.before, keep = node, None
     while True:
-        source = node.all_input_nodes[0]
-        added = _added(network, source)
-        if added is not None and _leaves_something(added[1], len(source.meta["shape"]), dim):
+        source, kept.margin = node.all_input_nodes[0], ENOUGH / factor
+        added = _added(network, source, kept, dim)
+        if added is not None and _leaves_something(torch.isfinite(added[1]), len(source.meta["shape"]), dim):
             scaled = factor * added[1]
             mask = scaled if mask is None else mask + scaled
             _drop(network, source, added[0], gone)
@@ -67,37 +70,42 @@ def _gathered(
             factor = _meant(network, source, factor * _pulled(network, source, gone))
             break
     if keep is not None:
-        hidden = None if mask is None else kept.constant(node, mask)
+        hidden = None if mask is None else kept.constant(node, mask, NOTHING)
         if hidden is not None:
             keep, mask = kept.both(hidden, keep), None
         node.args = (source, kept.repeated(keep, source))
     return m.MaskedSoftmax(dim, factor, mask, keep is not None)
 
 
-def _added(network: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, Tensor] | None:
+def _added(network: fx.GraphModule, node: fx.Node, kept: Kept, dim: int) -> tuple[fx.Node, Tensor] | None:
     """(the operand, the mask) of a node that adds a mask that takes values out, and that nothing else reads."""
     module = called(network, node)
     if len(node.users) != 1:
         return None
-    if isinstance(module, m.Masked) and module.value <= HIDES:
+    if isinstance(module, m.Masked):
+        source = node.all_input_nodes[0]
         fill = -math.inf if module.value == -math.inf else LOWEST
-        source, mask = node.all_input_nodes[0], torch.zeros(module.mask.shape).masked_fill(module.mask, fill)
-    elif isinstance(module, (m.Add, m.Sub)):
-        constants = [x for x in node.all_input_nodes if isinstance(called(network, x), m.Constant)]
-        if len(constants) != 1 or (isinstance(module, m.Sub) and node.args[0] in constants):
-            return None
-        source = next(x for x in node.all_input_nodes if x not in constants)
-        held: Any = called(network, constants[0])
-        mask = held.value.detach() if isinstance(module, m.Add) else -held.value.detach()
-    else:
+        hidden, mask = module.mask, torch.zeros(module.mask.shape).masked_fill(module.mask, fill)
+        return (source, mask) if module.value <= kept.chosen_bound(source) and bool(hidden.any()) else None
+    if not isinstance(module, (m.Add, m.Sub)):
         return None
-    hides = bool((mask <= HIDES).any()) and source.meta["shape"] == node.meta["shape"]
-    return (source, mask) if hides else None
+    constants = [x for x in node.all_input_nodes if isinstance(called(network, x), m.Constant)]
+    if len(constants) != 1 or (isinstance(module, m.Sub) and node.args[0] in constants):
+        return None
+    source = next(x for x in node.all_input_nodes if x not in constants)
+    held: Any = called(network, constants[0])
+    mask = held.value.detach() if isinstance(module, m.Add) else -held.value.detach()
+    hidden = mask <= kept.added_bound(source)
+    if not bool(hidden.any()) or source.meta["shape"] != node.meta["shape"]:
+        return None
+    if bool(((mask == 0) | hidden).all()) and _leaves_something(~hidden, len(node.meta["shape"]), dim):
+        mask = torch.where(hidden & torch.isfinite(mask), LOWEST, mask)
+    return source, mask
 
 
-def _leaves_something(mask: Tensor, rank: int, dim: int) -> bool:
-    """Whether no row has minus infinity alone: its softmax would not be a number."""
-    return bool(torch.isfinite(mask[(None,) * (rank - mask.ndim)]).any(dim).all())
+def _leaves_something(kept: Tensor, rank: int, dim: int) -> bool:
+    """Whether truth values keep something of every row; the softmax of minus infinity alone is not a number."""
+    return bool(kept[(None,) * (rank - kept.ndim)].any(dim).all())
 
 
 def _factor(network: fx.GraphModule, node: fx.Node) -> float | None:

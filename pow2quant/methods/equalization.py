@@ -219,9 +219,10 @@ def pairs(network: fx.GraphModule) -> list[Group]:
     """Where a constant can go from a bias, through a ReLU or ReLU6, into the next layers' biases: their only reader.
 
     Those must have one, and see the constant everywhere: without zero padding, and no transposed convolutions. Means
-    over the image and a flattening may lie between.
+    over the image and a flattening may lie between. Layers that are called twice keep theirs.
     """
     found = []
+    uses = Counter(id(p) for _, p in network.named_parameters(remove_duplicate=False))
     for node in network.graph.nodes:
         module = called(network, node)
         if not isinstance(module, (nn.ReLU, nn.ReLU6)):
@@ -229,6 +230,9 @@ def pairs(network: fx.GraphModule) -> list[Group]:
         (writer,) = node.all_input_nodes
         readers = _constant_readers(network, node)
         layer = called(network, writer)
+        layers = [layer, *(called(network, reader) for reader in readers)]
+        if any(uses[id(p)] > 1 for each in layers if each is not None for p in each.parameters()):
+            continue
         if readers and isinstance(layer, WEIGHTED) and layer.bias is not None and len(writer.users) == 1:
             found.append(Group([node], [writer], readers, [node] if isinstance(module, nn.ReLU6) else []))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,12 @@ class Files(Members):
         }
         for site in [site for site, (_, encoding) in free.items() if encoding is None]:
             self.change(site, None)
-        self.simulation.load((self.encodings() if partial else {}) | fitted)
+        widths = {s: e.grid.width for s, (_, e) in free.items() if e is not None and e.grid.width != self.spec(s).bits}
+        if widths:
+            self._changes |= {site: replace(self.spec(site), bits=bits) for site, bits in widths.items()}
+            self._replan()
+        kept = {name: e for name, e in self.encodings().items() if partial or name in self.frozen}
+        self.simulation.load(kept | fitted)
         self.derive_biases()
         self.encodings()
         self._mark(fitted, requires_grad, allow_overwrite)

@@ -29,6 +29,8 @@ class Members:
     ranges: Ranges | None
     _plan: QuantPlan
     _changes: dict[Site, TensorSpec | None]
+    _ranges_kept: dict[str, tuple[Encoding, Encoding]]
+    """By site: the range that it had before its width was changed, and what that has become."""
 
     @property
     def model(self) -> nn.Module:
@@ -112,14 +114,17 @@ class Members:
     def change(self, site: Site, spec: TensorSpec | None) -> None:
         """Quantizes a site in another way, or not at all. A range that it has is kept, with the smallest 2^k."""
         had = self.encodings().get(site.name)
+        kept = self._ranges_kept.get(site.name)
         self._changes[site] = spec
         try:
             self._replan()
         except ConfigError:
             del self._changes[site]
             raise
-        if had is not None and spec is not None:
-            self.take_range(site, had.minimum, had.maximum)
+        if had is not None and spec is not None:  # the first range, so that widths in turn do not widen it
+            first = had if kept is None or kept[1] != had else kept[0]
+            self.take_range(site, first.minimum, first.maximum)
+            self._ranges_kept[site.name] = first, self.encodings()[site.name]
 
     def derive_biases(self) -> None:
         """Biases take the lattice s_in * s_w of the encodings as they are now, if none is missing."""

@@ -19,6 +19,7 @@ from pow2quant.errors import ConfigError
 from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.prepare import prepare
 from pow2quant.frontends.returned import like
+from pow2quant.pow2_constraints import Encoding
 from pow2quant.quantsim import attributes, state, training
 from pow2quant.quantsim.checks import refuse_quantized
 from pow2quant.quantsim.files import Files
@@ -68,6 +69,7 @@ class PreparedSim(Files):
         plan = plan_of(chooser_of(self.quant_scheme), bits, getattr(default_data_type, "name", default_data_type))
         self._plan = plan if config_file is None else self._configured(network, plan, example, config_file, bits)
         self._changes: dict[Site, TensorSpec | None] = {}
+        self._ranges_kept: dict[str, tuple[Encoding, Encoding]] = {}
         self.frozen: frozenset[str] = frozenset()
         self.simulation: Simulation = simulation_of(network, example, self._plan, backend)
         training.restore(self.simulation.model, unwrapped(model), norms)

@@ -27,6 +27,9 @@ from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.copies import copied
 from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.fixed import InParts
+from pow2quant.frontends.kept import MOVES
+from pow2quant.frontends.modules import Hardsigmoid, Sigmoid
+from pow2quant.frontends.operators import called as called_by
 from pow2quant.frontends.prepare import fixed_batch, prepare, unrolled
 from pow2quant.methods.auto import Trial
 from pow2quant.plugins import names, resolve
@@ -35,7 +38,7 @@ from pow2quant.runs.calling import Flat, first_call
 from pow2quant.runs.computing import be_exact, device_of
 from pow2quant.runs.pixels import Normalizing, Pixels, take_bytes
 from pow2quant.runs.unfinished import NOTHING as NOTHING_KEPT
-from pow2quant.runs.unfinished import Unfinished, fingerprint_of
+from pow2quant.runs.unfinished import Unfinished, digest_of, fingerprint_of
 from pow2quant.tasks.base import Counter, Metric, Task
 from pow2quant.tasks.choosing import task_of, unread
 from pow2quant.tasks.judging import counted, leading, value_of
@@ -135,11 +138,13 @@ class Job:
             check, data = partial(_check_first, task.check), replace(data, num_classes=0, class_names=())
         data = data.with_parts(lambda part: replace(part, check=check, shapes=shapes[0]))
         if task.name == "classification" and not several:
-            _check_labels(data, max(2, shapes[1][0][-1]))
+            _check_labels(data, max((2, *shapes[1][0][-1:])))
         pixels = Pixels.of(config) if config.data.input == "pixels" else None
         data = data if pixels is None else pixels.data(data)
         calibration = Images(data.calibration, batches or config.ptq.calibration_batches)
         network = rewritten(prepared_network(model, called, config), config, calibration, progress, given)
+        if _gives_probabilities(network):
+            task = task_of(config.task, metric, targets[0] if several else targets, shapes[1], probable=True)
         for name, steps in unrolled(network).items():
             progress.note(f"{name}: unrolled over {steps} steps, the length of the inputs; it takes no other length")
         flat = inputs(called)
@@ -199,9 +204,14 @@ class Job:
 
     def fingerprint(self) -> str:
         """What the simulation depends on: the configuration, the network, the calibration images."""
-        texts = configuration.dump(self.config), repr(self.given.methods), str(self.device)
+        texts = configuration.dump(self.config), repr(self.given.methods), str(self.device), str(self.network)
         images = (x for batch in self.calibration() for x in inputs(batch))
         return fingerprint_of(texts, chain(self.network.state_dict().values(), images))
+
+    def identity(self) -> str:
+        """The configuration and the network, in lines: a training goes on where both are the same."""
+        network = digest_of([str(self.network)], self.network.state_dict().values())
+        return f"{configuration.dump(self.config)}network: {network}\n"
 
     @property
     def steps(self) -> list[str]:
@@ -264,6 +274,15 @@ def loaded(config: RunConfig, progress: Progress, given: Given = NOTHING) -> tup
 def _check_first(check: Callable[[Any, int, str], Any], targets: Any, samples: int, where: str) -> Any:
     """Of several targets, the first one as a task reads it."""
     return check(targets[0], samples, where)
+
+
+def _gives_probabilities(network: fx.GraphModule) -> bool:
+    """Whether the first output is that of a sigmoid, which may have been moved."""
+    (output,) = (node for node in network.graph.nodes if node.op == "output")
+    node = output.all_input_nodes[0]
+    while isinstance(called_by(network, node), MOVES):
+        node = node.all_input_nodes[0]
+    return isinstance(called_by(network, node), (Sigmoid, Hardsigmoid))
 
 
 def _check_labels(data: datasets.Data, outputs: int) -> None:
@@ -396,7 +415,8 @@ def absolute(config: RunConfig) -> RunConfig:
         return str(Path(name).absolute()) if name else name
 
     def own(name: str) -> str:
-        return str(whole(name)) if configuration.is_in_file(name) else name
+        in_file = configuration.is_in_file(name) or Path(name).suffix in (".onnx", ".npz", ".npy")
+        return str(whole(name)) if in_file else name
 
     def chosen(choice: configuration.Choice | None) -> Any:
         return choice and choice._replace(name=own(choice.name))

@@ -201,9 +201,14 @@ class Numbers:
 
 def fingerprint_of(texts: Iterable[str], tensors: Iterable[Tensor]) -> str:
     """What a computation depends on: texts, tensors, versions and the kind of processor, threads included."""
-    digest = hashlib.sha256()
     own = str(environment(torch.get_num_threads())), torch.backends.cpu.get_cpu_capability()
-    for text in (*own, *texts):
+    return digest_of((*own, *texts), tensors)
+
+
+def digest_of(texts: Iterable[str], tensors: Iterable[Tensor]) -> str:
+    """SHA-256 of texts and tensors."""
+    digest = hashlib.sha256()
+    for text in texts:
         digest.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())

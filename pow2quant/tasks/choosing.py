@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from pow2quant.errors import ConfigError, DataError
 from pow2quant.plugins import names, resolve
@@ -35,13 +35,16 @@ class Judged:
         return self.task.check(targets, samples, where)
 
 
-def task_of(name: str | None, metric: Any, targets: Any, shapes: Shapes) -> Task:
+def task_of(name: str | None, metric: Any, targets: Any, shapes: Shapes, probable: bool = False) -> Task:
     """The task by name, or the first in the order of `plugins.TABLES` that the data fit; the metric leads its metrics.
 
-    targets: of one batch; shapes: of one sample's outputs. metric: None, or what `own.metric_of` takes.
+    targets: of one batch; shapes: of one sample's outputs. metric: None, or what `own.metric_of` takes. probable:
+    whether the network ends in a sigmoid, so that its outputs are probabilities.
     Raises ConfigError for an unknown name, a task that needs a metric, and a metric that nothing can be compared with.
     """
     task: Task = resolve("tasks", name or _fitting(targets, shapes, metric is not None))(shapes)
+    if probable and hasattr(task, "threshold"):
+        task = replace(cast(Any, task), threshold=0.5)
     if metric is None:
         if name is not None and not task.metrics and name != "none":
             raise ConfigError(f"task: {name} has no metric of its own; give --metric file.py:function")

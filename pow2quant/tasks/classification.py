@@ -15,30 +15,40 @@ from pow2quant.tasks.base import ONE_ANSWER, Array, Averaged, Metric, OneAnswer,
 
 @dataclass(frozen=True)
 class Classification:
-    """Class indices (N,), one-hot rows or probabilities (N, C); logits (N, C), or one of two classes (N, 1)."""
+    """Class indices (N,), one-hot rows or probabilities (N, C); logits (N, C), or one of two classes (N, 1) or (N,).
+
+    threshold: above which a single output says the second class, 0.5 behind a sigmoid.
+    """
 
     shapes: Shapes
     name: str = "classification"
+    threshold: float = 0.0
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs a sample has."""
+        return self.shapes[0][-1] if self.shapes[0] else 1
 
     @property
     def loss(self) -> str:
-        return "BCEWithLogitsLoss" if self.shapes[0][-1] == 1 else "CrossEntropyLoss"
+        return "CrossEntropyLoss" if self.outputs > 1 else "BCELoss" if self.threshold else "BCEWithLogitsLoss"
 
     @property
     def classes(self) -> int:
-        """Of one logit there are two."""
-        return max(2, self.shapes[0][-1])
+        """Of one output there are two."""
+        return max(2, self.outputs)
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Of metrics of torchmetrics."""
-        return {"task": "binary" if self.shapes[0][-1] == 1 else "multiclass", "num_classes": self.classes}
+        return {"task": "binary" if self.outputs == 1 else "multiclass", "num_classes": self.classes}
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        top1 = Metric("top1", partial(Averaged, hits, 100), unit="%", key="accuracy")
-        top5 = Metric("top5", partial(Averaged, partial(hits, top=5), 100), unit="%", key="accuracy_top5")
-        return (top1, top5) if self.classes > 5 else (top1,)
+        top1, top5 = (partial(hits, top=n, threshold=self.threshold) for n in (1, 5))
+        first = Metric("top1", partial(Averaged, top1, 100), unit="%", key="accuracy")
+        second = Metric("top5", partial(Averaged, top5, 100), unit="%", key="accuracy_top5")
+        return (first, second) if self.classes > 5 else (first,)
 
     @property
     def diagnostics(self) -> tuple[Metric, ...]:
@@ -49,8 +59,8 @@ class Classification:
 
     def answers(self, targets: Array, outputs: Outputs) -> tuple[list[str], list[str]]:
         """The class of each target, and that of each output (the first of equal ones), in words."""
-        logits = outputs[0]
-        chosen = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
+        logits = _rows(outputs)
+        chosen = logits[:, 0] > self.threshold if logits.shape[1] == 1 else logits.argmax(1)
         return [str(int(c)) for c in indices(targets)], [str(int(c)) for c in chosen]
 
     def check(self, targets: Any, samples: int, where: str) -> Any:
@@ -69,8 +79,9 @@ class Classification:
     @classmethod
     def fits(cls, targets: Any, shapes: Shapes) -> bool:
         """Whether the data look like this task."""
-        if not isinstance(targets, Tensor) or len(shapes[0]) != 1:
+        if not isinstance(targets, Tensor) or len(shapes[0]) > 1:
             return False
+        shapes = [shapes[0] or (1,)]
         if targets.ndim == 2 and targets.shape[1:] == shapes[0] and shapes[0][0] > 1:
             return _are_probabilities(targets)
         indices = targets.ndim == 1 or (targets.ndim == 2 and targets.shape[1] == 1)
@@ -95,12 +106,17 @@ def indices(targets: Array) -> Array:
     return found
 
 
-def hits(outputs: Outputs, targets: Array, top: int = 1) -> Array:
+def _rows(outputs: Outputs) -> Array:
+    """The logits (N, C)."""
+    return outputs[0].reshape(len(outputs[0]), -1)
+
+
+def hits(outputs: Outputs, targets: Array, top: int = 1, threshold: float = 0.0) -> Array:
     """Whether the class of each sample is among its `top` largest logits (the first of equal ones)."""
-    logits = outputs[0]
+    logits = _rows(outputs)
     labels = indices(targets)
     if logits.shape[1] == 1:
-        single: Array = (logits[:, 0] > 0) == (labels > 0)
+        single: Array = (logits[:, 0] > threshold) == (labels > 0)
         return single
     order = np.argsort(-logits, axis=1, kind="stable")[:, :top]
     found: Array = (order == labels[:, None]).any(1)
@@ -109,6 +125,6 @@ def hits(outputs: Outputs, targets: Array, top: int = 1) -> Array:
 
 def ties(outputs: Outputs, targets: Array) -> Array:
     """Whether the largest logit is not alone: which class is named then is an accident."""
-    logits = outputs[0]
+    logits = _rows(outputs)
     found: Array = (logits == logits.max(1, keepdims=True)).sum(1) > 1
     return found

@@ -13,12 +13,19 @@ from pow2quant.tasks.base import Array, Averaged, Metric, Outputs, Ratios, Shape
 
 @dataclass(frozen=True)
 class MultiLabel:
-    """Targets 0 or 1 for every class (N, C); logits (N, C), or probabilities where all lie in [0, 1]."""
+    """Targets 0 or 1 for every class (N, C); logits (N, C), or probabilities behind a sigmoid.
+
+    threshold: above which an output names its class, 0.5 behind a sigmoid.
+    """
 
     shapes: Shapes
     name: str = "multi-label"
-    loss: str = "BCEWithLogitsLoss"
     diagnostics: tuple[Metric, ...] = ()
+    threshold: float = 0.0
+
+    @property
+    def loss(self) -> str:
+        return "BCELoss" if self.threshold else "BCEWithLogitsLoss"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -28,8 +35,8 @@ class MultiLabel:
     @property
     def metrics(self) -> tuple[Metric, ...]:
         return (
-            Metric("f1", partial(Ratios, overlaps), unit="%"),
-            Metric("label_accuracy", partial(Averaged, right, 100), unit="%"),
+            Metric("f1", partial(Ratios, partial(overlaps, threshold=self.threshold)), unit="%"),
+            Metric("label_accuracy", partial(Averaged, partial(right, threshold=self.threshold), 100), unit="%"),
         )
 
     def check(self, targets: Any, samples: int, where: str) -> Any:
@@ -47,21 +54,14 @@ class MultiLabel:
         return bool(((targets == 0) | (targets == 1)).all())
 
 
-def predicted(logits: Array) -> Array:
-    """Which classes a batch of outputs names."""
-    probabilities = bool(logits.size) and logits.min() >= 0 and logits.max() <= 1
-    found: Array = logits > (0.5 if probabilities else 0.0)
-    return found
-
-
-def right(outputs: Outputs, targets: Array) -> Array:
+def right(outputs: Outputs, targets: Array, threshold: float = 0.0) -> Array:
     """Whether each label is right."""
-    found: Array = predicted(outputs[0]) == (targets > 0.5)
+    found: Array = (outputs[0] > threshold) == (targets > 0.5)
     return found
 
 
-def overlaps(outputs: Outputs, targets: Array) -> tuple[Array, Array]:
+def overlaps(outputs: Outputs, targets: Array, threshold: float = 0.0) -> tuple[Array, Array]:
     """2 TP and 2 TP + FP + FN of each sample over all classes, (N, 1)."""
-    named, meant = predicted(outputs[0]), targets > 0.5
+    named, meant = outputs[0] > threshold, targets > 0.5
     both, either = (named & meant).sum(1, keepdims=True), named.sum(1, keepdims=True) + meant.sum(1, keepdims=True)
     return 2 * both, either

@@ -18,15 +18,21 @@ IGNORED, LEFT_OUT = 255, -100
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Masks of class indices (N, …); logits (N, C, …), or (N, …, C), or one of two classes (N, 1, …)."""
+    """Masks of class indices (N, …); logits (N, C, …), or (N, …, C), or one of two classes (N, 1, …).
+
+    threshold: above which a single output says the second class, 0.5 behind a sigmoid.
+    """
 
     shapes: Shapes
     name: str = "segmentation"
     diagnostics: tuple[Metric, ...] = ()
+    threshold: float = 0.0
 
     @property
     def loss(self) -> str:
-        return "BCEWithLogitsLoss" if self.shapes[0][0] == 1 else "CrossEntropyLoss"
+        if self.shapes[0][0] > 1:
+            return "CrossEntropyLoss"
+        return "BCELoss" if self.threshold else "BCEWithLogitsLoss"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -38,8 +44,8 @@ class Segmentation:
     @property
     def metrics(self) -> tuple[Metric, ...]:
         return (
-            Metric("miou", partial(Ratios, unions), unit="%"),
-            Metric("pixel_accuracy", partial(Ratios, right_pixels), unit="%"),
+            Metric("miou", partial(Ratios, partial(unions, threshold=self.threshold)), unit="%"),
+            Metric("pixel_accuracy", partial(Ratios, partial(right_pixels, threshold=self.threshold)), unit="%"),
         )
 
     def check(self, targets: Any, samples: int, where: str) -> Any:
@@ -70,17 +76,17 @@ class Segmentation:
         return not masks.is_floating_point() or bool(((masks == 0) | (masks == 1)).all())
 
 
-def named_classes(logits: Array, targets: Array) -> tuple[Array, int]:
+def named_classes(logits: Array, targets: Array, threshold: float = 0.0) -> tuple[Array, int]:
     """The class of each pixel, and how many classes there are."""
     axis = 1 if logits.shape[:1] + logits.shape[2:] == targets.shape else logits.ndim - 1
     if logits.shape[axis] == 1:
-        return (np.squeeze(logits, axis) > 0).astype(np.int64), 2
+        return (np.squeeze(logits, axis) > threshold).astype(np.int64), 2
     return logits.argmax(axis), logits.shape[axis]
 
 
-def unions(outputs: Outputs, targets: Array) -> tuple[Array, Array]:
+def unions(outputs: Outputs, targets: Array, threshold: float = 0.0) -> tuple[Array, Array]:
     """Intersection and union of masks and results, (N, C) pixels of each sample and class."""
-    named, classes = named_classes(outputs[0], targets)
+    named, classes = named_classes(outputs[0], targets, threshold)
     counted = (targets >= 0) & (targets < classes)
 
     def pixels(of: Array, where: Array) -> Array:
@@ -92,9 +98,9 @@ def unions(outputs: Outputs, targets: Array) -> tuple[Array, Array]:
     return both, pixels(targets, counted) + pixels(named, counted) - both
 
 
-def right_pixels(outputs: Outputs, targets: Array) -> tuple[Array, Array]:
+def right_pixels(outputs: Outputs, targets: Array, threshold: float = 0.0) -> tuple[Array, Array]:
     """How many pixels have the right class, and how many count, (N, 1)."""
-    named, classes = named_classes(outputs[0], targets)
+    named, classes = named_classes(outputs[0], targets, threshold)
     counted = ((targets >= 0) & (targets < classes)).reshape(len(targets), -1)
     right = counted & (named == targets).reshape(len(targets), -1)
     return right.sum(1, keepdims=True), counted.sum(1, keepdims=True)
