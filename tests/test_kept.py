@@ -148,3 +148,39 @@ def test_integers_beyond_what_calibration_saw_are_the_same_everywhere(tmp_path):
     found = outcome(prepare(Counting().eval(), x), [(x,), (far,)], tmp_path)
     assert "integers" not in found
     assert {found[name] for name in found if name != "proved"} == {0}
+
+
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *x):
+        return self.function(*x)
+
+
+FLOORS = {
+    "counts limited in front of a pool": (lambda x: F.max_pool2d(torch.where(x > -2000, x, -2000.0), 2), 2e4),
+    "the best of what is kept": (lambda x: torch.where(x > 0, x, -1e4).topk(3)[0], 1.0),
+    "the least of all": (lambda x: torch.where(x > 0, x, -1e4).topk(3, largest=False)[0], 1.0),
+    "a bound on likelihoods": (lambda x: torch.where(x - 1502 > -1500, x - 1502, -1500.0).softmax(-1), 1.0),
+    "a largest value below the number": (lambda x: torch.where(x > -3e3, x, -1e3).amax(-1), 5e3),
+}
+
+
+@pytest.mark.parametrize("name", FLOORS)
+def test_a_number_among_the_values_is_no_mask(name):
+    function, size = FLOORS[name]
+    x = size * torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(prepare(Applied(function).eval(), x)(x), function(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_mask_is_told_by_the_scores_that_it_is_added_to():
+    """Of windows that were shifted: -100 beside scores of a few units."""
+    mask = torch.zeros(6, 6)
+    mask[:3, 3:], mask[3:, :3] = -100, -100
+    x = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    network = prepare(Applied(lambda x: (x + mask).softmax(-1)).eval(), x)
+    assert [type(module) for module in network.children()] == [m.MaskedSoftmax]
+    wide = prepare(Applied(lambda x: (x + mask).softmax(-1)).eval(), 100 * x)
+    assert [type(module) for module in wide.children()] != [m.MaskedSoftmax]

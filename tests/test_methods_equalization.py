@@ -220,3 +220,24 @@ def test_batch_norm_says_what_a_layer_computes_and_otherwise_the_data() -> None:
     y = torch.cat([network(images(16)), network(images(8, 1))]).transpose(0, 1).flatten(1).double()
     torch.testing.assert_close(of_data, y.mean(1))
     torch.testing.assert_close(deviation_of_data, y.std(1, correction=0))
+
+
+def test_layers_that_are_called_twice_keep_their_constants() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, second = (self.head(torch.relu(self.conv(part))) for part in (x, -x))
+            return first + second
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Twice().eval()
+    nn.init.constant_(model.conv.bias, 3)
+    network = prepare(model, images())
+    assert pairs(network) == []
+    before = network(images(8))
+    Equalize(absorb_biases=True).rewrite(network, [images(8)])
+    assert torch.allclose(network(images(8)), before, atol=1e-5)

@@ -352,6 +352,25 @@ def test_a_trained_scalar_is_part_of_the_state(tmp_path: Path, monkeypatch: pyte
     assert runs.validate(tmp_path / "run").agrees  # the paths in config.yaml are absolute
 
 
+def test_files_of_networks_and_arrays_are_found_from_other_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten()), torch.randn(16, 1, 6, 6)
+    torch.onnx.export(
+        model, (x[:1],), tmp_path / "net.onnx", dynamo=False, dynamic_axes={"x": {0: "n"}}, input_names=["x"]
+    )
+    np.save(tmp_path / "x.npy", x.numpy())
+    monkeypatch.chdir(tmp_path)
+    values = {"model.name": "net.onnx", "data.dataset": "x.npy"}
+    runs.ptq(config.with_values(RunConfig(), values), Path("run"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert runs.validate(tmp_path / "run").agrees
+    with pytest.raises(ConfigError, match=r"data\.resize: .*x\.npy holds arrays"):
+        runs.ptq(config.with_values(RunConfig(), {**values, "data.resize": 8, "data.dataset": "../x.npy"}), Path("run"))
+
+
 def test_a_folder_that_appears_during_a_run_is_kept(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from pow2quant.tasks.images import ssim
 from pow2quant.tasks.judging import SQNR, judged
 from pow2quant.tasks.own import metric_of
 from pow2quant.training.schedule import loss_of
+from tests.kinds import QUICK
 
 rng = np.random.default_rng(0)
 
@@ -381,6 +382,76 @@ def test_losses_that_fit_and_losses_that_do_not() -> None:
     assert float(loss_of(nn.MSELoss(), torch.ones(4), torch.full((4,), -100.0))) == 101**2, "numbers are numbers"
     with pytest.raises(ConfigError, match=r"training\.criterion: BCEWithLogitsLoss does not fit the data"):
         loss_of(nn.BCEWithLogitsLoss(), logits, torch.zeros(4, dtype=torch.long))
+
+
+class OneOutput(nn.Module):
+    """The sign of a sum, told by one output in several forms."""
+
+    def __init__(self, form: Any) -> None:
+        super().__init__()
+        self.layer, self.form = nn.Linear(6, 1, bias=False), form
+        nn.init.ones_(self.layer.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.form(self.layer(x))
+        return result
+
+
+FORMS = {
+    "sigmoid": torch.sigmoid,
+    "no dimension": lambda y: y.squeeze(1),
+    "sigmoid, no dimension": lambda y: y.sigmoid().flatten(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_single_output_is_judged_as_what_it_is(form: str) -> None:
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    y = (x.sum(1) > 0).long()
+    result = pow2quant.quantize(OneOutput(FORMS[form]).eval(), (x, y), progress=False, config=QUICK)
+    assert result.report["initial_accuracy"] == 100
+    assert result.report["final_accuracy"] > 90
+
+
+def test_masks_and_labels_of_probabilities_are_above_a_half() -> None:
+    for task, shape, metrics in (
+        ("segmentation", (1, 5, 4), ("miou", "pixel_accuracy")),
+        ("multi-label", (4,), ("f1",)),
+    ):
+        logits = rng.normal(size=(30, *shape))
+        labels = rng.integers(0, 2, (30, *(shape[1:] if task == "segmentation" else shape)))
+        plain, probable = (task_of(task, None, None, [shape], probable) for probable in (False, True))
+        assert (plain.loss, probable.loss) == ("BCEWithLogitsLoss", "BCELoss")
+        for name in metrics:
+            one, other = (next(m for m in each.metrics if m.name == name) for each in (plain, probable))
+            assert counted(one, logits, labels) == counted(other, 1 / (1 + np.exp(-logits)), labels)
+            assert counted(one, logits, labels) == counted(one, logits, labels, parts=30)
+
+
+def test_integer_numbers_of_any_size_are_targets_of_regression() -> None:
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    for y in ((x[:, 0] * 10).long(), (x[:, :1] * 1e7).long()):
+        result = pow2quant.quantize(OneOutput(torch.abs).eval(), (x, y), progress=False, config=QUICK)
+        assert result.report["metric"] == "mae"
+
+
+def test_bounds_called_accuracy_are_in_the_units_of_the_metric() -> None:
+    def floor(text: str, initial: float, metric: Metric) -> float | None:
+        return limits.accuracy_floor([limits.parse(text)], initial, metric)
+
+    def metric(name: str, unit: str = "", better: bool = True) -> Metric:
+        return Metric(name, SQNR.counter, better, unit)
+
+    assert floor("accuracy_drop=1%", 90, metric("top1", "%")) == 89
+    assert floor("accuracy=0.88", 90, metric("top1", "%")) == 88
+    assert floor("accuracy_drop=1%", 0.95, metric("own")) == pytest.approx(0.94)
+    assert floor("accuracy=0.9", 0.95, metric("own")) == pytest.approx(0.9)
+    assert floor("accuracy_drop=0.5", 30, metric("psnr", "dB")) == pytest.approx(29.5)
+    assert floor("accuracy_drop=0.5", -2.0, metric("mae", better=False)) == pytest.approx(-2.5)
+    for text, judged_by in (("accuracy=0.99", metric("mae", better=False)), ("accuracy_drop=1%", metric("psnr", "dB"))):
+        with pytest.raises(ConfigError, match=f"judged by {judged_by.name}"):
+            floor(text, 0.1, judged_by)
+    assert limits.parse("f1=0.5", "f1").value == 0.5, "the user's own"
 
 
 @pytest.mark.parametrize("text", ["mae=3%", "psnr=much", "miou=101%", "miou=101"])

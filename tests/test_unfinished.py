@@ -16,9 +16,12 @@ from torch import nn
 
 import pow2quant
 from pow2quant import config as configuration
+from pow2quant.backends.base import SILENT
+from pow2quant.config import RunConfig
 from pow2quant.errors import ConfigError, OutputError
 from pow2quant.progress import Within
 from pow2quant.runs import Job, unfinished
+from pow2quant.runs.job import Given
 from pow2quant.study import compare, sweep
 from pow2quant.study.search import search
 from tests.attacks import good
@@ -123,6 +126,19 @@ def test_a_run_on_other_images_does_not_continue_it(whole: dict[str, bytes], tmp
     assert quantized(tmp_path / "run", "adaround", rest) == whole
     assert rest.steps.count("adaround") == 4
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_another_network_with_the_same_weights_is_another_job() -> None:
+    class Net(nn.Sequential):
+        def __init__(self, activation: nn.Module) -> None:
+            super().__init__(nn.Linear(4, 4, bias=False), activation)
+            nn.init.eye_(self[0].weight)
+
+    x = torch.ones(8, 4)
+    jobs = [Job.start(RunConfig(), SILENT, Given(Net(act).eval(), [x])) for act in (nn.ReLU(), nn.ReLU(), nn.Tanh())]
+    for name in ("fingerprint", "identity"):
+        first, same, other = (getattr(job, name)() for job in jobs)
+        assert first == same != other
 
 
 @pytest.mark.parametrize("damage", [b"", b"text", (8).to_bytes(8, "little") + b"{}      "])

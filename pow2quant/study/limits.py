@@ -11,6 +11,7 @@ from pow2quant.config import SearchConfig
 from pow2quant.errors import ConfigError
 from pow2quant.study.candidates import CANDIDATES, sorted_names
 from pow2quant.study.costs import COSTS
+from pow2quant.tasks.base import Metric
 
 _DECIMAL = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES = {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 1024.0, "MiB": 1024.0**2, "GiB": 1024.0**3}
@@ -68,7 +69,7 @@ def parse(text: str, own: str | None = None) -> Constraint:
     """Reads one constraint. own: the user's metric. Raises ConfigError with an example of what is legal."""
     name, equals, value = (part.strip() for part in text.partition("="))
     quantity = name.replace("-", "_")
-    known = {**({own: _ANY} if own else {}), **UNITS, **METRICS}
+    known = {**METRICS, **({own: _ANY} if own else {}), **UNITS}
     if not equals or quantity not in known:
         raise ConfigError(f"constraint: {text!r} is not legal; legal: {', '.join(EXAMPLES.values())}")
     example = EXAMPLES.get(quantity, EXAMPLES["metric"])
@@ -100,14 +101,33 @@ def metric_named(constraints: Sequence[Constraint]) -> str | None:
     return next(iter(named), None)
 
 
-def accuracy_floor(constraints: Sequence[Constraint], initial: float, sign: int = 1) -> float | None:
-    """The quality that is asked for, None where none is: `sign` times the metric, so that more is better.
+def accuracy_floor(constraints: Sequence[Constraint], initial: float, metric: Metric) -> float | None:
+    """The quality that is asked for, None where none is: with a minus where less of the metric is better.
 
-    initial: the float network's, with the sign.
+    initial: the float network's, with that sign. Raises ConfigError for a bound that the metric cannot have.
     """
-    floors = [sign * c.value for c in constraints if c.is_quality and c.quantity != "accuracy_drop"]
-    floors += [initial - c.value for c in constraints if c.quantity == "accuracy_drop"]
+    sign = 1 if metric.higher_is_better else -1
+    floors = []
+    for c in constraints:
+        if c.quantity == "accuracy_drop":
+            floors.append(initial - _in_units(c, initial, metric))
+        elif c.is_quality:
+            floors.append(sign * _in_units(c, initial, metric))
     return max(floors, default=None)
+
+
+def _in_units(c: Constraint, initial: float, metric: Metric) -> float:
+    """A bound in the metric's units: what is called accuracy is a share, but of metrics in other units."""
+    if c.quantity not in ("accuracy", "accuracy_drop") or metric.unit == "%":
+        return c.value
+    percent = "%" in c.text
+    if (c.quantity == "accuracy" and not metric.higher_is_better) or (percent and metric.unit):
+        unit = f" in {metric.unit}" if metric.unit else ""
+        example = f"{metric.name}={abs(initial):.3g}{metric.unit}"
+        raise ConfigError(
+            f"constraint: {c.text!r}: the task is judged by {metric.name}{unit}; legal: such as {example}"
+        )
+    return c.value if percent and abs(initial) > 1 else c.value / 100
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ class Search:
         work.problem = Problem(names, quantities)
         work._check_costs()
         work.initial = work.sign * judge.original
+        limits.accuracy_floor(request.constraints, work.initial, judge.metric)  # refused before anything is measured
         work._quantize()
         work.measure(config.search.sensitivity)
         return work
@@ -186,7 +187,7 @@ class Search:
     @property
     def floor(self) -> float | None:
         """The quality asked for: the metric with the sign."""
-        return limits.accuracy_floor(self.request.constraints, self.initial, self.sign)
+        return limits.accuracy_floor(self.request.constraints, self.initial, self.judge.metric)
 
     def _said(self, quality: float | None) -> str:
         return "" if quality is None else self.judge.metric.text(self.sign * quality)

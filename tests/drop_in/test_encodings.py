@@ -8,8 +8,8 @@ import torch
 from pow2quant.backends import aimet
 from pow2quant.backends.aimet import constrained
 from pow2quant.errors import ConfigError, EncodingError, FileFormatError, NotPowerOfTwoError
-from tests.aimet_flows.digits import accuracy, images
-from tests.drop_in.networks import DUMMY, folded, in_onnxruntime, run, table
+from tests.aimet_flows.digits import accuracy, images, trained
+from tests.drop_in.networks import DUMMY, folded, in_onnxruntime, prepared, run, table
 
 
 @pytest.mark.parametrize("name", ["0.6.1", "1.0.0", "2.0.0", "json", "legacy", "torch"])
@@ -159,3 +159,33 @@ def test_requires_grad_is_aimets(make, backend, calibrated, tmp_path):
     else:
         sim.load_encodings(tmp_path / "m.json", requires_grad=False)
         assert not any(p.requires_grad for p in sim.quantizer_parameters())
+
+
+def test_frozen_parameters_stay_where_a_file_replaces_all_others(make, calibrated, tmp_path):
+    calibrated.save_encodings_to_json(tmp_path, "m")
+    sim = make()
+    sim.set_and_freeze_param_encodings(tmp_path / "m.json")
+    before = {n: e for n, e in table(sim).items() if n.endswith(".weight")}
+    sim.load_encodings(tmp_path / "m.json", partial=False)
+    assert {n: table(sim)[n] for n in before} == before
+
+
+def test_a_file_of_another_width_sets_the_width(tmp_path):
+    eight, four = (prepared(trained(), DUMMY, default_param_bw=bits) for bits in (8, 4))
+    for sim in (eight, four):
+        sim.compute_encodings(lambda model: model(images()))
+    eight.save_encodings_to_json(tmp_path, "m")
+    four.load_encodings(tmp_path / "m.json")
+    assert four.model.conv1.param_quantizers["weight"].bitwidth == 8
+    assert table(four) == table(eight)
+
+
+def test_widths_in_turn_keep_the_range():
+    sim = prepared(trained(), DUMMY)
+    sim.compute_encodings(lambda model: model(images()))
+    before = table(sim)
+    for bits in (4, 8, 16, 8, 4, 8):
+        for module in (sim.model.conv1, sim.model.conv2):
+            module.param_quantizers["weight"].bitwidth = bits
+        sim.model.fc.output_quantizers[0].bitwidth = bits
+    assert table(sim) == before
