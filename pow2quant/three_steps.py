@@ -26,7 +26,7 @@ from pow2quant.errors import ConfigError, OutputError, TrainingError
 from pow2quant.runs import Job, Result, Simulated, finish, quantized, start, unfinished, write_report
 from pow2quant.runs.chains import to_train
 from pow2quant.runs.chosen import shown
-from pow2quant.runs.quantizing import BACKEND, BITS, Temporary, requested
+from pow2quant.runs.quantizing import Temporary, requested
 from pow2quant.training import curves
 from pow2quant.training.learning import Learning
 from pow2quant.training.mixing import Mixing
@@ -115,11 +115,11 @@ def qat(
 def qat_model(
     model: nn.Module | str | os.PathLike[str] | None = None,
     data: Any = None,
-    bits: str = BITS,
+    bits: str | None = None,
     methods: Any = None,
     metric: Any = None,
     task: str | None = None,
-    backend: str = BACKEND,
+    backend: str | None = None,
     target: str | None = None,
     config: RunConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     progress: bool | Progress = True,

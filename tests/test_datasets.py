@@ -21,7 +21,7 @@ from torchvision import transforms
 from pow2quant import datasets
 from pow2quant.config import DataConfig
 from pow2quant.datasets.settings import DEFAULTS
-from pow2quant.errors import ConfigError
+from pow2quant.errors import ConfigError, DataError
 from tests.reading import all_of, complaint
 
 CIFAR = DataConfig("cifar10", batch_size=7)
@@ -345,6 +345,20 @@ def test_arrays_may_be_named_as_keras_does(tmp_path):
     images, labels = next(iter(data.test))
     assert torch.equal(images, torch.from_numpy(x[:4]))
     assert labels.tolist() == y[:4].tolist()
+    np.savez(tmp_path / "one.npz", X=x, y=y)
+    images, labels = next(iter(datasets.load(DataConfig(str(tmp_path / "one.npz"), batch_size=4)).test))
+    assert torch.equal(images, torch.from_numpy(x[:4]))
+    assert labels.tolist() == y[:4].tolist()
+    np.savez(tmp_path / "two.npz", a=x, b=x[:5])
+    with pytest.raises(DataError, match="arrays of different lengths: a 12, b 5"):
+        datasets.load(DataConfig(str(tmp_path / "two.npz")))
+
+
+@pytest.mark.parametrize("count", [100, 101])
+def test_a_warning_says_that_a_generator_gives_more_batches_than_are_used(count):
+    data = datasets.load(DataConfig(), given=(torch.zeros(2, 3) for _ in range(count)))
+    assert len(data.calibration) == 100
+    assert any("the first 100 batches of more are used" in text for text in data.warnings) == (count > 100)
 
 
 def test_wrong_folders_are_named_with_the_layout_they_should_have(tmp_path):

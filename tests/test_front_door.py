@@ -25,6 +25,7 @@ from pow2quant.errors import ConfigError, DataError, ModelError, UnsupportedMode
 from pow2quant.methods.adaround import AdaRound
 from pow2quant.methods.bias_correction import BiasCorrection
 from pow2quant.reading import Signature
+from pow2quant.runs.quantizing import requested
 from tests.kinds import SOURCE
 
 QUICK = {"report": {"statistics": False, "latency": False}, "ptq": {"calibration_batches": 4}}
@@ -49,6 +50,14 @@ def test_the_embedded_default_is_the_command_line_s(tmp_path: Path) -> None:
     assert (here.folder / "model.onnx").read_bytes() == (named.folder / "model.onnx").read_bytes()
     assert named.folder == tmp_path / "named"
     assert here.report["metrics"]["top1"]["quantized"] == here.report["final_accuracy"] > 97
+
+
+def test_arguments_win_over_the_configuration_though_they_are_the_defaults() -> None:
+    narrow = {**QUICK, "quantization": {"weight": {"bitwidth": 4}}, "backend": "aimet"}
+    for bits, width in ((None, 4), ("w8a8", 8)):
+        base, _, _ = requested(nn.Linear(3, 2), "digits", bits, None, None, None, "custom", None, narrow, False)
+        assert base.quantization.weight.bitwidth == width
+        assert base.backend == "custom"
 
 
 def test_a_result_is_saved_exported_and_shown(

@@ -34,6 +34,14 @@ STREAMED = 100
 """So many batches are kept of what can be read once only, or has no length."""
 
 
+class Streamed(list[Any]):
+    """The first batches of what can be read once only, or has no length. cut: whether there are more."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        super().__init__(islice(batches, STREAMED))
+        self.cut = next(batches, None) is not None
+
+
 @dataclass(frozen=True)
 class Data:
     """Everything a run reads.
@@ -67,7 +75,7 @@ def data_of(made: Any, name: str, batch_size: int, train_batch_size: int, worker
     if isinstance(made, Data):
         return _checked(made, name)
     parts = _parts(made)
-    parts = tuple(list(islice(part, STREAMED)) if isinstance(part, Iterator) else part for part in parts)
+    parts = tuple(Streamed(part) if isinstance(part, Iterator) else part for part in parts)
     parts = parts if len(parts) > 1 else parts * 2
     datasets = [_dataset(part) for part in parts]
     options = {"num_workers": workers, "collate_fn": _collated}
@@ -86,6 +94,12 @@ def data_of(made: Any, name: str, batch_size: int, train_batch_size: int, worker
         class_names=classes,
         input_shape=() if test_set is None else _shape(test_set, name),
     )
+    cut = [word for word in ("calibration", "test") if getattr(getattr(data, word), "cut", False)]
+    if cut:
+        what = " and ".join(cut)
+        data = replace(
+            data, warnings=(*data.warnings, f"{name}: {what}: the first {STREAMED} batches of more are used")
+        )
     return _checked(data, name)
 
 
@@ -232,7 +246,7 @@ def _training(part: Any, dataset: Any, size: int, options: Mapping[str, Any], na
 def _kept(part: Any, name: str) -> Batches:
     """Batches that can be read again and again, of what may be read once only."""
     if isinstance(part, (list, tuple)):
-        return list(part)
+        return part if isinstance(part, Streamed) else list(part)
     if not isinstance(part, Iterable) or isinstance(part, (str, bytes)):
         raise DataError(
             f"{name}: is a {type(part).__name__}; expected a DataLoader or another iterable of batches, a Dataset, "
@@ -241,7 +255,7 @@ def _kept(part: Any, name: str) -> Batches:
     if _has_length(part):
         return Repeated(part)
     try:
-        return list(islice(Repeated(part), STREAMED))
+        return Streamed(iter(Repeated(part)))
     except Exception as error:
         raise data_error(error, name) from error
 

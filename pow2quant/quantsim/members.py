@@ -61,15 +61,16 @@ class Members:
                         yield f"{name}.{kind}.{key}", quantizer
 
     def exclude_layers_from_quantization(self, layers_to_exclude: Iterable[nn.Module]) -> None:
-        """Takes all quantizers of these modules of `sim.model` away."""
-        known = {id(module) for _, module in attributes.quantized_modules(self.model)}
+        """Takes all quantizers of these modules of `sim.model` away, and of those inside of them."""
+        quantized = {id(module) for _, module in attributes.quantized_modules(self.model)}
+        own = {id(module) for module in self.model.modules()}
         for layer in layers_to_exclude:
-            if id(layer) not in known:
+            if id(layer) not in own | quantized:
                 raise ConfigError(f"exclude_layers_from_quantization: {type(layer).__name__} is no module of sim.model")
-            for kind in attributes.SLOTS:
-                slots = getattr(layer, kind)
-                for key in list(slots.keys()):
-                    slots[key] = None
+            for module in (part for part in layer.modules() if id(part) in quantized):
+                for slots in (getattr(module, kind) for kind in attributes.SLOTS):
+                    for key in list(slots.keys()):
+                        slots[key] = None
 
     def exclude_param_from_quantization(self, param_name_to_exclude: str) -> None:
         """Keeps all parameters of this name float."""

@@ -27,17 +27,15 @@ from pow2quant.runs.job import Given
 from pow2quant.runs.result import Result
 from pow2quant.runs.writing import ptq
 
-BITS, BACKEND = "w8a8", "custom"
-
 
 def quantize(
     model: nn.Module | ExportedProgram | str | os.PathLike[str] | None = None,
     data: Any = None,
-    bits: str = BITS,
+    bits: str | None = None,
     methods: Any = None,
     metric: Any = None,
     task: str | None = None,
-    backend: str = BACKEND,
+    backend: str | None = None,
     target: str | None = None,
     config: RunConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -55,7 +53,8 @@ def quantize(
         data: a DataLoader or another iterable of batches, a Dataset, arrays `(X, y)`, a name as for `--data`, or a pair
             (calibration, evaluation) of these. A batch is a tensor or an array, `(x, y)`, or a dictionary; targets are
             only needed for a metric.
-        bits: of weights and activations, from `w2a2` to `w16a16`; the network's input keeps at least 8.
+        bits: of weights and activations, from `w2a2` to `w16a16`, by default `w8a8`; the network's input keeps at least
+            8.
         methods: names, objects such as `AdaRound(iterations=100)`, or `{"adaround": {"iterations": 100}}`, applied in
             order; `"none"` for plain rounding. Default: what is good for the bits. It stands in front of methods that
             build on exponents which others chose (`adaround`, `gpfq`), unless the first name is `"none"`.
@@ -63,7 +62,7 @@ def quantize(
             function of all outputs and all targets, or an object with `update` and `compute`.
         task: classification, multi-label, segmentation, regression, image-to-image, detection, or none. Default: what
             the data look like.
-        backend: custom (pure PyTorch) or aimet.
+        backend: custom (pure PyTorch, the default) or aimet.
         target: the runtime or chip whose arithmetic is meant, by name (`pow2quant targets`) or a YAML file; default:
             onnxruntime.
         config: everything else: a `RunConfig`, its values as nested dictionaries, or a YAML file. What it says of bits
@@ -88,7 +87,7 @@ def requested(
     methods: Any,
     metric: Any,
     task: str | None,
-    backend: str,
+    backend: str | None,
     target: str | None,
     config: Any,
     progress: bool | Progress,
@@ -100,10 +99,8 @@ def requested(
     model = module_of(model)
     chosen, own = methods_of_argument(methods)
     base = config_of(config)
-    values = (
-        _model_values(model, data) | _bits_of(bits, config) | {"task": task, "ptq.methods": chosen, "target": target}
-    )
-    values["backend"] = backend if backend != BACKEND or config is None else None
+    values = _model_values(model, data) | _bits_of(bits) | {"task": task, "ptq.methods": chosen, "target": target}
+    values["backend"] = backend
     values["metric"] = metric if isinstance(metric, str) else None
     base = configuration.with_values(base, {key: value for key, value in values.items() if value is not None})
     given = Given(
@@ -149,9 +146,9 @@ def _model_values(model: Any, data: Any) -> dict[str, Any]:
     return values
 
 
-def _bits_of(bits: Any, config: Any) -> dict[str, Any]:
+def _bits_of(bits: Any) -> dict[str, Any]:
     """The keys of the configuration that say how many bits."""
-    if bits == BITS and config is not None:
+    if bits is None:
         return {}
     found = re.fullmatch(r"w(\d+)a(\d+)", bits.lower()) if isinstance(bits, str) else None
     if found is None:

@@ -86,6 +86,13 @@ def test_layers_and_parameters_can_be_excluded(sim):
         sim.exclude_layers_from_quantization([nn.Linear(1, 1)])
 
 
+def test_a_container_is_excluded_with_what_it_holds():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), nn.Flatten()).eval()
+    sim = QuantizationSimModel(model, torch.randn(2, 1, 6, 6), placement="pow2quant")
+    sim.exclude_layers_from_quantization([sim.model.get_submodule("0")])
+    assert not sim.sites
+
+
 def test_ranges_are_set_and_frozen(sim):
     quantizer = sim.model.relu1.output_quantizers[0]
     quantizer.set_range(0, 30)
