@@ -56,7 +56,7 @@ def test_arguments_win_over_the_configuration_though_they_are_the_defaults() -> 
     narrow = {**QUICK, "quantization": {"weight": {"bitwidth": 4}}, "backend": "aimet"}
     for bits, width in ((None, 4), ("w8a8", 8)):
         base, _, _ = requested(nn.Linear(3, 2), "digits", bits, None, None, None, "custom", None, narrow, False)
-        assert base.quantization.weight.bitwidth == width
+        assert base.quantization.weight.bits == width
         assert base.backend == "custom"
 
 
