@@ -248,6 +248,7 @@ def test_a_mask_becomes_part_of_the_softmax():
         (lambda x: x.sort(0)[1], "along the batch"),
         (lambda x: F.fractional_max_pool2d(x, 2, 3), "fractional_max_pool2d"),
         (lambda x: torch.tril(x.mean((2, 3))), "tril is not prepared as it is written"),
+        (lambda x: F.max_pool1d(x[:, 0, 0], 2), "write x.unsqueeze"),
         (nn.GRU(6, 4), "use batch_first=True"),
         (nn.LSTM(6, 4, proj_size=2, batch_first=True), "lstm .*proj_size"),
     ],

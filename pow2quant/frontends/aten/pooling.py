@@ -29,8 +29,15 @@ ALONG: dict[int, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
 PyTorch 2.15 smooths along the wrong dimension.)"""
 
 
+def _spatial(b: Builder, node: fx.Node, x: Any) -> int:
+    """How many dimensions a window has."""
+    if b.rank(x) < 3:
+        raise b.unsupported(node, "a pool of (N, L), which has no channels; write x.unsqueeze(1) in front of it")
+    return b.rank(x) - 2
+
+
 def _max_pool(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    spatial = b.rank(a.self) - 2
+    spatial = _spatial(b, node, a.self)
     options = {k: _plain(v) for k in (*POOL, "dilation", "ceil_mode") if (v := getattr(a, k, None)) not in (None, [])}
     return b.call(node, MAX_POOLS[spatial - 1](**options), b.operand(node, a.self), kind="pool")
 
@@ -48,7 +55,7 @@ def _only_values(b: Builder, node: fx.Node, index: int, values: Callable[[], fx.
 
 def _average_pool(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     """PyTorch's, or where executors disagree about a window beyond the padding, weighted sums."""
-    spatial = b.rank(a.self) - 2
+    spatial = _spatial(b, node, a.self)
     names = (*POOL, "ceil_mode", "count_include_pad")
     options = {k: _plain(v) for k in names if (v := getattr(a, k, None)) is not None and v != []}
     override = getattr(a, "divisor_override", None)
