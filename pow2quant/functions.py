@@ -385,7 +385,7 @@ class Resampling:
 def resampling(index: GraphIndex, table: dict[str, Encoding], node: onnx.NodeProto) -> Resampling | None:
     """What ends at a Div by a whole number behind products with constant matrices of whole numbers; None for others."""
     divisor = _whole(index, table, node.input[1]) if node.op_type == "Div" else None
-    if divisor is None or divisor.size > 1 or not 1 <= divisor.min() <= 2**50:
+    if divisor is None or divisor.size != 1 or not 1 <= divisor.min() <= 2**50:
         return None
     maps: list[tuple[Ints, int]] = []
     inner, name = set[str](), node.input[0]

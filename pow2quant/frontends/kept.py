@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pow2quant.frontends import modules as m
+from pow2quant.frontends.modules.normalization import ENOUGH
 from pow2quant.frontends.operators import called
 
 TRUTH = "pow2quant_truth"
@@ -21,9 +22,6 @@ ENDS = "pow2quant_ends"
 
 HIDES = -50.0
 """A mask that takes values out of a softmax adds this or less, and less than makes up for the spread of the scores."""
-
-ENOUGH = 20.0
-"""So much below another score, in front of exp, a score counts for nothing: exp(-20) is 2e-9."""
 
 MOVES = (m.Permute, m.Reshape, m.Slice, m.Take, m.Expand, nn.Flatten)
 """Modules that move the values of their first operand."""
@@ -39,7 +37,7 @@ class Kept:
     def __init__(self, network: fx.GraphModule) -> None:
         self.network = network
         self.before: fx.Node | None = None
-        self.margin = ENOUGH
+        self.margin: float = ENOUGH
         self._written: dict[tuple[Any, str], fx.Node] = {}
 
     def taken_out(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

@@ -47,12 +47,9 @@ def _is_ranked(network: fx.GraphModule, node: fx.Node, infinite: bool) -> bool:
 
     def ranks(user: fx.Node) -> bool:
         module = called(network, user)
-        several = isinstance(module, m.TopK) and module.largest and infinite
-        return (
-            several
-            or isinstance(module, LARGEST)
-            or (isinstance(module, MOVES) and _is_ranked(network, user, infinite))
-        )
+        if isinstance(module, MOVES):
+            return _is_ranked(network, user, infinite)
+        return isinstance(module, LARGEST) or (isinstance(module, m.TopK) and module.largest and infinite)
 
     return bool(node.users) and all(map(ranks, node.users))
 

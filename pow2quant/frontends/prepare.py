@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -229,9 +230,12 @@ class Shapes(fx.Interpreter):
             raise UnsupportedModelError(f"{n.target}: {why} It must be the same for any batch.") from error
         if isinstance(value, Tensor):
             self.shapes[n.name] = (value.shape, value.dtype)
-            finite = value[torch.isfinite(value)] if value.is_floating_point() else value[:0]
-            if finite.numel():
-                self.ends[n.name] = (float(finite.min()), float(finite.max()))
+            if value.is_floating_point() and value.numel():
+                low, high = map(float, torch.aminmax(value))
+                if not math.isfinite(high - low) and (finite := value[torch.isfinite(value)]).numel():
+                    low, high = float(finite.min()), float(finite.max())
+                if math.isfinite(high - low):
+                    self.ends[n.name] = low, high
         return value
 
 

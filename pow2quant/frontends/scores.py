@@ -15,8 +15,8 @@ from torch import Tensor, fx
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.dropouts import DROPOUT, bypass
-from pow2quant.frontends.kept import ENOUGH, MOVES, Kept
-from pow2quant.frontends.modules.normalization import LOWEST
+from pow2quant.frontends.kept import MOVES, Kept
+from pow2quant.frontends.modules.normalization import ENOUGH, LOWEST
 from pow2quant.frontends.operators import called
 
 NOTHING = -(2.0**50)

@@ -194,7 +194,7 @@ HALF = 0.5
 """What is kept has a larger value, what is not a smaller one."""
 
 ENOUGH = 20
-"""exp(-ENOUGH) is 0 in every table of exponentials."""
+"""exp(-ENOUGH), 2e-9, is 0 in every table of exponentials."""
 
 
 class Normalize(Described, ExactNorm):
