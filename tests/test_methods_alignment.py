@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import pow2quant
 from pow2quant import QuantPlan, RunConfig, datasets, models, prepare, runs, simulate
 from pow2quant.backends.fold import fold_batch_norm
 from pow2quant.backends.placement import Placement, place
@@ -22,6 +24,7 @@ from pow2quant.methods.alignment import Align, Aligned
 from pow2quant.methods.equalization import groups
 from pow2quant.methods.noise import LayerNoise, TensorNoise, matrix, measure
 from tests.backends import BACKENDS
+from tests.kinds import QUICK
 
 W4 = TensorSpec(4, True, True)
 WEIGHTS_ONLY = QuantPlan(W4, None, None, None)
@@ -353,3 +356,19 @@ def test_a_transposed_layer_of_several_groups_is_as_many_layers():
         assert torch.equal(weight[i], part[0])
         own = noise.errors(part, scale[[i]])[0]
         torch.testing.assert_close(together.errors(weight, scale)[i], own)
+
+
+@pytest.mark.parametrize("method", ["align", "lapq"])
+def test_networks_that_give_indices(method: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.b(torch.relu(self.a(x))).argmax(1)
+
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 6, 6)
+    result = pow2quant.quantize(Net().eval(), x.split(8), bits="w4a8", methods=method, progress=False, config=QUICK)
+    assert all(found["differing"] == 0 for found in result.report["validation"])

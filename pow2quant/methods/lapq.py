@@ -63,7 +63,12 @@ def interpolated(norms: Sequence[float], losses: Sequence[float]) -> float:
 
 
 def divergence(result: Tensor, target: Tensor) -> Tensor:
-    """The sum of KL(softmax(target) || softmax(result)) over all but dimension 1: cross-entropy with soft labels."""
+    """The sum of KL(softmax(target) || softmax(result)) over all but dimension 1: cross-entropy with soft labels.
+
+    Of indices how many differ.
+    """
+    if not result.is_floating_point():
+        return (result != target).sum().double()
     return F.kl_div(result.log_softmax(1), target.log_softmax(1), reduction="sum", log_target=True).double()
 
 

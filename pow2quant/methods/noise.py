@@ -203,14 +203,16 @@ class _Seen(fx.Interpreter):
         self.samples: dict[str, list[Tensor]] = {n: [] for n in tensors}
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
         self._live: dict[str, Tensor] = {}
+        self._ends: list[Tensor] = []
         self._random = torch.Generator().manual_seed(0)
 
     def look(self, images: tuple[Tensor, ...]) -> None:
         """Takes a few images into account; the means go over calls, alike whatever the number of images."""
-        self._live = {}
+        self._live, self._ends = {}, []
         with torch.enable_grad():
             found = self.run(*images)
-            results = found if isinstance(found, tuple) else (found,)
+            # of a network that gives indices alone, what they are the indices of
+            results = [y for y in (found if isinstance(found, tuple) else (found,)) if y.requires_grad] or self._ends
             signs = [torch.randint(0, 2, y.shape, generator=self._random) * 2 - 1 for y in results]
             total = torch.stack([(y * s).sum() for y, s in zip(results, signs, strict=True)]).sum()
             slopes = torch.autograd.grad(total, list(self._live.values()), allow_unused=True)
@@ -237,6 +239,8 @@ class _Seen(fx.Interpreter):
             product = seen @ seen.transpose(1, 2) / seen.shape[2]
             self._moments[n.name] = self._mean(mean, seen.mean(2)), self._mean(square, product)
         y = super().run_node(n)
+        if isinstance(y, Tensor) and not y.requires_grad:
+            self._ends += [x for x in entering if isinstance(x, Tensor) and x.requires_grad]
         if n.name in self.layers | self.tensors:
             y = y if y.requires_grad else y.requires_grad_()
             self._live[n.name] = y
