@@ -171,7 +171,7 @@ ON_MAPS = [
     *(m.NearestUpsample((2, 3)), m.Slice([(2, 1, None, 2)]), m.Permute((0, 2, 3, 1)), nn.Flatten()),
     *(nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.ConvTranspose2d(8, 4, 3, 2, 1, 1, groups=2)),
     *(m.Resample.of([resized(12), resized(12)], (6, 6)), m.Resample.of([None, resized(11)], (6, 6))),
-    m.Resample.of([resized(9, align_corners=True)], (6,)),
+    *(m.Resample.of([resized(9, align_corners=True)], (6,)), m.Resample.of([resized(13, "bicubic")], (6,))),
 ]
 """Modules of one map behind a layer."""
 
@@ -182,7 +182,7 @@ ON_VOLUMES = [
 ]
 
 
-CUBIC = m.Resample.of([resized(13, "bicubic")], (6,))
+CUBIC = m.Resample.of([resized(13, "bicubic"), resized(13, "bicubic")], (6, 6))
 CASES["Resample, sums beyond 2^24"] = Case(lambda s, x: s("op", CUBIC, x), proved=False)
 
 
