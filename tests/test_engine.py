@@ -348,6 +348,10 @@ def broken(change):
         y = g.node("Resize", "r", [y, "", g.constant("scales", scales)], encoding(-2), **how)
     if change == "dilations":
         y = g.node("MaxPool", "m", [y], encoding(-2), kernel_shape=[2, 2], dilations=[2, 2], auto_pad="SAME_UPPER")
+    if change == "twice":
+        ones = g.constant("ones", np.ones((4, 4), np.float32))
+        y = g.node("MatMul", "m2", [g.node("MatMul", "m1", [y, ones]), ones])
+        y = g.node("Div", "d", [y, g.constant("n", np.float32(16))], encoding(-2))
     if change == "window":
         y = g.node("AveragePool", "m", [y], encoding(-2), kernel_shape=[9, 9])
     if change == "ceil_mode":
@@ -372,6 +376,7 @@ def broken(change):
         ("half_pixel", UnsupportedModelError, "Resize r: only nearest neighbours by whole factors"),
         ("scales", UnsupportedModelError, "Resize r: only nearest neighbours by whole factors"),
         ("dilations", UnsupportedModelError, "MaxPool m: auto_pad with dilations"),
+        ("twice", UnsupportedModelError, "Div d: sums along joined dimensions, or twice along one"),
         ("window", UnsupportedModelError, r"AveragePool m: a window of \[9, 9\] on a map of"),
         ("ceil_mode", UnsupportedModelError, "MaxPool m: its last window would begin behind the map"),
         ("batch", UnsupportedModelError, "t.output: its first dimension is not the batch"),

@@ -83,6 +83,9 @@ CASES: dict[str, Case] = {
     "Normalize, not below a length": Case(
         lambda s, x: s("op", m.Normalize((3,), 0.5), x), integers=False, proved=False
     ),
+    "Resample one value": Case(
+        lambda s, x: s("op", m.Resample.of([resized(4), resized(5)], (1, 1)), s("y", nn.Conv2d(8, 1, 6), x))
+    ),
     "Linear": Case(lambda s, x: s("op", nn.Linear(8, 4), x), VECTORS),
     "Concat with an expanded constant": Case(
         lambda s, x: s("op", m.Concat(2), s("e", m.Expand(), s("c", constant(1, 8, 1)), x), x), ROWS

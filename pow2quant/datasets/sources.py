@@ -94,7 +94,7 @@ def data_of(made: Any, name: str, batch_size: int, train_batch_size: int, worker
         class_names=classes,
         input_shape=() if test_set is None else _shape(test_set, name),
     )
-    cut = [word for word in ("calibration", "test") if getattr(getattr(data, word), "cut", False)]
+    cut = [word for word in ("calibration", "test") if isinstance(part := getattr(data, word), Streamed) and part.cut]
     if cut:
         what = " and ".join(cut)
         data = replace(

@@ -17,6 +17,9 @@ add the zero point before they round. With t = S * 2^(k_in - k_out) / n, the quo
   may miss it (7 values on 8 bits with k_out = k_in + 1: onnxruntime's QLinearGlobalAveragePool misses 39 ties). A
   grid has few ties, so each is tried; scaling by powers of two commutes with rounding, so one trial serves everyone.
 
+Resampling is an exact sum of products with whole numbers and a Div node, so the first of these two arguments is enough;
+by a power of two nothing is rounded.
+
 Functions with an integer definition (`pow2quant.functions`). Softmax sums N table entries of m bits: N 2^m <= 2^24.
 One of them is 2^m, so the reciprocal r = floor(2^R / S) is at most 2^(R - m), and E r <= 2^R. The Floor behind the
 rounded division gives r: a quotient below an integer M is so by at least 1 / S >= M / (2^R + 1), and half an ulp there

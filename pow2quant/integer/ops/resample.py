@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,30 +57,30 @@ class Resample(Step):
         return max(0, -int(self.requantization.shift))
 
     def emit_c(self, layer: Layer) -> str:
-        x, y, rule = layer.input(0), layer.output, self.requantization
+        x, rule = layer.input(0), self.requantization
         a = layer.accumulator(self.bound(layer.program), replace(rule, shift=np.array(0)))  # the divisor has the shift
         divided = layer.kernel("divide_round", a=a)
-        places = {axis: f"i{axis}" for axis in range(len(x.shape))}
-        factors, inner = [], []
+        places = [f"i{axis}" for axis in range(len(x.shape))]
+        factors, inner, sizes = [], [], list(x.shape)  # of the result, but for dimensions of one value
         for axis, first, weights in zip(self.axes, self.first, self.weights, strict=True):
             starts = layer.array(f"first{axis}", np.array(first)).name
             values = layer.array(f"weights{axis}", np.array(weights)).name
             count = len(weights[0])
             inner.append(f"for (int32_t k{axis} = 0; k{axis} < {count}; k{axis}++)")
             factors.append(f"({a}){values}[i{axis} * {count} + k{axis}]")
-            places[axis] = f"({starts}[i{axis}] + k{axis})"
-        place = "0"
-        for axis, size in enumerate(x.shape):
-            place = places[axis] if axis == 0 else f"({place}) * {size} + {places[axis]}"
+            places[axis], sizes[axis] = f"({starts}[i{axis}] + k{axis})", len(first)
+        place = reduce(
+            lambda outer, own: f"({outer}) * {own[1]} + {own[0]}", zip(places[1:], x.shape[1:], strict=True), places[0]
+        )
         divisor = self.divisor << max(0, int(rule.shift))
         body = [
             f"{a} sum = 0;",
             *inner,
             f"    sum += {' * '.join(factors)} * {layer.value(0, a, place)};",
             f"sum = {divided}(sum * {1 << self.up}, {divisor}) + {rule.zero};",
-            f"*y++ = ({ctype(y)})(sum < {rule.low} ? {rule.low} : sum > {rule.high} ? {rule.high} : sum);",
+            f"*y++ = ({ctype(layer.output)})(sum < {rule.low} ? {rule.low} : sum > {rule.high} ? {rule.high} : sum);",
         ]
-        for axis, size in reversed(list(enumerate(y.shape))):
+        for axis, size in reversed(list(enumerate(sizes))):
             body = [f"for (int32_t i{axis} = 0; i{axis} < {size}; i{axis}++) {{", *indented(body), "}"]
         return "\n".join(body)
 
@@ -102,8 +103,10 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
     for matrix, inner in found.maps:
         fitting = (d for d, n in enumerate(sizes) if n == matrix.shape[1] and math.prod(sizes[d + 1 :]) == inner)
         axis = next(fitting, None)
-        if axis is None:
-            raise UnsupportedModelError(f"{title(node)}: sums along dimensions that are joined have no integers")
+        if axis is None or axis in axes:
+            raise UnsupportedModelError(
+                f"{title(node)}: sums along joined dimensions, or twice along one, have no integers"
+            )
         axes.append(axis)
         sizes[axis] = len(matrix)
     if math.prod(sizes) != target.size:
