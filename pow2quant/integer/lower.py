@@ -20,6 +20,7 @@ from pow2quant.integer.nodes import title
 from pow2quant.integer.ops import LOWER, LOWER_DEFINED
 from pow2quant.integer.ops.average import Average
 from pow2quant.integer.ops.copy import Copy, fills_exactly
+from pow2quant.integer.ops.resample import Resample
 from pow2quant.integer.ops.table import SHAPED_LIKE_INPUT, lower_function, sources
 from pow2quant.integer.program import Program, Step
 from pow2quant.operators import MOVES, OPERATIONS, Kind, values
@@ -143,7 +144,7 @@ def _is_function(graph: Lowering, core: onnx.NodeProto) -> bool:
 def _require_64_bits(program: Program, step: Step) -> None:
     """Raises UnsupportedModelError, naming the node, where a sum, or its shift to the left, may leave int64."""
     rule = step.rule
-    # an average shifts its sum before it divides, so that its bound has the shift
-    up = 0 if rule is None or isinstance(step, Average) else max(0, -int(np.min(rule.shift)))
+    # what divides shifts its sum before, so that its bound has the shift
+    up = 0 if rule is None or isinstance(step, (Average, Resample)) else max(0, -int(np.min(rule.shift)))
     if (largest := step.bound(program) << up) > INT64_HALF:
         raise UnsupportedModelError(f"{step.node}: its sums may reach {largest}; integers go up to 2^62")
