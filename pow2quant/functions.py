@@ -36,6 +36,9 @@ FINE = 24
 WIDEST = 16
 """Inputs have at most so many bits."""
 
+TINY = 2.0**-100
+"""What stands for zero where it divides."""
+
 HIDDEN = 1 << 18
 """So much lower than its code, beyond what any code or table reaches, lies what a softmax does not keep."""
 
@@ -353,11 +356,11 @@ def region(
 
 
 def inside_definitions(index: GraphIndex, table: dict[str, Encoding]) -> set[str]:
-    """What is computed inside of definitions and resamplings: all but their results."""
+    """What is computed inside of definitions, resamplings and quotients: all but their results."""
     found = set[str]()
     for node in index.graph.node:
-        resampled = resampling(index, table, node)
-        found |= set() if resampled is None else resampled.inner
+        for known in (resampling(index, table, node), quotient(index, table, node)):
+            found |= set() if known is None else known.inner
         if definition(node) is not None:
             found |= {n.output[0] for n in region(index, table, node)[0]} - set(node.output)
     return found
@@ -405,6 +408,32 @@ def resampling(index: GraphIndex, table: dict[str, Encoding], node: onnx.NodePro
         elif before.op_type != "Reshape" and not (before.op_type == "Max" and len(before.input) == 1):
             return None
     return Resampling(name, tuple(reversed(maps)), int(divisor.reshape(())), frozenset(inner)) if maps else None
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """One encoded tensor divided by another. inner: what keeps the divisor from being 0."""
+
+    numerator: str
+    denominator: str
+    inner: frozenset[str]
+
+
+def quotient(index: GraphIndex, table: dict[str, Encoding], node: onnx.NodeProto) -> Quotient | None:
+    """What a Div of encoded tensors divides, by what is a tiny number where it would be 0; None for others."""
+    if node.op_type != "Div" or node.input[0] not in table:
+        return None
+    guard = index.producers.get(node.input[1])
+    if guard is None or guard.op_type != "Where" or node.input[1] in table or len(index.readers[node.input[1]]) > 1:
+        return None
+    condition, number, divisor = guard.input
+    equal, tiny = index.producers.get(condition), index.constants.get(number)
+    if equal is None or equal.op_type != "Equal" or divisor not in table or len(index.readers[condition]) > 1:
+        return None
+    zero = index.constants.get(equal.input[1])
+    if zero is None or zero.any() or equal.input[0] != divisor or tiny is None or tiny.size != 1 or tiny != TINY:
+        return None
+    return Quotient(node.input[0], divisor, frozenset({node.input[1], condition}))
 
 
 def _whole(index: GraphIndex, table: dict[str, Encoding], name: str) -> Ints | None:

@@ -15,9 +15,11 @@ EMPTY = frozenset({"empty", "empty_like", "new_empty", "empty_permuted", "empty_
 """Operations whose result has no values yet."""
 
 BY_SHAPE = (
-    frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill", "zero"}) | EMPTY
+    frozenset({"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "fill", "zero"})
+    | frozenset({"isnan", "isinf", "isposinf", "isneginf", "isfinite"})
+    | EMPTY
 )
-"""Operations of which the first operand's shape counts, not its values."""
+"""Operations of which the first operand's shape counts, not its values: what is quantized is finite."""
 
 LIKE_OTHER = frozenset({"type_as", "expand_as", "view_as", "reshape_as"})
 """Operations of which the second operand's shape and type count, not its values."""

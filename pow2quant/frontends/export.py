@@ -113,7 +113,7 @@ def captured(model: nn.Module, batch: Any) -> ExportedProgram:
 def _cleaned(program: ExportedProgram, written: bool) -> ExportedProgram:
     """Without operations that nothing reads. written: whether views are overwritten; then no operation does it."""
     if written:
-        with _quiet():
+        with quiet():
             program = program.run_decompositions({})
     program.graph.eliminate_dead_code()
     return program
@@ -123,7 +123,7 @@ def _export(model: nn.Module, batch: Any, lines: bool = True) -> ExportedProgram
     """lines: whether each node notes the user's line, which takes a tenth of the time."""
     args, kwargs = call_arguments(model, batch)
     try:
-        with torch.no_grad(), _quiet(), _with_lines(lines):
+        with torch.no_grad(), quiet(), _with_lines(lines):
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         if open_dataclasses(_results(model, batch)):
@@ -242,7 +242,7 @@ def _with_lines(lines: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Within it, torch.export neither logs, warns nor prints whole graphs: what matters is in its errors."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [logger.level for logger in loggers]

@@ -29,7 +29,9 @@ from pow2quant.frontends.aten import ROWS
 from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.builder import Builder
 from pow2quant.frontends.checks import HALVES, Lockstep, close, is_mask
+from pow2quant.frontends.constants import BY_SHAPE
 from pow2quant.frontends.containers import restore_containers
+from pow2quant.frontends.decomposed import decomposed
 from pow2quant.frontends.export import SIZES, capture, captured, first_line, module_of, unwrapped
 from pow2quant.frontends.fixed import in_parts, opened
 from pow2quant.frontends.idle import drop_idle
@@ -71,7 +73,8 @@ def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
     model = unwrapped(model)
     _check_files(model, example)
     programs, sizes, fixed = _captured(model, example)
-    builder = Builder(model, programs, ROWS)
+    first, second = (decomposed(program, ROWS.keys() | BY_SHAPE) for program in programs)
+    builder = Builder(model, (first, second), ROWS)
     network = builder.build()
     _check_computed(network)
     _check_same(builder, network, model, example, sizes, fixed)

@@ -18,7 +18,8 @@ add the zero point before they round. With t = S * 2^(k_in - k_out) / n, the quo
   grid has few ties, so each is tried; scaling by powers of two commutes with rounding, so one trial serves everyone.
 
 Resampling is an exact sum of products with whole numbers and a Div node, so the first of these two arguments is enough;
-by a power of two nothing is rounded.
+by a power of two nothing is rounded. So it is for the quotient of two codes, with n the largest divisor: one that is a
+tie is exact in float32.
 
 Functions with an integer definition (`pow2quant.functions`). Softmax sums N table entries of m bits: N 2^m <= 2^24.
 One of them is 2^m, so the reciprocal r = floor(2^R / S) is at most 2^(R - m), and E r <= 2^R. The Floor behind the

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.functions import definition, inside_definitions, resampling
+from pow2quant.functions import definition, inside_definitions, quotient, resampling
 from pow2quant.integer.lowering import Lowering
 from pow2quant.integer.nodes import title
 from pow2quant.integer.ops import LOWER, LOWER_DEFINED
@@ -90,7 +90,9 @@ def _add(graph: Lowering, node: onnx.NodeProto) -> None:
         graph.steps.append(Copy.whole(node.name or output, x, target, requantization))
     elif _is_function(graph, core):
         lower_function(graph, node, core, low, high)
-    elif _reads_float(graph, core) and resampling(graph.index, graph.encodings, core) is None:
+    elif _reads_float(graph, core) and not any(
+        known(graph.index, graph.encodings, core) for known in (resampling, quotient)
+    ):
         raise UnsupportedModelError(f"{core.name}: is computed in float, in several steps, and has no integers")
     elif core.op_type in LOWER:
         LOWER[core.op_type](graph, core, output, low, high)
@@ -132,9 +134,11 @@ def _ends(graph: Lowering, node: onnx.NodeProto) -> tuple[float, float]:
 def _is_function(graph: Lowering, core: onnx.NodeProto) -> bool:
     """Whether a node is a function of a single encoded tensor, element by element.
 
-    Where both operands of a sum or product have encodings, it is computed instead, as is what a constant mask chooses.
+    Where both operands of a sum, product or quotient have encodings, it is computed instead, as is what a constant mask
+    chooses.
     """
-    if core.op_type in LOWER and all(name in graph.encodings for name in core.input):
+    divided = quotient(graph.index, graph.encodings, core) is not None
+    if divided or (core.op_type in LOWER and all(name in graph.encodings for name in core.input)):
         return False
     if core.op_type == "Where" and core.input[0] in graph.floats:
         return False

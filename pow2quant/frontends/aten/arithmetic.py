@@ -11,9 +11,9 @@ from torch import fx, nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.aten.functions import of_operands, unary
-from pow2quant.frontends.aten.layers import linear
+from pow2quant.frontends.aten.layers import linear, of_rows
 from pow2quant.frontends.aten.normalization import along_last, normalized
-from pow2quant.frontends.aten.products import scaled
+from pow2quant.frontends.aten.products import scaled, times
 from pow2quant.frontends.builder import Builder, Handler
 
 
@@ -86,9 +86,10 @@ def _rsub(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
 def _div(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     number = b.number(a.other)
     if getattr(a, "rounding_mode", None) is not None:
-        if a.rounding_mode != "floor" or number is None:
-            raise b.unsupported(node, f"a division with rounding_mode={a.rounding_mode!r}; only 'floor', by a number")
-        return b.call(node, m.FloorDivide(number), b.real(node, a.self))
+        if number is None:
+            raise b.unsupported(node, f"a division with rounding_mode={a.rounding_mode!r} by what is no number")
+        rounded = m.FloorDivide(number) if a.rounding_mode == "floor" else m.TruncDivide(number)
+        return b.call(node, rounded, b.real(node, a.self))
     whole = normalized(b, node, a) if b.is_data(a.other) and b.is_data(a.self) else None
     if whole is not None:
         return along_last(b, node, whole, b.real(node, a.self), b.rank(a.self))
@@ -107,14 +108,43 @@ def _addcmul(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return b.call(node, m.Add(), b.real(node, a.self), product)
 
 
+def _addcdiv(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """self + value * tensor1 / tensor2."""
+    quotient = scaled(b, node, _result(_div(b, node, SimpleNamespace(self=a.tensor1, other=a.tensor2))), a.value)
+    return b.call(node, m.Add(), b.real(node, a.self), quotient)
+
+
+def _lerp(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """self + weight * (end - self)."""
+    difference = b.call(node, m.Sub(), b.real(node, a.end), b.real(node, a.self))
+    share = b.number(a.weight)
+    part = (
+        b.call(node, m.Mul(), difference, b.real(node, a.weight))
+        if share is None
+        else scaled(b, node, difference, share)
+    )
+    return b.call(node, m.Add(), b.real(node, a.self), part)
+
+
+def _matrix_vector(b: Builder, node: fx.Node, matrix: Any, vector: Any) -> fx.Node:
+    """(…, C) @ (C): a linear layer with one output, whose dimension goes."""
+    if b.is_data(vector):
+        raise b.unsupported(node, "a product with a vector that is computed from the inputs: it has no batch")
+    shape = [*b.open_shape(matrix)[:-1], 1]
+    column = of_rows(b, node, b.real(node, matrix), shape, b.tensor(node, vector).float()[None])
+    return b.call(node, m.Reshape(b.shape_with_batch(node)), column)
+
+
 def _matmul(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     """Of two activations, or of an activation and a matrix of weights, which is a linear layer."""
     other = getattr(a, "other", None) or getattr(a, "mat2", None)
     left = getattr(a, "self", None)
     if not b.is_data(other) and b.rank(other) == 2 and b.rank(left) >= 2:
         return linear(b, node, left, b.tensor(node, other).t().contiguous(), None, None)
-    if b.rank(left) < 2 or b.rank(other) < 2:
-        raise b.unsupported(node, "a product with a vector")
+    if b.rank(other) == 1 and b.rank(left) >= 2:
+        return _matrix_vector(b, node, left, other)
+    if b.rank(left) < 2:
+        raise b.unsupported(node, "a product of a vector, which has no batch")
     return b.call(node, m.MatMul(), b.real(node, left), b.real(node, other))
 
 
@@ -125,8 +155,7 @@ def _addmm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         weight, offset = b.tensor(node, a.mat2).t().contiguous(), b.tensor(node, a.self).flatten()
         return linear(b, node, a.mat1, weight, offset, None)
     product = b.call(node, m.MatMul(), b.real(node, a.mat1), b.real(node, a.mat2))
-    bias = b.real(node, a.self)
-    return b.call(node, m.Add(), scaled(b, node, product, a.alpha), scaled(b, node, bias, a.beta))
+    return b.call(node, m.Add(), scaled(b, node, product, a.alpha), times(b, node, a.self, a.beta))
 
 
 def _result(value: Any) -> fx.Node:
@@ -138,5 +167,7 @@ ROWS: dict[str, Handler] = {
     "add": _add, "sub": _sub, "mul": _mul, "multiply": _mul, "rsub": _rsub,
     "neg": unary(lambda a: m.Scale(-1.0)), "square": of_operands(m.Mul, "self", "self"),
     **dict.fromkeys(("div", "divide", "true_divide"), _div),
-    "addcmul": _addcmul, "matmul": _matmul, "mm": _matmul, "bmm": _matmul, "addmm": _addmm,
+    "addcmul": _addcmul, "addcdiv": _addcdiv, "lerp": _lerp,
+    "mv": lambda b, node, a: _matrix_vector(b, node, a.self, a.vec),
+    "matmul": _matmul, "mm": _matmul, "bmm": _matmul, "addmm": _addmm,
 }  # fmt: skip

@@ -115,6 +115,15 @@ def _by_number(make: Callable[[float], nn.Module], what: str) -> Handler:
     return handler
 
 
+def _round(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """To so many decimals, none by default."""
+    x, unit = b.operand(node, a.self), 10.0 ** getattr(a, "decimals", 0)
+    if unit == 1:
+        return b.call(node, m.Round(), x)
+    whole = b.call(node, m.Round(), b.call(node, m.Scale(unit), x))
+    return b.call(node, m.Scale(1 / unit), whole)
+
+
 def _glu(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     """The first half times the sigmoid of the second."""
     dim = int(a.dim) % b.rank(a.self)
@@ -157,10 +166,16 @@ ROWS: dict[str, Handler] = {
     "log1p": unary(lambda a: m.Log(offset=1.0)),
     "log2": unary(lambda a: m.Log(1 / math.log(2))),
     "log10": unary(lambda a: m.Log(1 / math.log(10))),
+    "expm1": unary(lambda a: m.Expm1()),
+    "tan": unary(lambda a: m.Tan()), "atan": unary(lambda a: m.Atan()), "arctan": unary(lambda a: m.Atan()),
+    "sinh": unary(lambda a: m.Sinh()), "cosh": unary(lambda a: m.Cosh()),
+    "asinh": unary(lambda a: m.Asinh()), "arcsinh": unary(lambda a: m.Asinh()),
     "sin": unary(lambda a: m.Sin()), "cos": unary(lambda a: m.Cos()), "erf": unary(lambda a: m.Erf()),
     "sign": unary(lambda a: m.Sign()), "sgn": unary(lambda a: m.Sign()),
-    "floor": unary(lambda a: m.Floor()), "ceil": unary(lambda a: m.Ceil()), "round": unary(lambda a: m.Round()),
+    "floor": unary(lambda a: m.Floor()), "ceil": unary(lambda a: m.Ceil()), "round": _round,
+    "trunc": unary(lambda a: m.Trunc()), "fix": unary(lambda a: m.Trunc()), "frac": unary(lambda a: m.Fmod(1.0)),
     "pow": _pow,
+    "fmod": _by_number(m.Fmod, "a remainder of a division"),
     "remainder": _by_number(m.Remainder, "a remainder of a division"),
     "floor_divide": _by_number(m.FloorDivide, "a division that is rounded down"),
     **dict.fromkeys(("to", "type_as", "_to_copy"), _cast),
@@ -171,7 +186,7 @@ ROWS: dict[str, Handler] = {
     **dict.fromkeys(
         (
             *("native_dropout", "contiguous", "clone", "detach", "alias", "lift_fresh_copy"),
-            *("view_as_real_copy", "positive"),
+            *("view_as_real_copy", "positive", "nan_to_num"),
         ),
         _same,
     ),

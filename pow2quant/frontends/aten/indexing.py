@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.aten.layers import numbers
 from pow2quant.frontends.builder import Builder, Handler, Parts
+from pow2quant.frontends.modules.weighted import convolution
 
 
 def take(b: Builder, node: fx.Node, x: fx.Node, dim: int, places: Sequence[int], size: int) -> fx.Node:
@@ -139,6 +140,10 @@ def expand(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return x
 
 
+def _broadcast_tensors(b: Builder, _: fx.Node, a: SimpleNamespace) -> Parts:
+    return lambda user, index: expand(b, user, SimpleNamespace(self=a.tensors[index]))
+
+
 def _shuffled(b: Builder, node: fx.Node, x: Any, split: Sequence[int], order: Sequence[int]) -> fx.Node:
     """Splits dimensions, exchanges them, and joins them to the result's shape."""
     parts = b.call(node, m.Reshape((-1, *split)), b.operand(node, x))
@@ -175,6 +180,35 @@ def _patches(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         counts.append(count)
     split = b.call(node, m.Reshape((-1, channels, kernel[0], counts[0], kernel[1], counts[1])), x)
     return b.call(node, m.Reshape(b.shape_with_batch(node)), b.call(node, m.Permute((0, 1, 2, 4, 3, 5)), split))
+
+
+def _folded(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """col2im: (N, C * kernel, places) -> (N, C, H, W), sums where patches overlap: a transposed convolution."""
+    kernel, dilation, padding, stride = (numbers(v, 2) for v in (a.kernel_size, a.dilation, a.padding, a.stride))
+    if b.rank(a.self) != 3:
+        raise b.unsupported(node, "fold() without a batch")
+    sizes, (_, channels, *_) = numbers(a.output_size, 2), b.shape(node)
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    counts = [(n + 2 * p - r) // s + 1 for n, p, r, s in zip(sizes, padding, reach, stride, strict=True)]
+    x, area = b.operand(node, a.self), math.prod(kernel)
+    if kernel == stride and not any(padding) and all(c * k == n for c, k, n in zip(counts, kernel, sizes, strict=True)):
+        patches = b.call(node, m.Reshape((-1, channels, *kernel, *counts)), x)
+        return b.call(node, m.Reshape(b.shape_with_batch(node)), b.call(node, m.Permute((0, 1, 4, 2, 5, 3)), patches))
+    rest = [n - ((c - 1) * s - 2 * p + r) for n, c, s, p, r in zip(sizes, counts, stride, padding, reach, strict=True)]
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "output_padding": tuple(rest)}
+    ones = torch.eye(area).reshape(area, 1, *kernel).repeat(channels, 1, 1, 1)
+    layer = convolution(torch.nn.Parameter(ones), None, channels, transposed=True, **options)
+    return b.call(node, layer, b.call(node, m.Reshape((-1, channels * area, *counts)), x), kind="fold")
+
+
+def _diagonal(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """Of two dimensions, which become the last one."""
+    (first, rows), (second, columns) = (_along(b, node, a.self, int(d)) for d in (a.dim1, a.dim2))
+    rest, offset = [d for d in range(b.rank(a.self)) if d not in (first, second)], int(a.offset)
+    x, shape = b.call(node, m.Permute([*rest, first, second]), b.operand(node, a.self)), b.open_shape(a.self)
+    flat = b.call(node, m.Reshape([*(shape[d] for d in rest), rows * columns]), x)
+    places = [i * columns + i + offset for i in range(rows) if 0 <= i + offset < columns]
+    return b.call(node, m.Take(len(rest), places), flat)
 
 
 def _unfold(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
@@ -225,8 +259,10 @@ ROWS: dict[str, Handler] = {
     "flip": _flip, "roll": _roll, "index_select": _index_select, "index": _index, "gather": _gather,
     **dict.fromkeys(("repeat", "tile"), _repeat), "repeat_interleave": _repeat_interleave,
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
+    "broadcast_tensors": _broadcast_tensors,
     "pixel_shuffle": _pixel_shuffle, "pixel_unshuffle": _pixel_unshuffle, "channel_shuffle": _channel_shuffle,
     **{f"reflection_pad{n}d": _border("reflect") for n in (1, 2, 3)},
     **{f"replication_pad{n}d": _border("replicate") for n in (1, 2, 3)},
-    "im2col": _patches, "unfold": _unfold, "embedding": _embedding, "embedding_bag": _embedding_bag,
+    "im2col": _patches, "col2im": _folded, "diagonal": _diagonal, "unfold": _unfold,
+    "embedding": _embedding, "embedding_bag": _embedding_bag,
 }  # fmt: skip

@@ -61,6 +61,17 @@ def choose(b: Builder, node: fx.Node, condition: Any, x: Any, y: Any) -> fx.Node
     return b.call(node, m.Choose(mask), *(b.tensor_or_number(node, v) for v in (x, y)))
 
 
+def _index_fill(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """A number at constant places along a dimension."""
+    dim, number = int(a.dim) % b.rank(a.self), b.number(a.value)
+    if number is None or b.free(a.self)[dim]:
+        raise b.unsupported(node, "places along the batch, or a value that is computed from the inputs")
+    filled = torch.zeros(b.shape(a.self)[dim], dtype=torch.bool)
+    filled[b.tensor(node, a.index).long().flatten()] = True
+    shape = [len(filled) if d == dim else 1 for d in range(b.rank(a.self))]
+    return b.call(node, m.Masked(filled.reshape(shape), number), b.operand(node, a.self))
+
+
 def _triangle(keep: Any) -> Handler:
     """Only what lies above, or below, a diagonal of the last two dimensions."""
 
@@ -81,5 +92,5 @@ ROWS: dict[str, Handler] = {
     "where": lambda b, node, a: choose(b, node, a.condition, a.self, a.other),
     "masked_fill": lambda b, node, a: choose(b, node, a.mask, a.value, a.self),
     "tril": _triangle(torch.tril), "triu": _triangle(torch.triu),
-    "one_hot": _one_hot,
+    "one_hot": _one_hot, "index_fill": _index_fill,
 }  # fmt: skip

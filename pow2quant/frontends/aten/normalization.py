@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from pow2quant.frontends import modules as m
@@ -49,11 +50,19 @@ def along_last(b: Builder, node: fx.Node, layer: nn.Module, x: fx.Node, rank: in
 
 
 def _cosine_similarity(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
-    first, second = (
-        along_last(b, node, m.Normalize([int(a.dim) % b.rank(x)], float(a.eps)), b.operand(node, x), b.rank(x))
-        for x in (a.x1, a.x2)
-    )
-    return b.call(node, m.Sum([int(a.dim) % b.rank(a.x1)], keepdim=False), b.call(node, m.Mul(), first, second))
+    rank = max(map(b.rank, (a.x1, a.x2)))
+    dim = int(a.dim) % rank
+
+    def unit(x: Any) -> fx.Node:
+        if b.is_data(x):
+            if b.rank(x) < rank:
+                raise b.unsupported(node, "cosine_similarity() of tensors with different numbers of dimensions")
+            return along_last(b, node, m.Normalize([dim], float(a.eps)), b.operand(node, x), rank)
+        held = b.tensor(node, x).float()
+        held = held.reshape([1] * (rank - held.ndim) + list(held.shape))
+        return b.hold(node, held / torch.linalg.vector_norm(held, dim=dim, keepdim=True).clamp(min=float(a.eps)))
+
+    return b.call(node, m.Sum([dim], keepdim=False), b.call(node, m.Mul(), unit(a.x1), unit(a.x2)))
 
 
 def normalized(b: Builder, node: fx.Node, a: SimpleNamespace) -> nn.Module | None:

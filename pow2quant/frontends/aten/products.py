@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import string
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import fx
@@ -24,6 +25,12 @@ def _einsum(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     sizes = {c: (b.shape(t)[i], b.free(t)[i]) for n, t in zip(names, a.tensors, strict=True) for i, c in enumerate(n)}
     if len(names) == 1:
         return _permuted(b, node, *_summed(b, node, operands[0], names[0], output), output)
+    data = [i for i, t in enumerate(a.tensors) if b.is_data(t)]
+    if len(names) == 2 and len(data) == 1:
+        at, weight = data[0], b.tensor(node, a.tensors[1 - data[0]])
+        product = _weighted(b, node, operands[at], names[at], weight, names[1 - at], output, sizes)
+        if product is not None:
+            return product
     while len(names) > 1:
         read = output + "".join(names[2:])
         kept = "".join(c for c in dict.fromkeys(names[0] + names[1]) if c in read) if names[2:] else output
@@ -79,6 +86,28 @@ def _product(
     return _permuted(b, node, apart, shared + rows + columns, output)
 
 
+def _weighted(
+    b: Builder, node: fx.Node, x: fx.Node, names: str, weight: torch.Tensor, own: str, output: str, sizes: Sizes
+) -> fx.Node | None:
+    """The product with a constant as a linear layer; None where it has a matrix for each of several places."""
+    kept = "".join(c for c in own if c in names or c in output)
+    summed = "".join(c for c in names if c in kept and c not in output)
+    columns = "".join(c for c in kept if c not in names)
+    if not summed or len(kept) > len(summed) + len(columns):
+        return None
+    matrix = torch.einsum(f"{own}->{columns}{summed}", weight.detach().float())
+    x, names = _summed(b, node, x, names, output + kept)
+    rows = "".join(c for c in names if c not in summed)
+    shape = [_size(c, sizes) for c in rows]
+    x = _permuted(b, node, x, names, rows + summed)
+    if len(summed) > 1:
+        x = b.call(node, m.Reshape([*shape, _size(summed, sizes)]), x)
+    x = of_rows(b, node, x, [*shape, _size(columns, sizes)], matrix.reshape(_size(columns, sizes), -1))
+    if len(columns) != 1:
+        x = b.call(node, m.Reshape([*shape, *(_size(c, sizes) for c in columns)]), x)
+    return _permuted(b, node, x, rows + columns, output)
+
+
 def _grouped(b: Builder, node: fx.Node, x: fx.Node, names: str, groups: tuple[str, ...], sizes: Sizes) -> fx.Node:
     """Dimensions in another order, neighbours joined; an empty group is a dimension of one."""
     x = _permuted(b, node, x, names, "".join(groups))
@@ -102,10 +131,17 @@ def scaled(b: Builder, node: fx.Node, x: fx.Node, factor: float) -> fx.Node:
     return x if factor == 1 else b.call(node, m.Scale(float(factor)), x)
 
 
+def times(b: Builder, node: fx.Node, value: Any, factor: float) -> fx.Node:
+    """The same of a captured operand, which may be a constant."""
+    if b.is_data(value):
+        return scaled(b, node, b.real(node, value), factor)
+    return b.hold(node, b.tensor(node, value) * factor)
+
+
 def _baddbmm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     """beta * self + alpha * batch1 @ batch2."""
     product = b.call(node, m.MatMul(), b.operand(node, a.batch1), b.operand(node, a.batch2))
-    terms = [scaled(b, node, b.operand(node, a.self), a.beta), scaled(b, node, product, a.alpha)]
+    terms = [times(b, node, a.self, a.beta), scaled(b, node, product, a.alpha)]
     return b.call(node, m.Add(), *terms)
 
 

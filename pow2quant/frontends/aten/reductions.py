@@ -61,6 +61,19 @@ def _norm(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     return b.call(node, m.Norm(*along, int(order)), x)
 
 
+def _of_pair(make: Callable[[int], m.Reduction]) -> Handler:
+    """Of two tensors, as a reduction of both, stacked: (along which dimension) -> it."""
+
+    def handler(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+        pair, rank = (a.self, a.other), b.rank(node)
+        if any(b.shape(x) != b.shape(node) or not b.is_data(x) for x in pair):
+            raise b.unsupported(node, "of tensors of different shapes, or of a constant")
+        columns = [b.call(node, m.Reshape([*b.shape_with_batch(node), 1]), b.operand(node, x)) for x in pair]
+        return b.call(node, make(rank), join(b, node, rank, columns, pair))
+
+    return handler
+
+
 def _cdist(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     """The norms of all differences of rows: (…, P, C), (…, R, C) -> (…, P, R)."""
     first, second = (_unsqueezed(b, node, x, at) for x, at in ((a.x1, -2), (a.x2, -3)))
@@ -191,4 +204,6 @@ ROWS: dict[str, Handler] = {
     "sort": _sort, "argsort": lambda b, node, a: _sort(b, node, a)(node, 1),
     "median": _ranked(lambda n, a: (n + 1) // 2), "kthvalue": _ranked(lambda n, a: int(a.k)),
     "cumprod": _cumprod,
+    "hypot": _of_pair(lambda rank: m.Norm([rank], False, 2)),
+    "logaddexp": _of_pair(lambda rank: m.LogSumExp([rank], False)),
 }  # fmt: skip

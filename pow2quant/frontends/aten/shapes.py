@@ -142,8 +142,13 @@ def _scatter(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
         start, stop, step = slice(a.start, a.end, int(a.step)).indices(size)
     if (start, stop, step) == (0, b.shape(a.self)[dim], 1) and not hasattr(a, "index"):
         return b.operand(node, a.src)
-    if step != 1 or b.free(a.self)[dim]:
-        raise b.unsupported(node, "overwriting with a step, or along the batch")
+    if b.free(a.self)[dim]:
+        raise b.unsupported(node, "overwriting along the batch")
+    if step != 1:
+        size, written = b.shape(a.self)[dim], list(range(start, stop, step))
+        both = join(b, node, dim, [b.real(node, a.self), b.real(node, a.src)], [a.self, a.src])
+        places = [size + written.index(i) if i in written else i for i in range(size)]
+        return b.call(node, m.Take(dim, places), both)
     new, captured = b.operand(node, a.src), a.src
     if hasattr(a, "index"):
         shape = list(b.shape_with_batch(node))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pow2quant.frontends.modules.exact import Function
-from pow2quant.frontends.modules.rounded import TINY, Described, nonzero, single
+from pow2quant.frontends.modules.rounded import Described, nonzero, single
+from pow2quant.functions import TINY
 
 
 class HardSwish(Function):
@@ -98,6 +99,13 @@ class Exp(Function):
         return torch.exp(x * self.factor)
 
 
+class Expm1(Function):
+    """exp(x) - 1."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        return torch.exp(x) - 1
+
+
 class Log(Function):
     """factor * log(x + offset); of what is not positive, that of a tiny number."""
 
@@ -135,6 +143,41 @@ class Cos(Function):
         return torch.cos(x)
 
 
+class Tan(Function):
+    """tan(x)."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        return torch.tan(x)
+
+
+class Atan(Function):
+    """arctan(x)."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        return torch.atan(x)
+
+
+class Sinh(Function):
+    """sinh(x)."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        return torch.sinh(x)
+
+
+class Cosh(Function):
+    """cosh(x)."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        return torch.cosh(x)
+
+
+class Asinh(Function):
+    """arsinh(x)."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        return torch.asinh(x)
+
+
 class Erf(Function):
     """The error function."""
 
@@ -170,6 +213,13 @@ class Round(Function):
         return torch.round(x)
 
 
+class Trunc(Function):
+    """x without its fraction: rounded towards zero."""
+
+    def plain(self, x: Tensor) -> Tensor:
+        return torch.trunc(x)
+
+
 class FloorDivide(Function):
     """floor(x / divisor)."""
 
@@ -183,6 +233,24 @@ class FloorDivide(Function):
 
 class Remainder(FloorDivide):
     """x - divisor * floor(x / divisor), with the divisor's sign."""
+
+    def compute(self, x: Tensor) -> Tensor:
+        return x - super().compute(x) * self.divisor
+
+
+class TruncDivide(Function):
+    """x / divisor, rounded towards zero."""
+
+    def __init__(self, divisor: float) -> None:
+        super().__init__()
+        self.divisor = single(divisor)
+
+    def compute(self, x: Tensor) -> Tensor:
+        return torch.trunc(x / self.divisor)
+
+
+class Fmod(TruncDivide):
+    """x - divisor * trunc(x / divisor), with the sign of x."""
 
     def compute(self, x: Tensor) -> Tensor:
         return x - super().compute(x) * self.divisor

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pow2quant.functions import TINY
+
 
 class Described(nn.Module):
     """A module whose text says what it holds, but for tensors."""
@@ -29,10 +31,6 @@ class Rounded(Described):
 def single(value: float) -> float:
     """The nearest float32 number."""
     return float(np.float32(value))
-
-
-TINY = 2.0**-100
-"""What stands for zero where it divides."""
 
 
 def nonzero(x: Tensor) -> Tensor:

@@ -191,6 +191,8 @@ ROWS: dict[str, Row] = {
     "Sqrt": _unary(torch.sqrt), "Abs": _unary(torch.abs), "Neg": _unary(torch.neg), "Erf": _unary(torch.erf),
     "Reciprocal": _unary(torch.reciprocal), "Floor": _unary(torch.floor), "Ceil": _unary(torch.ceil),
     "Round": _unary(torch.round), "Sign": _unary(torch.sign), "Sin": _unary(torch.sin), "Cos": _unary(torch.cos),
+    "Tan": _unary(torch.tan), "Atan": _unary(torch.atan), "Sinh": _unary(torch.sinh), "Cosh": _unary(torch.cosh),
+    "Asinh": _unary(torch.asinh),
     "Mish": _unary(F.mish), "HardSwish": _unary(F.hardswish), "Silu": _unary(F.silu), "Not": _unary(torch.logical_not),
     "Selu": _selu, "Clip": _clip, "HardSigmoid": _hard_sigmoid,
     "Celu": lambda s, x: F.celu(x, s.attribute("alpha", 1.0)),

@@ -79,7 +79,7 @@ ROWS: Rows = {
     m.Sub: Operator("Sub", plain("Sub"), clipped=True, integers=True, proved=True),
     m.Mul: Operator("Mul", plain("Mul"), clipped=True, integers=True, proved=True),
     m.MatMul: Operator("MatMul", plain("MatMul"), integers=True, proved=True),
-    m.Div: Operator("Div", formula(_div)),
+    m.Div: Operator("Div", formula(_div), integers=True, proved=True),
     m.Maximum: Operator("Max", plain("Max"), integers=True, proved=True),
     m.Minimum: Operator("Min", plain("Min"), integers=True, proved=True),
     m.Select: Operator("Where", formula(_select), integers=True, proved=True),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.modules.rounded import TINY
 from pow2quant.frontends.writing import Formula, Operator, Rows, formula, plain
+from pow2quant.functions import TINY
 
 FLOAT, INT64 = 1, 7
 """ONNX's numbers of element types."""
@@ -57,6 +57,18 @@ def _remainder(f: Formula, module: m.Remainder, x: str) -> str:
     return f("Sub", x, f("Mul", _floor_divide(f, module, x), f.number(module.divisor)))
 
 
+def _trunc(f: Formula, x: str) -> str:
+    return f("Mul", f("Sign", x), f("Floor", f("Abs", x)))
+
+
+def _trunc_divide(f: Formula, module: m.TruncDivide, x: str) -> str:
+    return _trunc(f, f("Div", x, f.number(module.divisor)))
+
+
+def _fmod(f: Formula, module: m.Fmod, x: str) -> str:
+    return f("Sub", x, f("Mul", _trunc_divide(f, module, x), f.number(module.divisor)))
+
+
 def _scaled_elu(f: Formula, module: m.ScaledELU, x: str) -> str:
     narrowed = f("Div", f("Min", x, f.number(0)), f.number(module.width))
     negative = f("Mul", f("Sub", f("Exp", narrowed), f.number(1)), f.number(module.alpha))
@@ -95,7 +107,18 @@ ROWS: Rows = {
     m.Round: Operator("Round", plain("Round"), integers=True, proved=True),
     m.Sin: Operator("Sin", plain("Sin"), integers=True, proved=True),
     m.Cos: Operator("Cos", plain("Cos"), integers=True, proved=True),
+    m.Tan: Operator("Tan", plain("Tan"), integers=True, proved=True),
+    m.Atan: Operator("Atan", plain("Atan"), integers=True, proved=True),
+    m.Sinh: Operator("Sinh", plain("Sinh"), integers=True, proved=True),
+    m.Cosh: Operator("Cosh", plain("Cosh"), integers=True, proved=True),
+    m.Asinh: Operator("Asinh", plain("Asinh"), integers=True, proved=True),
     m.Erf: Operator("Erf", plain("Erf"), integers=True, proved=True),
+    m.Expm1: Operator(
+        "Sub", formula(lambda f, module, x: f("Sub", f("Exp", x), f.number(1))), integers=True, proved=True
+    ),
+    m.Trunc: Operator("Mul", formula(lambda f, module, x: _trunc(f, x)), integers=True, proved=True),
+    m.TruncDivide: Operator("Mul", formula(_trunc_divide), integers=True, proved=True),
+    m.Fmod: Operator("Sub", formula(_fmod), integers=True, proved=True),
     m.Exp: Operator(
         "Exp", formula(lambda f, module, x: f("Exp", times(f, x, module.factor))), integers=True, proved=True
     ),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pow2quant.functions import resampling
+from pow2quant.functions import quotient, resampling
 from pow2quant.integer.lattice import FLOAT32_EXACT, Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute, reduced_axes
 from pow2quant.integer.proof.elements import zero_point_of
@@ -43,11 +43,11 @@ def average(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     return total, None
 
 
-def quotient(tensors: Tensors, node: onnx.NodeProto) -> Judged:
-    """Resampling: an exact sum, and a quotient that is rounded half to even; other quotients are not proved."""
+def divided(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    """Resampling: an exact sum, and a quotient that is rounded; of two encoded tensors; others are not proved."""
     found = resampling(tensors.index, tensors.encodings, node)
     if found is None:
-        return float_sums(tensors, node)
+        return _of_tensors(tensors, node)
     total = tensors.encoded(found.source).times(found.gain)
     total = total | -total  # weights may be negative
     total.require_exact("the sum", limit=tensors.limit)
@@ -57,6 +57,17 @@ def quotient(tensors: Tensors, node: onnx.NodeProto) -> Judged:
     if found.divisor & (found.divisor - 1):
         _require_far_from_ties(found.divisor, total, target, total, wide=False)
     return total, None
+
+
+def _of_tensors(tensors: Tensors, node: onnx.NodeProto) -> Judged:
+    found, target = quotient(tensors.index, tensors.encodings, node), tensors.target(node.output[0])
+    if found is None or target is None:
+        return float_sums(tensors, node)
+    x, divisor = (tensors.encoded(name) for name in (found.numerator, found.denominator))
+    drop = int(target.exponent.max()) - (int(x.exponent) - int(divisor.exponent))
+    reach = math.ldexp(float(x.magnitude.max()), -drop)
+    _require_rounded_alike(int(divisor.magnitude.max()), drop, reach, target, x, wide=False)
+    return x, None
 
 
 def _averages_wide(tensors: Tensors, node: onnx.NodeProto) -> bool:
@@ -89,6 +100,11 @@ def _require_far_from_ties(n: int, total: Lattice, target: Encoding, accumulator
     """
     drop = int(target.exponent.max()) - int(total.exponent)
     reach = math.ldexp(float(total.magnitude.max()), -drop) / n
+    _require_rounded_alike(n, drop, reach, target, accumulator, wide)
+
+
+def _require_rounded_alike(n: int, drop: int, reach: float, target: Encoding, accumulator: Lattice, wide: bool) -> None:
+    """The same for quotients by up to n that are shifted right by `drop`, and then no larger than `reach`."""
     largest = min(_farthest(target), reach) + int(np.abs(target.zero_point).max())
     if n * 2.0 ** max(0, drop) * largest > (2**50 if wide else 2**21):
         raise NotProvedError(f"quotients by {n} on {target.grid.width} bits are too fine for float32", accumulator)

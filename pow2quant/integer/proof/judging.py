@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pow2quant.functions import definition
 from pow2quant.integer.lattice import NotProvedError
 from pow2quant.integer.nodes import COMPARISONS
-from pow2quant.integer.proof.averages import average, quotient, total_of
+from pow2quant.integer.proof.averages import average, divided, total_of
 from pow2quant.integer.proof.definitions import defined_by
 from pow2quant.integer.proof.elements import choice, product_of, sum_of
 from pow2quant.integer.proof.moves import comparison, float_sums, function, moves, nothing, resize, unknown
@@ -62,7 +62,7 @@ _BY_VALUES: dict[Values, Rule] = {
 RULES: dict[str, Rule] = {
     **{op: _BY_VALUES[row.values] for op, row in OPERATIONS.items()},
     **dict.fromkeys(("Cast", *COMPARISONS), comparison),
-    "Div": quotient,
+    "Div": divided,
     "ReduceSum": total_of,
     "Resize": resize,
     "Where": choice,
