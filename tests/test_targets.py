@@ -37,11 +37,22 @@ from tests.target_networks import Everything
 KINDS = tuple(field.name for field in fields(targets.Roundings))
 
 
-def run(rounding: targets.Roundings, batch: torch.Tensor):
+class Ratio(torch.nn.Module):
+    """A quotient of two tensors of either sign."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.above, self.below = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.above(x) / self.below(x)
+
+
+def run(rounding: targets.Roundings, batch: torch.Tensor, network: torch.nn.Module | None = None):
     """The simulation's tensors, and the program of its QDQ file, for a target that rounds so."""
     torch.manual_seed(0)
     plan = replace(plan_of(RunConfig()), target=replace(targets.DEFAULT, name="mine", rounding=rounding))
-    sim = simulate(Everything().eval(), batch[:1], plan)
+    sim = simulate((network or Everything()).eval(), batch[:1], plan)
     sim.calibrate([batch])
     seen = {}
 
@@ -61,10 +72,12 @@ def batch() -> torch.Tensor:
     return torch.randn(8, 3, 14, 14, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("rule", ROUNDINGS)
-def test_every_rounding_is_the_same_in_simulation_engine_and_c(rule, batch):
+@pytest.mark.parametrize(
+    ("rule", "network"), [(r, None) for r in ROUNDINGS] + [(r, Ratio()) for r in ROUNDINGS if r != "gemmlowp"]
+)
+def test_every_rounding_is_the_same_in_simulation_engine_and_c(rule, network, batch):
     rules = dict.fromkeys(KINDS, rule) | ({"functions": "half_away"} if rule == "gemmlowp" else {})
-    seen, _, program = run(targets.Roundings(**rules), batch)
+    seen, _, program = run(targets.Roundings(**rules), batch, network)
     codes = quantize(program, [batch.numpy()])
     engine = dequantize(program, trace(program, codes))
     assert {name: int((engine[name] != seen[name]).sum()) for name in seen} == dict.fromkeys(seen, 0)
