@@ -428,6 +428,39 @@ def test_masks_and_labels_of_probabilities_are_above_a_half() -> None:
             assert counted(one, logits, labels) == counted(one, logits, labels, parts=30)
 
 
+class Naming(nn.Module):
+    """The class of each pixel, or of the whole map."""
+
+    def __init__(self, whole: bool, kind: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.second, self.whole, self.kind = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 7, 1), whole, kind
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.second(self.first(x).relu())
+        return (y.mean((2, 3)) if self.whole else y).argmax(1).to(self.kind)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.float32])
+@pytest.mark.parametrize(("whole", "names"), [(True, ["top1"]), (False, ["miou", "pixel_accuracy"])])
+def test_networks_that_name_classes_are_judged_by_these(whole: bool, names: list[str], kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, network = torch.randn(32, 3, 8, 8), Naming(whole, kind).eval()
+    y = network(x).long()
+    y[:8] = (y[:8] + 1) % 7
+    result = pow2quant.quantize(network, (x, y), progress=False, config=QUICK)
+    assert list(result.report["metrics"]) == names
+    assert result.report["metrics"][names[-1]]["float"] == 75
+    assert 60 < result.report["metrics"][names[-1]]["quantized"] <= 80
+    with pytest.raises(DataError, match="0 to 6"):
+        pow2quant.quantize(network, (x, y + 7), progress=False, config=QUICK)
+
+
+def test_nothing_is_learned_from_the_names_of_classes() -> None:
+    y = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="argmax"):
+        loss_of(nn.CrossEntropyLoss(), y, y)
+
+
 def test_integer_numbers_of_any_size_are_targets_of_regression() -> None:
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
     for y in ((x[:, 0] * 10).long(), (x[:, :1] * 1e7).long()):

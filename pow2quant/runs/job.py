@@ -28,7 +28,7 @@ from pow2quant.frontends.copies import copied
 from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.fixed import InParts
 from pow2quant.frontends.kept import MOVES
-from pow2quant.frontends.modules import Hardsigmoid, Sigmoid
+from pow2quant.frontends.modules import ArgMax, Hardsigmoid, Real, Sigmoid
 from pow2quant.frontends.operators import called as called_by
 from pow2quant.frontends.prepare import fixed_batch, prepare, unrolled
 from pow2quant.methods.auto import Trial
@@ -143,8 +143,11 @@ class Job:
         data = data if pixels is None else pixels.data(data)
         calibration = Images(data.calibration, batches or config.ptq.calibration_batches)
         network = rewritten(prepared_network(model, called, config), config, calibration, progress, given)
-        if _gives_probabilities(network):
-            task = task_of(config.task, metric, targets[0] if several else targets, shapes[1], probable=True)
+        probable, classes = _gives_probabilities(network), _named_classes(network)
+        if probable or classes:
+            task = task_of(config.task, metric, targets[0] if several else targets, shapes[1], probable, classes)
+            check = partial(_check_first, task.check) if several and task.name != "none" else task.check
+            data = data.with_parts(lambda part: replace(part, check=check))
         for name, steps in unrolled(network).items():
             progress.note(f"{name}: unrolled over {steps} steps, the length of the inputs; it takes no other length")
         flat = inputs(called)
@@ -278,11 +281,26 @@ def _check_first(check: Callable[[Any, int, str], Any], targets: Any, samples: i
 
 def _gives_probabilities(network: fx.GraphModule) -> bool:
     """Whether the first output is that of a sigmoid, which may have been moved."""
+    return isinstance(called_by(network, _last(network, *MOVES)), (Sigmoid, Hardsigmoid))
+
+
+def _named_classes(network: fx.GraphModule) -> int:
+    """Of how many classes the first output names one, as the place of the largest value; 0 where it does not."""
+    last = _last(network, *MOVES, Real)
+    module = called_by(network, last)
+    if not isinstance(module, ArgMax):
+        return 0
+    size: int = last.all_input_nodes[0].meta["shape"][module.dim]
+    return size
+
+
+def _last(network: fx.GraphModule, *passed: type[nn.Module]) -> fx.Node:
+    """The node whose values the first output has, behind modules of these types."""
     (output,) = (node for node in network.graph.nodes if node.op == "output")
-    node = output.all_input_nodes[0]
-    while isinstance(called_by(network, node), MOVES):
+    node: fx.Node = output.all_input_nodes[0]
+    while isinstance(called_by(network, node), passed):
         node = node.all_input_nodes[0]
-    return isinstance(called_by(network, node), (Sigmoid, Hardsigmoid))
+    return node
 
 
 def _check_labels(data: datasets.Data, outputs: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 from pow2quant.errors import ConfigError, DataError
 from pow2quant.plugins import names, resolve
 from pow2quant.tasks.base import Metric, Shapes, Task
+from pow2quant.tasks.named import JUDGED, Named
 from pow2quant.tasks.own import NONE, metric_of
 
 
@@ -35,14 +36,18 @@ class Judged:
         return self.task.check(targets, samples, where)
 
 
-def task_of(name: str | None, metric: Any, targets: Any, shapes: Shapes, probable: bool = False) -> Task:
+def task_of(
+    name: str | None, metric: Any, targets: Any, shapes: Shapes, probable: bool = False, classes: int = 0
+) -> Task:
     """The task by name, or the first in the order of `plugins.TABLES` that the data fit; the metric leads its metrics.
 
     targets: of one batch; shapes: of one sample's outputs. metric: None, or what `own.metric_of` takes. probable:
-    whether the network ends in a sigmoid, so that its outputs are probabilities.
+    whether the network ends in a sigmoid, so that its outputs are probabilities. classes: how many there are, where the
+    outputs are indices of classes.
     Raises ConfigError for an unknown name, a task that needs a metric, and a metric that nothing can be compared with.
     """
-    task: Task = resolve("tasks", name or _fitting(targets, shapes, metric is not None))(shapes)
+    task = _named(name, targets, shapes, classes) if classes else None
+    task = task or cast(Task, resolve("tasks", name or _fitting(targets, shapes, metric is not None))(shapes))
     if probable and hasattr(task, "threshold"):
         task = replace(cast(Any, task), threshold=0.5)
     if metric is None:
@@ -53,6 +58,14 @@ def task_of(name: str | None, metric: Any, targets: Any, shapes: Shapes, probabl
         raise ConfigError("metric: the data have no targets to compare with")
     own = metric_of(metric, task.metrics, getattr(task, "arguments", NONE))
     return Judged(task, (own, *(m for m in task.metrics if m.name != own.name)))
+
+
+def _named(name: str | None, targets: Any, shapes: Shapes, classes: int) -> Task | None:
+    """A task of class indices whose outputs are such."""
+    logits = [(classes, *shapes[0]), *shapes[1:]]
+    fitting = (n for n in JUDGED if name in (None, n) and resolve("tasks", n).fits(targets, logits))
+    found = next(fitting, None)
+    return None if found is None else Named(resolve("tasks", found)(logits), classes)
 
 
 def unread(targets: Any, shapes: Shapes, where: str) -> str:

@@ -60,6 +60,11 @@ def loss_of(criterion: Criterion, results: Any, targets: Any) -> Tensor:
     """
     if isinstance(criterion, nn.Module):
         results, targets = _fitted(criterion, results[0] if isinstance(results, (tuple, list)) else results, targets)
+        if not results.is_floating_point():
+            raise ConfigError(
+                "training: the network's first result is integers (it ends in argmax?), from which nothing is learned; "
+                "train it without its last operation"
+            )
     what = type(criterion).__name__ if isinstance(criterion, nn.Module) else getattr(criterion, "__name__", "it")
     try:
         loss = criterion(results, targets)
