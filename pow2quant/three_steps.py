@@ -204,7 +204,7 @@ def _trained(trainer: Trainer) -> dict[str, Any]:
     return {
         "training": {
             "mode": config.mode,
-            "batch_norm": "live" if trainer.norms.parameters() else "folded",
+            "batch_norm": "live" if len(trainer.norms) else "folded",
             "kept": config.keep,
             "epochs_trained": len(history) - 1,
             "best_epoch": trainer.best["epoch"],

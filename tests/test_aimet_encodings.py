@@ -18,6 +18,7 @@ from pow2quant.adapters.aimet_encodings import (
     VERSIONS,
     apply,
     channel_axes,
+    convert,
     dumps,
     export_0_6_1,
     export_1_0_0,
@@ -438,3 +439,30 @@ def test_no_change_of_a_value_escapes_as_another_error(value, data):
 def test_unknown_versions_are_not_written():
     with pytest.raises(ConfigError, match=r"'1.1.0' is not one of 0.6.1, 1.0.0, 2.0.0"):
         dumps(TABLE, (), "1.1.0")
+
+
+@noisy
+def test_the_axis_of_transposed_convolutions_is_saved_and_converted(tmp_path):
+    import aimet_torch
+    import torch
+
+    import pow2quant
+
+    torch.manual_seed(0)
+    x, network = torch.randn(8, 3, 2, 2), torch.nn.Sequential(torch.nn.ConvTranspose2d(3, 3, 2, 2)).eval()
+    with torch.no_grad():
+        network[0].weight.mul_(torch.tensor([1.0, 0.1, 0.01]).reshape(1, 3, 1, 1))
+    one, other = (pow2quant.QuantizationSimModel(network, x, default_param_bw=4) for _ in range(2))
+    one.compute_encodings(lambda model, *_: model(x))
+    one.save_encodings_to_json(tmp_path, "saved")
+    other.load_encodings(tmp_path / "saved.json")
+    assert torch.equal(one.model(x), other.model(x))
+    sim = aimet_torch.QuantizationSimModel(network, x, default_param_bw=4)
+    sim.compute_encodings(lambda model, *_: model(x))
+    sim.export(str(tmp_path), "m", x)
+    made = json.loads(convert(tmp_path / "m.encodings", "2.0.0", tmp_path / "two.encodings").read_text())
+    assert {e["name"]: e.get("axis") for e in made["encodings"]}["0.weight"] == 1
+    (tmp_path / "m.onnx").rename(tmp_path / "elsewhere.onnx")
+    with pytest.raises(FileFormatError, match=r"0\.weight has scales per channel.*beside it, as m\.onnx"):
+        convert(tmp_path / "m.encodings", "2.0.0", tmp_path / "three.encodings")
+    assert not (tmp_path / "three.encodings").exists()

@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from pow2quant.config import DataConfig, QuantPlan, RunConfig, TrainingConfig, l
 from pow2quant.errors import ConfigError, Pow2QuantError
 from pow2quant.methods.reconstruction import blocks
 from pow2quant.runs import simulate, start
+from pow2quant.tasks.choosing import task_of
 from pow2quant.tasks.classification import Classification
 from pow2quant.three_steps import qat
+from pow2quant.training import distilling
 from pow2quant.training.averaging import Average
 from pow2quant.training.distilling import divergence
 from pow2quant.training.trainer import Trainer
@@ -112,7 +116,7 @@ def test_features_are_what_blocks_compute(data: datasets.Data, network: nn.Modul
         sim.network(x)
     with trainer.training():
         result = sim.model(x)
-        loss = trainer.distillation.loss(result, [x])
+        loss = trainer.distillation.loss([result], [x])
         loss.backward()
     errors = []
     for end in ends:
@@ -138,7 +142,7 @@ def test_a_teacher_takes_the_place_of_the_float_network_s_logits_alone(
         trainer = trainer_of(simulated(network, data), data, network, config, teacher=one)
         with trainer.training(), torch.no_grad():
             result = trainer.sim.model(data.train[0][0])
-            losses.append(float(trainer.distillation.loss(result, [data.train[0][0]])))
+            losses.append(float(trainer.distillation.loss([result], [data.train[0][0]])))
     with torch.no_grad():
         logits = [one(data.train[0][0]) for one in (teacher, network)]
     differences = [0.5 * float(divergence(result, one, 2.0)) for one in logits]
@@ -220,3 +224,52 @@ def test_what_ptq_draws_does_not_depend_on_the_teacher(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     assert job.teacher() is not None
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def rounded(loss: torch.Tensor) -> float:
+    return round(float(loss), 4)
+
+
+def distillation_of(task: str, shape: tuple[int, ...], probable: bool = False) -> distilling.Distillation:
+    judged = task_of(task, None, None, [shape], probable)
+    identity = nn.Identity()
+    sim: Any = SimpleNamespace(network=identity)
+    return distilling.Distillation(TrainingConfig(distillation=1.0), judged, identity, None, sim, torch.device("cpu"))
+
+
+def test_one_output_for_two_classes_is_distilled_as_two_logits() -> None:
+    student, teacher = torch.randn(6, 1), torch.randn(6, 1)
+    both = [torch.cat([x, torch.zeros_like(x)], 1) for x in (student, teacher)]
+    wanted = rounded(divergence(*both, 1.0))
+    assert wanted > 0
+    targets = torch.zeros(6, dtype=torch.int64)
+    found = distillation_of("classification", (1,)).loss([student], [teacher], targets)
+    assert rounded(found) == wanted
+    assert rounded(distillation_of("classification", ()).loss([student[:, 0]], [teacher[:, 0]], targets)) == wanted
+    probable = distillation_of("classification", (1,), probable=True)
+    assert rounded(probable.loss([student.sigmoid()], [teacher.sigmoid()], targets)) == wanted
+    maps, masks = [x.reshape(2, 1, 3, 1) for x in (student, teacher)], targets.reshape(2, 3, 1)
+    assert rounded(distillation_of("segmentation", (1, 3, 1)).loss(maps[:1], maps[1:], masks)) == wanted
+
+
+def test_distillation_is_over_classes_wherever_they_are_and_the_mean_of_pixels() -> None:
+    student, teacher = torch.randn(4, 5, 3), torch.randn(4, 5, 3)
+    wanted = rounded(divergence(student.flatten(0, 1), teacher.flatten(0, 1), 1.0))
+    masks = torch.zeros(4, 5, dtype=torch.int64)
+    tokens = distillation_of("segmentation", (5, 3))
+    assert rounded(tokens.loss([student], [teacher], masks)) == wanted
+    assert rounded(tokens.loss([student.movedim(2, 1)], [teacher.movedim(2, 1)], masks)) == wanted
+
+
+def test_every_result_is_distilled() -> None:
+    pair = torch.randn(6, 3), 100 * torch.randn(6, 4)
+
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return pair
+
+    found = distillation_of("classification", (3,))
+    found.networks = [Two()]
+    targets = torch.zeros(6, dtype=torch.int64)
+    assert float(found.loss(pair, [pair[0]], targets)) == pytest.approx(0, abs=1e-6)
+    assert float(found.loss([pair[0], 1.1 * pair[1]], [pair[0]], targets)) == pytest.approx(0.01, rel=1e-3)

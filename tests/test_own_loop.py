@@ -160,3 +160,35 @@ def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
     qat.finish(tmp_path / "run")
     with pytest.raises(TrainingError, match="finished already"):
         qat.finish()
+
+
+@pytest.mark.parametrize("norm", ["live", "folded"])
+@pytest.mark.parametrize("backend", ["custom", "aimet"])
+def test_frozen_weights_stay_and_a_network_that_is_frozen_as_a_whole_learns(norm: str, backend: str) -> None:
+    torch.manual_seed(0)
+    convolutions = [(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))]
+    network = nn.Sequential(*convolutions[0], nn.ReLU(), *convolutions[1], nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+    data = torch.randn(32, 3, 8, 8), torch.randint(0, 5, (32,))
+    config = QUICK | {"training": {"mode": "full", "batch_norm": norm}}
+
+    def learned() -> int:
+        """How many weights, biases, gains and shifts are other ones behind a few steps."""
+        qat = pow2quant.qat_model(network.eval(), data, methods="none", backend=backend, config=config, progress=False)
+        optimizer = torch.optim.SGD([p for p in qat.parameters() if p.requires_grad], 0.1)
+        own = {n: p for n, p in qat.named_parameters() if not n.startswith("exponent_")}
+        before = [p.detach().clone() for p in own.values()]
+        train(qat, optimizer, [data] * 3)
+        assert not any(torch.equal(a, b) for a, b in zip(before, own.values(), strict=True))
+        sim, start = qat._learning.sim, dict(network.named_parameters())
+        frozen = torch.equal(sim.parameter("0.weight"), sim.network.get_parameter("0.weight"))
+        assert norm == "live" or frozen != ("0_weight" in own)
+        qat.finish()
+        assert all(torch.equal(start[n], p) for n, p in network.named_parameters())
+        return len(own)
+
+    assert learned() == (6 if norm == "folded" else 8)
+    network[0].requires_grad_(False)
+    network[1].requires_grad_(False)
+    assert learned() == (4 if norm == "folded" else 5)
+    network.requires_grad_(False)
+    assert learned() == (6 if norm == "folded" else 8)

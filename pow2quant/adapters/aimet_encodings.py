@@ -168,10 +168,20 @@ def convert(source: Path, version: str, target: Path) -> Path:
     """Writes an encodings file in another version, for a converter that does not take the one it is in.
 
     Versions before 2 keep weights and biases apart, 2.x does not say which they are: those are then the tensors with
-    one scale per channel, or of 32 bits, or called `weight` or `bias`. Raises FileFormatError and OutputError.
+    one scale per channel, or of 32 bits, or called `weight` or `bias`. Along which axis channels lie, 2.x states and
+    others do not: `<name>.onnx` beside the file says it. Raises FileFormatError, also where that is missing, and
+    OutputError.
     """
-    text = _text(source)
-    table = loads(text, source=str(source))
+    text, model = _text(source), source.with_suffix(".onnx")
+    axes = channel_axes(onnx.load(model, load_external_data=False)) if model.is_file() else {}
+    table = loads(text, source=str(source), axes=axes)
+    if version >= "2" and not model.is_file() and not _states_axes(parsed(text)):
+        unknown = next((name for name, e in table.items() if e.axis is not None and e.scale.size > 1), None)
+        if unknown is not None:
+            raise FileFormatError(
+                f"{source}: {unknown} has scales per channel, and this version does not say along which axis; "
+                f"put the network's ONNX file beside it, as {model.name}"
+            )
     listed = _parameter_names(parsed(text))
     names = listed if listed is not None else {name for name, e in table.items() if _looks_like_parameter(name, e)}
     write(target, dumps(table, names, version).encode())
@@ -266,8 +276,7 @@ def read_all(document: Any, source: str, axes: Mapping[str, int]) -> dict[str, E
     if version not in VERSIONS:
         raise FileFormatError(f"{source}: version: {version!r} is not one of {', '.join(VERSIONS)}")
     exact = exact_grids(document.get(GRIDS, {}), f"{source}: {GRIDS}")
-    producer = document.get("producer")
-    if isinstance(producer, dict) and producer.get("package") == PACKAGE:  # which states every axis but 0
+    if _states_axes(document):
         axes = {}
     shapes, table = document.get(SHAPES), dict[str, Encoding | None]()
     for name, read, content in _entries(document, source):
@@ -280,6 +289,12 @@ def read_all(document: Any, source: str, axes: Mapping[str, int]) -> dict[str, E
             raise FileFormatError(f"{entry.where}: {error}") from error
         table[name] = encoding
     return table
+
+
+def _states_axes(document: Mapping[str, Any]) -> bool:
+    """Whether a file says along which axis channels lie, where it is not the first: as 2.x does, and as we do."""
+    producer = document.get("producer")
+    return "encodings" in document or (isinstance(producer, dict) and producer.get("package") == PACKAGE)
 
 
 def _entries(document: dict[str, Any], source: str) -> Iterator[tuple[str, Reader, Any]]:

@@ -57,7 +57,9 @@ def _fold(network: fx.GraphModule, node: fx.Node) -> None:
     layer = called(network, before)
     fused = _fused(layer, norm) if layer is not None and len(before.users) == 1 else None
     if fused is not None:
-        network.set_submodule(str(before.target), fused.requires_grad_())  # PyTorch freezes a bias that it adds
+        trained = bool((norm if norm.affine or layer is None else layer).weight.requires_grad)
+        fused.get_parameter("bias").requires_grad_(trained)  # PyTorch freezes one that it adds
+        network.set_submodule(str(before.target), fused)
         before.meta["normal"] = (beta, gamma.abs())
         before.meta["batch_norm"] = (torch.sqrt(norm.running_var.double() + norm.eps), float(norm.eps))
         node.replace_all_uses_with(before)

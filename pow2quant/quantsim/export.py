@@ -13,6 +13,7 @@ import onnx
 import torch
 
 from pow2quant.adapters import aimet_encodings, onnx_qdq
+from pow2quant.adapters.files import GRIDS
 from pow2quant.artifact import Artifact, Table
 from pow2quant.backends.base import Simulation
 from pow2quant.backends.placement import tensor_name
@@ -180,6 +181,7 @@ def torch_named(sim: Exported) -> str:
         "quantizer_args": plain["quantizer_args"] | sim.quant_args,
         "producer": aimet_encodings.PRODUCER,
     }
+    document |= {GRIDS: plain[GRIDS]} if GRIDS in plain else {}
     return json.dumps(document, indent=2) + "\n"
 
 

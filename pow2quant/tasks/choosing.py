@@ -31,6 +31,11 @@ class Judged:
     def loss(self) -> str:
         return self.task.loss
 
+    @property
+    def threshold(self) -> float:
+        """That of the task, see `Classification`; 0 where it has none."""
+        return float(getattr(self.task, "threshold", 0))
+
     def check(self, targets: Any, samples: int, where: str) -> Any:
         """See `Task.check`."""
         return self.task.check(targets, samples, where)

@@ -108,6 +108,9 @@ class BatchNorms:
         self._least = LEAST * self.gains
         self._factors: dict[str, Tensor] = {}
 
+    def __len__(self) -> int:
+        return len(self._layers)
+
     def __iter__(self) -> Iterator[Normalized]:
         return iter(self._layers.values())
 
@@ -116,8 +119,12 @@ class BatchNorms:
         return self._layers.get(module)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained in place of the simulation's own weights and biases: weight, gain and shift of each."""
-        return [p for y in self for p in (y.weight, y.gain, y.shift)]
+        """What is trained in place of the simulation's own weights and biases: weight, gain and shift of each.
+
+        Not of layers whose weight is not trained.
+        """
+        trained = (y for name, y in self._layers.items() if self._sim.parameter(f"{name}.weight").requires_grad)
+        return [p for y in trained for p in (y.weight, y.gain, y.shift)]
 
     def replaced(self) -> set[int]:
         """The ids of the simulation's own parameters that are not trained."""

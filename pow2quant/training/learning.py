@@ -30,9 +30,9 @@ MEASURED = 8
 class Learning:
     """A calibrated simulation that learns.
 
-    parameters: the float parameters that are trained, by name. config: says what is quantized and how exponents and
-    batch norm are treated. active: the names of the sites that are quantized now; whole: of all that can be. watched:
-    what sites have computed last, for those whose names are its keys.
+    parameters: the float ones by name. Those with `requires_grad` are trained, or all where none has it. config: says
+    what is quantized and how exponents and batch norm are treated. active: the names of the sites that are quantized
+    now; whole: of all that can be. watched: what sites have computed last, for those whose names are its keys.
     Raises ConfigError where nothing can be trained.
     """
 
@@ -50,6 +50,10 @@ class Learning:
         self.exponents = exponents_of(sim, constrained, config)
         if config.exponents == "fixed":
             self.exponents.freeze()
+        trained = [p for p in parameters.values() if isinstance(p, nn.Parameter) and p.is_floating_point()]
+        if not any(p.requires_grad for p in trained):  # as in a network that was loaded to be used only
+            for p in trained:
+                p.requires_grad_()
         self.norms = BatchNorms(sim, constrained if config.batch_norm == "live" else ())
         self.lattices = {
             y.bias.name: (y.input.name, y.weight.name)
@@ -57,8 +61,7 @@ class Learning:
             if y.bias is not None and y.input is not None and y.weight is not None
         }
         replaced = self.norms.replaced()
-        trained = [p for p in parameters.values() if isinstance(p, nn.Parameter) and p.is_floating_point()]
-        own = {id(p): p.requires_grad_() for p in trained if id(p) not in replaced}
+        own = {id(p): p for p in trained if p.requires_grad and id(p) not in replaced}
         self.tensors = [*own.values(), *self.norms.parameters()]
 
     @contextmanager

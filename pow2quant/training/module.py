@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +42,11 @@ class QatModel(nn.Module, Generic[R]):
         self._learning, self._live, self._open = learning, True, ExitStack()
         self._finish: Callable[..., R] | None = finish
         self._open.enter_context(learning.computing())
-        if learning.norms.parameters():
+        if len(learning.norms):
             learning.measure(batches)
         for index, tensor in enumerate(learning.tensors):
             name = names.get(id(tensor), f"weight_{index}").replace(".", "_")
-            self.register_parameter(name, cast(nn.Parameter, tensor))
+            self.register_parameter(f"{name}_{index}" if hasattr(self, name) else name, tensor)
         for index, parameter in enumerate(learning.exponents.parameters()):
             self.register_parameter(f"exponent_{index}", parameter)
         self.register_buffer("statistics", learning.norms.statistics)

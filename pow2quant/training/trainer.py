@@ -82,7 +82,7 @@ class Trainer:
         self.average = Average(self.tensors, self.config.average)
         self.relative = RelativeSteps(self.tensors, self.config.relative_steps)
         self.mixing = Mixing(self.config)
-        self.distillation = Distillation(self.config, self.task.name, self.network, self.teacher, self.sim, self.device)
+        self.distillation = Distillation(self.config, self.task, self.network, self.teacher, self.sim, self.device)
         self.learning.watched = self.distillation.watched
         self.steps = len(self.data.train) * self.config.epochs
         self.criterion = schedule.criterion_of(self.config, self.task.loss)
@@ -108,7 +108,7 @@ class Trainer:
 
     def _measure_statistics(self) -> None:
         """Running statistics are at first those of the network as PTQ left it, on calibration data."""
-        if self.norms.parameters():
+        if len(self.norms):
             with self.training():
                 self.learning.measure(self._placed(batch) for batch, _ in self.data.calibration)
             self.sim.load(self.learning.table)
@@ -232,8 +232,8 @@ class Trainer:
             self.exponents.freeze()
 
     def _loss(self, results: Any, arguments: list[Tensor], targets: Any) -> Tensor:
-        share, first = self.config.distillation, inputs(results)[0]
-        loss = self.distillation.loss(first, arguments)
+        share = self.config.distillation
+        loss = self.distillation.loss(inputs(results), arguments, targets)
         return loss if share == 1 else loss + (1 - share) * schedule.loss_of(self.criterion, results, targets)
 
     def _precision(self) -> AbstractContextManager[Any]:
