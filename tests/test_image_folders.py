@@ -38,26 +38,48 @@ def png(values: NDArray[np.uint16]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + parts
 
 
-def tiff(values: NDArray[np.generic], kind: int) -> bytes:
-    """An uncompressed TIFF of (H, W) or (H, W, 3); kind: 1 unsigned, 2 signed, 3 float."""
+def tiff(values: NDArray[np.generic], kind: int, white: bool = False, planar: bool = False) -> bytes:
+    """An uncompressed TIFF of (H, W) or (H, W, 3); kind: 1 unsigned, 2 signed, 3 float.
+
+    white: grey is white at 0. planar: a channel behind the other.
+    """
     height, width = values.shape[:2]
     channels = 1 if values.ndim == 2 else 3
     bits, data = 8 * values.itemsize, values.tobytes()
-    rest = 8 + 2 + 12 * 10 + 4
+    rest = 8 + 2 + 12 * 11 + 4
     tags = [
         (256, 4, 1, width),
         (257, 4, 1, height),
         (258, 3, channels, bits if channels == 1 else rest),
         (259, 3, 1, 1),
-        (262, 3, 1, 1 if channels == 1 else 2),
+        (262, 3, 1, (0 if white else 1) if channels == 1 else 2),
         (273, 4, 1, rest + 6),
         (277, 3, 1, channels),
         (278, 4, 1, height),
         (279, 4, 1, len(data)),
+        (284, 3, 1, 2 if planar else 1),
         (339, 3, 1, kind),
     ]
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + struct.pack("<3H", *[bits] * 3) + data
+
+
+def packed_tiff(values: NDArray[np.uint16]) -> bytes:
+    """A TIFF of (H, W, 3), each row deflated by itself."""
+    height, width, _ = values.shape
+    strips = [zlib.compress(row.tobytes()) for row in values]
+    tags = [(256, 4, [width]), (257, 4, [height]), (258, 3, [16] * 3), (259, 3, [8]), (262, 3, [2]), (273, 4, [])]
+    tags += [(277, 3, [3]), (278, 4, [1]), (279, 4, [len(s) for s in strips]), (284, 3, [1]), (339, 3, [1] * 3)]
+    behind = 8 + 2 + 12 * len(tags) + 4
+    start = behind + 6 + 6 + 4 * 2 * height  # lists of three shorts twice, places and lengths of strips
+    tags[5] = (273, 4, [start + sum(map(len, strips[:i])) for i in range(height)])
+    entries, lists = b"", b""
+    for tag, kind, content in tags:
+        packed = struct.pack(f"<{len(content)}{'H' if kind == 3 else 'I'}", *content)
+        place = packed.ljust(4, b"\0") if len(packed) <= 4 else struct.pack("<I", behind + len(lists))
+        lists += packed if len(packed) > 4 else b""
+        entries += struct.pack("<HHI", tag, kind, len(content)) + place
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + lists + b"".join(strips)
 
 
 def folder(path: Path, files: dict[str, bytes]) -> DataConfig:
@@ -94,6 +116,9 @@ WHITE = np.float32(65535)
         ("grey.tif", tiff(SHADES, 1), SHADES / WHITE),
         ("grey.pgm", b"P5 4 4 65535\n" + SHADES.astype(">u2").tobytes(), SHADES / WHITE),
         ("float.tif", tiff(FLOATS, 3), FLOATS),
+        ("white.tif", tiff(SHADES, 1, white=True), 1 - SHADES / WHITE),
+        ("white_float.tif", tiff(FLOATS, 3, white=True), 1 - FLOATS),
+        ("packed.tif", packed_tiff(COLOURS[..., :3]), COLOURS[..., :3].transpose(2, 0, 1) / WHITE),
         ("colours.png", png(COLOURS[..., :3]), COLOURS[..., :3].transpose(2, 0, 1) / WHITE),
         ("alpha.png", png(COLOURS), COLOURS[..., :3].transpose(2, 0, 1) / WHITE),
         ("colours.tif", tiff(COLOURS[..., :3].copy(), 1), COLOURS[..., :3].transpose(2, 0, 1) / WHITE),
@@ -125,6 +150,7 @@ def test_a_16_bit_image_is_near_the_same_image_in_8_bits(tmp_path: Path) -> None
         ("signed.tif", tiff(SHADES.astype(np.int16), 2), "holds values as TIFF I;16S"),
         ("wide.tif", tiff(SHADES.astype(np.int32), 2), "holds values as TIFF I;32S"),
         ("alpha.png", png(COLOURS[..., :2]), "holds values as PNG LA;16B"),
+        ("planar.tif", tiff(COLOURS[..., :3].copy(), 1, planar=True), "holds one channel of more than 8 bits behind"),
         ("colours.ppm", b"P6 4 4 65535\n" + COLOURS[..., :3].astype(">u2").tobytes(), "holds values as PPM RGB"),
         ("double.tif", tiff(FLOATS.astype(np.float64), 3), "not a readable image"),
     ],
@@ -159,6 +185,23 @@ def test_hidden_folders_are_no_classes_and_hidden_files_no_images(tmp_path: Path
     assert data.class_names == ("cat", "dog")
     assert [len(images) for images, _ in data.test] == [10]
     assert sum(len(images) for images, _ in data.calibration) == 10
+
+
+@pytest.mark.parametrize(("train", "test"), [("Training", "Testing"), ("train", "valid"), ("TRAIN", "Validation")])
+def test_splits_are_known_by_their_usual_names(train: str, test: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        fill(tmp_path / train / name)
+        fill(tmp_path / test / name, count=3)
+    data = datasets.load(DataConfig("imagefolder", str(tmp_path), resize=4, crop=4))
+    assert data.class_names == ("a", "b")
+    assert sum(len(images) for images, _ in data.test) == 6
+
+
+def test_webp_is_read(tmp_path: Path) -> None:
+    pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "0.webp", lossless=True)
+    config = folder(tmp_path / "set", {"0.webp": (tmp_path / "0.webp").read_bytes()})
+    assert torch.equal(only(config), transforms.ToTensor()(pixels))
 
 
 def test_hidden_folders_are_no_classes_without_a_split(tmp_path: Path) -> None:

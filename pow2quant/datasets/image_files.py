@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -142,11 +143,11 @@ def image(path: str) -> Any:
     try:
         with Image.open(path, formats=FORMATS) as opened:
             raw, depth = _stored(opened)
+            if _is_planar(opened):
+                raise DataError(f"{path}: holds one channel of more than 8 bits behind the other; {LEGAL}")
             if depth == 8 and opened.mode in SHALLOW:
                 return opened.convert("RGB")
-            return (
-                _colours(path, raw) if raw in TWO_BYTES and opened.tile[1:] == [] else _deep(opened, raw, depth, path)
-            )
+            return _colours(path, raw) if raw in TWO_BYTES else _deep(opened, raw, depth, path)
     except DataError:
         raise
     except Exception as error:  # a damaged file makes Pillow fail in every way there is
@@ -157,11 +158,18 @@ def image(path: str) -> Any:
 def _stored(opened: Any) -> tuple[str, int]:
     """Pillow's name of how a file stores its values, and bits per value; 8 for fewer and where the name is silent."""
     args = opened.tile[0].args if opened.tile else ()
-    name, *rest = args if isinstance(args, tuple) else (args,)
+    name, *rest = (args or ("",)) if isinstance(args, tuple) else (args,)  # WebP says nothing
     if opened.format == "PPM":
         return str(name), 16 if rest and isinstance(rest[0], int) and rest[0] > 255 else 8
+    name = re.sub("N$", sys.byteorder[0].upper(), str(name))  # what libtiff decodes is in the order of the machine
     bits = re.search(r";(\d+)", str(name)) if opened.format in ("PNG", "TIFF") else None
     return str(name), max(8, int(bits[1])) if bits else 8
+
+
+def _is_planar(opened: Any) -> bool:
+    """Whether a TIFF has channels of more than 8 bits one behind the other, which Pillow reads wrongly."""
+    tags = opened.tag_v2 if opened.format == "TIFF" else {}
+    return bool(tags.get(284) == 2 and max(tags.get(258, (1,))) > 8)
 
 
 def _colours(path: str, raw: str) -> Tensor:
@@ -187,6 +195,7 @@ def _colours(path: str, raw: str) -> Tensor:
 def _deep(opened: Any, raw: str, depth: int, path: str) -> Tensor:
     """A grey image of more than 8 bits that is no PNG."""
     values = np.asarray(opened)
+    inverted = opened.format == "TIFF" and opened.tag_v2.get(262) == 0  # 0 is white; Pillow heeds it on 8 bits only
     if opened.mode == "F" and raw.endswith("F"):
         low, high = float(values.min()), float(values.max())
         if not (low >= 0 and high <= 1):
@@ -198,4 +207,5 @@ def _deep(opened: Any, raw: str, depth: int, path: str) -> Tensor:
         white = 65535.0  # Pillow has scaled the values to 16 bits
     else:
         raise DataError(f"{path}: holds values as {opened.format} {raw}; {LEGAL}")
-    return torch.from_numpy(values.astype(np.float32) / np.float32(white)).expand(3, -1, -1).clone()
+    grey = torch.from_numpy(values.astype(np.float32) / np.float32(white))
+    return (1 - grey if inverted else grey).expand(3, -1, -1).clone()

@@ -14,6 +14,9 @@ from pow2quant.datasets.settings import normalization, path_of
 from pow2quant.errors import DataError
 from pow2quant.reading import last_line
 
+TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")
+"""What folders of a split are called; of several for evaluation, the first one is used."""
+
 HELD_OUT = 5
 """Every fifth image of a class is for test where a folder has no split of its own."""
 
@@ -36,21 +39,28 @@ def imagefolder(config: DataConfig) -> tuple[Dataset[Any], Dataset[Any], Dataset
     def folder(root: Path, steps: list[Any]) -> Any:
         return _folder(root, t.Compose(steps), layout)
 
-    tests = [path / name for name in ("test", "val") if classes_in(path / name)]
-    if (path / "train").is_dir() and tests:
-        calibration, train = (folder(path / "train", steps) for steps in (plain, varied))
+    training, tests = (_called(path, names) for names in (TRAIN, TEST))
+    tests = [found for found in tests if classes_in(found)]
+    if training and tests:
+        calibration, train = (folder(training[0], steps) for steps in (plain, varied))
         test = folder(tests[0], plain)
         if train.classes != test.classes:
-            odd = sorted(set(train.classes) ^ set(test.classes))
-            raise DataError(f"{path}: train/ and {tests[0].name}/ have different classes: {', '.join(odd[:5])}")
+            odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
+            raise DataError(f"{path}: {training[0].name}/ and {tests[0].name}/ have different classes: {odd}")
         return calibration, train, test
-    if (path / "train").is_dir() or tests:
+    if {"train", "test", "val"} & {found.name for found in (*training, *tests)}:
         raise DataError(f"{path}: {'test/ or val/' if not tests else 'train/'} is missing; expected {layout}")
     if not classes_in(path) and path.is_dir() and len(images := UnlabelledFiles(path, t.Compose(plain))):
         return images, UnlabelledFiles(path, t.Compose(varied)), images
     images = folder(path, plain)
     kept, held_out = _split(images.targets)
     return Subset(images, kept), Subset(folder(path, varied), kept), Subset(images, held_out)
+
+
+def _called(path: Path, names: tuple[str, ...]) -> list[Path]:
+    """The folders with one of these names, in their order, written with small or capital letters."""
+    found = {name.lower(): path / name for name in classes_in(path)}
+    return [found[name] for name in names if name in found]
 
 
 def _folder(root: Path, transform: Any, layout: str) -> Any:

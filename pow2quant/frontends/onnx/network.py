@@ -220,11 +220,11 @@ class Writer:
     def place(self, name: str, value: nn.Module | nn.Parameter) -> str:
         """Puts a module or parameter into the network under this name, or the next free one."""
         name = re.sub(r"[\"'\\\n\r\t]", "_", name)
-        name = base = ".".join(f"{p}_" if _reserved(p) else p for p in name.split("."))
-        count = 0
+        name = ".".join(f"{p}_" if _reserved(p) else p for p in name.split("."))
+        flat, count = name.replace(".", "_"), 0
         while not self._fits(name):
             count += 1
-            name = f"{base.replace('.', '_') if count == 1 else base}_{count}"
+            name = f"{flat}_{count}"
         *path, last = name.split(".")
         owner = self.root
         for part in path:
