@@ -20,6 +20,7 @@ from pow2quant.errors import ConfigError, OutputError
 from pow2quant.runs import Result, validate
 from pow2quant.three_steps import qat
 from pow2quant.training import checkpoint
+from pow2quant.training.trainer import Trainer
 from tests.backends import BACKENDS
 
 KEYS = {"initial_accuracy", "ptq_accuracy", "qat_best_accuracy", "final_accuracy", "total_improvement", "training"}
@@ -142,6 +143,44 @@ def test_an_unfinished_run_is_resumed_or_replaced_but_never_lost(weights, tmp_pa
     run_of(configured(weights, ptq__max_eval_batches=1, training__epochs=1), folder, overwrite=True)
     assert {p.name for p in tmp_path.iterdir()} == {"run", "run.training"}
     assert [p.name for p in checkpoints.iterdir()] == ["mine.txt"]
+
+
+OTHER = """
+import torch
+def data():
+    def part(n, seed):
+        torch.manual_seed(seed)
+        return torch.utils.data.TensorDataset(torch.rand(n, 1, 8, 8), torch.arange(n) % 10)
+    return part(256, {train}), part(64, {test})
+"""
+
+
+def test_a_training_does_not_go_on_with_other_data(weights, tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+
+    def begin(train, test, stop):
+        file.write_text(OTHER.format(train=train, test=test))
+        measured, measure = [], Trainer._measure
+
+        def until_the_second_epoch(self, *arguments):
+            measured.append(arguments)
+            if stop and len(measured) == 3:
+                raise KeyboardInterrupt
+            measure(self, *arguments)
+
+        monkeypatch.setattr(Trainer, "_measure", until_the_second_epoch)
+        try:
+            values = {"data__dataset": f"{file}:data", "ptq__max_eval_batches": 1}
+            return run_of(configured(weights, **values), tmp_path / "run", progress=False, resume=not stop)
+        finally:
+            monkeypatch.undo()
+
+    with pytest.raises(KeyboardInterrupt):
+        begin(0, 0, stop=True)
+    for other in ((1, 0), (0, 1)):
+        with pytest.raises(ConfigError, match="was made with other data"):
+            begin(*other, stop=False)
+    begin(0, 0, stop=False)
 
 
 def test_what_fails_before_it_has_begun_leaves_no_checkpoint(weights, tmp_path):

@@ -148,6 +148,41 @@ def test_a_sweep_goes_on_where_one_trial_fails_and_continues_where_it_stopped(
     assert same == [{k: v for k, v in r.items() if k != "duration_seconds"} for r in found]
 
 
+MINE = """
+import torch
+from torch import nn
+
+def network():
+    torch.manual_seed({seed})
+    return nn.Sequential(nn.Flatten(), nn.Linear(27, 3))
+
+def data():
+    torch.manual_seed({images})
+    def half(n):
+        return torch.utils.data.TensorDataset(torch.randn(n, 3, 3, 3), torch.arange(n) % 3)
+    return half(32), half(30)
+"""
+
+
+@pytest.mark.parametrize("command", ["sweep", "compare"])
+def test_a_study_of_another_network_or_other_images_is_another_study(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    varied = ["--grid", f"{BITS}=4", "--method", "none"] if command == "sweep" else ["--method", "none", "--seeds", "0"]
+    same = [command, "--model", "mine.py:network", "--data", "mine.py:data", *varied]
+
+    def told(seed: int, images: int) -> str:
+        Path("mine.py").write_text(MINE.format(seed=seed, images=images), encoding="utf-8")
+        assert main(same) == 0
+        return capsys.readouterr().err
+
+    assert [("finished already" in told(*which)) for which in ((0, 0), (0, 0), (1, 0), (1, 1), (0, 0))] == [
+        *(False, True, False, False, True)
+    ]
+    assert len(list(Path("runs").iterdir())) == 3
+
+
 def test_a_long_trial_says_how_far_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +232,7 @@ def test_the_study_in_the_repository_is_legal() -> None:
     from pow2quant.study import sweep
 
     study = sweep.read(ROOT / "configs" / "studies" / "gpfq.yaml", RunConfig())
-    sweep.check(study)
+    sweep.checked(study)
     assert len(study.plan) == 8 + 21
     first = applied(study.base, settings(study.plan.grids[0], {"bits": 1}))
     assert first.ptq.applied == (Choice("gpfq", {"narrow": True}),)
@@ -319,7 +354,7 @@ def test_the_study_in_the_documentation_is_legal(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "howto" / "studies.md").read_text(encoding="utf-8")
     (tmp_path / "study.yaml").write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
     study = sweep.read(tmp_path / "study.yaml", RunConfig())
-    sweep.check(study)
+    sweep.checked(study)
     assert len(study.plan) == 2 * 3 + 2
 
 

@@ -70,7 +70,7 @@ def sweep(
     console = given.console()
     from pow2quant.study import sweep as studies
 
-    chosen = studies.chosen(file, base, grid or (), trials, sampler, runs, study)
+    chosen = studies.checked(studies.chosen(file, base, grid or (), trials, sampler, runs, study), storage)
     folder = output or Path("runs") / chosen.called
     with continued(folder, folder):
         found = studies.sweep(chosen, folder, storage=storage, jobs=jobs, progress=console)
@@ -137,12 +137,13 @@ def compare(
     console = given.console()
     from pow2quant.study import cells
     from pow2quant.study import compare as comparison
+    from pow2quant.study.sweep import checked
 
     names = model or ([base.model.name] if weights else [])
     networks = [(name, weights[i] if weights else None) for i, name in enumerate(names)]
     methods = method or comparison.METHODS
     bits = widths.split(",") if widths else comparison.WIDTHS
-    chosen = comparison.study(base, networks, bits, methods, seeds, runs, study)
+    chosen = checked(comparison.study(base, networks, bits, methods, seeds, runs, study), storage)
     folder = output or Path("runs") / chosen.called
     with continued(folder, folder):
         found = comparison.compare(chosen, folder, storage=storage, jobs=jobs, progress=console)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from pow2quant import config as configuration
 from pow2quant import datasets, models, targets
@@ -212,9 +213,17 @@ class Job:
         return fingerprint_of(texts, chain(self.network.state_dict().values(), images))
 
     def identity(self) -> str:
-        """The configuration and the network, in lines: a training goes on where both are the same."""
+        """The configuration, the network and the data, in lines: a training goes on where all are the same.
+
+        Of the data what calibrates counts, the first batch of what evaluates, and the labels that are at hand.
+        """
         network = digest_of([str(self.network)], self.network.state_dict().values())
-        return f"{configuration.dump(self.config)}network: {network}\n"
+        tests = (x for batch in islice(self.data.test, 1) for x in tree_leaves(batch) if isinstance(x, Tensor))
+        images = (x for batch in self.calibration() for x in inputs(batch))
+        labels = (labels_at_hand(cast(Checked, part)) for part in (self.data.calibration, self.data.train))
+        known = (torch.as_tensor(own) for own in labels if own is not None)
+        data = digest_of([], chain(images, tests, known))
+        return f"{configuration.dump(self.config)}network: {network}\ndata: {data}\n"
 
     @property
     def steps(self) -> list[str]:

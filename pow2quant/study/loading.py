@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -49,14 +50,17 @@ def is_deterministic(config: RunConfig) -> bool:
     return all(getattr(method, "deterministic", False) for method in made)
 
 
-def check_loading(base: RunConfig, plan: Plan) -> None:
-    """Raises Pow2QuantError where a network or data that a plan names cannot be loaded, before thirty trials say so."""
-    seen = set()
+def contents(base: RunConfig, plan: Plan) -> str:
+    """The `fingerprint` of all networks and data that a plan names.
+
+    Raises Pow2QuantError where one cannot be loaded, before thirty trials say so.
+    """
+    found: list[tuple[Any, str]] = []
     for config in configurations(base, plan):
         what = config.model, config.data.dataset, config.data.path
-        if what not in seen:
-            seen.add(what)
-            fingerprint(config)
+        if all(what != known for known, _ in found):
+            found.append((what, fingerprint(config)))
+    return blake2b("".join(text for _, text in found).encode(), digest_size=8).hexdigest()
 
 
 def configurations(base: RunConfig, plan: Plan) -> Iterator[RunConfig]:

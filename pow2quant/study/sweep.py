@@ -25,7 +25,7 @@ from pow2quant.runs.job import absolute
 from pow2quant.saving import write
 from pow2quant.study.figures import figures
 from pow2quant.study.ledger import SAMPLERS, Entry, Ledger, Plan
-from pow2quant.study.loading import check_loading
+from pow2quant.study.loading import contents
 from pow2quant.study.space import MOST, Axis, Range, applied, axis, combinations, given, settings
 from pow2quant.study.trials import RUNS, Row, Trials, described, quality
 from pow2quant.study.workers import work, work_in_processes
@@ -46,24 +46,25 @@ class Study:
     """What is tried: settings laid over a base, and how.
 
     plan: the grids, or the one from which a sampler draws. runs: see `Trials`. name: in the database; None: from what
-    the study is.
+    the study is. contents: of its networks and data, see `checked`; None: they were not read yet.
     """
 
     base: RunConfig
     plan: Plan
     runs: str | None = None
     name: str | None = None
+    contents: str | None = None
 
     @property
     def fingerprint(self) -> str:
-        """What the study is, whatever the folders are in which its files lie on one machine or another."""
+        """What the study is, whatever the folders are called in which its files lie."""
         base = self.base
         model = replace(
             base.model, name=Path(base.model.name).name, weights=base.model.weights and Path(base.model.weights).name
         )
         data = replace(base.data, path=None, workers=0, dataset=Path(base.data.dataset).name)
         what = configuration.dump(replace(base, model=model, data=data, device="cpu"))
-        return sha256(f"{what}{self.plan!r}{self.runs}".encode()).hexdigest()[:12]
+        return sha256(f"{what}{self.plan!r}{self.runs}{self.contents or ''}".encode()).hexdigest()[:12]
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -178,14 +179,18 @@ def chosen(
     return replace(study, plan=plan, runs=runs or study.runs, name=name or study.name)
 
 
-def check(study: Study) -> None:
-    """Raises Pow2QuantError where a study cannot begin.
+def checked(study: Study, storage: str | None = None) -> Study:
+    """The study with what its networks and data hold, so that it is another one where that changes.
 
-    No legal combination, a sampler with several grids, a network or data that cannot be loaded.
+    In a database that machines share it is the same: they may decode images differently.
+    Raises Pow2QuantError where it cannot begin: no legal combination, a sampler with several grids, a network or data
+    that cannot be loaded.
     """
-    plan = study.plan
+    if study.contents is not None:
+        return study
     _check_plan(study)
-    check_loading(study.base, plan)
+    found = contents(study.base, study.plan)
+    return replace(study, contents="" if storage else found)
 
 
 def _check_plan(study: Study) -> None:
@@ -238,7 +243,7 @@ def tried(
     progress: Progress = SILENT,
 ) -> Iterator[list[Row]]:
     """Runs what is left of a study; yields all rows whenever a trial is finished, and at the end."""
-    check(study)
+    study = checked(study, storage)
     output.mkdir(parents=True, exist_ok=True)
     url = storage or f"sqlite:///{(output / DATABASE).resolve()}"
     make = partial(Ledger, url, study.called, study.plan, study.fingerprint)

@@ -54,9 +54,13 @@ def load(path: Path) -> Any:
 
 
 def difference(before: str, now: str) -> str:
-    """The first line in which two configurations differ."""
+    """The first line in which two configurations, with their digests, differ."""
     pairs = zip(before.splitlines(), now.splitlines(), strict=False)
     was, has = next(((a.strip(), b.strip()) for a, b in pairs if a != b), ("", ""))
+    what = was.partition(":")[0]
+    if what in ("network", "data") and has.startswith(f"{what}:"):  # digests
+        other = {"network": "another network", "data": "other data"}[what]
+        return f"was made with {other}; start anew with --overwrite"
     return f"was made with another configuration ({was!r}, now {has!r}); start anew with --overwrite"
 
 
