@@ -67,8 +67,8 @@ def write(path: Path, content: bytes) -> None:
 def staged(target: Path, mark: str, *, overwrite: bool = True) -> Iterator[Path]:
     """A folder to write into that becomes `target` when all went well, and vanishes otherwise.
 
-    mark: a pattern of a file in `target` that says it is of the same kind and may be replaced where `overwrite` is set;
-    an empty folder always may be.
+    mark: a pattern of a file in `target` that says it is of the same kind and may be replaced where `overwrite` is set,
+    with everything in it; an empty folder always may be, one with another of its kind inside may not.
     Raises OutputError when `target` may not be replaced, or the folder or the disk does not allow writing; `target` is
     then still as it was.
     """
@@ -157,6 +157,9 @@ def _check_free(target: Path, mark: str, overwrite: bool) -> None:
         )
     if not any(target.glob(mark)):
         raise OutputError(f"{target}: holds no {mark}, so it is not what would be written, and is not overwritten")
+    inner = next((file.parent for depth in ("*", "*/*") for file in target.glob(f"{depth}/{mark}")), None)
+    if inner is not None:
+        raise OutputError(f"{target}: holds another of its kind, {inner.name}, which would be lost; move it elsewhere")
 
 
 def _made(target: Path, make: Callable[[Path], object]) -> tuple[Path, _Held]:

@@ -168,3 +168,19 @@ def test_temporary_folders_of_killed_runs_go(tmp_path: Path) -> None:
     again = "from pow2quant import saving\nwith saving.scratch() as folder: print(folder)"
     subprocess.run([sys.executable, "-c", again], env=environment, check=True, capture_output=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_another_of_its_kind_inside_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "run" / "below" / "second").mkdir(parents=True)
+    (tmp_path / "run" / "report.json").touch()
+    (tmp_path / "run" / "notes.txt").touch()
+    inner = tmp_path / "run" / "below" / "second" / "report.json"
+    inner.touch()
+    with pytest.raises(OutputError, match="holds another of its kind, second, which would be lost"):
+        with saving.staged(tmp_path / "run", "report.json"):
+            raise AssertionError
+    assert inner.exists()
+    inner.unlink()
+    with saving.staged(tmp_path / "run", "report.json") as folder:
+        (folder / "report.json").touch()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["report.json"]

@@ -112,7 +112,7 @@ Storage = Annotated[
     Option(help="Type of weights of up to 4 bits in ONNX files: int4, or int8: larger, but faster in onnxruntime."),
 ]
 EncodingsVersion = Annotated[str | None, Option(help="Version of AIMET's encodings format: 0.6.1, 1.0.0 or 2.0.0.")]
-Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing run.")]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace an existing run, with everything in its folder.")]
 # Every command takes the flags of every command, so that a script can pass the same ones to all; `idle` says so.
 IdleSeed = Annotated[int | None, Option("--seed", min=0, hidden=True)]
 IdleDevice = Annotated[str | None, Option("--device", hidden=True)]
