@@ -18,7 +18,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from pow2quant.checkpoints import fitted, state_dict
 from pow2quant.config import from_file, is_in_file, users_code
-from pow2quant.errors import ModelError, WeightsError
+from pow2quant.errors import DataError, ModelError, WeightsError
 from pow2quant.foreign import check_is_file
 from pow2quant.frontends.checks import is_mask
 from pow2quant.frontends.export import in_eval_mode, module_of
@@ -175,6 +175,9 @@ def train_digits(model: nn.Module, dataset: _Digits, seed: int, epochs: int = 15
     """
     batches = list(dataset.calibration)
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    outputs = model(images[:1]).shape[1]
+    if int(labels.max()) >= outputs:
+        raise DataError(f"label {int(labels.max())} is no class of the network, which has {outputs} outputs")
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
         for module in model.modules():

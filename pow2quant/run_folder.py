@@ -20,6 +20,9 @@ from pow2quant.pow2_constraints import Encoding, IntGrid
 
 REPORT, CONFIG, STATE, CERTIFICATE = "report.json", "config.yaml", "model.safetensors", "certificate.json"
 STATISTICS = "statistics.json"
+ORIGIN = "pow2quant.origin"
+"""The key of a state's metadata under which the digest of the float network's weights stands."""
+
 SEARCH, STUDY, COMPARISON = "search.json", "study.json", "comparison.json"
 QDQ, FLOAT, ENCODINGS = "model.onnx", "model_float.onnx", "model.encodings"
 
@@ -36,8 +39,11 @@ def staged(target: Path, overwrite: bool = False) -> AbstractContextManager[Path
     return saving.staged(target, REPORT, overwrite=overwrite)
 
 
-def save_state(path: Path, parameters: Mapping[str, NDArray[Any]], table: Table) -> None:
-    """Writes float parameters and encodings as safetensors: `<site>.scale`, `<site>.zero_point`, grids as metadata."""
+def save_state(path: Path, parameters: Mapping[str, NDArray[Any]], table: Table, origin: str) -> None:
+    """Writes float parameters and encodings as safetensors: `<site>.scale`, `<site>.zero_point`, grids as metadata.
+
+    origin: a digest of the float network's weights.
+    """
     from safetensors.numpy import save
 
     tensors = {f"parameter:{name}": np.array(value, order="C") for name, value in parameters.items()}
@@ -45,7 +51,16 @@ def save_state(path: Path, parameters: Mapping[str, NDArray[Any]], table: Table)
         tensors[f"scale:{name}"] = np.array(encoding.scale)
         tensors[f"zero_point:{name}"] = np.array(encoding.zero_point)
     grids = {n: [e.grid.bits, e.grid.signed, e.grid.narrow, e.axis, e.block] for n, e in table.items()}
-    path.write_bytes(save(tensors, metadata={"pow2quant.grids": json.dumps(grids)}))
+    path.write_bytes(save(tensors, metadata={"pow2quant.grids": json.dumps(grids), ORIGIN: origin}))
+
+
+def origin_of(path: Path) -> str | None:
+    """The digest of the float network's weights of which a state was made; None where it says nothing."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        found: str | None = (file.metadata() or {}).get(ORIGIN)
+    return found
 
 
 def load_state(path: Path) -> tuple[dict[str, NDArray[Any]], Table]:

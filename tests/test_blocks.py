@@ -190,7 +190,7 @@ def test_files_are_read_back_to_the_same_encodings(tmp_path):
         )
     with pytest.raises(ConfigError, match=r"0\.6\.1 has no scales for blocks"):
         aimet_encodings.dumps(artifact.encodings, parameters, "0.6.1")
-    save_state(tmp_path / "state", {}, sim.encodings())
+    save_state(tmp_path / "state", {}, sim.encodings(), "")
     assert load_state(tmp_path / "state")[1] == sim.encodings()
 
 

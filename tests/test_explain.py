@@ -71,7 +71,7 @@ def test_a_weight_that_a_method_rounded_is_explained_by_the_float_one(run: Path,
     folder = shutil.copytree(run, tmp_path / "run")
     parameters, table = run_folder.load_state(folder / run_folder.STATE)
     rounded = table["conv4.weight"].fake_quantize(parameters["conv4.weight"])
-    run_folder.save_state(folder / run_folder.STATE, parameters | {"conv4.weight": rounded}, table)
+    run_folder.save_state(folder / run_folder.STATE, parameters | {"conv4.weight": rounded}, table, "")
     exact, estimated = (next(t for t in explain(f, "conv4").tensors if t.role == "weight") for f in (run, folder))
     assert (exact.exact, estimated.exact) == (True, False)
     assert next(c for c in estimated.candidates if c.change == 0).sqnr_db is not None

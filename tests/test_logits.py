@@ -285,3 +285,28 @@ def test_a_correction_without_fold_takes_the_folded_network_of_an_earlier_one_aw
     for more in (["--fold"], ["--overwrite"]):
         assert main(["correct", str(run), *lists, "--output", str(tmp_path), *more]) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["correction.json", "correction.safetensors", "mine"]
+
+
+CHANGED = """
+import torch
+from torch import nn
+
+def network():
+    torch.manual_seed({seed})
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+"""
+
+
+def test_a_run_is_not_compared_with_another_float_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(CHANGED.format(seed=0), encoding="utf-8")
+    assert main(["ptq", "--model", "mine.py:network", "--output", "run", "--max-eval-batches", "1", "--quiet"]) == 0
+    short = ["--max-eval-batches", "1", "--max-calibration-batches", "2", "--quiet"]
+    assert main(["logits", "run", "--output", "same", *short]) == 0
+    Path("mine.py").write_text(CHANGED.format(seed=1), encoding="utf-8")
+    for command in ("logits", "correct"):
+        assert main([command, "run", "--output", command, *short]) == 2
+        assert "run: was made of a float network with other weights" in capsys.readouterr().err
+        assert not Path(command).exists()

@@ -231,8 +231,11 @@ def _coarse_enough_for_bias(sim: Simulation, layer: Layer, table: Mapping[str, E
     if source is None or layer.bias is None:
         return encoding
     bits = encoding.grid.width + source.grid.width + 7
-    limit = min(max(bits, BIAS_BITS.start), BIAS_BITS.stop - 1, sim.placement.specs[layer.bias.name].bits - 1)
+    own = sim.placement.specs[layer.bias.name].bits - 1
+    limit = min(max(bits, BIAS_BITS.start), BIAS_BITS.stop - 1, own)
     bias = np.abs(sim.parameter(layer.bias.name).detach().cpu().double().numpy())
+    if limit == own:  # what is rounded up to 2^limit does not fit
+        bias = bias / (1 - 2.0 ** -(limit + 1))
     if encoding.axis is None:
         bias = bias.max()
     if encoding.is_power_of_two and source.is_power_of_two:

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram, default_decompositions
 from torch.export.graph_signature import InputKind
 
 from pow2quant.frontends.captured import operation
-from pow2quant.frontends.export import quiet
+from pow2quant.frontends.export import ONE_AT_A_TIME, quiet
 
 DEPTH = 4
 """So often a definition is replaced by the definitions of what it consists of."""
@@ -33,7 +33,7 @@ def decomposed(program: ExportedProgram, known: Container[str]) -> ExportedProgr
         if None in definitions.values():
             return program
         try:
-            with quiet():
+            with ONE_AT_A_TIME, quiet():
                 found = found.run_decompositions(definitions)
         except Exception:  # PyTorch's definitions raise anything
             return program

@@ -11,6 +11,7 @@ import io
 import logging
 import operator as py
 import re
+import threading
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
@@ -38,6 +39,9 @@ LOGGERS = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shap
 
 LONGEST_REASON = 400
 """Characters of an error of PyTorch's that are passed on."""
+
+ONE_AT_A_TIME = threading.RLock()
+"""torch.export keeps what it is at in global variables."""
 
 WRAPPERS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
@@ -113,7 +117,7 @@ def captured(model: nn.Module, batch: Any) -> ExportedProgram:
 def _cleaned(program: ExportedProgram, written: bool) -> ExportedProgram:
     """Without operations that nothing reads. written: whether views are overwritten; then no operation does it."""
     if written:
-        with quiet():
+        with ONE_AT_A_TIME, quiet():
             program = program.run_decompositions({})
     program.graph.eliminate_dead_code()
     return program
@@ -123,7 +127,7 @@ def _export(model: nn.Module, batch: Any, lines: bool = True) -> ExportedProgram
     """lines: whether each node notes the user's line, which takes a tenth of the time."""
     args, kwargs = call_arguments(model, batch)
     try:
-        with torch.no_grad(), quiet(), _with_lines(lines):
+        with ONE_AT_A_TIME, torch.no_grad(), quiet(), _with_lines(lines):
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
         if open_dataclasses(_results(model, batch)):

@@ -21,10 +21,10 @@ from torch.func import functional_call
 
 from pow2quant.artifact import Site, Table
 from pow2quant.backends.base import UNMARKED, Batch, Marks, Simulation, device_of, inputs
-from pow2quant.backends.calibration import bias_encoding, coarsen
+from pow2quant.backends.calibration import bias_encoding, coarsen, settled
 from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.placement import Layer
-from pow2quant.errors import DataError
+from pow2quant.errors import DataError, EncodingError
 from pow2quant.frontends.copies import copied
 from pow2quant.pow2_constraints import Encoding
 
@@ -206,10 +206,16 @@ def encode_activations(sim: Simulation, encodings: Table) -> None:
 
 
 def write_bias(sim: Simulation, layer: Layer, bias: Tensor) -> None:
-    """Writes a layer's float bias (C,). Raises EncodingError where it leaves its lattice's grid."""
+    """Writes a layer's float bias (C,). Where it leaves its lattice's grid, the weight's scale is raised.
+
+    Raises EncodingError where that does not help.
+    """
     with torch.no_grad():
         sim.parameter(f"{layer.module}.bias").copy_(bias)
-    _encode_bias(sim, layer, sim.encodings())
+    try:
+        _encode_bias(sim, layer, sim.encodings())
+    except EncodingError:
+        sim.load(settled(sim, sim.encodings()))
 
 
 def is_rounded(sim: Simulation, layer: Layer) -> bool:

@@ -26,7 +26,7 @@ from pow2quant.datasets.sampling import Sample, labels_at_hand, sample
 from pow2quant.errors import ConfigError, DataError, ModelError
 from pow2quant.frontends.batches import call_arguments, inputs
 from pow2quant.frontends.copies import copied
-from pow2quant.frontends.export import unwrapped
+from pow2quant.frontends.export import first_line, unwrapped
 from pow2quant.frontends.fixed import InParts
 from pow2quant.frontends.kept import MOVES
 from pow2quant.frontends.modules import ArgMax, Hardsigmoid, Real, Sigmoid
@@ -107,6 +107,8 @@ class Job:
     def start(cls, config: RunConfig, progress: Progress, given: Given = NOTHING) -> Job:
         """Loads data and network, prepares. The configuration is resolved on the way."""
         device = device_of(config.device)
+        if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+            raise ConfigError("torch.autocast is on; leave its block first: networks are quantized from float32")
         config, data, model = loaded(config, progress, given)
         return cls.of(config, data, model, progress, given, device)
 
@@ -174,11 +176,15 @@ class Job:
             return None
         if not training.distillation:
             raise ConfigError("training.teacher: needs training.distillation above 0, its share of the loss")
+        name, example = training.teacher.name, inputs(self.example)
         with torch.random.fork_rng(devices=[]), torch.no_grad():  # what PTQ draws does not depend on the teacher
             teacher = self.flattened(unwrapped(_built(training.teacher)))
-            shapes = [tuple(inputs(network(*inputs(self.example)))[0].shape) for network in (self.model, teacher)]
+            try:
+                shapes = [tuple(inputs(network(*example))[0].shape) for network in (self.model, teacher)]
+            except Exception as error:  # whatever somebody's network raises
+                reason = first_line(error)
+                raise ModelError(f"training.teacher: {name} fails on a sample of the data: {reason}") from error
         if shapes[0] != shapes[1]:
-            name = training.teacher.name
             raise ModelError(f"training.teacher: {name} gives {shapes[1]} for a sample; the network gives {shapes[0]}")
         return teacher.to(self.device)
 
@@ -200,7 +206,8 @@ class Job:
             if self.config.data.input == "pixels":
                 take_bytes(sim, self.network)
         for _, method in methods[kept.methods :]:
-            call(method.apply, sim, self.calibration(), progress=self.progress, marks=kept)
+            with torch.enable_grad():  # some methods learn
+                call(method.apply, sim, self.calibration(), progress=self.progress, marks=kept)
             kept.next_method(sim)
         if sim.placement.target.limits.bound_exponents:
             sim.load(settled(sim, sim.encodings()))
@@ -224,6 +231,10 @@ class Job:
         known = (torch.as_tensor(own) for own in labels if own is not None)
         data = digest_of([], chain(images, tests, known))
         return f"{configuration.dump(self.config)}network: {network}\ndata: {data}\n"
+
+    def origin(self) -> str:
+        """A digest of the float network's weights."""
+        return digest_of([], self.model.state_dict().values())
 
     @property
     def steps(self) -> list[str]:

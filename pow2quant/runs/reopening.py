@@ -29,6 +29,12 @@ def reopened(folder: Path, config: RunConfig | None = None, progress: Progress =
         raise FileFormatError(f"{folder}: holds no {run_folder.STATE}; give the folder of a finished run")
     parameters, table = run_folder.load_state(folder / run_folder.STATE)
     job = Job.start(config or configuration.load(folder / run_folder.CONFIG), progress)
+    origin = run_folder.origin_of(folder / run_folder.STATE)
+    if origin not in (None, job.origin()):
+        raise FileFormatError(
+            f"{folder}: was made of a float network with other weights than {job.config.model.name} has now; "
+            "restore them, or quantize the network anew"
+        )
     sim = job.simulate()
     load_parameters(job.parameters(sim), parameters, folder / run_folder.STATE)
     sim.load(table)

@@ -137,7 +137,7 @@ def finish(job: Job, sim: Simulation, folder: Path, steps: list[str]) -> tuple[d
     if job.config.data.input == "pixels":
         note_pixels(artifact.model)
     parameters = {name: array(p) for name, p in job.parameters(sim).items()}
-    run_folder.save_state(folder / run_folder.STATE, parameters, table)
+    run_folder.save_state(folder / run_folder.STATE, parameters, table, job.origin())
     _write_models(artifact, folder, job.config.encodings_version)
     (folder / run_folder.CONFIG).write_text(configuration.dump(job.config), encoding="utf-8")
     certificate = certify(artifact)

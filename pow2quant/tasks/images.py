@@ -10,6 +10,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
+from pow2quant.errors import DataError
 from pow2quant.tasks.base import Array, Averaged, Metric, Outputs, Shapes, tensor_of, wrong
 
 BORDER = 5
@@ -18,7 +19,7 @@ BORDER = 5
 
 @dataclass(frozen=True)
 class ImageToImage:
-    """Targets of the outputs' shape (N, C, H, W), in [0, 1], [-1, 1] or [0, 255]."""
+    """Targets of the outputs' shape (N, C, H, W) or (N, H, W), in [0, 1], [-1, 1] or [0, 255]."""
 
     shapes: Shapes
     name: str = "image-to-image"
@@ -32,6 +33,8 @@ class ImageToImage:
     def check(self, targets: Any, samples: int, where: str) -> Any:
         shape = (samples, *self.shapes[0])
         images = tensor_of(targets, where, f"images {shape}")
+        if len(shape) < 3:
+            raise DataError(f"{where}: outputs of the network are {shape}; images are (N, C, H, W) or (N, H, W)")
         if tuple(images.shape) != shape:
             raise wrong(images, where, f"images {shape}")
         return images.float()
@@ -66,13 +69,13 @@ def ssim(outputs: Outputs, targets: Array) -> Array:
     c1, c2 = (0.01 * white(targets)) ** 2, (0.03 * white(targets)) ** 2
 
     def blurred(images: Array) -> Array:
-        found: Array = gaussian_filter(images, (0, 0, 1.5, 1.5), truncate=BORDER / 1.5)
+        found: Array = gaussian_filter(images, 1.5, truncate=BORDER / 1.5, axes=(-2, -1))
         return found
 
     mx, my = blurred(x), blurred(y)
     vx, vy, both = blurred(x * x) - mx**2, blurred(y * y) - my**2, blurred(x * y) - mx * my
     similar = (2 * mx * my + c1) * (2 * both + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    if min(x.shape[2:]) > 2 * BORDER:
-        similar = similar[:, :, BORDER:-BORDER, BORDER:-BORDER]
+    if min(x.shape[-2:]) > 2 * BORDER:
+        similar = similar[..., BORDER:-BORDER, BORDER:-BORDER]
     found: Array = similar.reshape(len(x), -1).mean(1)
     return found

@@ -123,6 +123,7 @@ class Trainer:
         """The checkpoint's file."""
         return None if self.folder is None else self.folder / "checkpoint.safetensors"
 
+    @torch.enable_grad()
     def run(self, resume: bool = False, overwrite: bool = False) -> list[Epoch]:
         """Trains, and puts the weights and encodings of the last epoch, or of the best, into the simulation.
 
