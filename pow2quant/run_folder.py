@@ -20,8 +20,9 @@ from pow2quant.pow2_constraints import Encoding, IntGrid
 
 REPORT, CONFIG, STATE, CERTIFICATE = "report.json", "config.yaml", "model.safetensors", "certificate.json"
 STATISTICS = "statistics.json"
-ORIGIN = "pow2quant.origin"
-"""The key of a state's metadata under which the digest of the float network's weights stands."""
+ORIGIN = "origin"
+"""The tensor of a state that holds the digest of the float network's weights. (Of several metadata, safetensors
+writes any first.)"""
 
 SEARCH, STUDY, COMPARISON = "search.json", "study.json", "comparison.json"
 QDQ, FLOAT, ENCODINGS = "model.onnx", "model_float.onnx", "model.encodings"
@@ -42,7 +43,7 @@ def staged(target: Path, overwrite: bool = False) -> AbstractContextManager[Path
 def save_state(path: Path, parameters: Mapping[str, NDArray[Any]], table: Table, origin: str) -> None:
     """Writes float parameters and encodings as safetensors: `<site>.scale`, `<site>.zero_point`, grids as metadata.
 
-    origin: a digest of the float network's weights.
+    origin: a digest of the float network's weights, in hexadecimal.
     """
     from safetensors.numpy import save
 
@@ -51,7 +52,8 @@ def save_state(path: Path, parameters: Mapping[str, NDArray[Any]], table: Table,
         tensors[f"scale:{name}"] = np.array(encoding.scale)
         tensors[f"zero_point:{name}"] = np.array(encoding.zero_point)
     grids = {n: [e.grid.bits, e.grid.signed, e.grid.narrow, e.axis, e.block] for n, e in table.items()}
-    path.write_bytes(save(tensors, metadata={"pow2quant.grids": json.dumps(grids), ORIGIN: origin}))
+    tensors[ORIGIN] = np.frombuffer(bytes.fromhex(origin), np.uint8)
+    path.write_bytes(save(tensors, metadata={"pow2quant.grids": json.dumps(grids)}))
 
 
 def origin_of(path: Path) -> str | None:
@@ -59,8 +61,7 @@ def origin_of(path: Path) -> str | None:
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
-        found: str | None = (file.metadata() or {}).get(ORIGIN)
-    return found
+        return file.get_tensor(ORIGIN).tobytes().hex() if ORIGIN in file.keys() else None  # noqa: SIM118 (no mapping)
 
 
 def load_state(path: Path) -> tuple[dict[str, NDArray[Any]], Table]:
