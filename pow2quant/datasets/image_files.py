@@ -56,11 +56,11 @@ class ImageFiles(Dataset[tuple[Any, int]]):
         self.files: list[str] = []
         self.targets: list[int] = []
         if not self.classes:
-            raise FileNotFoundError(f"Couldn't find any class folder in {root}.")
+            raise FileNotFoundError(f"Couldn't find any class folder in {root}")
         for index, name in enumerate(self.classes):
             own = sorted(_images(root / name))
             if not own:
-                raise FileNotFoundError(f"Found no valid file for the classes {name}")
+                raise FileNotFoundError(f"Found no valid file for the classes {name} (legal: {', '.join(EXTENSIONS)})")
             self.files += own
             self.targets += [index] * len(own)
 

@@ -20,6 +20,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What a data set's name implies where the configuration says nothing."""
 
+LARGEST_SIDE = 16_384
+"""Pixels of a side of an image; three channels of float32 then take 3 GB."""
+
 WHITE = {"digits": 16}
 """The pixel that becomes 1.0, where that is not 255."""
 
@@ -32,12 +35,21 @@ def white_of(config: DataConfig) -> int:
 def resolved(config: DataConfig) -> DataConfig:
     """The configuration with what its data set implies filled in, so that it says how to repeat the run.
 
-    Raises ConfigError when the crop is larger than the resized image.
+    Raises ConfigError when the crop is larger than the resized image, for images that no memory holds, and for a path
+    that nothing reads.
     """
     given = {key: value for key in ("mean", "std", "resize", "crop") if (value := getattr(config, key)) is not None}
     if config.dataset == "imagefolder" and ("resize" in given or "crop" in given):  # one side implies the other
         given = {"resize": given.get("crop"), "crop": given.get("resize"), **given}
     config = replace(config, **{**DEFAULTS.get(config.dataset, {}), **given})
+    if config.dataset == "digits" and config.path is not None:
+        raise ConfigError(
+            f"data.path: {config.path} is not read, as the data are the embedded digits; for a folder of images give "
+            "data.dataset: imagefolder (--data imagefolder)"
+        )
+    for key in ("resize", "crop"):
+        if (size := getattr(config, key)) is not None and size > LARGEST_SIDE:
+            raise ConfigError(f"data.{key}: {size:,} is not legal; legal: up to {LARGEST_SIDE:,} pixels")
     if config.resize and config.crop and config.crop > config.resize:
         raise ConfigError(f"data.crop: {config.crop} is larger than data.resize, {config.resize}")
     return config
