@@ -48,6 +48,7 @@ def parse(text: str, source: str) -> Any:
             return {}
         _reject_what_grows(node, {})
         _reject_duplicates(node, "")
+        _reject_other_bases(node)
         return loader.construct_document(node)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
@@ -93,6 +94,22 @@ def _reject_duplicates(node: yaml.Node | None, path: str) -> None:
                 raise ConfigError(f"{one_line(where)}: given twice (line {key.start_mark.line + 1})")
             seen.add(str(key.value))
             _reject_duplicates(value, where)
+
+
+def _reject_other_bases(node: yaml.Node) -> None:
+    """Raises ConfigError for numbers that YAML 1.1 reads in base 8 or 60, such as 010 and 4:8."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in NUMBERS and re.match(r"[-+]?0[0-7_]*[0-7]$|.*:", node.value):
+            line = node.start_mark.line + 1
+            raise ConfigError(f"{node.value} is a number in another base in YAML (line {line}); for a text, use quotes")
+        return
+    for item in node.value:
+        for part in item if isinstance(item, tuple) else (item,):
+            _reject_other_bases(part)
+
+
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+"""YAML's tags of numbers."""
 
 
 def one_line(text: str) -> str:

@@ -309,6 +309,8 @@ def test_dump_and_load_are_inverse(folder, config):
         ("seed: -1", "seed: -1 is not legal; legal: an integer from 0 to 4294967295"),
         ("[1]", "top level: [1] is not legal; legal: a mapping with keys of model, data"),
         ("seed: 1\ndata:\n  path: a\n  path: b\n", "data.path: given twice (line 4)"),
+        ("data:\n  workers: 010\n", "010 is a number in another base in YAML (line 2); for a text, use quotes"),
+        ("seed: 1:30", "1:30 is a number in another base in YAML (line 1); for a text, use quotes"),
         ("ptq: {methods: [{adaround: {a: 1, a: 2}}]}", "ptq.methods.adaround.a: given twice (line 1)"),
         ("a: [", "not YAML: line 1, column 5: "),
         (
