@@ -6,6 +6,7 @@ import pickle
 import struct
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np

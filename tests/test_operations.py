@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from pow2quant import prepare, simulate
+from pow2quant import functions, prepare, simulate
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.operators import OPERATORS
 from pow2quant.plugins import resolve
+from pow2quant.pow2_constraints import Encoding, IntGrid
 from tests.prepared import Sketch, outcome
 
 VOLUMES, MAPS, ROWS, VECTORS, TOKENS = (8, 4, 4, 4), (8, 6, 6), (8, 12), (8,), (6,)
@@ -262,6 +264,31 @@ def test_quotients_of_any_sign_and_by_zero(bits, tmp_path):
     assert found.pop("proved") == (bits < 16)
     assert set(found.values()) == {0}, found
     assert len(found) == 4
+
+
+@pytest.mark.parametrize("bits", [3, 8, 12])
+@pytest.mark.parametrize(("classes", "scale"), [(2, 1.0), (10, 8.0), (300, 30.0)])
+def test_logarithms_of_softmax(classes, scale, bits, tmp_path):
+    torch.manual_seed(0)
+    sketch, layer = Sketch("x"), nn.Linear(3, classes)
+    nn.init.normal_(layer.weight, std=scale)
+    result = sketch("op", m.LogSoftmax(-1), sketch("front", layer, *sketch.inputs))
+    batches = [(torch.randn(n, 3),) for n in (200, 200, 2000)]
+    found = outcome(sketch.network(result, torch.randn(2, 3)), batches, tmp_path, bits=bits)
+    assert found.pop("proved")
+    assert set(found.values()) == {0}, found
+    assert len(found) == 4
+
+
+def test_a_logarithm_of_softmax_is_within_a_step_of_the_float_function() -> None:
+    torch.manual_seed(0)
+    source = Encoding(np.float32(2.0**-3), np.int64(0), IntGrid(8, signed=True))
+    target = Encoding(np.float32(2.0**-2), np.int64(0), IntGrid(8, signed=True))
+    codes = torch.randint(-128, 128, (500, 20)).double()
+    defined = functions.LogSoftmax.of(-1, 20, source, target)
+    assert defined is not None
+    found = m.LogSoftmax(-1).integers(codes, defined, source)
+    assert float((found - torch.log_softmax(codes * 2.0**-3, -1)).abs().max()) <= 2.0**-5
 
 
 class Mixer(nn.Module):

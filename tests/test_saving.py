@@ -176,9 +176,9 @@ def test_a_folder_with_another_of_its_kind_inside_is_not_replaced(tmp_path: Path
     (tmp_path / "run" / "notes.txt").touch()
     inner = tmp_path / "run" / "below" / "second" / "report.json"
     inner.touch()
-    with pytest.raises(OutputError, match="holds another of its kind, second, which would be lost"):
-        with saving.staged(tmp_path / "run", "report.json"):
-            raise AssertionError
+    lost = pytest.raises(OutputError, match="holds another of its kind, second, which would be lost")
+    with lost, saving.staged(tmp_path / "run", "report.json"):
+        raise AssertionError
     assert inner.exists()
     inner.unlink()
     with saving.staged(tmp_path / "run", "report.json") as folder:

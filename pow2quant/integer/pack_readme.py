@@ -23,12 +23,17 @@ KINDS = {
     "embedding": "result[…] = table[x[…]], rows of `table` by index.",
     "extreme": "result = requantize(the larger of (a - zero_a) * 2^shifts[0] and (b - zero_b) * 2^shifts[1]), or the "
     "smaller unless `largest`; a constant of fewer dimensions repeats, as in ONNX.",
+    "logsoftmaxstep": "along `axis` (counted from the end): d = largest code - x; e = exponentials[min(d, length - "
+    "1)]; L = how many of `bounds` are not above the sum of e; result = requantize(-(d * 2^shift + L)).",
     "matmul": "accumulator = (a - zero_a) @ (b - zero_b), over the last two dimensions; result = "
     "requantize(accumulator).",
     "maximum": "the largest code of every window; what lies beyond the map does not count.",
     "normstep": "the definition of docs/numerics.md in integers: per row the sums of (x - zero) and of its square, one "
     "integer root, one division, and `definition`'s gain and offset; then requantize.",
     "product": "result = requantize((a - zero_a) * (b - zero_b)); a constant of fewer dimensions repeats, as in ONNX.",
+    "quotient": "result = requantize(round((a - zero_a) * 2^shifts[0] / ((b - zero_b) * 2^shifts[1]))), rounded as "
+    "below; 0 / 0 is 0, anything else divided by 0 is 2^18 with its sign; a constant of fewer dimensions repeats, as "
+    "in ONNX.",
     "resample": "along `axes`, one after the other, result i = sum over k of weights[i][k] * value[first[i] + k], of x "
     "- zero; result = the requantized sum, where the shift also divides by `divisor`, as in an average.",
     "softmaxstep": "along `definition.axis`: d = largest code - x; e = table[min(d, length - 1)]; p = e * floor(2^R / "

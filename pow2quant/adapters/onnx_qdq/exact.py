@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from pow2quant.functions import DEPTH, FINE, HIDDEN, RECIPROCAL, Definition, Lookup, Norm, Softmax, definition, region
+from pow2quant.functions import (
+    DEPTH,
+    FINE,
+    HIDDEN,
+    RECIPROCAL,
+    Definition,
+    LogSoftmax,
+    Lookup,
+    Norm,
+    Softmax,
+    definition,
+    region,
+)
 from pow2quant.graphs import GraphIndex
 
 if TYPE_CHECKING:
@@ -225,6 +237,26 @@ def _softmax(f: _Expansion, defined: Softmax, encoding: Encoding, x: str, keep: 
     f("Cast", f("Mul", result, f.constant(np.float64(2.0**-FINE))), to=TensorProto.FLOAT)
 
 
+def _log_softmax(f: _Expansion, defined: LogSoftmax, encoding: Encoding, x: str) -> None:
+    exponent, table, bounds = int(encoding.exponent), defined.table(encoding), defined.bounds()
+    axes = f.constant(np.array([defined.axis], np.int64))
+    apart = f("Sub", f("ReduceMax", x, axes, keepdims=1), x)
+    codes = f("Mul", apart, f.constant(np.float32(math.ldexp(1, -exponent))))
+    index = f("Cast", f("Min", codes, f.constant(np.float32(len(table) - 1))), to=TensorProto.INT32)
+    total = f("ReduceSum", f("Gather", f.constant(table.astype(np.float32)), index, axis=0), axes, keepdims=1)
+    steps = range(len(bounds).bit_length())
+    padded = np.full(1 << len(steps), np.float32(2.0**25))  # above every sum
+    padded[: len(bounds)] = bounds
+    known = f.constant(padded)
+    found = f("Mul", total, f.constant(np.float32(0)))
+    for step in reversed(steps):  # how many bounds are not above the sum, bit by bit
+        place = f("Cast", f("Add", found, f.constant(np.float32((1 << step) - 1))), to=TensorProto.INT32)
+        reached = f("Cast", f("GreaterOrEqual", total, f("Gather", known, place, axis=0)), to=TensorProto.FLOAT)
+        found = f("Add", found, f("Mul", reached, f.constant(np.float32(1 << step))))
+    logarithm = f("Mul", found, f.constant(np.float32(2.0**-defined.fine)))
+    f("Neg", f("Add", apart, logarithm))
+
+
 def _norm(f: _Expansion, defined: Norm, encoding: Encoding, x: str) -> None:
     def number(value: float) -> str:
         return f.constant(np.float64(value))
@@ -265,6 +297,7 @@ def _lookup(f: _Expansion, defined: Lookup, encoding: Encoding, x: str) -> None:
 
 WRITERS: dict[type[Definition], Callable[..., None]] = {
     Softmax: _softmax,
+    LogSoftmax: _log_softmax,
     Norm: _norm,
     Lookup: _lookup,
 }

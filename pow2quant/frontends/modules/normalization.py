@@ -133,11 +133,25 @@ class LayerNorm(ShiftedNorm, nn.LayerNorm):
         return self._definition(rows, 0, True, self.eps, math.prod(rows), encoding)
 
 
-class LogSoftmax(nn.LogSoftmax):
-    """Rounded once from float64."""
+class LogSoftmax(Exact, nn.LogSoftmax):
+    """Rounded once from float64, or `functions.LogSoftmax`."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.double()).to(input.dtype)
+    def plain(self, x: Tensor) -> Tensor:
+        return nn.LogSoftmax.forward(self, x.double()).to(x.dtype)
+
+    def definition(self, shape: tuple[int, ...], encoding: Encoding, target: Encoding) -> functions.LogSoftmax | None:
+        if self.dim is None or self.dim % len(shape) == 0 or target.scale.ndim or not target.is_power_of_two:
+            return None
+        axis = self.dim % len(shape) - len(shape)
+        return functions.LogSoftmax.of(axis, shape[axis], encoding, target)
+
+    def integers(self, codes: Tensor, defined: functions.LogSoftmax, encoding: Encoding) -> Tensor:
+        """`functions.LogSoftmax` in float64."""
+        table, bounds = (torch.from_numpy(v.copy()).to(codes) for v in (defined.table(encoding), defined.bounds()))
+        apart = codes.amax(defined.axis, keepdim=True) - codes
+        total = table[apart.clamp(max=len(table) - 1).long()].sum(defined.axis, keepdim=True)
+        logarithm = torch.searchsorted(bounds, total, right=True)
+        return -(apart * 2.0 ** (int(encoding.exponent) + defined.fine) + logarithm) * 2.0**-defined.fine
 
 
 class MaskedSoftmax(ExactSoftmax):

@@ -89,7 +89,7 @@ def _local_response_norm(module: m.LocalResponseNorm, node: Node, graph: OnnxGra
 
 ROWS: Rows = {
     m.Softmax: Operator("Softmax", plain("Softmax", lambda x: {"axis": x.dim}), integers=True, proved=True),
-    m.LogSoftmax: Operator("LogSoftmax", plain("LogSoftmax", lambda x: {"axis": x.dim})),
+    m.LogSoftmax: Operator("LogSoftmax", plain("LogSoftmax", lambda x: {"axis": x.dim}), integers=True, proved=True),
     m.MaskedSoftmax: Operator("Softmax", formula(_masked_softmax), integers=True, proved=True),
     m.LayerNorm: Operator("LayerNormalization", _layer_norm, integers=True, proved=True),
     m.Normalize: Operator("Div", formula(_normalize), integers=True, proved=True),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pow2quant.functions import Definition, Lookup, Norm, Softmax
+from pow2quant.functions import Definition, LogSoftmax, Lookup, Norm, Softmax
 from pow2quant.integer.ops import (
     argmax,
     average,
@@ -17,6 +17,7 @@ from pow2quant.integer.ops import (
     copy,
     dense,
     extreme,
+    log_softmax,
     matmul,
     maximum,
     norm,
@@ -78,6 +79,7 @@ LOWER: dict[str, Lower] = {
 
 LOWER_DEFINED: dict[type[Definition], Callable[[Lowering, onnx.NodeProto, Any], None]] = {
     Softmax: softmax.lower,
+    LogSoftmax: log_softmax.lower,
     Norm: norm.lower,
     Lookup: table.lower_defined,
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pow2quant.functions import FINE, WIDEST, Definition, Lookup, Norm, Softmax, accepts, definition, region
+from pow2quant.functions import FINE, WIDEST, Definition, LogSoftmax, Lookup, Norm, Softmax, accepts, definition, region
 from pow2quant.integer.lattice import FLOAT32_EXACT, Lattice, NotProvedError
 from pow2quant.integer.proof.tensors import Judged, Tensors
 
@@ -58,6 +58,15 @@ def _softmax(defined: Softmax, shape: tuple[int | None, ...], encoding: Encoding
     return Lattice(np.asarray(-FINE), np.asarray(0.0), np.asarray(2.0**FINE))
 
 
+def _log_softmax(defined: LogSoftmax, shape: tuple[int | None, ...], encoding: Encoding) -> Lattice:
+    length = shape[defined.axis] if -len(shape) < defined.axis < 0 else None
+    if length != defined.length:
+        raise NotProvedError(f"its integers are those of rows of {defined.length} values")
+    if not defined.is_exact(encoding):
+        raise NotProvedError("its integers may leave what float32 holds exactly, 2^24")
+    return Lattice(np.asarray(-defined.fine), np.asarray(-(2.0**24)), np.asarray(0.0))
+
+
 def _keeps_some(kept: NDArray[np.bool_], axis: int, rank: int) -> bool:
     return kept.ndim <= rank and bool(kept.reshape((1,) * (rank - kept.ndim) + kept.shape).any(axis).all())
 
@@ -79,6 +88,7 @@ def _norm(defined: Norm, shape: tuple[int | None, ...], encoding: Encoding) -> L
 
 CONDITIONS: dict[type[Definition], Callable[[Any, tuple[int | None, ...], Encoding], Lattice]] = {
     Softmax: _softmax,
+    LogSoftmax: _log_softmax,
     Norm: _norm,
 }
 """What must hold for a definition's operations to be exact, and where its result lies."""
