@@ -148,11 +148,13 @@ class LogSoftmax:
     def of(cls, axis: int, length: int, source: Encoding, target: Encoding) -> LogSoftmax | None:
         """The definition for rows of so many values; None where its integers leave 24 bits, or L may be too many.
 
-        f is so that y is exact but for L, and L is rounded to an eighth of the result's step, or finer.
+        f is so that y is exact but for L, and L is rounded to an eighth of the result's step, or finer, if that is
+        possible.
         """
-        fine = max(0, -int(source.exponent), 3 - int(target.exponent))
-        made = cls(axis, min(16, 24 - max(1, length - 1).bit_length()), fine, length)
-        return made if made.is_exact(source) else None
+        least, bits = max(0, -int(source.exponent)), min(16, 24 - max(1, length - 1).bit_length())
+        fines = range(max(least, 3 - int(target.exponent)), least - 1, -1)
+        found = (made for fine in fines if (made := cls(axis, bits, fine, length)).is_exact(source))
+        return next(found, None)
 
     def is_exact(self, source: Encoding) -> bool:
         """Whether every integer is at most 2^24: float32 and int32 hold it."""

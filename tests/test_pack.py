@@ -7,9 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from onnx import TensorProto
+from torch import nn
 
+from pow2quant import simulate
 from pow2quant.adapters.onnx_qdq import to_qdq
+from pow2quant.config import RunConfig, plan_of, with_values
 from pow2quant.errors import OutputError, UnsupportedModelError
 from pow2quant.integer import ops
 from pow2quant.integer.certificate import certify
@@ -97,6 +101,32 @@ class Reader:
 
     def table(self, step, real, codes):
         return self.array(step["table"])[(codes[0] - self.tensors[step["inputs"][0]]["low"]).astype(int)]
+
+    def product(self, step, real, codes):
+        return self.requantize(step["requantization"], real[0] * real[1])
+
+    def matmul(self, step, real, codes):
+        return self.requantize(step["requantization"], np.matmul(*real))
+
+    def quotient(self, step, real, codes):
+        a, b = np.broadcast_arrays(*(x * 2**shift for x, shift in zip(real, step["shifts"], strict=True)))
+        by_zero = np.sign(a.astype(int)).astype(object) * 2**18
+        whole = np.vectorize(divide, otypes=[object])(np.where(b < 0, -a, a), np.where(b == 0, 1, abs(b)))
+        return self.requantize(step["requantization"], np.where(b == 0, by_zero, whole))
+
+    def softmaxstep(self, step, real, codes):
+        defined, table = step["definition"], self.array(step["table"])
+        apart = (codes[0].max(defined["axis"], keepdims=True) - codes[0]).astype(int)
+        e = table[np.minimum(apart, len(table) - 1)]
+        reciprocal = 2 ** defined["reciprocal_bits"] // e.sum(defined["axis"], keepdims=True)
+        return self.requantize(step["requantization"], e * reciprocal >> (defined["reciprocal_bits"] - 24))
+
+    def logsoftmaxstep(self, step, real, codes):
+        table, bounds = self.array(step["exponentials"]), self.array(step["bounds"])
+        apart = (codes[0].max(step["axis"], keepdims=True) - codes[0]).astype(int)
+        total = table[np.minimum(apart, len(table) - 1)].sum(step["axis"], keepdims=True)
+        reached = (bounds <= total[..., None]).sum(-1)
+        return self.requantize(step["requantization"], -(apart.astype(object) * 2 ** step["shift"] + reached))
 
     def view(self, step, real, codes):
         return codes[0]
@@ -196,6 +226,39 @@ def test_a_function_a_concatenation_and_constants_are_in_the_pack_too(tmp_path):
     values = pack.run({"x": golden[1]})
     (expected,) = plain(to_qdq(artifact)).run([artifact.encodings["x"].dequantize(golden[1:].astype(np.int64))])
     np.testing.assert_array_equal(artifact.encodings[y].dequantize(values[y].astype(np.int64)), expected[0])
+
+
+class Rows(nn.Module):
+    """What looks at a whole row, and a quotient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 5), nn.Linear(6, 5)
+
+    def forward(self, x):
+        a, b = self.one(x), self.other(x)
+        shares = torch.softmax(a * 4, 1)
+        return shares, torch.log_softmax(a * 4 + b, 1), a / b, (shares * b).unsqueeze(1) @ b.unsqueeze(2)
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+def test_the_files_alone_compute_what_looks_at_whole_rows_and_quotients(bits, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    config = with_values(RunConfig(), {"quantization.output.bitwidth": bits})
+    sim = simulate(Rows().eval(), x[:1], plan_of(config))
+    sim.calibrate([x])
+    artifact = sim.export(x[:1])
+    pack = Reader(export_integers(artifact, tmp_path / "p", samples=8))
+    kinds = {step["kind"] for step in pack.program["steps"]}
+    assert {"softmaxstep", "logsoftmaxstep", "quotient", "product", "matmul"} <= kinds
+    (name,) = pack.program["inputs"]
+    golden = pack.array(pack.tensors[name]["golden"])
+    found = [pack.run({name: codes}) for codes in golden]
+    real = artifact.encodings[name].dequantize(golden.astype(np.int64))
+    for result, expected in zip(pack.program["outputs"], plain(to_qdq(artifact)).run([real]), strict=True):
+        codes = np.stack([values[result] for values in found]).astype(np.int64)
+        np.testing.assert_array_equal(artifact.encodings[result].dequantize(codes).reshape(expected.shape), expected)
 
 
 def test_the_files_alone_choose_between_tensors_numbers_and_by_a_mask_and_find_the_largest(tmp_path):
