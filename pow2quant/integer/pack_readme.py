@@ -39,7 +39,8 @@ KINDS = {
     "softmaxstep": "along `definition.axis`: d = largest code - x; e = table[min(d, length - 1)]; p = e * floor(2^R / "
     "sum of e) >> (R - 24), R = `definition.reciprocal_bits`; result = requantize(p). Where a second input is at most "
     "0.5, or where `definition.keep` (shape, and truth values as packed bits in hexadecimal) is false, x is 2^18 "
-    "lower. With `levels`, p = 2^(24 - a) instead, a = how many a >= 0 have 3 e 2^a <= 2 * sum of e, and 0 from `levels` on.",
+    "lower. With `levels`, p = 2^(24 - a) instead, a = how many a >= 0 have 3 e 2^a <= 2 * sum of e, and 0 from "
+    "`levels` on.",
     "sum": "result = requantize((a - zero_a) * 2^shifts[0] + (b - zero_b) * 2^shifts[1]), or minus where `subtracts`; "
     "a constant of fewer dimensions repeats, as in ONNX.",
     "table": "result = table[x - low], low that of the input's tensor; one table, or one row per channel (the first "
