@@ -447,7 +447,11 @@ def test_networks_that_name_classes_are_judged_by_these(whole: bool, names: list
     x, network = torch.randn(32, 3, 8, 8), Naming(whole, kind).eval()
     y = network(x).long()
     y[:8] = (y[:8] + 1) % 7
+    task = "classification" if whole else "segmentation"
+    named = pow2quant.quantize(network, (x, y), task=task, progress=False, config=QUICK)
     result = pow2quant.quantize(network, (x, y), progress=False, config=QUICK)
+    assert named.report["metrics"] == result.report["metrics"]
+    assert result.report["task"] == task
     assert list(result.report["metrics"]) == names
     assert result.report["metrics"][names[-1]]["float"] == 75
     assert 60 < result.report["metrics"][names[-1]]["quantized"] <= 80
