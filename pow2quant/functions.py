@@ -479,6 +479,25 @@ class Quotient:
     inner: frozenset[str]
 
 
+def rounds_alike(divisor: int, drop: int, largest: float, wide: bool = False) -> bool:
+    """Whether quotients rounded to float32 (wide: float64) round to the same codes as the exact ones: `certificate.py`.
+
+    divisor: the largest. drop: by how many bits quotients are shifted right. largest: see `largest_code`.
+    """
+    return divisor * 2.0 ** max(0, drop) * largest <= (2**50 if wide else 2**21)
+
+
+def largest_code(reach: float, target: Encoding) -> float:
+    """The largest code that counts, and its zero point. reach: no value is further from zero, in the target's unit."""
+    return min(farthest(target), reach) + int(np.abs(target.zero_point).max())
+
+
+def farthest(target: Encoding) -> int:
+    """One more than the farthest code from that of zero."""
+    zero, grid = target.zero_point, target.grid
+    return int(np.maximum(grid.qmax - zero, zero - grid.qmin).max()) + 1
+
+
 def quotient(index: GraphIndex, table: dict[str, Encoding], node: onnx.NodeProto) -> Quotient | None:
     """What a Div of encoded tensors divides, by what is a tiny number where it would be 0; None for others."""
     if node.op_type != "Div" or node.input[0] not in table:

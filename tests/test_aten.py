@@ -121,6 +121,8 @@ MAPS: dict[str, Function] = {
         torch.kron(x, torch.ones(1, 1, 2, 1)), torch.ldexp(x, torch.tensor(-1)), torch.deg2rad(x),
         torch.linalg.cross(x[:, :3], x[:, 3:6], dim=1),
     ),
+    "broadcast with constants": lambda x: torch.broadcast_tensors(x, torch.ones(6), torch.ones(8, 1, 1))[0]
+    + sum(torch.broadcast_tensors(torch.linspace(0, 1, 6), x)),
     "einsum of rows": lambda x: torch.einsum("nchw,chk->nwk", x, torch.linspace(-1, 1, 144).view(8, 6, 3)),
     "einsum to sums": lambda x: torch.einsum("oc,nchw->nh", torch.linspace(-1, 1, 24).view(3, 8), x),
     "einsum by a matrix each": lambda x: torch.einsum("nchw,cwk->nchk", x, torch.linspace(-1, 1, 96).view(8, 6, 2)),
@@ -270,6 +272,9 @@ def test_a_mask_becomes_part_of_the_softmax():
         (lambda x: torch.fft.rfft2(x).real, "fft_rfft2"),
         (lambda x: F.grid_sample(x[:, None], torch.tanh(x[:, :3, None].permute(0, 2, 3, 4, 1))), "in 3-D"),
         (lambda x: x.sort(0)[1], "along the batch"),
+        (lambda x: torch.xlogy(x.sigmoid(), x.sigmoid() + 0.1), r"xlogy\(\) is not supported"),
+        (lambda x: torch.std_mean(x, 1)[0], r"std_mean\(\) is not supported"),
+        (lambda x: x.nan_to_num(neginf=-5.0), r"nan_to_num\(\) of infinite values"),
         (lambda x: F.fractional_max_pool2d(x, 2, 3), "fractional_max_pool2d"),
         (lambda x: torch.tril(x.mean((2, 3))), "tril is not prepared as it is written"),
         (lambda x: F.max_pool1d(x[:, 0, 0], 2), "write x.unsqueeze"),

@@ -262,8 +262,10 @@ def test_quotients_of_any_sign_and_by_zero(bits, tmp_path):
     batches = [(torch.randn(n, 3),) for n in (200, 200, 2000)]
     found = outcome(sketch.network(result, torch.randn(2, 3)), batches, tmp_path, bits=bits)
     assert found.pop("proved") == (bits < 16)
+    assert ("integers" in found) == (bits == 16)  # float32 rounds some of those on the other side of a tie
+    found.pop("integers", None)
     assert set(found.values()) == {0}, found
-    assert len(found) == 4
+    assert len(found) == (2 if bits == 16 else 4)
 
 
 @pytest.mark.parametrize("bits", [3, 8, 12])

@@ -190,5 +190,7 @@ def test_frozen_weights_stay_and_a_network_that_is_frozen_as_a_whole_learns(norm
     network[0].requires_grad_(False)
     network[1].requires_grad_(False)
     assert learned() == (4 if norm == "folded" else 5)
+    network[0].requires_grad_(True)
+    assert learned() == 6  # live, without gain and shift of the first batch norm
     network.requires_grad_(False)
     assert learned() == (6 if norm == "folded" else 8)

@@ -431,21 +431,25 @@ def test_masks_and_labels_of_probabilities_are_above_a_half() -> None:
 class Naming(nn.Module):
     """The class of each pixel, or of the whole map."""
 
-    def __init__(self, whole: bool, kind: torch.dtype) -> None:
+    def __init__(self, whole: bool, kind: torch.dtype, kept: bool) -> None:
         super().__init__()
+        self.kept = kept
         self.first, self.second, self.whole, self.kind = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 7, 1), whole, kind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.second(self.first(x).relu())
-        return (y.mean((2, 3)) if self.whole else y).argmax(1).to(self.kind)
+        return (y.mean((2, 3)) if self.whole else y).argmax(1, keepdim=self.kept).to(self.kind)
 
 
-@pytest.mark.parametrize("kind", [torch.int64, torch.float32])
+@pytest.mark.parametrize(("kind", "kept"), [(torch.int64, False), (torch.float32, False), (torch.int64, True)])
 @pytest.mark.parametrize(("whole", "names"), [(True, ["top1"]), (False, ["miou", "pixel_accuracy"])])
-def test_networks_that_name_classes_are_judged_by_these(whole: bool, names: list[str], kind: torch.dtype) -> None:
+def test_networks_that_name_classes_are_judged_by_these(
+    whole: bool, names: list[str], kind: torch.dtype, kept: bool
+) -> None:
     torch.manual_seed(0)
-    x, network = torch.randn(32, 3, 8, 8), Naming(whole, kind).eval()
+    x, network = torch.randn(32, 3, 8, 8), Naming(whole, kind, kept).eval()
     y = network(x).long()
+    y = y[:, 0] if kept else y
     y[:8] = (y[:8] + 1) % 7
     task = "classification" if whole else "segmentation"
     named = pow2quant.quantize(network, (x, y), task=task, progress=False, config=QUICK)

@@ -57,10 +57,12 @@ def _fold(network: fx.GraphModule, node: fx.Node) -> None:
     layer = called(network, before)
     fused = _fused(layer, norm) if layer is not None and len(before.users) == 1 else None
     if fused is not None:
-        trained = bool((norm if norm.affine or layer is None else layer).weight.requires_grad)
-        fused.get_parameter("bias").requires_grad_(trained)  # PyTorch freezes one that it adds
+        own = getattr(layer, "bias", None)
+        learns = norm.affine and norm.weight.requires_grad, norm.affine and norm.bias.requires_grad
+        fused.get_parameter("bias").requires_grad_(learns[1] or (own is not None and own.requires_grad))
         network.set_submodule(str(before.target), fused)
         before.meta["normal"] = (beta, gamma.abs())
+        before.meta["learns"] = learns
         before.meta["batch_norm"] = (torch.sqrt(norm.running_var.double() + norm.eps), float(norm.eps))
         node.replace_all_uses_with(before)
         network.graph.erase_node(node)

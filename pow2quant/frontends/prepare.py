@@ -75,7 +75,12 @@ def prepare(model: nn.Module, example: Any) -> fx.GraphModule:
     programs, sizes, fixed = _captured(model, example)
     first, second = (decomposed(program, ROWS.keys() | BY_SHAPE) for program in programs)
     builder = Builder(model, (first, second), ROWS)
-    network = builder.build()
+    try:
+        network = builder.build()
+    except UnsupportedModelError:
+        if first is not programs[0]:
+            Builder(model, programs, ROWS).build()  # its error names what the user wrote
+        raise
     _check_computed(network)
     _check_same(builder, network, model, example, sizes, fixed)
     drop_idle(network)

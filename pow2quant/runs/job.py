@@ -29,7 +29,7 @@ from pow2quant.frontends.copies import copied
 from pow2quant.frontends.export import first_line, unwrapped
 from pow2quant.frontends.fixed import InParts
 from pow2quant.frontends.kept import MOVES
-from pow2quant.frontends.modules import ArgMax, Hardsigmoid, Real, Sigmoid
+from pow2quant.frontends.modules import ArgMax, Hardsigmoid, Places, Real, Sigmoid
 from pow2quant.frontends.operators import called as called_by
 from pow2quant.frontends.prepare import fixed_batch, prepare, unrolled
 from pow2quant.methods.auto import Trial
@@ -311,7 +311,7 @@ def _named_classes(network: fx.GraphModule) -> int:
     """Of how many classes the first output names one, as the place of the largest value; 0 where it does not."""
     last = _last(network, *MOVES, Real)
     module = called_by(network, last)
-    if not isinstance(module, ArgMax):
+    if not (isinstance(module, ArgMax) or (isinstance(module, Places) and module.count == 1)):
         return 0
     size: int = last.all_input_nodes[0].meta["shape"][module.dim]
     return size

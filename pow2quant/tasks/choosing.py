@@ -67,10 +67,11 @@ def task_of(
 
 def _named(name: str | None, targets: Any, shapes: Shapes, classes: int) -> Task | None:
     """A task of class indices whose outputs are such."""
-    logits = [(classes, *shapes[0]), *shapes[1:]]
+    kept = shapes[0][:1] == (1,)  # argmax(1, keepdim=True)
+    logits = [(classes, *shapes[0][kept:]), *shapes[1:]]
     fitting = (n for n in JUDGED if name in (None, n) and resolve("tasks", n).fits(targets, logits))
     found = next(fitting, None)
-    return None if found is None else Named(resolve("tasks", found)(logits), classes)
+    return None if found is None else Named(resolve("tasks", found)(logits), classes, kept)
 
 
 def unread(targets: Any, shapes: Shapes, where: str) -> str:

@@ -17,10 +17,11 @@ JUDGED = ("classification", "segmentation")
 
 @dataclass(frozen=True)
 class Named:
-    """A task of logits (N, C, …) for outputs (N, …) that are class indices. classes: C."""
+    """A task of logits (N, C, …) for outputs (N, …) that are class indices. classes: C. kept: outputs are (N, 1, …)."""
 
     task: Task
     classes: int
+    kept: bool = False
 
     @property
     def name(self) -> str:
@@ -40,7 +41,7 @@ class Named:
     def metrics(self) -> tuple[Metric, ...]:
         """Without top-5: only one class is named."""
         known = (metric for metric in self.task.metrics if metric.name != "top5")
-        return tuple(replace(m, counter=partial(_counter, m.counter, self.classes)) for m in known)
+        return tuple(replace(m, counter=partial(_counter, m.counter, self.classes, self.kept)) for m in known)
 
     @property
     def diagnostics(self) -> tuple[Metric, ...]:
@@ -51,13 +52,13 @@ class Named:
         return self.task.check(targets, samples, where)
 
 
-def _counter(make: Callable[[], Counter], classes: int) -> Counter:
+def _counter(make: Callable[[], Counter], classes: int, kept: bool) -> Counter:
     counter = make()
     assert isinstance(counter, Averaged | Ratios)
     of = counter.of
 
     def of_indices(outputs: Outputs, targets: Any) -> Any:
-        return of([one_hot(outputs[0], classes), *outputs[1:]], targets)
+        return of([one_hot(outputs[0][:, 0] if kept else outputs[0], classes), *outputs[1:]], targets)
 
     return cast(Counter, replace(cast(Any, counter), of=of_indices))
 

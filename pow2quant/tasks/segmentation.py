@@ -30,14 +30,14 @@ class Segmentation:
 
     @property
     def loss(self) -> str:
-        if self.shapes[0][0] > 1:
+        if self.shapes[0][:1] not in ((), (1,)):
             return "CrossEntropyLoss"
         return "BCELoss" if self.threshold else "BCEWithLogitsLoss"
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Of metrics of torchmetrics: for logits (N, C, …)."""
-        classes = self.shapes[0][0]
+        classes = max(1, *self.shapes[0][:1])
         of_two = "binary" if classes == 1 else "multiclass"
         return {"task": of_two, "num_classes": max(2, classes), "ignore_index": LEFT_OUT}
 
@@ -52,11 +52,13 @@ class Segmentation:
         shape = self.shapes[0]
         expected = f"masks of class indices {(samples, *shape[1:])}"
         masks = tensor_of(targets, where, expected)
+        if len(shape) < 2:
+            raise DataError(f"{where}: outputs of the network are {(samples, *shape)}; segmentation needs (N, C, …)")
         if masks.ndim == len(shape) + 1 and masks.shape[1] == 1:
             masks = masks[:, 0]
         if masks.is_floating_point() and not bool((masks == masks.round()).all()):
             raise wrong(masks, where, expected)
-        if len(shape) < 2 or tuple(masks.shape) not in ((samples, *shape[1:]), (samples, *shape[:-1])):
+        if tuple(masks.shape) not in ((samples, *shape[1:]), (samples, *shape[:-1])):
             raise wrong(masks, where, expected)
         classes = max(2, shape[0] if tuple(masks.shape[1:]) == shape[1:] else shape[-1])
         masks = masks.long()

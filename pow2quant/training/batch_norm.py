@@ -103,6 +103,7 @@ class BatchNorms:
         self.gains = torch.ones(sum(sizes), device=device)
         parts = zip(layers, self.gains.split(sizes), self.statistics.split(sizes, 1), strict=True)
         self._layers = {y.module: _unfolded(sim, y, nodes[y.module], gain, *part) for y, gain, part in parts}
+        self._learns = {name: nodes[name].meta.get("learns", (True, True)) for name in self._layers}
         self._eps = torch.cat([torch.full_like(y.mean, y.eps) for y in self] or [self.gains])
         self._sizes = sizes
         self._least = LEAST * self.gains
@@ -118,13 +119,16 @@ class BatchNorms:
         """The layer of this name, if it is among them."""
         return self._layers.get(module)
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self, everything: bool = True) -> list[nn.Parameter]:
         """What is trained in place of the simulation's own weights and biases: weight, gain and shift of each.
 
-        Not of layers whose weight is not trained.
+        Not what the user's layer, or batch norm, has frozen, unless `everything` is to be trained.
         """
-        trained = (y for name, y in self._layers.items() if self._sim.parameter(f"{name}.weight").requires_grad)
-        return [p for y in trained for p in (y.weight, y.gain, y.shift)]
+        found = []
+        for name, y in self._layers.items():
+            frees = self._sim.parameter(f"{name}.weight").requires_grad, *self._learns[name]
+            found += [p for p, free in zip((y.weight, y.gain, y.shift), frees, strict=True) if free or everything]
+        return found
 
     def replaced(self) -> set[int]:
         """The ids of the simulation's own parameters that are not trained."""

@@ -51,9 +51,9 @@ class Learning:
         if config.exponents == "fixed":
             self.exponents.freeze()
         trained = [p for p in parameters.values() if isinstance(p, nn.Parameter) and p.is_floating_point()]
-        if not any(p.requires_grad for p in trained):  # as in a network that was loaded to be used only
-            for p in trained:
-                p.requires_grad_()
+        everything = not any(p.requires_grad for p in trained)  # as in a network that was loaded to be used only
+        for p in trained if everything else ():
+            p.requires_grad_()
         self.norms = BatchNorms(sim, constrained if config.batch_norm == "live" else ())
         self.lattices = {
             y.bias.name: (y.input.name, y.weight.name)
@@ -62,7 +62,7 @@ class Learning:
         }
         replaced = self.norms.replaced()
         own = {id(p): p for p in trained if p.requires_grad and id(p) not in replaced}
-        self.tensors = [*own.values(), *self.norms.parameters()]
+        self.tensors = [*own.values(), *self.norms.parameters(everything)]
 
     @contextmanager
     def computing(self) -> Iterator[None]:

@@ -60,11 +60,7 @@ def loss_of(criterion: Criterion, results: Any, targets: Any) -> Tensor:
     """
     if isinstance(criterion, nn.Module):
         results, targets = _fitted(criterion, results[0] if isinstance(results, (tuple, list)) else results, targets)
-        if not results.is_floating_point():
-            raise ConfigError(
-                "training: the network's first result is integers (it ends in argmax?), from which nothing is learned; "
-                "train it without its last operation"
-            )
+        require_learnable(results)
     what = type(criterion).__name__ if isinstance(criterion, nn.Module) else getattr(criterion, "__name__", "it")
     try:
         loss = criterion(results, targets)
@@ -77,6 +73,15 @@ def loss_of(criterion: Criterion, results: Any, targets: Any) -> Tensor:
         got = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ConfigError(f"training.criterion: {what} gave {got}; the loss of a batch is one float in a tensor")
     return loss.reshape(())
+
+
+def require_learnable(results: Tensor) -> None:
+    """Raises ConfigError for integers."""
+    if not results.is_floating_point():
+        raise ConfigError(
+            "training: the network's first result is integers (it ends in argmax?), from which nothing is learned; "
+            "train it without its last operation"
+        )
 
 
 def _fitted(criterion: nn.Module, results: Tensor, targets: Any) -> tuple[Tensor, Any]:

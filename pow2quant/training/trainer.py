@@ -234,6 +234,7 @@ class Trainer:
 
     def _loss(self, results: Any, arguments: list[Tensor], targets: Any) -> Tensor:
         share = self.config.distillation
+        schedule.require_learnable(inputs(results)[0])
         loss = self.distillation.loss(inputs(results), arguments, targets)
         return loss if share == 1 else loss + (1 - share) * schedule.loss_of(self.criterion, results, targets)
 

@@ -115,6 +115,15 @@ def _by_number(make: Callable[[float], nn.Module], what: str) -> Handler:
     return handler
 
 
+def _nan_to_num(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
+    """Nothing, as what is quantized is finite."""
+    if a.posinf is not None or a.neginf is not None:
+        raise b.unsupported(
+            node, "nan_to_num() of infinite values; keep them finite, for a mask by -1e4 in place of -inf"
+        )
+    return b.operand(node, a.self)
+
+
 def _round(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
     """To so many decimals, none by default."""
     x, unit = b.operand(node, a.self), 10.0 ** getattr(a, "decimals", 0)
@@ -179,6 +188,7 @@ ROWS: dict[str, Handler] = {
     "remainder": _by_number(m.Remainder, "a remainder of a division"),
     "floor_divide": _by_number(m.FloorDivide, "a division that is rounded down"),
     **dict.fromkeys(("to", "type_as", "_to_copy"), _cast),
+    "nan_to_num": _nan_to_num,
     "dropout": _dropout(nn.Dropout),
     "alpha_dropout": _dropout(nn.AlphaDropout),
     "feature_dropout": _dropout(nn.Dropout2d),
@@ -186,7 +196,7 @@ ROWS: dict[str, Handler] = {
     **dict.fromkeys(
         (
             *("native_dropout", "contiguous", "clone", "detach", "alias", "lift_fresh_copy"),
-            *("view_as_real_copy", "positive", "nan_to_num"),
+            *("view_as_real_copy", "positive"),
         ),
         _same,
     ),

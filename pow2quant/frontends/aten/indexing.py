@@ -141,7 +141,16 @@ def expand(b: Builder, node: fx.Node, a: SimpleNamespace) -> fx.Node:
 
 
 def _broadcast_tensors(b: Builder, _: fx.Node, a: SimpleNamespace) -> Parts:
-    return lambda user, index: expand(b, user, SimpleNamespace(self=a.tensors[index]))
+    def part(user: fx.Node, index: int) -> fx.Node:
+        one = a.tensors[index]
+        if b.is_data(one):
+            return expand(b, user, SimpleNamespace(self=one))
+        sizes = [1 if free else d for d, free in zip(b.shape(user), b.free(user), strict=True)]
+        held = b.hold(user, b.tensor(user, one).expand(sizes))
+        data = next(x for x in a.tensors if b.is_data(x) and b.rank(x) == len(sizes))
+        return b.call(user, m.Expand(b.free(user).index(True)), held, b.operand(user, data))
+
+    return part
 
 
 def _shuffled(b: Builder, node: fx.Node, x: Any, split: Sequence[int], order: Sequence[int]) -> fx.Node:

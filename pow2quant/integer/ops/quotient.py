@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.functions import quotient, resampling
+from pow2quant.functions import largest_code, quotient, resampling, rounds_alike
 from pow2quant.integer.nodes import title
 from pow2quant.integer.ops import resample
 from pow2quant.integer.program import Step, on_one_scale
@@ -68,6 +69,12 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
     target = graph.declare(output)
     rule = graph.requantization(a.exponent - b.exponent, target, low, high)
     shift = int(rule.shift)
+    reach = math.ldexp(float(a.magnitude), -shift)
+    if not rounds_alike(b.magnitude, shift, largest_code(reach, target.encoding)):
+        width = target.encoding.grid.width
+        raise UnsupportedModelError(
+            f"{title(node)}: quotients by up to {b.magnitude} on {width} bits are finer than ONNX's float32"
+        )
     step = Quotient(
         node.name or output, (a.name, b.name), output, (max(0, -shift), max(0, shift)), replace(rule, shift=np.array(0))
     )

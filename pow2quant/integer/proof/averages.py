@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pow2quant.functions import quotient, resampling
+from pow2quant.functions import farthest, largest_code, quotient, resampling, rounds_alike
 from pow2quant.integer.lattice import FLOAT32_EXACT, Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute, reduced_axes
 from pow2quant.integer.proof.elements import zero_point_of
@@ -81,7 +81,7 @@ def _require_sharp_quotient(n: int, total: Lattice, target: Encoding, accumulato
     wide: both in float64.
     """
     _require_far_from_ties(n, total, target, accumulator, wide)
-    drop, codes = int(target.exponent.max()) - int(total.exponent), _farthest(target)
+    drop, codes = int(target.exponent.max()) - int(total.exponent), farthest(target)
     sums = np.ldexp((np.arange(-codes, codes + 1) + 0.5) * n, drop)  # S * 2^-drop / n = m + 1/2
     ties = sums[(sums == np.rint(sums)) & (total.low <= sums) & (sums <= total.high)]
     real = np.float64 if wide else np.float32
@@ -105,14 +105,8 @@ def _require_far_from_ties(n: int, total: Lattice, target: Encoding, accumulator
 
 def _require_rounded_alike(n: int, drop: int, reach: float, target: Encoding, accumulator: Lattice, wide: bool) -> None:
     """The same for quotients by up to n that are shifted right by `drop`, and then no larger than `reach`."""
-    largest = min(_farthest(target), reach) + int(np.abs(target.zero_point).max())
-    if n * 2.0 ** max(0, drop) * largest > (2**50 if wide else 2**21):
+    if not rounds_alike(n, drop, largest_code(reach, target), wide):
         raise NotProvedError(f"quotients by {n} on {target.grid.width} bits are too fine for float32", accumulator)
-
-
-def _farthest(target: Encoding) -> int:
-    """One more than the farthest code from that of zero."""
-    return int(np.maximum(target.grid.qmax - target.zero_point, target.zero_point - target.grid.qmin).max()) + 1
 
 
 def total_of(tensors: Tensors, node: onnx.NodeProto) -> Judged:
