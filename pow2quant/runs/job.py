@@ -140,9 +140,9 @@ class Job:
             progress.note(f"targets: the first of {len(targets)} is used")
             check, data = partial(_check_first, task.check), replace(data, num_classes=0, class_names=())
         data = data.with_parts(lambda part: replace(part, check=check, shapes=shapes[0]))
-        outputs = shapes[1][0][-1:]
-        if task.name == "classification" and not several and outputs:
-            _check_labels(data, max(2, *outputs))
+        outputs = shapes[1][0][-1] if shapes[1][0] else 1
+        if task.name == "classification" and not several and outputs > 1:
+            _check_labels(data, outputs)
         pixels = Pixels.of(config) if config.data.input == "pixels" else None
         data = data if pixels is None else pixels.data(data)
         calibration = Images(data.calibration, batches or config.ptq.calibration_batches)
@@ -152,7 +152,7 @@ class Job:
             task = task_of(config.task, metric, targets[0] if several else targets, shapes[1], probable, classes)
             check = partial(_check_first, task.check) if several and task.name != "none" else task.check
             data = data.with_parts(lambda part: replace(part, check=check))
-        if task.name == "classification" and not several and not outputs:  # one logit, or the class itself
+        if task.name == "classification" and not several and outputs == 1:  # one logit, or the class itself
             _check_labels(data, classes or 2)
         for name, steps in unrolled(network).items():
             progress.note(f"{name}: unrolled over {steps} steps, the length of the inputs; it takes no other length")
