@@ -70,7 +70,8 @@ def test_list_says_which_operations_have_integers(capsys: pytest.CaptureFixture[
         "in ONNX": "Conv", "integers": "yes", "claim": "proved", "what it computes": "PyTorch's"
     }  # fmt: skip
     assert (rows["GroupNorm"]["integers"], rows["GroupNorm"]["claim"]) == ("yes", "proved")
-    assert (rows["Div"]["integers"], rows["Div"]["claim"]) == ("no", "observed")
+    assert (rows["LocalResponseNorm"]["integers"], rows["LocalResponseNorm"]["claim"]) == ("no", "observed")
+    assert (rows["Div"]["integers"], rows["Div"]["claim"]) == ("yes", "proved")
     assert {"conv2d", "upsample_bilinear2d", "lstm"} <= set(found["operations"])
 
 

@@ -222,7 +222,7 @@ def test_an_interrupted_run_leaves_nothing(
 def test_state_round_trip(tmp_path_factory: pytest.TempPathFactory, table: dict[str, Encoding]) -> None:
     path = tmp_path_factory.mktemp("state") / "s.safetensors"
     parameters = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "a.scalar": np.float32(3)}
-    run_folder.save_state(path, parameters, table)
+    run_folder.save_state(path, parameters, table, "00ff")
     restored, again = run_folder.load_state(path)
     assert again == table
     for name, value in parameters.items():
