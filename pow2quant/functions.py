@@ -482,14 +482,9 @@ class Quotient:
 def rounds_alike(divisor: int, drop: int, largest: float, wide: bool = False) -> bool:
     """Whether quotients rounded to float32 (wide: float64) round to the same codes as the exact ones: `certificate.py`.
 
-    divisor: the largest. drop: by how many bits quotients are shifted right. largest: see `largest_code`.
+    divisor: the largest. drop: by how many bits quotients are shifted right. largest: of the codes.
     """
     return divisor * 2.0 ** max(0, drop) * largest <= (2**50 if wide else 2**21)
-
-
-def largest_code(reach: float, target: Encoding) -> float:
-    """The largest code that counts, and its zero point. reach: no value is further from zero, in the target's unit."""
-    return min(farthest(target), reach) + int(np.abs(target.zero_point).max())
 
 
 def farthest(target: Encoding) -> int:

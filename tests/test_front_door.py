@@ -312,7 +312,7 @@ def test_data_that_cannot_be_used_are_one_line(data: Any, expected: str, mine: t
         ({"metric": lambda y, t: float("nan")}, ConfigError, "gave nan; a network cannot be judged by it"),
         ({"metric": lambda y: 1}, ConfigError, "called with outputs and targets: TypeError: "),
         ({"task": "detection"}, ConfigError, "task: detection has no metric of its own"),
-        ({"task": "segmentation"}, DataError, "expected masks of class indices"),
+        ({"task": "segmentation"}, DataError, "segmentation needs (N, C, …)"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_one_line(

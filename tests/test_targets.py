@@ -48,11 +48,11 @@ class Ratio(torch.nn.Module):
         return self.above(x) / self.below(x)
 
 
-def run(rounding: targets.Roundings, batch: torch.Tensor, network: torch.nn.Module | None = None):
+def run(rounding: targets.Roundings, batch: torch.Tensor, network: type[torch.nn.Module] = Everything):
     """The simulation's tensors, and the program of its QDQ file, for a target that rounds so."""
     torch.manual_seed(0)
     plan = replace(plan_of(RunConfig()), target=replace(targets.DEFAULT, name="mine", rounding=rounding))
-    sim = simulate((network or Everything()).eval(), batch[:1], plan)
+    sim = simulate(network().eval(), batch[:1], plan)
     sim.calibrate([batch])
     seen = {}
 
@@ -73,7 +73,7 @@ def batch() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("rule", "network"), [(r, None) for r in ROUNDINGS] + [(r, Ratio()) for r in ROUNDINGS if r != "gemmlowp"]
+    ("rule", "network"), [(r, Everything) for r in ROUNDINGS] + [(r, Ratio) for r in ROUNDINGS if r != "gemmlowp"]
 )
 def test_every_rounding_is_the_same_in_simulation_engine_and_c(rule, network, batch):
     rules = dict.fromkeys(KINDS, rule) | ({"functions": "half_away"} if rule == "gemmlowp" else {})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
-from pow2quant.functions import largest_code, quotient, resampling, rounds_alike
+from pow2quant.functions import farthest, quotient, resampling, rounds_alike
 from pow2quant.integer.nodes import title
 from pow2quant.integer.ops import resample
 from pow2quant.integer.program import Step, on_one_scale
@@ -70,7 +70,7 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
     rule = graph.requantization(a.exponent - b.exponent, target, low, high)
     shift = int(rule.shift)
     reach = math.ldexp(float(a.magnitude), -shift)
-    if not rounds_alike(b.magnitude, shift, largest_code(reach, target.encoding)):
+    if not rounds_alike(b.magnitude, shift, min(farthest(target.encoding), reach)):
         width = target.encoding.grid.width
         raise UnsupportedModelError(
             f"{title(node)}: quotients by up to {b.magnitude} on {width} bits are finer than ONNX's float32"

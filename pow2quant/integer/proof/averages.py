@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pow2quant.functions import farthest, largest_code, quotient, resampling, rounds_alike
+from pow2quant.functions import farthest, quotient, resampling, rounds_alike
 from pow2quant.integer.lattice import FLOAT32_EXACT, Lattice, NotProvedError
 from pow2quant.integer.nodes import attribute, reduced_axes
 from pow2quant.integer.proof.elements import zero_point_of
@@ -105,7 +105,8 @@ def _require_far_from_ties(n: int, total: Lattice, target: Encoding, accumulator
 
 def _require_rounded_alike(n: int, drop: int, reach: float, target: Encoding, accumulator: Lattice, wide: bool) -> None:
     """The same for quotients by up to n that are shifted right by `drop`, and then no larger than `reach`."""
-    if not rounds_alike(n, drop, largest_code(reach, target), wide):
+    largest = min(farthest(target), reach) + int(np.abs(target.zero_point).max())
+    if not rounds_alike(n, drop, largest, wide):
         raise NotProvedError(f"quotients by {n} on {target.grid.width} bits are too fine for float32", accumulator)
 
 
