@@ -177,7 +177,10 @@ def train_digits(model: nn.Module, dataset: _Digits, seed: int, epochs: int = 15
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     outputs = model(images[:1]).shape[1]
     if int(labels.max()) >= outputs:
-        raise DataError(f"label {int(labels.max())} is no class of the network, which has {outputs} outputs")
+        raise DataError(
+            f"model.num_classes: {outputs} are too few, the data have the label {int(labels.max())}; legal: "
+            f"{int(labels.max()) + 1} or more"
+        )
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
         for module in model.modules():

@@ -26,6 +26,8 @@ One of them is 2^m, so the reciprocal r = floor(2^R / S) is at most 2^(R - m), a
 rounded division gives r: a quotient below an integer M is so by at least 1 / S >= M / (2^R + 1), and half an ulp there
 is at most (M - 1) 2^-p, p = 24 in float32 (R = 24) and 53 in float64 (R <= 40); with M <= 2^(R - m) that is less.
 
+LogSoftmax compares the same sum with integers, which is exact, and adds integers of at most 2^24.
+
 Rounding after the zero point was added breaks ties the other way when the zero point is odd. The fused Add, Mul and
 AveragePool of onnxruntime 1.31 do so (measured; its convolution, concatenation, global average and matrix product do
 not), hence an odd zero point behind these operations is not proved.

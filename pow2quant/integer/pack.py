@@ -172,8 +172,8 @@ class _Pack:
             return Word.of(values, 32, signed=True)
         if field == "table":
             grid = program.tensors[step.output].encoding.grid
-            own = Word.of(values)  # exponentials are no codes of the result
-            return Word(grid.width, grid.signed) if grid.qmin <= values.min() and values.max() <= grid.qmax else own
+            if grid.qmin <= values.min() and values.max() <= grid.qmax:  # else they are exponentials, and no codes
+                return Word(grid.width, grid.signed)
         return Word.of(values)
 
     def _array(self, name: str, values: NDArray[Any], word: Word, title: str) -> dict[str, Any]:

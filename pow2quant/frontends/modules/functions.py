@@ -238,12 +238,8 @@ class Remainder(FloorDivide):
         return x - super().compute(x) * self.divisor
 
 
-class TruncDivide(Function):
+class TruncDivide(FloorDivide):
     """x / divisor, rounded towards zero."""
-
-    def __init__(self, divisor: float) -> None:
-        super().__init__()
-        self.divisor = single(divisor)
 
     def compute(self, x: Tensor) -> Tensor:
         return torch.trunc(x / self.divisor)
