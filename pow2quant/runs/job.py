@@ -130,15 +130,12 @@ class Job:
         data, called, shapes, targets = first_call(model, data)
         metric = given.metric or config.metric
         several = isinstance(targets, tuple) and len(shapes[1]) == 1 and not (metric or config.training.criterion)
-        task = task_of(config.task, metric, targets[0] if several else targets, shapes[1])
-        if task.name == "none" and config.task is None and targets is not None:
-            warning = unread(targets[0] if several else targets, shapes[1], cast(Checked, data.test).name)
-            progress.note(f"warning: {warning}")
-            data = replace(data, warnings=(*data.warnings, warning))
-        check = task.check
+        first = targets[0] if several else targets
+        task = task_of(config.task, metric, first, shapes[1])
         if several and task.name != "none":
             progress.note(f"targets: the first of {len(targets)} is used")
-            check, data = partial(_check_first, task.check), replace(data, num_classes=0, class_names=())
+            data = replace(data, num_classes=0, class_names=())
+        check = _check_of(task, several)
         data = data.with_parts(lambda part: replace(part, check=check, shapes=shapes[0]))
         outputs = shapes[1][0][-1] if shapes[1][0] else 1
         if task.name == "classification" and not several and outputs > 1:
@@ -149,9 +146,13 @@ class Job:
         network = rewritten(prepared_network(model, called, config), config, calibration, progress, given)
         probable, classes = _gives_probabilities(network), _named_classes(network)
         if probable or classes:
-            task = task_of(config.task, metric, targets[0] if several else targets, shapes[1], probable, classes)
-            check = partial(_check_first, task.check) if several and task.name != "none" else task.check
+            task = task_of(config.task, metric, first, shapes[1], probable, classes)
+            check = _check_of(task, several)
             data = data.with_parts(lambda part: replace(part, check=check))
+        if task.name == "none" and config.task is None and targets is not None:
+            warning = unread(first, shapes[1], cast(Checked, data.test).name)
+            progress.note(f"warning: {warning}")
+            data = replace(data, warnings=(*data.warnings, warning))
         if task.name == "classification" and not several and outputs == 1:  # one logit, or the class itself
             _check_labels(data, classes or 2)
         for name, steps in unrolled(network).items():
@@ -295,6 +296,11 @@ def loaded(config: RunConfig, progress: Progress, given: Given = NOTHING) -> tup
     if given.model is None and config.model.name == "digits-cnn" and config.model.weights is None:
         _weights_of_digits(model, config, data, progress)
     return config, data, model
+
+
+def _check_of(task: Task, several: bool) -> Callable[[Any, int, str], Any]:
+    """How a task reads targets, or the first of several."""
+    return partial(_check_first, task.check) if several and task.name != "none" else task.check
 
 
 def _check_first(check: Callable[[Any, int, str], Any], targets: Any, samples: int, where: str) -> Any:
