@@ -107,8 +107,9 @@ class Grower:
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
         channels = int(rng.integers(1, 7))
-        shapes = [(channels, *map(int, rng.integers(4, 10, 2))), (channels, int(rng.integers(4, 14))), (channels * 3,)]
-        shape = shapes[rng.choice(3, p=[0.75, 0.15, 0.1])]
+        sizes = [rng.integers(4, 10, 2), rng.integers(4, 14, 1), rng.integers(3, 6, 3)]
+        shapes = [*((channels, *map(int, size)) for size in sizes), (channels * 3,)]
+        shape = shapes[rng.choice(4, p=[0.65, 0.15, 0.1, 0.1])]
         self.inputs = 2 if rng.random() < 0.15 else 1
         self.values = [self._data((BATCH, *shape)) for _ in range(self.inputs)]
         self.steps: list[Step] = []
@@ -137,7 +138,7 @@ class Grower:
         except (RuntimeError, ValueError, IndexError):
             return None
         if (
-            result.ndim not in (2, 3, 4)
+            result.ndim not in (2, 3, 4, 5)
             or not result.numel()
             or result[0].numel() > LARGEST
             or len(result) != BATCH

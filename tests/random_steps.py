@@ -25,10 +25,18 @@ class Function(nn.Module):
         return self.function(*tensors)
 
 
+LAYERS: dict[int, Any] = {
+    3: (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.MaxPool1d, nn.AvgPool1d),
+    4: (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d),
+    5: (nn.Conv3d, nn.ConvTranspose3d, nn.BatchNorm3d, nn.MaxPool3d, nn.AvgPool3d),
+}
+"""By the rank of what they read, batch included."""
+
+
 def _conv(g: Grower, at: int) -> None:
     x = g.values[at]
     channels, rank = x.shape[1], x.ndim
-    kind = {3: (nn.Conv1d, nn.ConvTranspose1d), 4: (nn.Conv2d, nn.ConvTranspose2d)}[rank]
+    kind = LAYERS[rank]
     groups = channels if g.rng.random() < 0.25 else 1
     out = channels * g.small(1, 2) if groups > 1 else g.small(1, 3, 4, 7, 8)
     if g.rng.random() < 0.2:
@@ -44,7 +52,7 @@ def _conv(g: Grower, at: int) -> None:
     _spread(g, layer)
     result = g.take(layer, at)
     if result is not None and g.rng.random() < 0.25:
-        norm = (nn.BatchNorm1d if rank == 3 else nn.BatchNorm2d)(out)
+        norm = kind[2](out)
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.3, 3)
         nn.init.normal_(norm.weight)
@@ -101,10 +109,9 @@ def _pool(g: Grower, at: int) -> None:
     rank, kernel = g.values[at].ndim, g.small(2, 2, 3)
     more: Any = {"stride": g.small(1, 2, kernel), "padding": g.small(0, 0, 1), "ceil_mode": g.rng.random() < 0.15}
     if g.coin():
-        g.take((nn.MaxPool2d if rank == 4 else nn.MaxPool1d)(kernel, **more), at)
+        g.take(LAYERS[rank][3](kernel, **more), at)
     else:
-        kind = nn.AvgPool2d if rank == 4 else nn.AvgPool1d
-        g.take(kind(kernel, **more, count_include_pad=g.coin()), at)
+        g.take(LAYERS[rank][4](kernel, **more, count_include_pad=g.coin()), at)
 
 
 def _mean(g: Grower, at: int) -> None:
@@ -235,28 +242,29 @@ FUNCTIONS = ("gate",)
 """Left out of half of the networks: what holds a function is not proved at every width."""
 
 ALL_RANKS, IMAGES, SEQUENCES = random_blocks.ALL_RANKS, random_blocks.IMAGES, (3, 4)
+MAPS, EVERY = (3, 4, 5), (2, 3, 4, 5)
 
 CHOICES: dict[str, tuple[tuple[int, ...], Callable[[Grower, int], None]]] = {
-    "conv": (SEQUENCES, _conv),
-    "conv again": (SEQUENCES, _conv),
-    "conv once more": (SEQUENCES, _conv),
-    "linear": (ALL_RANKS, _linear),
-    "activation": (ALL_RANKS, _activation),
-    "pool": (SEQUENCES, _pool),
+    "conv": (MAPS, _conv),
+    "conv again": (MAPS, _conv),
+    "conv once more": (MAPS, _conv),
+    "linear": (EVERY, _linear),
+    "activation": (EVERY, _activation),
+    "pool": (MAPS, _pool),
     "pad and pool": (IMAGES, _pad_pool),
-    "mean": (SEQUENCES, _mean),
-    "add": (ALL_RANKS, _binary(torch.add)),
-    "add again": (ALL_RANKS, _binary(torch.add)),
-    "sub": (ALL_RANKS, _binary(torch.sub)),
-    "mul": (ALL_RANKS, _binary(torch.mul)),
-    "maximum": (ALL_RANKS, _binary(torch.maximum)),
-    "minimum": (ALL_RANKS, _binary(torch.minimum)),
+    "mean": (MAPS, _mean),
+    "add": (EVERY, _binary(torch.add)),
+    "add again": (EVERY, _binary(torch.add)),
+    "sub": (EVERY, _binary(torch.sub)),
+    "mul": (EVERY, _binary(torch.mul)),
+    "maximum": (EVERY, _binary(torch.maximum)),
+    "minimum": (EVERY, _binary(torch.minimum)),
     "gate": (IMAGES, _gate),
     "matmul": (SEQUENCES, _matmul),
-    "scale": (ALL_RANKS, _scale),
-    "nothing": (ALL_RANKS, _nothing),
-    "move": (ALL_RANKS, _move),
-    "concat": (ALL_RANKS, _concat),
+    "scale": (EVERY, _scale),
+    "nothing": (EVERY, _nothing),
+    "move": (EVERY, _move),
+    "concat": (EVERY, _concat),
     **random_blocks.CHOICES,
 }
 """What a network may grow by: the ranks of tensors (batch included) that it reads, and how."""

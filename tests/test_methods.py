@@ -328,3 +328,28 @@ def test_list_shows_paper_and_parameters(capsys: pytest.CaptureFixture[str]) -> 
     assert methods["doubling"] == "A rewrite: doubles the last layer. Parameters: factor: 2.0."
     assert "Nagel et al. 2020" in methods["output_mse"]
     assert methods["output_mse"].endswith("Parameters: candidates: 5, centered: true, bias: true.")
+
+
+@pytest.mark.parametrize("method", ["bias_correction", "gptq", "lapq", "adaround"])
+@pytest.mark.parametrize("name", ["output", "x"])
+def test_layers_with_the_name_of_an_input_or_the_output(method: str, name: str) -> None:
+    """In a graph, these are nodes with a target, as calls of modules are."""
+
+    class Named(torch.nn.Module):
+        def __init__(self, last: str) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = torch.nn.Linear(5, 4), last
+            self.add_module(last, torch.nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(self, self.last)(torch.relu(self.first(x)))
+
+    torch.manual_seed(1)
+    data, probe = torch.randn(32, 5), torch.randn(64, 5)
+    parameters = QUICK.get(method, {})
+    results = [
+        quantize(Named(n), data, bits="w2a8", methods=[{method: parameters}], progress=False).model(probe)
+        for n in (name, "plain")
+    ]
+    assert torch.equal(*results)

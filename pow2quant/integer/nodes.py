@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +44,76 @@ def reduced_axes(node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]], ra
 
 
 @dataclass(frozen=True)
+class Axis:
+    """What a window does along one dimension of a map; as it stands, it sees one place at a time, each once.
+
+    Every window fits into the map with its padding, and the padding ends where the last window does.
+    """
+
+    size: int
+    kernel: int = 1
+    strides: int = 1
+    dilations: int = 1
+    before: int = 0
+    after: int = 0
+    result: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.result:
+            object.__setattr__(self, "result", self.size)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it sees one place at a time, each once."""
+        return self == Axis(self.size)
+
+    def tap(self, place: int) -> tuple[slice, slice]:
+        """The results whose window has this place on the map, and where on the map that is; both may be empty."""
+        offset = place * self.dilations - self.before
+        first = max(0, -(offset // self.strides))
+        last = min(self.result - 1, (self.size - 1 - offset) // self.strides)
+        start = first * self.strides + offset
+        return slice(first, max(first, last + 1)), slice(start, start + (last - first) * self.strides + 1, self.strides)
+
+    def seen(self, padding: bool) -> NDArray[np.int64]:
+        """How many places every window sees on the map, or on the map and its padding."""
+        if padding:
+            return np.full(self.result, self.kernel)
+        counts = np.zeros(self.result, np.int64)
+        for place in range(self.kernel):
+            counts[self.tap(place)[0]] += 1
+        return counts
+
+
+def axes_of(
+    node: onnx.NodeProto, kernel: Sequence[int], size: Sequence[int], result: Sequence[int] | None = None
+) -> list[Axis]:
+    """A node's window over a map of `size`, by dimension; result: by default what fits into the padded input."""
+    rank = len(size)
+    if not 1 <= rank <= 3:
+        raise UnsupportedModelError(f"{title(node)}: windows in {rank} dimensions; one to three have integers")
+    strides = [int(s) for s in attribute(node, "strides", [1] * rank)]
+    dilations = [int(d) for d in attribute(node, "dilations", [1] * rank)]
+    reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+    pads = _pads(node, size, strides, reach)
+    if node.op_type in POOLS and attribute(node, "auto_pad", b"").startswith(b"SAME") and max(dilations) > 1:
+        raise UnsupportedModelError(f"{title(node)}: auto_pad with dilations, which onnxruntime leaves out of it")
+    if attribute(node, "ceil_mode", 0) and result is not None:
+        starts = [(n - 1) * s - a for n, s, a in zip(result, strides, pads, strict=False)]
+        if any(start >= n for start, n in zip(starts, size, strict=True)):
+            raise UnsupportedModelError(f"{title(node)}: its last window would begin behind the map (ceil_mode)")
+    if result is None:
+        padded = [n + a + b for n, a, b in zip(size, pads, pads[rank:], strict=False)]
+        result = [(n - r) // s + 1 for n, r, s in zip(padded, reach, strides, strict=True)]
+    if min(result) < 1:
+        raise UnsupportedModelError(f"{title(node)}: a window of {reach} on a map of {list(size)} with pads {pads}")
+    ends = [(n - 1) * s + r for n, s, r in zip(result, strides, reach, strict=True)]
+    after = [end - n - a for end, n, a in zip(ends, size, pads, strict=False)]
+    columns = (size, kernel, strides, dilations, pads[:rank], after, result)
+    return [Axis(*map(int, values)) for values in zip(*columns, strict=True)]
+
+
+@dataclass(frozen=True)
 class Window:
     """What a convolution or pool slides over a map: all pairs are (vertical, horizontal).
 
@@ -60,48 +130,10 @@ class Window:
     result: tuple[int, int]
 
     @classmethod
-    def of(
-        cls, node: onnx.NodeProto, kernel: Sequence[int], size: Sequence[int], result: Sequence[int] | None = None
-    ) -> Window:
-        """A node's window over a map of `size`, with a result of that size. Raises UnsupportedModelError in 3-D.
-
-        result: by default what fits into the padded input.
-        """
-        rank = len(size)
-        if rank not in (1, 2):
-            raise UnsupportedModelError(f"{title(node)}: windows in {rank} dimensions; 1 and 2 have integers")
-        strides = [int(s) for s in attribute(node, "strides", [1] * rank)]
-        dilations = [int(d) for d in attribute(node, "dilations", [1] * rank)]
-        reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-        pads = _pads(node, size, strides, reach)
-        if node.op_type in POOLS and attribute(node, "auto_pad", b"").startswith(b"SAME") and max(dilations) > 1:
-            raise UnsupportedModelError(f"{title(node)}: auto_pad with dilations, which onnxruntime leaves out of it")
-        if attribute(node, "ceil_mode", 0) and result is not None:
-            starts = [(n - 1) * s - a for n, s, a in zip(result, strides, pads, strict=False)]
-            if any(start >= n for start, n in zip(starts, size, strict=True)):
-                raise UnsupportedModelError(f"{title(node)}: its last window would begin behind the map (ceil_mode)")
-        if result is None:
-            padded = [n + a + b for n, a, b in zip(size, pads, pads[rank:], strict=False)]
-            result = [(n - r) // s + 1 for n, r, s in zip(padded, reach, strides, strict=True)]
-        if min(result) < 1:
-            raise UnsupportedModelError(f"{title(node)}: a window of {reach} on a map of {list(size)} with pads {pads}")
-        # every window fits into the map with its padding, and the padding ends where the last window does
-        ends = [(n - 1) * s + r for n, s, r in zip(result, strides, reach, strict=True)]
-        after = [end - n - a for end, n, a in zip(ends, size, pads, strict=False)]
-
-        def pair(values: Sequence[int], fill: int) -> tuple[int, int]:
-            first, second = [*[fill] * (2 - rank), *map(int, values)]
-            return first, second
-
-        return cls(
-            size=pair(size, 1),
-            kernel=pair(kernel, 1),
-            strides=pair(strides, 1),
-            dilations=pair(dilations, 1),
-            before=pair(pads[:rank], 0),
-            after=pair(after, 0),
-            result=pair(result, 1),
-        )
+    def along(cls, axes: Sequence[Axis]) -> Window:
+        """The window along one or two dimensions."""
+        first, second = [*[Axis(1)] * (2 - len(axes)), *axes]
+        return cls(**{f.name: (getattr(first, f.name), getattr(second, f.name)) for f in fields(Axis)})
 
     def patches(self, maps: NDArray[Any], fill: int) -> NDArray[Any]:
         """(N, C, height, width) -> a view (N, C, result height, result width, kernel height, kernel width).

@@ -27,7 +27,7 @@ from pow2quant.errors import ConfigError, EncodingError
 from pow2quant.frontends.copies import array, copied
 from pow2quant.methods.aciq import with_moments
 from pow2quant.methods.output_mse import least_error
-from pow2quant.methods.reconstruction import Part, Step, is_rounded, quantizing, walk
+from pow2quant.methods.reconstruction import Part, Step, calls, is_rounded, quantizing, walk
 from pow2quant.pow2_constraints import Encoding, Format, Observed, choose
 
 NORMS = (2.0, 2.5, 3.0, 3.5, 4.0)
@@ -215,7 +215,7 @@ def _interpolated(sim: Simulation, data: Sequence[Batch], loss: _Loss, progress:
 def _from_first(sim: Simulation, data: Sequence[Batch]) -> Step:
     """The turn of the first weighted layer in the graph: its loss is computed from there on, so in every step."""
     weighted = {y.module for y in sim.placement.layers}
-    return next(walk(sim, data, [(next(n for n in sim.network.graph.nodes if n.target in weighted),)]))
+    return next(walk(sim, data, [(next(n for n in sim.network.graph.nodes if calls(n, weighted)),)]))
 
 
 def _candidates(seen: Observed, spec: TensorSpec, axis: int | None) -> list[Encoding]:

@@ -41,7 +41,7 @@ def groups(network: fx.GraphModule) -> list[tuple[fx.Node, list[fx.Node]]]:
     Views, cuts and joins of the other dimensions may lie between. Parameters that other modules share stay as they are.
     """
     uses = Counter(id(p) for _, p in network.named_parameters(remove_duplicate=False))
-    calls = Counter(node.target for node in network.graph.nodes)
+    calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
 
     def own(node: fx.Node) -> bool:
         parameters = network.get_submodule(str(node.target)).parameters()

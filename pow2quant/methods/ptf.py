@@ -53,7 +53,7 @@ class Stream:
 def streams(network: fx.GraphModule) -> list[Stream]:
     """The streams that norms over the last dimension read, and that can be scaled without another operation."""
     uses = Counter(id(p) for _, p in network.named_parameters(remove_duplicate=False))
-    calls = Counter(node.target for node in network.graph.nodes)
+    calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
     found: list[Stream] = []
     seen: dict[fx.Node, int] = {}
     for node in network.graph.nodes:

@@ -10,7 +10,7 @@ The prepared network itself is run, with the simulation's parameters and encodin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
@@ -116,7 +116,7 @@ def walk(
         quantized[node] = [x if site is None else quantize(site, x) for x in exact[node]]
     for number, part in enumerate(_complete(sim.network, layers(sim) if parts is None else parts), 1):
         _advance(part, len(data), exact, twin.compute_float)
-        part_layers = tuple(twin.layers[n.target] for n in part if n.target in twin.layers)
+        part_layers = tuple(twin.layers[str(n.target)] for n in part if calls(n, twin.layers))
         if part_layers and number > done:
             sources = tuple(dict.fromkeys(a for n in part for a in _arguments(n) if a not in part))
             entering, beside = (list(zip(*(v[s] for s in sources), strict=True)) for v in (quantized, exact))
@@ -128,13 +128,18 @@ def walk(
             del exact[dead], quantized[dead]
 
 
+def calls(node: fx.Node, modules: Container[str]) -> bool:
+    """Whether a node calls one of these modules. Inputs and the output are nodes with a target of the same kind."""
+    return node.op == "call_module" and node.target in modules
+
+
 def layers(sim: Simulation) -> list[Part]:
     """Every weighted layer as a part of its own; its target is what comes before the activation function.
 
     A layer that recurs is one at its last step.
     """
     weighted = {y.module for y in sim.placement.layers if y.weight is None or y.weight.name not in sim.placement.steps}
-    return [(node,) for node in sim.network.graph.nodes if node.target in weighted]
+    return [(node,) for node in sim.network.graph.nodes if calls(node, weighted)]
 
 
 def blocks(sim: Simulation) -> list[Part]:
@@ -156,7 +161,7 @@ def blocks(sim: Simulation) -> list[Part]:
                 found.append(tuple(part))
                 part = []
         reach = max(reach, *(order[user] for user in node.users))
-    return [p for p in found if any(n.target in weighted for n in p)]
+    return [p for p in found if any(calls(n, weighted) for n in p)]
 
 
 def activation(sim: Simulation, node: fx.Node) -> nn.Module | None:

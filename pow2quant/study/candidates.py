@@ -112,7 +112,7 @@ def _tensors(network: fx.GraphModule, placement: Placement) -> Iterator[tuple[st
     layers = {layer.module for layer in placement.layers}
     followers = set(placement.leaders)
     for node in network.graph.nodes:
-        if node.target in layers:
+        if node.op == "call_module" and node.target in layers:
             name = f"{node.target}.weight"
             yield name, "weight", first.setdefault(id(network.get_parameter(name)), name)
         site = placement.quantized.get(node.name)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pow2quant.integer.nodes import Window, attribute
+from pow2quant.integer.nodes import Window, attribute, axes_of
 from pow2quant.operators import MOVES, Values, values
 from pow2quant.validation.exact import LINEAR, Side, grid_ends
 
@@ -125,7 +125,7 @@ Found = tuple["Ints", "Ints", Callable[[int, int], tuple[int, ...]]]
 
 
 def _patches(core: onnx.NodeProto, codes: Ints, weight: Ints, zero: int, places: Ints) -> Found:
-    window = Window.of(core, weight.shape[2:], codes.shape[2:])
+    window = Window.along(axes_of(core, weight.shape[2:], codes.shape[2:]))
     patches = window.patches(codes.reshape(*codes.shape[:2], *window.size), zero)
     count, size = weight.shape[1], len(weight) // attribute(core, "group", 1)
     rows = [

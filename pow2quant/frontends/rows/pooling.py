@@ -78,8 +78,8 @@ ROWS: Rows = {
     m.Resample: Operator("Div", _resample, integers=True, proved=True),
     nn.AvgPool1d: Operator("AveragePool", _pool("AveragePool", 1), integers=True, proved=True),
     nn.AvgPool2d: Operator("AveragePool", _pool("AveragePool", 2), integers=True, proved=True),
-    nn.AvgPool3d: Operator("AveragePool", _pool("AveragePool", 3), proved=True),
-    nn.MaxPool3d: Operator("MaxPool", _pool("MaxPool", 3), proved=True),
+    nn.AvgPool3d: Operator("AveragePool", _pool("AveragePool", 3), integers=True, proved=True),
+    nn.MaxPool3d: Operator("MaxPool", _pool("MaxPool", 3), integers=True, proved=True),
     nn.MaxPool1d: Operator("MaxPool", _pool("MaxPool", 1), integers=True, proved=True),
     nn.MaxPool2d: Operator("MaxPool", _pool("MaxPool", 2), integers=True, proved=True),
 }

@@ -49,7 +49,7 @@ ROWS: Rows = {
     nn.Conv2d: Operator("Conv", _conv("Conv"), integers=True, proved=True),
     nn.ConvTranspose1d: Operator("ConvTranspose", _conv("ConvTranspose"), integers=True, proved=True),
     nn.ConvTranspose2d: Operator("ConvTranspose", _conv("ConvTranspose"), integers=True, proved=True),
-    nn.Conv3d: Operator("Conv", _conv("Conv"), proved=True),
-    nn.ConvTranspose3d: Operator("ConvTranspose", _conv("ConvTranspose"), proved=True),
+    nn.Conv3d: Operator("Conv", _conv("Conv"), integers=True, proved=True),
+    nn.ConvTranspose3d: Operator("ConvTranspose", _conv("ConvTranspose"), integers=True, proved=True),
     nn.Linear: Operator("Gemm", _linear, integers=True, proved=True),
 }

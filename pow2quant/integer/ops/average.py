@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_text import ctype
-from pow2quant.integer.nodes import Window, attribute, reduced_axes, title
+from pow2quant.integer.nodes import Axis, Window, attribute, axes_of, reduced_axes, title
+from pow2quant.integer.ops import volume
 from pow2quant.integer.ops.copy import Copy, Part
 from pow2quant.integer.program import Step
 from pow2quant.pow2_constraints.arithmetic import mean_round, saturate
 
 if TYPE_CHECKING:
+    import onnx
+
     from pow2quant.integer.c_layer import Layer
     from pow2quant.integer.lowering import Lowering
     from pow2quant.integer.program import Codes, Ints, Program, Requantization
@@ -89,16 +92,16 @@ class Average(Step):
 def lower_pool(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
     """AveragePool. Raises UnsupportedModelError where executors disagree about the divisor."""
     x, target = graph.read(node.input[0]), graph.declare(output)
-    kernel = attribute(node, "kernel_shape", [])
-    window = Window.of(node, kernel, x.shape[1:], target.shape[1:])
+    axes = axes_of(node, attribute(node, "kernel_shape", []), x.shape[1:], target.shape[1:])
+    source, window = volume.window(graph, node.name or output, x, axes, x.zero)
     counts_padding = int(attribute(node, "count_include_pad", 0))
     if counts_padding and attribute(node, "ceil_mode", 0):
         raise UnsupportedModelError(f"{title(node)}: ceil_mode with count_include_pad has no agreed divisor")
-    counts = window.patches(np.ones((1, 1, *window.size), np.int64), counts_padding).sum((-2, -1))[0, 0]
+    counts = reduce(np.multiply.outer, [axis.seen(bool(counts_padding)) for axis in axes]).reshape(window.result)
     if (counts == counts.flat[0]).all():
         counts = counts[0, 0]
     requantization = graph.requantization(x.exponent, target, low, high)
-    graph.steps.append(Average(node.name or output, (x.name,), output, window, np.asarray(counts), requantization))
+    graph.steps.append(Average(node.name or output, (source,), output, window, np.asarray(counts), requantization))
 
 
 def lower_mean(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
@@ -127,4 +130,4 @@ def reduced(graph: Lowering, node: onnx.NodeProto, output: str) -> tuple[str, Wi
         graph.declare(source, view.shape, x.encoding)
         graph.steps.append(Copy(name, (x.name,), source, (Part.of(0, view, np.arange(x.size).reshape(view.shape)),)))
     length = math.prod(x.shape[a - front] for a in axes)
-    return source, Window.of(onnx.helper.make_node("AveragePool", [], []), [length], [length])
+    return source, Window.along([Axis(length, length, result=1)])

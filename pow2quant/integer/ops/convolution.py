@@ -1,4 +1,4 @@
-"""Conv and ConvTranspose: sums of products over windows, in one or two dimensions, grouped, strided, dilated."""
+"""Conv and ConvTranspose: sums of products over windows, in one to three dimensions, grouped, strided, dilated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_layer import BLOCK, LANES, Planes, folded
 from pow2quant.integer.c_text import ctype
-from pow2quant.integer.nodes import Window, attribute, title
+from pow2quant.integer.nodes import Axis, Window, attribute, axes_of, title
+from pow2quant.integer.ops import volume
 from pow2quant.integer.ops.copy import Copy, Part
 from pow2quant.integer.program import Step, largest_sum
 from pow2quant.integer.ternary import Ternary
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from pow2quant.integer.c_layer import Array, Layer
     from pow2quant.integer.lowering import Lowering
-    from pow2quant.integer.program import Codes, Ints, Program, Requantization
+    from pow2quant.integer.program import Codes, Ints, Program, Requantization, Tensor
     from pow2quant.pow2_constraints import Encoding
 
 SHORT = 32
@@ -195,8 +196,8 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
     x = graph.read(node.input[0])
     weight, encoding = graph.parameter(node.input[1])
     target = graph.declare(output)
-    window = Window.of(node, weight.shape[2:], x.shape[1:], target.shape[1:])
-    _add(graph, node, x.name, output, weight, encoding, window, low, high)
+    axes = axes_of(node, weight.shape[2:], x.shape[1:], target.shape[1:])
+    _add(graph, node, x, output, weight, encoding, axes, low, high)
 
 
 def lower_transposed(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: float) -> None:
@@ -204,8 +205,6 @@ def lower_transposed(graph: Lowering, node: onnx.NodeProto, output: str, low: fl
     x = graph.read(node.input[0])
     weight, encoding = graph.parameter(node.input[1])
     groups, rank = int(attribute(node, "group", 1)), weight.ndim - 2
-    if rank not in (1, 2):
-        raise UnsupportedModelError(f"{title(node)}: windows in {rank} dimensions; 1 and 2 have integers")
     if attribute(node, "auto_pad", b"NOTSET") not in (b"NOTSET", b"", b"VALID") or attribute(node, "output_shape", []):
         raise UnsupportedModelError(f"{title(node)}: auto_pad or output_shape; only explicit pads have integers")
     strides = [int(s) for s in attribute(node, "strides", [1] * rank)]
@@ -243,8 +242,9 @@ def lower_transposed(graph: Lowering, node: onnx.NodeProto, output: str, low: fl
     name = f"{node.name or output}.spread"
     spaced = graph.declare(name, spread.shape, x.encoding)
     graph.steps.append(Copy(node.name or output, (x.name,), name, (part,), fill=spaced.zero))
-    window = Window.of(_dilated(dilations), mirrored.shape[2:], sizes)
-    _add(graph, node, name, output, mirrored, encoding, window, low, high)
+    columns = zip(sizes, mirrored.shape[2:], dilations, target.shape[1:], strict=True)
+    axes = [Axis(size, kernel, dilations=d, result=n) for size, kernel, d, n in columns]
+    _add(graph, node, spaced, output, mirrored, encoding, axes, low, high)
 
 
 def _is_plain(window: Window) -> bool:
@@ -264,32 +264,27 @@ def _is_matrix(window: Window) -> bool:
     return _is_plain(window) and math.prod(window.size) >= SPAN
 
 
-def _dilated(dilations: list[int]) -> onnx.NodeProto:
-    import onnx
-
-    return onnx.helper.make_node("Conv", [], [], dilations=dilations)
-
-
 def _add(
     graph: Lowering,
     node: onnx.NodeProto,
-    source: str,
+    x: Tensor,
     output: str,
     weight: Ints,
     encoding: Encoding,
-    window: Window,
+    axes: list[Axis],
     low: float,
     high: float,
 ) -> None:
     """Adds the step; weight (C_out, C_in / groups, …)."""
     if encoding.axis not in (None, 0):
         raise UnsupportedModelError(f"{node.input[1]}: one scale per channel along axis {encoding.axis}, not 0")
-    x = graph.tensors[source]
+    name = node.name or output
+    source, window = volume.window(graph, name, x, axes, x.zero)
     exponent = x.exponent + encoding.exponent
     bias = graph.bias(node, exponent, len(weight))
     graph.steps.append(
         Convolution(
-            node=node.name or output,
+            node=name,
             inputs=(source,),
             output=output,
             weight=weight.reshape(*weight.shape[:2], *window.kernel),

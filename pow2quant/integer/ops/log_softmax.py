@@ -1,4 +1,4 @@
-"""LogSoftmax: the largest code, a table of exponentials, and where their sum stands among bounds (`functions.py`)."""
+"""LogSoftmax: the largest code, a table of exponentials, and where their sum stands among bounds (`functions`)."""
 
 from __future__ import annotations
 

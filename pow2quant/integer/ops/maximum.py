@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.integer.c_text import ctype
-from pow2quant.integer.nodes import Window, attribute, title
+from pow2quant.integer.nodes import attribute, axes_of, title
+from pow2quant.integer.ops import volume
 from pow2quant.integer.ops.average import reduced
 from pow2quant.integer.ops.copy import Copy, passing
 from pow2quant.integer.program import Step
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from pow2quant.integer.c_layer import Layer
     from pow2quant.integer.lowering import Lowering
+    from pow2quant.integer.nodes import Window
     from pow2quant.integer.program import Codes, Program, Tensor
 
 
@@ -54,8 +56,9 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
         _add(graph, node.name or output, graph.read(source, rows=True), target, window, low, high)
         return
     kernel = x.shape[1:] if node.op_type == "GlobalMaxPool" else attribute(node, "kernel_shape", [])
-    window = Window.of(node, kernel, x.shape[1:], target.shape[1:])
-    _add(graph, node.name or output, x, target, window, low, high)
+    axes, name = axes_of(node, kernel, x.shape[1:], target.shape[1:]), node.name or output
+    source, window = volume.window(graph, name, x, axes, x.low)
+    _add(graph, name, graph.tensors[source], target, window, low, high)
 
 
 def _add(graph: Lowering, name: str, x: Tensor, target: Tensor, window: Window, low: float, high: float) -> None:

@@ -1,4 +1,4 @@
-"""Softmax: the largest code, a table of exponentials, their sum, at most one division per row (`functions.py`)."""
+"""Softmax: the largest code, a table of exponentials, their sum, at most one division per row (`functions`)."""
 
 from __future__ import annotations
 
