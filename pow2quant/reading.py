@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from pow2quant.errors import DataError
@@ -21,6 +21,12 @@ from pow2quant.errors import DataError
 INPUTS = ("x", "input", "inputs", "image", "images", "img", "data", "features", "pixel_values")
 TARGETS = ("y", "label", "labels", "target", "targets", "mask", "masks", "classes")
 """Keys under which data sets commonly keep what goes into a network, and what should come out."""
+
+OUTCOMES = ("y", "label", "labels", "target", "targets", "classes")
+"""Those that are nothing else."""
+
+NAMES, BYTES = "pow2quant.names", "pow2quant.bytes"
+"""Keys of a graph module's `meta`: its arguments by other names, and the range of those that are bytes."""
 
 IMAGES = "images: add ToTensor"
 """What is missing where images come as they are stored."""
@@ -42,12 +48,17 @@ class Signature:
     """What a network is called with. names: of its arguments, in order; required: how many have no default.
 
     variadic: it takes any number (`*args`). whole: a dictionary or list of tensors is its only argument, as it is.
+    optional: arguments that are None by default. aliases: other names of arguments. bytes: of arguments that are bytes,
+    their range; they are read as real numbers.
     """
 
     names: tuple[str, ...] = ()
     required: int = 1
     variadic: bool = False
     whole: bool = False
+    optional: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    bytes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Signature:
@@ -56,7 +67,16 @@ class Signature:
         named = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         required = sum(p.default is p.empty for p in named)
         variadic = any(p.kind is p.VAR_POSITIONAL for p in found)
-        return cls(tuple(p.name for p in named), max(1, required), variadic and not required)
+        optional = tuple(p.name for p in named if p.default is None and p.kind is not p.KEYWORD_ONLY)
+        meta = model.meta if isinstance(model, fx.GraphModule) else {}
+        return cls(
+            tuple(p.name for p in named),
+            max(1, required),
+            variadic and not required,
+            optional=optional,
+            aliases=meta.get(NAMES, {}),
+            bytes=meta.get(BYTES, {}),
+        )
 
 
 @dataclass(frozen=True)
@@ -114,12 +134,13 @@ def read(batch: Any, signature: Signature, where: str) -> tuple[Any, Any]:
     if is_dataclass(batch):
         batch = vars(batch)
     if isinstance(batch, Mapping):
+        batch = {signature.aliases.get(key, key): value for key, value in batch.items()}
         inputs, targets = _from_mapping(batch, signature, where)
     elif isinstance(batch, (tuple, list)):
         inputs, targets = _from_sequence(batch, signature, where)
     else:
         inputs, targets = batch, None
-    return pytree.tree_map(lambda x: _input(x, where), inputs), _targets_of(targets, where)
+    return _inputs(inputs, signature, where), _targets_of(targets, where)
 
 
 def target_of(item: Any) -> Any:
@@ -219,9 +240,33 @@ def _from_sequence(batch: Sequence[Any], signature: Signature, where: str) -> tu
             raise DataError(
                 f"{where}: holds {len(batch)} tensors; the network takes {count} ({', '.join(signature.names[:count])})"
             )
+        count += _tokens_beside(batch, count, signature, where)
         inputs = first if count == 1 else tuple(batch[:count])
     rest = batch[count:]
     return inputs, None if not rest else rest[0] if len(rest) == 1 else tuple(rest)
+
+
+def _tokens_beside(batch: Sequence[Any], count: int, signature: Signature, where: str) -> int:
+    """How many elements behind the required inputs are inputs as well: integers as many as the tokens, such as masks.
+
+    Raises DataError where elements may be targets as well as inputs that the network need not be given.
+    """
+    free = [name for name in signature.optional if name not in OUTCOMES]
+    beside = batch[count:-1]
+    if signature.variadic or not free or not beside:
+        return 0
+    tokens = batch[0]
+    if _is_whole(tokens) and all(_is_whole(x) and x.shape == tokens.shape for x in beside) and len(beside) <= len(free):
+        return len(beside)
+    raise DataError(
+        f"{where}: holds {len(batch)} elements; the network takes {', '.join(signature.names[:count])}, and may take "
+        f"{', '.join(free)}: give ((inputs, ...), targets), or a dictionary with the names of its arguments"
+    )
+
+
+def _is_whole(x: Any) -> bool:
+    """Whether these are integers or truth values."""
+    return is_array(x) and tensor_of(x, "").dtype in (torch.int32, torch.int64, torch.bool)
 
 
 def _has_labels(batch: Sequence[Any]) -> bool:
@@ -230,7 +275,30 @@ def _has_labels(batch: Sequence[Any]) -> bool:
     return len(batch) > 1 and is_array(last) and len(last.shape) == 1
 
 
-def _input(x: Any, where: str) -> Tensor:
+def _inputs(inputs: Any, signature: Signature, where: str) -> Any:
+    """The inputs as tensors."""
+    if not signature.bytes:
+        return pytree.tree_map(lambda x: _input(x, where), inputs)
+    if isinstance(inputs, Mapping):
+        return {name: _input(x, where, signature.bytes.get(name)) for name, x in inputs.items()}
+    several = isinstance(inputs, tuple)
+    ends = [signature.bytes.get(name) for name in signature.names]
+    found = tuple(_input(x, where, e) for x, e in zip(inputs if several else (inputs,), ends, strict=False))
+    return found if several else found[0]
+
+
+def _byte_values(x: Tensor, ends: tuple[int, int], where: str) -> Tensor:
+    """Bytes, whatever their type, as real numbers. Raises DataError for what is none."""
+    wrong = (x.double() != x.double().round()) | (x < ends[0]) | (x > ends[1])
+    if wrong.any():
+        example = float(x[wrong][0])
+        raise DataError(
+            f"{where}: holds {example:g}; the network takes bytes from {ends[0]} to {ends[1]}, as they are, not scaled"
+        )
+    return x.float()
+
+
+def _input(x: Any, where: str, ends: tuple[int, int] | None = None) -> Tensor:
     if not is_array(x):
         raise DataError(f"{where}: holds a {type(x).__name__} where the network takes a tensor ({IMAGES})")
     x = tensor_of(x, where)
@@ -242,7 +310,9 @@ def _input(x: Any, where: str) -> Tensor:
         tensor = tensor.float()
         if not torch.isfinite(tensor).all():
             raise DataError(f"{where}: holds NaN or infinity")
-    elif tensor.dtype not in (torch.int32, torch.int64, torch.bool):
+    if ends is not None:
+        return _byte_values(tensor, ends, where)
+    if not tensor.is_floating_point() and tensor.dtype not in (torch.int32, torch.int64, torch.bool):
         raise DataError(
             f"{where}: expected float32, got {tensor.dtype}; scale it as in training (pixels: x.float() / 255)"
         )

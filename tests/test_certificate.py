@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -99,7 +100,8 @@ def test_a_layers_bound_is_reached_and_never_exceeded_and_a_proof_holds_in_every
     simple = np.abs(a).sum(1) * max(high, -low) + np.abs(b)
     assert bound.accumulator_max == max(bound.per_channel) <= simple.max()
     assert bound.accumulator_max.bit_length() == bound.bits - 1
-    assert bound.proved == (bound.accumulator_max <= EXACT)
+    largest = np.ldexp(float(bound.accumulator_max), int(k.max()))  # in units of the result, before it saturates
+    assert bound.proved == (bound.accumulator_max <= EXACT and largest < 2**31)
     assert (np.broadcast_to(bound.shift, len(bound.per_channel))[channels] == -k).all()
 
     if bound.proved:
@@ -366,6 +368,14 @@ def test_a_whole_network_is_proved_and_says_so():
     document = json.loads(json.dumps(certificate.to_json()))
     assert document["sentence"] == certificate.sentence
     assert [layer["shift"] for layer in document["layers"]][2:4] == [5, 3]
+
+
+def test_nothing_is_said_of_accumulators_that_are_not_known():
+    bounds = [replace(layer, accumulator_max=None) for layer in certify(residual_network()).layers]
+    none, some = replace(certify(residual_network()), layers=tuple(bounds)), certify(residual_network())
+    assert "overflow" not in none.sentence
+    some = replace(some, layers=(bounds[0], *some.layers[1:]))
+    assert "int32 cannot overflow in the others; no integers on the 2^k grid in stem" in some.sentence
 
 
 def test_odd_zero_points_behind_sums_and_averages_are_not_proved():

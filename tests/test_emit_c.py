@@ -301,6 +301,19 @@ def test_the_folder_stands_alone(written, tmp_path, compiler):
 
 
 @needs_make
+def test_an_input_that_nothing_reads(tmp_path):
+    class First(torch.nn.Module):
+        def forward(self, x, y):
+            return x + 1
+
+    x = torch.randn(32, 4)
+    sim = simulate(prepare(First(), (x, x)), (x, x), QuantPlan.default())
+    sim.calibrate([(x, x)])
+    done = make(export_c(sim.export((x, x)), tmp_path / "c"))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@needs_make
 @pytest.mark.parametrize("kernels", ["-DPLAIN", "-march=native"])
 @pytest.mark.parametrize("build", ["4 bits", "16 bits", "ternary", "unsigned", "signed", "transposed, grouped"])
 def test_sanitizers_find_nothing(build, kernels, tmp_path):

@@ -199,6 +199,7 @@ def test_a_file_of_torchs_older_exporter_is_as_in_onnxruntime(tmp_path: Path) ->
         (node("ScatterND", (4,), INTS([[[0, 1]], [[1, 2]]]), floats(2, 1), batch=2), "not the same in each sample"),
         (node("ScatterND", (4,), INTS(of_sample([[1]])), floats(1, 1), reduction="max"), "reduction 'max'"),
         (node("CumSum", (4, 5), INTS(1), exclusive=1), "exclusive sums"),
+        (node("ArgMax", (4, 5), select_last_index=1), "the last of equal values"),
         (node("Shrink", (4, 5), bias=0.1), "a bias other than 0 and lambd"),
     ],
 )

@@ -78,6 +78,11 @@ def test_a_histogram_counts_everything_in_few_bins(values):
     assert bool(drawn.outside) == any(not -128.5 <= v <= 127.5 for v in values) or found["width"] > 1
 
 
+def test_a_histogram_far_from_the_grid_is_drawn():
+    found = statistics.histogram(np.full(9, 6.77e15), 0, 255)
+    assert "nan" not in str(histograms.draw("t", TENSOR | {"histogram": found}, {"words": "", "scale": 1.0}))
+
+
 def test_values_that_saturate_are_drawn_apart():
     drawn = histograms.draw("t", STATISTICS["tensors"]["relu1.output"], {"words": "w", "scale": 0.5, "bitwidth": 4})
     assert drawn.outside.count("M") == 1

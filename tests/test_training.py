@@ -456,6 +456,8 @@ def test_rates_follow_the_schedule(network, data):
     [
         ({"optimizer": Choice("Adamm")}, "training.optimizer: 'Adamm' is unknown"),
         ({"optimizer": Choice("AdamW", {"beta": 1})}, "training.optimizer: AdamW: .*'beta'"),
+        ({"optimizer": Choice("AdamW", {"lr": 1})}, "training.optimizer: lr is set by training.learning_rate"),
+        ({"optimizer": Choice("SGD", {"momentum": float("nan")})}, "training.optimizer: momentum: nan is not legal"),
         ({"scheduler": Choice("Cosine")}, "training.scheduler: 'Cosine' is unknown"),
         ({"scheduler": Choice("StepLR")}, "training.scheduler: StepLR: .*step_size"),
         ({"criterion": Choice("CrossEntropy")}, "training.criterion: 'CrossEntropy' is unknown"),

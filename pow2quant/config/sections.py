@@ -41,6 +41,7 @@ SENSITIVITIES = ("kl", "loss", "sqnr", "hessian")
 
 _COUNT = integer(1)
 _TEXT = Legal(lambda: "text", lambda v: bool(v))
+_TEMPERATURE = finite("a number from 0.001 to 1000", lambda v: 0.001 <= v <= 1000)
 _BELOW_ONE = finite("a number from 0 up to but not 1", lambda v: 0 <= v < 1)
 _OBJECTIVE = one_of(lambda: OBJECTIVES)
 _SENSITIVITY = one_of(lambda: SENSITIVITIES)
@@ -204,7 +205,7 @@ class TrainingConfig:
     gradual_epochs: Annotated[int, _EPOCHS] = 0
     gradient_clip: Annotated[float | None, ABOVE_ZERO] = None
     distillation: Annotated[float, SHARE] = 0.0
-    temperature: Annotated[float, ABOVE_ZERO] = 1.0
+    temperature: Annotated[float, _TEMPERATURE] = 1.0
     teacher: TeacherConfig | None = None
     feature_distillation: Annotated[float, FROM_ZERO] = 0.0
     mixing: Annotated[str | None, _MIXING] = None

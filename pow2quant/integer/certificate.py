@@ -137,9 +137,13 @@ class Certificate:
             largest = max(known, key=lambda b: b.accumulator_max or 0)
             parts.append(f"largest accumulator {largest.bits} bits ({largest.node})")
         if layers:
+            rest = [layer.node for layer in layers if layer.accumulator_max is None]
             unsafe = [layer.node for layer in known if not layer.int32_safe]
-            parts.append(f"int32 may overflow in {_enumerate(unsafe)}" if unsafe else "int32 cannot overflow")
-            if rest := [layer.node for layer in layers if layer.accumulator_max is None]:
+            if unsafe:
+                parts.append(f"int32 may overflow in {_enumerate(unsafe)}")
+            elif known:
+                parts.append("int32 cannot overflow" + (" in the others" if rest else ""))
+            if rest:
                 parts.append(f"no integers on the 2^k grid in {_enumerate(rest)}")
         return "; ".join(parts)
 

@@ -8,6 +8,7 @@ twice: for a whole sequence, and in `step/` for one step, whose states the calle
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -230,6 +231,12 @@ class Source:
         stack = [layer.held * BLOCK * _bits(layer.sums) // 8 for layer in self.layers if layer.sums]
         rules = [step.rule for step in self.program.steps if step.rule is not None]
         ends = [e for rule in rules for e in (rule.zero, rule.low, rule.high)]
+        layers, copies = (
+            [self._layer(layer) for layer in self.layers],
+            [self._copy(name) for name in self.memory.copies],
+        )
+        calling = [text for each in layers if each["body"] for text in each["arguments"]]
+        read = set(re.findall(r"\w+", " ".join([*calling, *(copy["source"] for copy in copies)])))
         return {
             "prefix": self.prefix,
             "ram": self.memory.ram + sum(_bytes(p) for p in befores),
@@ -252,8 +259,9 @@ class Source:
             "tiles": self.vectors,
             "arrays": self.arrays,
             "arenas": [self._arena(width) for width, arena in self.memory.arenas.items() if arena.peak],
-            "layers": [self._layer(layer) for layer in self.layers],
-            "copies": [self._copy(name) for name in self.memory.copies],
+            "unread": [p.name for p in self.inputs if p.name not in read],
+            "layers": layers,
+            "copies": copies,
             "work": self.program.work,
         }
 

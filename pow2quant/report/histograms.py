@@ -38,8 +38,10 @@ def draw(name: str, tensor: Mapping[str, Any], encoding: Mapping[str, Any]) -> H
     if high - low > 4 * width * len(counts):  # the values use a corner of the grid: show that corner
         left, right = start - width * len(counts) / 4, start + 1.25 * width * len(counts)
 
+    across = right - left or 1.0  # float64 may not tell them apart, far from zero
+
     def x(steps: float) -> float:
-        return float(round(WIDTH * (steps - left) / (right - left), 1))
+        return float(round(WIDTH * (steps - left) / across, 1))
 
     step = 2 ** max(0, math.ceil(math.log2(max(1.0, (min(high, right) - max(low, left)) / (LINES - 1)))))
     codes = range(math.ceil(max(low, left) / step) * step, math.floor(min(high, right)) + 1, step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,3 +38,11 @@ def be_exact() -> None:
             part.fp32_precision = "ieee"
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def own_numbers() -> Iterator[None]:
+    """Around a call that seeds PyTorch's random numbers: behind it, the caller's go on where they were."""
+    cards = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=cards):
+        yield

@@ -23,6 +23,7 @@ from pow2quant.runs.job import Job
 from pow2quant.runs.pixels import Pixels
 from pow2quant.runs.scores import FLOAT, Scores
 from pow2quant.tasks.base import ONE_ANSWER, Averaged, Counter, Metric, OneAnswer, in_unit
+from pow2quant.tasks.judging import leading
 
 
 def judge(
@@ -35,8 +36,15 @@ def judge(
 ) -> dict[str, Any]:
     """`verdict` of report.json. sizes: of the files `float` and `quantized`, in bytes. steps: what the run did."""
     advised = advice(job.config, steps, _would_win_on_pixels(job), tried=bool(job.trials))
-    warnings = [*job.data.warnings, *_unloaded(job), *_coarse(job.network, table), *_grown(sizes)]
+    warnings = [*job.data.warnings, *_guessed(job), *_unloaded(job), *_coarse(job.network, table), *_grown(sizes)]
     return verdict(agreements, change, advised, warnings)
+
+
+def _guessed(job: Job) -> list[str]:
+    """That nothing says which way the metric is good."""
+    metric = leading(job.task)
+    text = f"metric {metric.name}: a larger value is taken as better; give it the attribute higher_is_better to say so"
+    return [text] if metric.guessed else []
 
 
 def _would_win_on_pixels(job: Job) -> bool:

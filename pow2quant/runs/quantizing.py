@@ -23,6 +23,7 @@ from pow2quant.errors import ConfigError
 from pow2quant.frontends.export import module_of
 from pow2quant.models import PYTHON
 from pow2quant.runs.chosen import config_of, methods_of_argument, shown
+from pow2quant.runs.computing import own_numbers
 from pow2quant.runs.job import Given
 from pow2quant.runs.result import Result
 from pow2quant.runs.writing import ptq
@@ -71,13 +72,16 @@ def quantize(
         progress: show bars; or an object with `track` and `note`.
         overwrite: replace an existing run in `output`.
 
+    PyTorch's random numbers go on as before. Its flags stay those of exact sums (no TF32, deterministic cuDNN), so that
+    what is returned keeps its bits.
     Raises Pow2QuantError, one line, for everything that can be fixed.
     """
     base, given, bars = requested(model, data, bits, methods, metric, task, backend, target, config, progress)
-    if output is not None:
-        return ptq(base, output, overwrite=overwrite, progress=bars, given=given)
-    folder = Temporary()
-    return replace(ptq(base, folder.path / "run", progress=bars, given=given), keeps=folder)
+    with own_numbers():
+        if output is not None:
+            return ptq(base, output, overwrite=overwrite, progress=bars, given=given)
+        folder = Temporary()
+        return replace(ptq(base, folder.path / "run", progress=bars, given=given), keeps=folder)
 
 
 def requested(

@@ -37,7 +37,8 @@ class Counter(Protocol):
 class Metric:
     """A number by which a network is judged. counter: makes a fresh one; unit: behind the number, such as `%`.
 
-    key: of report.json's `initial_<key>`, `final_<key>`, … where it has such keys.
+    key: of report.json's `initial_<key>`, `final_<key>`, … where it has such keys. guessed: nothing said which way is
+    good.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Metric:
     higher_is_better: bool = True
     unit: str = ""
     key: str = ""
+    guessed: bool = False
 
     def text(self, value: float | None) -> str:
         """The value as it is shown: two decimals of per cent or dB, four digits of all else."""

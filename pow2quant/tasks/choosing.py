@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from torch import Tensor
+
 from pow2quant.errors import ConfigError, DataError
 from pow2quant.plugins import names, resolve
 from pow2quant.tasks.base import Metric, Shapes, Task
@@ -93,9 +95,17 @@ def unread(targets: Any, shapes: Shapes, where: str) -> str:
     )
 
 
+def _are_names(targets: Any, shape: tuple[int, ...]) -> bool:
+    """Whether these are more labels than the network has outputs, as those of identities whose embeddings it gives."""
+    labels = isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point() and len(shape) == 1
+    return bool(labels and shape[0] > 1 and targets.numel() and targets.max() >= shape[0])
+
+
 def _fitting(targets: Any, shapes: Shapes, judged: bool) -> str:
     if targets is None:
         return "none"
     known = [name for name in names("tasks") if name not in ("none", "detection")]
+    if judged and _are_names(targets, shapes[0]):
+        known.remove("classification")
     fitting = (name for name in known if resolve("tasks", name).fits(targets, shapes))
     return next(fitting, "detection" if judged else "none")

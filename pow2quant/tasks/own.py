@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,8 +23,19 @@ from pow2quant.reading import last_line
 from pow2quant.tasks.base import Metric, Outputs
 
 NONE: Mapping[str, Any] = {}
-SMALL_IS_GOOD = ("error", "loss", "mae", "mse", "rmse", "distance", "divergence", "perplexity", "entropy", "nll")
-"""A metric whose name holds one of these is better when it is smaller, where it does not say itself."""
+SMALL_IS_GOOD = frozenset({
+    "error", "errors", "err", "loss", "mae", "mse", "rmse", "nmse", "msle", "rmsle", "mape", "smape",
+    "distance", "divergence", "perplexity", "ppl", "entropy", "crossentropy", "nll", "kl", "wer", "cer", "eer",
+    "ter", "fid", "lpips", "brier", "ece", "deviation", "regret", "miss", "misses", "wrong",
+})  # fmt: skip
+LARGE_IS_GOOD = frozenset({
+    "accuracy", "acc", "top1", "top5", "top", "f1", "fbeta", "score", "auc", "auroc", "roc", "ap", "map",
+    "precision", "recall", "iou", "miou", "jaccard", "dice", "kappa", "mcc", "matthews", "correlation",
+    "pearson", "spearman", "r2", "psnr", "ssim", "snr", "sqnr", "sisnr", "sdr", "pesq", "stoi", "bleu", "rouge",
+    "meteor", "hit", "hits", "found", "right", "correct", "agreement", "similarity", "specificity",
+    "sensitivity", "pck", "ndcg", "mrr",
+})  # fmt: skip
+"""Words in the name of a metric that does not say itself which way is good; of both kinds, the first kind decides."""
 
 
 def metric_of(given: Any, known: tuple[Metric, ...], arguments: Mapping[str, Any] = NONE) -> Metric:
@@ -44,19 +56,27 @@ def metric_of(given: Any, known: tuple[Metric, ...], arguments: Mapping[str, Any
     if isinstance(thing, type) or (inspect.isroutine(thing) and not inspect.signature(thing).parameters):
         thing = _called(thing, name, arguments)
     short = name.rpartition(":")[2].rpartition(".")[2]
-    higher = getattr(thing, "higher_is_better", None)
+    higher, guessed = getattr(thing, "higher_is_better", None), False
     if higher is None:
-        higher = not any(word in short.lower() for word in SMALL_IS_GOOD)
+        words = _words(short)
+        higher = not words & SMALL_IS_GOOD
+        guessed = higher and not words & LARGE_IS_GOOD
     if callable(getattr(thing, "update", None)) and callable(getattr(thing, "compute", None)):
         of_classes = type(thing).__module__.startswith("torchmetrics.classification")
         kind = arguments.get("task", "") if of_classes else ""
-        return Metric(short, lambda: Updated(copy.deepcopy(thing), name, kind), bool(higher))
+        return Metric(short, lambda: Updated(copy.deepcopy(thing), name, kind), bool(higher), guessed=guessed)
     if not callable(thing):
         own = f"one of {', '.join(by_name) or 'none here'}"
         raise ConfigError(
             f"metric: {thing!r:.50} is not legal; legal: {own}, a function, or an object with update and compute"
         )
-    return Metric(short, lambda: Whole(thing, name), bool(higher))
+    return Metric(short, lambda: Whole(thing, name), bool(higher), guessed=guessed)
+
+
+def _words(name: str) -> set[str]:
+    """`WordErrorRate`, `word_error_rate` and `wordErrorRate` as words, and the whole name; digits may end a word."""
+    parts = re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*", name)
+    return {word.lower() for part in (*parts, name) for word in (part, part.rstrip("0123456789"))}
 
 
 def _named(name: str, known: Mapping[str, Metric]) -> Any:

@@ -52,6 +52,7 @@ class Segmentation:
         shape = self.shapes[0]
         expected = f"masks of class indices {(samples, *shape[1:])}"
         masks = tensor_of(targets, where, expected)
+        masks = masks.argmax(1) if _is_one_hot(masks, shape) else masks
         if len(shape) < 2:
             raise DataError(f"{where}: outputs of the network are {(samples, *shape)}; segmentation needs (N, C, …)")
         if masks.ndim == len(shape) + 1 and masks.shape[1] == 1:
@@ -62,6 +63,11 @@ class Segmentation:
             raise wrong(masks, where, expected)
         classes = max(2, shape[0] if tuple(masks.shape[1:]) == shape[1:] else shape[-1])
         masks = masks.long()
+        if shape[0] == 1 and bool((masks == IGNORED).any()) and not bool((masks == 1).any()):
+            raise DataError(
+                f"{where}: masks of 0 and {IGNORED}, without 1: divide them by {IGNORED} if that is the second class; "
+                f"write {LEFT_OUT} for pixels that do not count"
+            )
         odd = masks[(masks >= classes) & (masks != IGNORED)]
         if len(odd):
             raise DataError(f"{where}: class {int(odd[0])} in a mask; legal: 0 to {classes - 1}, {IGNORED} is ignored")
@@ -72,10 +78,19 @@ class Segmentation:
         """Whether the data look like this task."""
         if not isinstance(targets, Tensor) or len(shapes[0]) < 2:
             return False
+        if _is_one_hot(targets, shapes[0]):
+            return True
         masks = targets[:, 0] if targets.ndim == len(shapes[0]) + 1 and targets.shape[1] == 1 else targets
         if tuple(masks.shape[1:]) not in (shapes[0][1:], shapes[0][:-1]):
             return False
-        return not masks.is_floating_point() or bool(((masks == 0) | (masks == 1)).all())
+        return not masks.is_floating_point() or any(bool(((masks == 0) | (masks == v)).all()) for v in (1, IGNORED))
+
+
+def _is_one_hot(masks: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether every pixel has a channel for each class, (N, C, …), of which one is 1 and the others are 0."""
+    if tuple(masks.shape[1:]) != shape or shape[0] < 2:
+        return False
+    return bool(((masks == 0) | (masks == 1)).all() and (masks.sum(1) == 1).all())
 
 
 def named_classes(logits: Array, targets: Array, threshold: float = 0.0) -> tuple[Array, int]:

@@ -107,8 +107,17 @@ ELEMENTWISE = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCEWithL
 """Losses whose targets have the shape of the results."""
 
 
+OWN_KEYS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+"""Parameters of optimizers that have a key of their own in `training`."""
+
+
 def optimizer_of(config: TrainingConfig, parameters: Iterable[Tensor]) -> Optimizer:
     """The optimizer of the float weights and biases; biases do not decay. Raises ConfigError as above."""
+    for key, value in config.optimizer.parameters.items():
+        if key in OWN_KEYS:
+            raise ConfigError(f"training.optimizer: {key} is set by training.{OWN_KEYS[key]}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"training.optimizer: {key}: {value} is not legal; legal: a finite number")
     trained = list(parameters)
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim > 1]},

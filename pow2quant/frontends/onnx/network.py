@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import keyword
 import re
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto, NodeProto, TensorProto
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,8 +25,11 @@ from pow2quant.frontends.onnx.layers import LAYERS
 from pow2quant.frontends.onnx.patterns import OWN, recognize
 from pow2quant.frontends.onnx.rows import ROWS
 from pow2quant.frontends.onnx.step import LARGEST, Step, tensor
+from pow2quant.reading import BYTES, NAMES
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
     from numpy.typing import NDArray
 
 
@@ -109,6 +113,9 @@ SEVERAL = ("Split", "TopK", "LSTM", "GRU", "RNN", "LSTMCell")
 """Operations of which more than the first result is given."""
 
 
+WHOLE: dict[int, tuple[int, int]] = {TensorProto.UINT8: (0, 255), TensorProto.INT8: (-128, 127)}
+"""Types of inputs that are read as real numbers, and their range."""
+
 SETTINGS = ("Resize", "Upsample", "OneHot")
 """Operations whose constants say what they do: none is a weight."""
 
@@ -122,8 +129,10 @@ class Writer:
         self.values: dict[str, fx.Node] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self.held: dict[str, fx.Node] = {}
+        self.arguments: dict[str, str] = {}
         for name, _ in file.inputs:
-            self.values[name] = self.graph.placeholder(_identifier(name))
+            self.arguments[name] = _identifier(name, self.arguments.values())
+            self.values[name] = self.graph.placeholder(self.arguments[name])
 
     def write(self) -> fx.GraphModule:
         """The network. Raises UnsupportedModelError that names file, node and operation."""
@@ -134,7 +143,16 @@ class Writer:
             raise UnsupportedModelError(f"{self.file.name}: output {missing[0]!r} does not depend on the inputs")
         results = tuple(self.values[name] for name in self.file.outputs)
         self.graph.output(results[0] if len(results) == 1 else results)
-        return fx.GraphModule(self.root, self.graph).eval()
+        network = fx.GraphModule(self.root, self.graph).eval()
+        network.meta[NAMES] = self.arguments
+        network.meta[BYTES] = dict(self._bytes())
+        return network
+
+    def _bytes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """The arguments that are integers of 8 bits, and their range."""
+        for name, argument in self.arguments.items():
+            if (ends := WHOLE.get(self.file.types.get(name, 0))) is not None:
+                yield argument, ends
 
     def _node(self, node: NodeProto) -> None:
         file = self.file
@@ -263,9 +281,12 @@ def _reserved(part: str) -> bool:
     return not part or taken or keyword.iskeyword(part)
 
 
-def _identifier(name: str) -> str:
+def _identifier(name: str, taken: Collection[str]) -> str:
+    """A name as Python takes it for an argument."""
     plain = re.sub(r"\W", "_", name, flags=re.ASCII)
-    return plain if plain.isidentifier() else f"input_{plain}"
+    plain = plain if plain.isidentifier() and not keyword.iskeyword(plain) else f"input_{plain}"
+    numbered = (f"{plain}_{i}" for i in itertools.count(1))
+    return next(n for n in itertools.chain([plain], numbered) if n not in taken)
 
 
 class _Noting(fx.Interpreter):

@@ -109,7 +109,12 @@ def _norm(order: int) -> Row:
 
 
 def _arg(function: Callable[..., Tensor]) -> Row:
-    return lambda s, x: function(x, s.attribute("axis", 0), bool(s.attribute("keepdims", 1)))
+    def row(s: Step, x: Tensor) -> Tensor:
+        if s.attribute("select_last_index", 0):
+            raise s.error("the last of equal values (select_last_index) is not supported")
+        return function(x, s.attribute("axis", 0), bool(s.attribute("keepdims", 1)))
+
+    return row
 
 
 def _topk(s: Step, x: Tensor, k: Any) -> Any:
