@@ -154,7 +154,7 @@ def test_the_exported_pair_is_constrained_and_computes_alike(sim, tmp_path):
     calibrated(sim).onnx.export(DUMMY, str(tmp_path / "m.onnx"), input_names=["x"], output_names=["y"], dynamo=False)
     model = onnx_qdq.load(tmp_path / "m.onnx")
     table = aimet_encodings.load(tmp_path / "m.encodings", aimet_encodings.channel_axes(model))
-    assert all(e.is_power_of_two for name, e in table.items() if not name.endswith("bias"))
+    assert all(e.is_power_of_two for e in table.values())
     floats = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (result,) = floats.run(None, {"x": images()[:1].numpy()})
     assert np.isfinite(result).all()
@@ -192,3 +192,64 @@ def test_every_shipped_configuration_gives_aimets_own_sites(theirs):
             [(n, q.shape, q.bitwidth, q.symmetric) for n, q in s.named_quantizers()] for s in (ours, plain)
         )
         assert found == expected, path
+
+
+class Dropped(nn.Module):
+    """A layer whose input no quantizer of AIMET's writes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.drop, self.fc = nn.Conv2d(1, 4, 3), nn.Dropout(0.1), nn.Linear(144, 5)
+
+    def forward(self, x):
+        return self.fc(self.drop(torch.relu(self.conv(x)).flatten(1)))
+
+
+def test_a_bias_whose_input_has_no_scale_stays_float(tmp_path):
+    sim = calibrated(QuantizationSimModel(Dropped().eval(), DUMMY, backend="aimet"))
+    options = {"encoding_version": "2.0.0", "dynamo": False, "input_names": ["x"], "output_names": ["y"]}
+    with pytest.warns(UserWarning, match="fc: the bias stays float, since nothing quantizes the input"):
+        sim.onnx.export(DUMMY, str(tmp_path / "m.onnx"), dynamic_axes={"x": {0: "n"}, "y": {0: "n"}}, **options)
+    model = onnx_qdq.load(tmp_path / "m.onnx")
+    table = aimet_encodings.load(tmp_path / "m.encodings", aimet_encodings.channel_axes(model))
+    assert "conv.bias" in table
+    assert "fc.bias" not in table
+    assert all(e.is_power_of_two for e in table.values())
+
+
+def test_a_quantizer_that_comes_later_is_constrained(sim, theirs, tmp_path):
+    from aimet_torch.quantization.affine import QuantizeDequantize
+
+    name, module = next((n, m) for n, m in calibrated(sim).model.named_modules() if isinstance(m, nn.Linear))
+    module.output_quantizers[0] = QuantizeDequantize((), 0, 255, symmetric=False)
+    module.output_quantizers[0].set_range(-2.9, 3.0)
+    sim.model(images())
+    assert is_constrained(sim)
+    module.output_quantizers[0] = QuantizeDequantize((), 0, 255, symmetric=False)
+    module.output_quantizers[0].set_range(-2.9, 3.0)
+    sim.save_encodings_to_json(str(tmp_path), "saved")
+    entry = json.loads((tmp_path / "saved.json").read_text())["activation_encodings"][name]["output"]["0"]
+    assert np.frexp(entry["scale"])[0] == 0.5
+    assert is_constrained(copy.deepcopy(sim))
+
+
+@pytest.mark.parametrize("placement", ["aimet", "pow2quant"])
+def test_odd_zero_points_of_a_file_stay_in_a_state_too(placement, tmp_path):
+    made = [QuantizationSimModel(trained(), DUMMY, backend="aimet", placement=placement) for _ in range(2)]
+    sim, other = map(calibrated, made)
+    sim.save_encodings_to_json(str(tmp_path), "saved")
+    document = json.loads((tmp_path / "saved.json").read_text())
+    ends = [
+        e for module in document["activation_encodings"].values() for slots in module.values() for e in slots.values()
+    ]
+    entry = next(e for e in ends if e["is_symmetric"] == "False")
+    offset, scale = -101, entry["scale"]
+    entry |= {"offset": offset, "min": scale * offset, "max": scale * (255 + offset)}
+    sim.load_encodings(document)
+    found = [q.get_offset().item() for _, q in sim.named_quantizers() if not q.symmetric]
+    assert offset in found
+    other.model.load_state_dict(sim.model.state_dict())
+    assert [q.get_offset().item() for _, q in other.named_quantizers() if not q.symmetric] == found
+    with torch.no_grad():
+        assert torch.equal(sim.model(images()), other.model(images()))

@@ -82,3 +82,22 @@ def test_the_front_door_gives_it_back(backend):
     found = result.model(X)
     assert [*found] == ["features", "scores", "loss"]
     assert torch.equal(found["scores"], result.simulation.model(X)[1])
+
+
+@pytest.mark.parametrize("names", [False, True])
+def test_the_state_of_a_result_holds_its_encodings(names: bool) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor) -> object:
+            return {"logits": self.fc(x)} if names else self.fc(x)
+
+    x = torch.randn(32, 6)
+    narrow, wide = (pow2quant.quantize(Plain(), x, bits=bits, progress=False).model for bits in ("w4a8", "w8a8"))
+    wide.load_state_dict(narrow.state_dict())
+    found, expected = (model(x)["logits"] if names else model(x) for model in (wide, narrow))
+    assert torch.equal(found, expected)
+    assert len(narrow.state_dict()) > 2

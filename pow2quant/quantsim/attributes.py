@@ -43,6 +43,9 @@ class Owner(Protocol):
 
 SLOTS = ("param_quantizers", "input_quantizers", "output_quantizers")
 
+ATTACHED = "pow2quant_attached"
+"""Where a model's `meta` keeps which modules have them."""
+
 
 class Quantizer:
     """One site's quantizer. Widths and symmetry hold from the next encodings on; a range that is there is kept."""
@@ -137,24 +140,24 @@ class Quantizer:
         """Whether it has an encoding."""
         return self._encoding is not None
 
-    def _tensor(self, values: Any) -> Tensor:
-        return torch.from_numpy(np.array(values, np.float32)).reshape(self.shape)
+    def _tensor(self, values: Any, dtype: torch.dtype | None) -> Tensor:
+        return torch.from_numpy(np.array(values, np.float32)).reshape(self.shape).to(dtype or torch.float32)
 
-    def get_scale(self) -> Tensor | None:
+    def get_scale(self, dtype: torch.dtype | None = None) -> Tensor | None:
         """(shape), powers of two; None without an encoding, as of the three below."""
-        return None if self._encoding is None else self._tensor(self._encoding.scale)
+        return None if self._encoding is None else self._tensor(self._encoding.scale, dtype)
 
-    def get_offset(self) -> Tensor | None:
+    def get_offset(self, dtype: torch.dtype | None = None) -> Tensor | None:
         """The negative zero point."""
-        return None if self._encoding is None else self._tensor(-self._encoding.zero_point)
+        return None if self._encoding is None else self._tensor(-self._encoding.zero_point, dtype)
 
-    def get_min(self) -> Tensor | None:
+    def get_min(self, dtype: torch.dtype | None = None) -> Tensor | None:
         """The smallest value that it represents."""
-        return None if self._encoding is None else self._tensor(self._encoding.minimum)
+        return None if self._encoding is None else self._tensor(self._encoding.minimum, dtype)
 
-    def get_max(self) -> Tensor | None:
+    def get_max(self, dtype: torch.dtype | None = None) -> Tensor | None:
         """The largest value that it represents."""
-        return None if self._encoding is None else self._tensor(self._encoding.maximum)
+        return None if self._encoding is None else self._tensor(self._encoding.maximum, dtype)
 
     min, max = property(get_min), property(get_max)
 
@@ -230,9 +233,10 @@ def attach(sim: Owner) -> None:
     """Gives the modules of `sim.model` their `param_quantizers`, `input_quantizers` and `output_quantizers`."""
     placement, network = sim.simulation.placement, sim.simulation.network
     layers = {layer.module: layer for layer in placement.layers}
-    for node in network.graph.nodes:
-        if node.op != "call_module":
-            continue
+    called = [node for node in network.graph.nodes if node.op == "call_module"]
+    model: Any = sim.simulation.model
+    model.meta[ATTACHED] = [str(node.target) for node in called]
+    for node in called:
         name = str(node.target)
         layer = layers.get(name)
         weights = {} if layer is None else {"weight": layer.weight}
@@ -252,7 +256,12 @@ def _inputs(node: fx.Node, quantized: Mapping[str, Site]) -> list[Site | None]:
 
 
 def refuse_replaced(model: nn.Module) -> None:
-    """Raises ConfigError for a module whose quantizers' places were replaced as a whole, which would change nothing."""
+    """Raises ConfigError for a module that was replaced, or whose quantizers' places were: nothing would change."""
+    for name in getattr(model, "meta", {}).get(ATTACHED, ()):
+        if SLOTS[0] not in vars(model.get_submodule(name)):
+            raise ConfigError(
+                f"{name} was replaced, and would compute in float; change the network before it is simulated"
+            )
     for name, module in model.named_modules():
         places = [isinstance(vars(module).get(kind), Slots) for kind in SLOTS]
         if any(places) and not all(places):

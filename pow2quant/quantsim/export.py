@@ -48,6 +48,7 @@ WITHOUT_MEANING = {
     "training",
     "export_params",
     "keep_initializers_as_inputs",
+    "external_data",
 }
 """Arguments of `torch.onnx.export` that change nothing here: the file is written without torch's exporter."""
 

@@ -52,6 +52,9 @@ class OnAimet(PreparedSim):
 
         return configured(network, example, plan, config_file, bits)
 
+    def _replan(self) -> None:
+        """AIMET's quantizers take widths with the encodings that are loaded."""
+
     def _mark(self, names: Collection[str], requires_grad: bool | None, allow_overwrite: bool | None) -> None:
         for quantizer in self._aimet.quantsim.quantizers():
             if quantizer.site.name in names:

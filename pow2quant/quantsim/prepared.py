@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from pow2quant.adapters import aimet_config
 from pow2quant.adapters.aimet_members import MEMBERS
 from pow2quant.artifact import Site
+from pow2quant.backends import state
 from pow2quant.backends.base import ALL, Batch, Simulation
 from pow2quant.backends.fake_quant import FakeQuantize
 from pow2quant.backends.fold import fold_batch_norm
@@ -20,13 +22,13 @@ from pow2quant.frontends.export import unwrapped
 from pow2quant.frontends.prepare import prepare
 from pow2quant.frontends.returned import like
 from pow2quant.pow2_constraints import Encoding
-from pow2quant.quantsim import attributes, state, training
+from pow2quant.quantsim import attributes, training
 from pow2quant.quantsim.checks import refuse_quantized
 from pow2quant.quantsim.files import Files
 from pow2quant.quantsim.members import summary
 from pow2quant.quantsim.names import onnx_types, readers
 from pow2quant.quantsim.ranges import Ranges
-from pow2quant.quantsim.running import checked, in_eval_mode
+from pow2quant.quantsim.running import OWNER, Owner, checked, in_eval_mode
 from pow2quant.quantsim.schemes import QuantScheme, chooser_of, plan_of
 from pow2quant.runs import simulation_of
 
@@ -77,8 +79,8 @@ class PreparedSim(Files):
         self._model = like(self.simulation.model, unwrapped(model))
         self._model.register_forward_pre_hook(checked, with_kwargs=True)
         state.keep(self._model)
-        self._show()
-        self.ranges = self._trained()
+        self._model.register_load_state_dict_post_hook(Owner.adopt_widths)
+        self._attach()
 
     def __getattr__(self, name: str) -> Any:
         if name in MEMBERS:
@@ -88,9 +90,14 @@ class PreparedSim(Files):
 
     def __setstate__(self, members: dict[str, Any]) -> None:
         self.__dict__.update(members)
+        self._attach()
+        self.encodings()
+
+    def _attach(self) -> None:
+        """What a model has of its simulation, and a copy of it has not."""
+        vars(self._model)[OWNER] = Owner(self)
         self._show()
         self.ranges = self._trained()
-        self.encodings()
 
     def __str__(self) -> str:
         table = self.encodings()
@@ -142,6 +149,16 @@ class PreparedSim(Files):
     def resting(self) -> AbstractContextManager[None]:
         """While it lasts, ranges that are trained follow no encodings."""
         return nullcontext() if self.ranges is None else self.ranges.resting()
+
+    def adopt_widths(self) -> None:
+        """Takes over the widths of encodings that were put into the model by a state."""
+        table = self.encodings()
+        changed = [s for s in self.sites if s.role != "bias" and s.name in table]
+        changed = [s for s in changed if table[s.name].grid.width != self.spec(s).bits]
+        if changed:
+            self._changes |= {s: replace(self.spec(s), bits=table[s.name].grid.width) for s in changed}
+            self._replan()
+            self.simulation.load(table)
 
     # -- what the aimet backend does differently -----------------------------------------------------------------------
 

@@ -31,10 +31,10 @@ class Trained(Protocol):
 class Ranges:
     """The exponents of a simulation as parameters of its model, `sim.model.learned_ranges`; zero points stay.
 
-    They are there as soon as there are encodings. Where gradients are enabled, values are quantized with gradients for
-    them (see `training.exponents`); in eval mode with the simulation's bits. What an optimizer has made of them holds
-    from the next call of the model on, and in what is read, saved and exported. Frozen encodings are not trained, and a
-    copy of the model alone trains none.
+    They are there from the start and stay the same objects; without an encoding they have no effect. Where gradients
+    are enabled, values are quantized with gradients for them (see `training.exponents`); in eval mode with the
+    simulation's bits. What an optimizer has made of them holds from the next call of the model on, in `state_dict()`,
+    and in what is read, saved and exported. Frozen encodings are not trained; a copy of the model alone trains none.
     """
 
     def __init__(self, sim: Trained, model: nn.Module) -> None:
@@ -43,6 +43,15 @@ class Ranges:
         self._known: Table = {}
         self._values = torch.empty(0)
         self._taps, self._rests = ExitStack(), False
+        leader = sim.simulation.placement.leader
+        names = dict.fromkeys(leader(site.name) for site in sim.sites if site.role != "bias")
+        device = next((p.device for p in model.parameters()), None)
+        held = list(getattr(model, "learned_ranges", ()))  # of a copy of the simulation
+        if len(held) != len(names):
+            held = [nn.Parameter(torch.zeros((), device=device)) for _ in names]
+            model.learned_ranges = nn.ParameterList(held)
+        self._parameters = dict(zip(names, held, strict=True))
+        model.register_state_dict_pre_hook(_Hook(self.follow))
         model.register_forward_pre_hook(_Hook(self._enter))
         model.register_forward_hook(_Hook(self._leave), always_call=True)
 
@@ -79,7 +88,8 @@ class Ranges:
             self._exponents.restart(table)
         else:
             self._exponents = Exponents(sim.simulation, names, "tqt") if names else None
-            self._model.learned_ranges = nn.ParameterList(self._exponents.parameters() if self._exponents else [])
+            if self._exponents is not None:
+                self._exponents.bind(self._parameters)
         if self._exponents is not None:
             self._take(sim, self._exponents)
 

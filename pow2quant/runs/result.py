@@ -11,6 +11,7 @@ from torch import nn
 
 from pow2quant import run_folder
 from pow2quant.artifact import Agreement, Table
+from pow2quant.backends.state import keep
 from pow2quant.frontends.returned import returning
 from pow2quant.report import summary
 from pow2quant.runs import exporting
@@ -65,8 +66,10 @@ class Result:
     def model(self) -> nn.Module:
         """The quantized network as a module: it takes float32 tensors and computes what the files do.
 
-        It returns what the float network does: a dictionary, a named tuple, the same tensor twice.
+        It returns what the float network does: a dictionary, a named tuple, the same tensor twice. Its `state_dict()`
+        holds the encodings, too.
         """
+        keep(self.simulation.model)
         return returning(self.simulation.model)
 
     @property

@@ -119,6 +119,15 @@ class Exponents:
         """One parameter, () or (C,), for each encoding: views of `values`."""
         return [part.parameter for part in self._parts.values()]
 
+    @torch.no_grad()
+    def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Takes these as its parameters, by the leading site's name, so that whoever holds them goes on."""
+        for name, part in self._parts.items():
+            own = parameters[name]
+            own.data = part.parameter.data
+            own.requires_grad_(part.parameter.requires_grad)
+            self._parts[name] = part._replace(parameter=own)
+
     def refresh(self) -> None:
         """Computes exponents and scales from `values`. On a CPU raises AssertionError as `check` does."""
         self.k = self.calibrated + self.rule.offset(self.values)

@@ -180,6 +180,15 @@ def test_a_file_of_another_width_sets_the_width(tmp_path):
     assert table(four) == table(eight)
 
 
+def test_a_file_of_another_width_on_aimet(installed, tmp_path):
+    narrow, wide = (prepared(trained(), DUMMY, default_param_bw=bits, backend="aimet") for bits in (4, 8))
+    narrow.compute_encodings(lambda model: model(images()))
+    narrow.save_encodings_to_json(tmp_path, "m")
+    wide.load_encodings(tmp_path / "m.json")
+    assert table(wide) == table(narrow)
+    assert torch.equal(run(wide.model), run(narrow.model))
+
+
 def test_widths_in_turn_keep_the_range():
     sim = prepared(trained(), DUMMY)
     sim.compute_encodings(lambda model: model(images()))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from pow2quant import QuantPlan, simulate
-from pow2quant.errors import ConfigError, DataError, UnsupportedModelError, WeightsError
+from pow2quant import QuantizationSimModel, QuantPlan, simulate
+from pow2quant.errors import ConfigError, DataError, NotCalibratedError, UnsupportedModelError, WeightsError
 from tests.aimet_flows.digits import Net, images, trained
 from tests.drop_in.networks import DUMMY, prepared, table
 
@@ -98,3 +98,41 @@ def test_a_module_that_forward_never_calls_is_not_there(calibrate):
     model = trained()
     model.spare = nn.Linear(3, 3)
     assert not [name for name in calibrate(model, [images(8)]).encodings() if name.startswith("spare")]
+
+
+def test_a_layer_that_is_replaced():
+    sim = prepared(trained(), DUMMY)
+    sim.compute_encodings(lambda model: model(images()))
+    sim.model.fc = nn.Linear(sim.model.fc.in_features, 10)
+    with pytest.raises(ConfigError, match="fc was replaced, and would compute in float"):
+        sim.model(images(4))
+
+
+def test_encodings_of_weights_alone(make, calibrated):
+    _, weights = calibrated.get_activation_param_encodings()
+    sim = make()
+    sim.load_encodings({"activation_encodings": {}, "param_encodings": weights, "version": "0.6.1"})
+    with pytest.raises(NotCalibratedError, match="the model has no encoding for "):
+        sim.model(images(4))
+
+
+class Masked(nn.Module):
+    """A network that may be given something more."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x, mask=None):
+        return self.fc(x) if mask is None else self.fc(x) * mask
+
+
+def test_arguments_that_the_network_was_prepared_without():
+    x = torch.randn(8, 4)
+    sim = QuantizationSimModel(Masked(), x[:1])
+    sim.compute_encodings(lambda model: model(x, mask=None))
+    assert torch.equal(sim.model(x, None), sim.model(x))
+    for call in (lambda: sim.model(x, mask=x), lambda: sim.model(x, x)):
+        with pytest.raises(ConfigError, match=r"(mask|argument 1): the network was prepared without it"):
+            call()
+    assert sim.model.fc.param_quantizers["weight"].get_scale(dtype=torch.float64).dtype == torch.float64

@@ -230,8 +230,9 @@ def test_frozen_ranges_are_not_trained_and_other_schemes_keep_all(network):
     sim = calibrated(network, quant_scheme="training_range_learning_with_tf_init")
     sim.model.fc.param_quantizers["weight"].allow_overwrite(False)
     sim.compute_encodings(lambda model: model(X))
-    names = [name for name, _ in sim.model.named_parameters() if name.startswith("learned_ranges")]
-    assert len(names) == len([s for s in sim.sites if s.role != "bias"]) - 1
+    sim.model.train()(X).sum().backward()
+    assert sum(p.grad is None for p in sim.model.learned_ranges) == 1
+    assert len(sim.model.learned_ranges) == len([s for s in sim.sites if s.role != "bias"])
     sim.model.fc.param_quantizers["weight"].allow_overwrite(True)
     sim.model.fc.param_quantizers["weight"] = None
     sim.model.train()(X).sum().backward()
@@ -241,6 +242,60 @@ def test_frozen_ranges_are_not_trained_and_other_schemes_keep_all(network):
     run(sim)
     assert "fc.weight" not in sim.encodings()
     assert not hasattr(calibrated(network).model, "learned_ranges")
+
+
+def trained_ranges(sim, optimizer):
+    """How many ranges have a gradient in a step of training, of those that an optimizer knows."""
+    optimizer.zero_grad()
+    (sim.model.train()(X) - 4).square().mean().backward()
+    optimizer.step()
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return sum(p.grad is not None and id(p) in known for p in sim.model.learned_ranges)
+
+
+LEARNING = {"quant_scheme": "training_range_learning_with_tf_init"}
+
+
+def test_an_optimizer_from_before_the_calibration_trains_ranges(network):
+    sim = QuantizationSimModel(network, X[:1], **LEARNING)
+    optimizer = torch.optim.Adam(sim.model.parameters(), 0.2)
+    sim.compute_encodings(lambda model: model(X))
+    assert trained_ranges(sim, optimizer) == len(sim.model.learned_ranges)
+    sim.model.fc.param_quantizers["weight"].allow_overwrite(False)
+    assert trained_ranges(sim, optimizer) == len(sim.model.learned_ranges) - 1
+
+
+def test_a_state_right_behind_a_step_is_that_of_the_step(network):
+    sim = calibrated(network, **LEARNING)
+    optimizer = torch.optim.Adam(sim.model.parameters(), 0.3)
+    for _ in range(3):
+        trained_ranges(sim, optimizer)
+    state = sim.model.state_dict()
+    sim.model.eval()
+    other = QuantizationSimModel(network, X[:1], **LEARNING)
+    resumed = torch.optim.Adam(other.model.parameters(), 0.3)
+    other.model.load_state_dict(state)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert torch.equal(run(other), run(sim))
+    assert trained_ranges(other, resumed) == len(other.model.learned_ranges)
+
+
+def test_a_model_without_its_simulation_goes_on(network):
+    model = calibrated(network, **LEARNING).model
+    optimizer = torch.optim.Adam(model.parameters(), 0.2)
+    model.train()(X).sum().backward()
+    optimizer.step()
+    assert all(p.grad is not None for p in model.learned_ranges)
+    assert model.fc.param_quantizers["weight"].bitwidth == 8
+
+
+def test_a_state_of_another_width_sets_the_width(network):
+    narrow, sim = calibrated(network, default_param_bw=4), calibrated(network)
+    sim.model.load_state_dict(narrow.model.state_dict())
+    assert torch.equal(run(sim), run(narrow))
+    assert sim.model.fc.param_quantizers["weight"].bitwidth == 4
+    sim.compute_encodings(lambda model: model(X))
+    assert sim.encodings() == narrow.encodings()
 
 
 def test_a_state_keeps_widths_of_channels_and_names_what_is_damaged(sim):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pow2quant.backends.aimet.modules import load_aimet, quiet, readers_of_inputs
-from pow2quant.backends.aimet.quantizers import WIDEST, constrained_scale, covering
+from pow2quant.backends.aimet.quantizers import WIDEST, constrained_scale, covering, take_parity, with_parity
 from pow2quant.backends.base import Batch, device_of, inputs
 from pow2quant.backends.placement import place
 from pow2quant.config import QuantPlan, TensorSpec
@@ -44,13 +47,14 @@ def quantizer_class() -> type:
         """See `quantizer_class`. place: how errors call it."""
 
         place: str
+        even = True
 
         def get_scale(self, dtype: torch.dtype | None = None) -> Tensor | None:
             return constrained_scale(self).to(dtype or torch.float32) if self.is_initialized() else None
 
         def _get_offset(self, scale: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor | None:
             offset: Tensor | None = super()._get_offset(scale, dtype)
-            if offset is None or self.symmetric:
+            if offset is None or self.symmetric or not self.even:
                 return offset
             even = 2 * ste_round((offset + self.qmin) / 2) - self.qmin
             return torch.clamp(even, min=1 - self.qmax)
@@ -61,6 +65,7 @@ def quantizer_class() -> type:
                 found = covering(self, min, max, self.place, 0 if self.shape else None)
                 ends = (found.minimum, found.maximum)
                 min, max = (torch.from_numpy(np.asarray(v, np.float32)).view(self.shape) for v in ends)
+            self.even = True
             super().set_range(min, max)
 
         def set_legacy_encodings(self, encodings: list[dict[str, Any]]) -> None:
@@ -68,9 +73,27 @@ def quantizer_class() -> type:
             super().set_legacy_encodings(encodings)
             scales = np.asarray([e.get("scale", 1) for e in encodings], np.float32)
             free = scales[np.frexp(scales)[0] != 0.5]
+            if not free.size:
+                self._take_odd([int(e.get("offset", 0)) for e in encodings], scales)
             if free.size:
                 scale = f"{self.place}: scale {float(free[0])!r}"
                 warnings.warn(f"{scale} is not a power of two; the smallest that covers is taken", stacklevel=2)
+
+        def _take_odd(self, offsets: list[int], scales: Any) -> None:
+            """Takes zero points as a file has them, where some are odd: their grid need not be chosen again."""
+            if self.symmetric or self.qmin or not any(offset % 2 for offset in offsets):
+                return
+            low = scales * np.asarray(offsets, np.float32)
+            ends = low, low + scales * np.float32(self.qmax)
+            super().set_range(*(torch.from_numpy(v).view(self.shape) for v in ends))
+            self.even = False
+
+        def get_extra_state(self) -> Any:
+            return with_parity(self, super().get_extra_state())
+
+        def set_extra_state(self, state: Any) -> None:
+            take_parity(self, state)
+            super().set_extra_state(state)
 
     ConstrainedQuantizer.__qualname__ = ConstrainedQuantizer.__name__
     return ConstrainedQuantizer
@@ -125,6 +148,72 @@ def constrain(quantsim: Any) -> None:
             quantizer.set_range(quantizer.min.detach(), quantizer.max.detach())
 
 
+class _Constraining:
+    """Constrains a simulation in front of every call of its model. In a copy of the model it does nothing.
+
+    rests: while AIMET exports, when biases have quantizers too.
+    """
+
+    rests = False
+
+    def __init__(self, quantsim: Any = None) -> None:
+        self._quantsim = (lambda: None) if quantsim is None else weakref.ref(quantsim)
+
+    def __call__(self, *_: Any) -> None:
+        if (quantsim := self._quantsim()) is not None and not _Constraining.rests:
+            constrain(quantsim)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Constraining, ()
+
+
+@dataclass(frozen=True)
+class _OnnxExporter:
+    """AIMET's `sim.onnx`, which writes no bias whose scale would be free."""
+
+    theirs: Any
+
+    def export(self, *args: Any, **kwargs: Any) -> None:
+        """AIMET's."""
+        with _derived_biases():
+            self.theirs.export(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.theirs, name)
+
+
+@contextmanager
+def _derived_biases() -> Iterator[None]:
+    """Within it, AIMET quantizes biases by s_in * s_w only. Where it knows no s_in they stay float, with a warning.
+
+    It would choose a free scale for them, by which onnxruntime computes something else when it optimizes the file.
+    """
+    from aimet_torch.nn.base import BaseQuantizationMixin
+
+    create = BaseQuantizationMixin._create_int32_bias_quantizer
+    names = set[str]()
+
+    def created(module: Any, *args: Any) -> None:
+        create(module, *args)
+        scale = module.param_quantizers["bias"].get_scale()
+        if (np.frexp(scale.detach().cpu().numpy())[0] != 0.5).any():
+            module.param_quantizers["bias"] = None
+            weight = module.param_quantizers["weight"]
+            names.add(getattr(weight, "place", "").rpartition(".")[0] or type(module).__name__)
+
+    BaseQuantizationMixin._create_int32_bias_quantizer, _Constraining.rests = created, True
+    try:
+        yield
+    finally:
+        _Constraining.rests = False
+        BaseQuantizationMixin._create_int32_bias_quantizer = create
+    if names:
+        what = ", ".join(sorted(names))
+        warnings.warn(
+            f"{what}: the bias stays float, since nothing quantizes the input; put a quantizer there", stacklevel=3
+        )
+
+
 @cache
 def tools() -> dict[str, type]:
     """AIMET's `QuantizationSimModel` and the classes that make one of their own, constrained. Needs AIMET.
@@ -142,6 +231,7 @@ def tools() -> dict[str, type]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             constrain(self)
+            self.model.register_forward_pre_hook(_Constraining(self))
 
         def compute_encodings(self, *args: Any, **kwargs: Any) -> None:
             constrain(self)
@@ -149,19 +239,29 @@ def tools() -> dict[str, type]:
 
         def load_encodings(self, encodings: Any, *args: Any, snap: bool | None = None, **kwargs: Any) -> None:
             """AIMET's. snap: True takes free scales, by the smallest 2^k that covers, without the warning."""
+            constrain(self)
             with warnings.catch_warnings():
                 if snap:
                     warnings.simplefilter("ignore", UserWarning)
                 super().load_encodings(encodings, *args, **kwargs)
 
+        def save_encodings_to_json(self, *args: Any, **kwargs: Any) -> None:
+            constrain(self)
+            super().save_encodings_to_json(*args, **kwargs)
+
+        def get_activation_param_encodings(self) -> Any:
+            constrain(self)
+            return super().get_activation_param_encodings()
+
         def export(self, *args: Any, **kwargs: Any) -> None:
             constrain(self)
-            super().export(*args, **kwargs)
+            with _derived_biases():
+                super().export(*args, **kwargs)
 
         @property
         def onnx(self) -> Any:
             constrain(self)
-            return super().onnx
+            return _OnnxExporter(super().onnx)
 
     ConstrainedSimModel.__qualname__ = ConstrainedSimModel.__name__
 

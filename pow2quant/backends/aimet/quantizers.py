@@ -183,9 +183,30 @@ def site_quantizers() -> tuple[type, type]:
             ends = (encoding.minimum, encoding.maximum)
             super().set_range(*(torch.from_numpy(np.asarray(v, np.float32)).view(self.shape) for v in ends))
 
+        def get_extra_state(self) -> Any:
+            return with_parity(self, super().get_extra_state())
+
+        def set_extra_state(self, state: Any) -> None:
+            take_parity(self, state)
+            super().set_extra_state(state)
+
     for cls in (SiteQuantizer, PowerOfTwoQuantizer):
         cls.__qualname__ = cls.__name__  # found here again by `pickle`, through __getattr__
     return SiteQuantizer, PowerOfTwoQuantizer
+
+
+EVEN = "pow2quant_even"
+"""Whether zero points are even, in a quantizer's extra state."""
+
+
+def with_parity(quantizer: Any, state: Any) -> Any:
+    """A quantizer's extra state, and in it whether its zero points are even."""
+    return state | {EVEN: torch.tensor(quantizer.even)} if isinstance(state, dict) else state
+
+
+def take_parity(quantizer: Any, state: Any) -> None:
+    """The inverse of `with_parity`; zero points of a state of AIMET's are even."""
+    quantizer.even = bool(state.pop(EVEN, True)) if isinstance(state, dict) else True
 
 
 def constrained_scale(quantizer: Any) -> Tensor:

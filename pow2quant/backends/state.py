@@ -1,4 +1,4 @@
-"""The encodings in `sim.model.state_dict()`, as AIMET's quantizers have theirs there."""
+"""The encodings in the `state_dict()` of a model on `custom`, as AIMET's quantizers have theirs there."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ if TYPE_CHECKING:
 RANGES = "learned_ranges"
 """The parameters of ranges that are trained, in a model."""
 
+KEPT = "_encodings_are_kept"
+"""The attribute of a model whose state has encodings."""
+
 KEY = "encoding"
 """Behind a quantizer's name, the key of its encoding in a state."""
 
 
 def keep(model: nn.Module) -> None:
-    """Makes the encodings part of a model's state. A state without them, of a float network, changes none."""
-    model.register_state_dict_post_hook(_write)
-    model.register_load_state_dict_pre_hook(_read)
+    """Makes the encodings part of a model's state, once. A state without them, of a float network, changes none."""
+    if not vars(model).get(KEPT, False):
+        vars(model)[KEPT] = True
+        model.register_state_dict_post_hook(_write)
+        model.register_load_state_dict_pre_hook(_read)
 
 
 def _quantizers(model: nn.Module, prefix: str) -> dict[str, FakeQuantize]:
