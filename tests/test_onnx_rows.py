@@ -98,6 +98,10 @@ FILES: dict[str, onnx.ModelProto] = {
         for place in ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel")
         for rounding in ("floor", "ceil", "round_prefer_floor", "round_prefer_ceil")
     },
+    "MaxPool as a small YOLO has it": node(
+        "MaxPool", (2, 7, 9), kernel_shape=[2, 2], strides=[1, 1], auto_pad="SAME_UPPER"
+    ),
+    "MaxPool, padded in front": node("MaxPool", (2, 7, 9), kernel_shape=[3, 3], strides=[1, 2], pads=[1, 1, 0, 0]),
     "MaxPool, a window in the padding": node(
         "MaxPool", (2, 7, 9), kernel_shape=[2, 2], strides=[2, 2], pads=[1] * 4, ceil_mode=1
     ),
@@ -191,6 +195,35 @@ def test_a_file_of_torchs_older_exporter_is_as_in_onnxruntime(tmp_path: Path) ->
     with torch.no_grad():
         found = prepare(read_network(path), x)(x).numpy()
     np.testing.assert_allclose(found, session.run(None, {"x": x.numpy()})[0], 1e-5, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("activation", [nn.ReLU6(), nn.ELU(), nn.Hardtanh()], ids=repr)
+def test_a_file_that_was_not_optimized(activation: nn.Module, tmp_path: Path) -> None:
+    """Constants are cast to the type of what is computed."""
+    path, x = tmp_path / "net.onnx", torch.randn(2, 6)
+    network = nn.Sequential(nn.Linear(6, 5), activation).eval()
+    torch.onnx.export(network, (x,), path, dynamo=True, optimize=False, verbose=False)
+    with torch.no_grad():
+        torch.testing.assert_close(prepare(read_network(path), x)(x), network(x))
+
+
+@pytest.mark.parametrize("opset", [13, 17, 19, 21])
+def test_weights_that_are_stored_in_8_bits(opset: int, tmp_path: Path) -> None:
+    codes, scale = np.arange(-6, 6, dtype=np.int8).reshape(4, 3), np.float32(0.25)
+    graph = helper.make_graph(
+        [helper.make_node("DequantizeLinear", ["c", "s"], ["w"]), helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3])],
+        [numpy_helper.from_array(codes, "c"), numpy_helper.from_array(scale, "s")],
+    )
+    opsets = [helper.make_opsetid("", opset)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "net.onnx")
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        found = prepare(read_network(tmp_path / "net.onnx"), x)(x)
+    torch.testing.assert_close(found, x @ torch.from_numpy(codes * scale))
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ ON_MAPS = [
     *(m.Take(3, [2, 1, 0, 1, 2, 3, 4, 5, 4, 3]), m.Take(2, [5, 4, 3, 2, 1, 0]), m.Take(1, [0, 0, 0, 1, 1, 1, 5])),
     *(m.ConstantPad((1, 1, 1, 1), 1.0), m.ConstantPad((1, 0), -0.3), m.ZeroPad((1, 2, -1, 1))),
     *(m.NearestUpsample((2, 3)), m.Slice([(2, 1, None, 2)]), m.Permute((0, 2, 3, 1)), nn.Flatten()),
+    *(m.PaddedMaxPool([2, 3], [1, 2], [1, 1], [0, 1], [1, 0]), m.PaddedMaxPool([3, 2], [2, 1], [1, 2], [1, 0], [2, 1])),
     *(nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.ConvTranspose2d(8, 4, 3, 2, 1, 1, groups=2)),
     *(m.Resample.of([resized(12), resized(12)], (6, 6)), m.Resample.of([None, resized(11)], (6, 6))),
     *(m.Resample.of([resized(9, align_corners=True)], (6,)), m.Resample.of([resized(13, "bicubic")], (6,))),

@@ -416,3 +416,32 @@ def test_preparing_needs_no_more_memory_than_a_forward():
     ).stdout.splitlines()
     found = {line.split()[0]: float(line.split()[1]) for line in lines}
     assert found["prepare"] <= found["forward"] + 2 * found["weights"] + 8  # what Python holds itself
+
+
+@pytest.mark.parametrize("value", [float("-inf"), -1e4, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("pads", [(0, 1, 0, 1), (1, 0), (0, 1, 1, 0)])
+def test_padding_that_does_not_count_in_front_of_a_pool_is_the_pools(pads: tuple[int, ...], value: float) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(2, 4, 3), nn.MaxPool2d(3, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.pool(nn.functional.pad(self.conv(x), pads, value=value))
+
+    network, x = Padded().eval(), torch.randn(2, 2, 9, 9)
+    prepared = prepare(network, x)
+    with torch.no_grad():
+        assert torch.equal(prepared(x), network(x))
+    assert [type(module) for module in prepared.children()] == [nn.Conv2d, m.PaddedMaxPool]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_padding_that_counts_in_front_of_a_pool_stays(value: float) -> None:
+    class Padded(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.max_pool2d(nn.functional.pad(x, (0, 1), value=value), 2)
+
+    kinds = [type(module) for module in prepare(Padded(), torch.randn(2, 2, 8, 8)).children()]
+    assert m.PaddedMaxPool not in kinds
+    assert len(kinds) == 2

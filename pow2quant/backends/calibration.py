@@ -168,7 +168,7 @@ def _not_finite(site: Site, batch: int) -> DataError:
         return DataError(f"{site.name}: NaN or infinity in the calibration data, batch {batch}; leave such samples out")
     return DataError(
         f"{site.name}: the network gives NaN or infinity here, calibration batch {batch}; change its code so that "
-        "values stay finite (for a mask, a number such as -1e4 instead of -inf)"
+        "values stay finite (for a mask of attention, a number such as -1e4 instead of -inf)"
     )
 
 

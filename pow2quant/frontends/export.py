@@ -35,7 +35,13 @@ TORCH = str(Path(torch.__file__).parent / "_")[:-1]
 
 HERE = str(Path(__file__).parent)
 
-LOGGERS = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes", "torch._dynamo")
+LOGGERS = (
+    "torch.export",
+    "torch._export",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._dynamo",
+    "torch._subclasses",
+)
 
 LONGEST_REASON = 400
 """Characters of an error of PyTorch's that are passed on."""

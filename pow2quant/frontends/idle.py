@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from pow2quant.frontends import modules as m
 from pow2quant.frontends.dropouts import DROPOUT, bypass
-from pow2quant.frontends.least import fill_with_least
+from pow2quant.frontends.least import fill_with_least, pad_pools
 from pow2quant.frontends.scores import gather_scores
 from pow2quant.frontends.writing import many
 
@@ -90,6 +90,7 @@ def drop_idle(network: fx.GraphModule) -> None:
     """
     dropped = gather_scores(network)
     fill_with_least(network)
+    pad_pools(network)
     for node in list(network.graph.nodes):
         source = _same_value(network, node) if node.op == "call_module" else None
         if source is None:

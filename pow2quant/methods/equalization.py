@@ -34,7 +34,7 @@ MARGIN = 0.25
 """Peaks count as so much further from the mean than the calibration data showed them."""
 
 WEIGHTED = (*m.CONVOLUTIONS, *m.TRANSPOSED, nn.Linear)
-PASSES = (nn.ReLU, m.LeakyReLU, nn.PReLU, *MAX_POOLS, *AVERAGE_POOLS, m.NearestUpsample)
+PASSES = (nn.ReLU, m.LeakyReLU, nn.PReLU, m.PaddedMaxPool, *MAX_POOLS, *AVERAGE_POOLS, m.NearestUpsample)
 """f(s x) = s f(x) for every s > 0 per channel."""
 
 

@@ -113,6 +113,33 @@ class ConstantPad(Described):
         return F.pad(x, self.pads, value=self.value)
 
 
+class PaddedMaxPool(Described):
+    """The largest value of every window; a map is padded otherwise in front than behind, and padding never counts.
+
+    padding, behind: of each dimension of the map, first dimension first; so are the others.
+    """
+
+    ceil_mode = False
+
+    def __init__(
+        self,
+        kernel_size: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        padding: Sequence[int],
+        behind: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.dilation = list(kernel_size), list(stride), list(dilation)
+        self.padding, self.behind = list(padding), list(behind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads = [p for pair in zip(self.padding[::-1], self.behind[::-1], strict=True) for p in pair]
+        pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(self.kernel_size) - 1]
+        x = F.pad(x, pads, value=float("-inf"))
+        return pool(x, self.kernel_size, self.stride, dilation=self.dilation)
+
+
 class TopK(Described):
     """The `count` largest values along `dim`, or the least ones, in order."""
 

@@ -107,6 +107,8 @@ def _rounded(network: nn.Module) -> nn.Module:
 def _run(file: OnnxFile, inputs: list[Tensor], step: int) -> list[Any]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    # beyond it, products with weights of 8 bits round what they are multiplied by, too
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     kinds = [helper.tensor_dtype_to_np_dtype(file.types[name]) for name, _ in file.inputs]
     arrays = [(n, x.numpy().astype(kind)) for (n, _), x, kind in zip(file.inputs, inputs, kinds, strict=True)]
     try:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pow2quant.errors import Pow2QuantError, UnsupportedModelError, WeightsError
+from pow2quant.frontends.export import quiet
 from pow2quant.frontends.onnx.branches import take_branches
 from pow2quant.frontends.onnx.checking import COMPARE, check, compare, examples
 from pow2quant.frontends.onnx.evaluate import EVALUATED, evaluate
@@ -317,7 +318,7 @@ def _run_without_values(file: OnnxFile, network: fx.GraphModule, batch: int) -> 
     inputs = examples(file, batch)
     if inputs is None:
         return None
-    with torch.no_grad(), mode:
+    with quiet(), torch.no_grad(), mode:
         results = _Noting(network).run(*(mode.from_tensor(x) for x in inputs))
     if file.batch is None:
         for step in network.modules():

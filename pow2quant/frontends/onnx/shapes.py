@@ -153,13 +153,15 @@ def _shape(s: Step, x: Tensor) -> Any:
     return np.array(x.shape[s.attribute("start", 0) : s.attribute("end")], np.int64)
 
 
-def _cast(s: Step, x: Tensor, like: Any = None) -> Tensor:
+def _cast(s: Step, x: Any, like: Any = None) -> Any:
     if like is not None:
         wanted = tensor(like).dtype
     else:
         kind = np.dtype(helper.tensor_dtype_to_np_dtype(s.attribute("to")))
         wanted = torch.float32 if kind.kind not in "iub" else torch.from_numpy(np.empty(0, kind)).dtype
     wanted = torch.float32 if wanted.is_floating_point else wanted
+    if not isinstance(x, Tensor):  # a constant, cast to the type of something computed
+        return np.asarray(x).astype(str(wanted).removeprefix("torch."))
     return x if x.dtype == wanted else x.to(wanted)
 
 

@@ -66,6 +66,8 @@ def _pool(s: Step, x: Tensor) -> Any:
     ):  # one window, that holds the whole map
         dims = list(range(2, x.ndim))
         return torch.amax(x, dims, True) if is_max else torch.mean(x, dims, True)
+    if before != behind and is_max and not ceil:
+        x, before, behind = pad(x, before, behind, -math.inf), [0] * n, [0] * n
     if before != behind:
         _check_ceil(s, sizes, kernel, strides, dilations, before, behind)
         ceil = True

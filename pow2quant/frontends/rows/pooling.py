@@ -19,7 +19,8 @@ def _pool(op: str, spatial: int) -> Emit:
         pads = many(module.padding, spatial)
         dilations = many(getattr(module, "dilation", 1), spatial)
         spans = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-        behind = _behind(node.shapes[0][2:], spans, strides, pads) if module.ceil_mode else None
+        behind = getattr(module, "behind", None)
+        behind = _behind(node.shapes[0][2:], spans, strides, pads) if module.ceil_mode else behind
         attributes: dict[str, Any] = {
             "kernel_shape": kernel,
             "strides": strides,
@@ -34,6 +35,10 @@ def _pool(op: str, spatial: int) -> Emit:
         graph.node(op, node.inputs, node.output, node.name, **attributes)
 
     return emit
+
+
+def _padded_max_pool(module: m.PaddedMaxPool, node: Node, graph: OnnxGraph) -> None:
+    _pool("MaxPool", len(module.kernel_size))(module, node, graph)
 
 
 def _behind(sizes: Sequence[int], spans: list[int], strides: list[int], pads: list[int]) -> list[int] | None:
@@ -80,6 +85,7 @@ ROWS: Rows = {
     nn.AvgPool2d: Operator("AveragePool", _pool("AveragePool", 2), integers=True, proved=True),
     nn.AvgPool3d: Operator("AveragePool", _pool("AveragePool", 3), integers=True, proved=True),
     nn.MaxPool3d: Operator("MaxPool", _pool("MaxPool", 3), integers=True, proved=True),
+    m.PaddedMaxPool: Operator("MaxPool", _padded_max_pool, integers=True, proved=True),
     nn.MaxPool1d: Operator("MaxPool", _pool("MaxPool", 1), integers=True, proved=True),
     nn.MaxPool2d: Operator("MaxPool", _pool("MaxPool", 2), integers=True, proved=True),
 }
