@@ -76,6 +76,9 @@ def load_state(path: Path) -> tuple[dict[str, NDArray[Any]], Table]:
         table = {name: _encoding(tensors, name, *grid) for name, grid in grids.items()}
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, EncodingError) as error:
         raise FileFormatError(f"{path}: not a quantized state of pow2quant: {error}") from error
+    for key, values in tensors.items():
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise FileFormatError(f"{path}: {key} holds NaN or infinity")
     return {k.removeprefix("parameter:"): v for k, v in tensors.items() if k.startswith("parameter:")}, table
 
 

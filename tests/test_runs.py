@@ -23,7 +23,7 @@ from pow2quant import config, models, run_folder, runs
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.backends.custom import CustomSimulation
 from pow2quant.config import QuantPlan, RunConfig
-from pow2quant.errors import ConfigError, OutputError, Pow2QuantError, UnsupportedModelError
+from pow2quant.errors import ConfigError, FileFormatError, OutputError, Pow2QuantError, UnsupportedModelError
 from pow2quant.frontends.prepare import prepare
 from pow2quant.integer.certificate import certify
 from pow2quant.integer.lower import lower
@@ -245,6 +245,13 @@ def test_functions_agree_on_every_code_of_eight_bits(function: type[nn.Module], 
     others = [ort.plain(model), ort.optimized(model), engine.executor(lower(artifact))]
     found = compare(reference, others, [[codes.numpy()]], artifact)
     assert [a.differing for a in found] == [0, 0, 0]
+
+
+def test_a_state_that_is_not_finite_names_the_tensor(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    run_folder.save_state(path, {"fc.weight": np.float32([1, np.nan])}, {}, "00ff")
+    with pytest.raises(FileFormatError, match=r"model\.safetensors: parameter:fc\.weight holds NaN or infinity"):
+        run_folder.load_state(path)
 
 
 def test_a_foreign_state_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import onnx
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.functions import definition, inside_definitions, quotient, resampling
 from pow2quant.integer.lowering import Lowering
-from pow2quant.integer.nodes import title
+from pow2quant.integer.nodes import title, without_integers
 from pow2quant.integer.ops import LOWER, LOWER_DEFINED
 from pow2quant.integer.ops.average import Average
 from pow2quant.integer.ops.copy import Copy, fills_exactly
@@ -97,7 +97,7 @@ def _add(graph: Lowering, node: onnx.NodeProto) -> None:
     elif core.op_type in LOWER:
         LOWER[core.op_type](graph, core, output, low, high)
     else:
-        raise UnsupportedModelError(f"{title(core)}: has no integers; `pow2quant list --operators` says which have")
+        raise UnsupportedModelError(without_integers(core, graph.encodings, graph.floats))
 
 
 def _reads_float(graph: Lowering, node: onnx.NodeProto) -> bool:

@@ -11,7 +11,7 @@ import onnx
 from pow2quant.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Container, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -29,6 +29,17 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 def title(node: onnx.NodeProto) -> str:
     """How an error names a node."""
     return f"{node.op_type} {node.name or node.output[0]}"
+
+
+def without_integers(node: onnx.NodeProto, encoded: Container[str], constants: Container[str]) -> str:
+    """That a node has no integers: it reads what has no encoding, or is none of the forms that are known."""
+    floats = [name for name in node.input if name and name not in encoded and name not in constants]
+    if floats:
+        return f"{title(node)}: has no integers, since {floats[0]}, which it reads, has no encoding"
+    return (
+        f"{title(node)}: has no integers in this form; `pow2quant list --operators` says which operations have, in the "
+        "form that pow2quant exports"
+    )
 
 
 def reduced_axes(node: onnx.NodeProto, constants: Mapping[str, NDArray[Any]], rank: int) -> list[int] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from pow2quant import run_folder
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.artifact import Artifact
-from pow2quant.errors import ConfigError, FileFormatError, OutputError
+from pow2quant.errors import ConfigError, FileFormatError, OutputError, naming
 from pow2quant.integer.certificate import Certificate, certify
 from pow2quant.integer.resources import resources
 from pow2quant.plugins import resolve
@@ -80,7 +80,8 @@ def artifact_of(source: str | Path) -> Artifact:
     file = path / run_folder.QDQ if path.is_dir() else path
     if not file.is_file():
         raise FileFormatError(f"{path}: holds no {run_folder.QDQ}; give the folder of a finished run")
-    return onnx_qdq.from_qdq(onnx_qdq.load(file))
+    with naming(file):
+        return onnx_qdq.from_qdq(onnx_qdq.load(file))
 
 
 def _free(folder: Path, overwrite: bool) -> Path:

@@ -342,7 +342,7 @@ def _check_labels(data: datasets.Data, outputs: int) -> None:
         wrong = labels[(labels < 0) | (labels >= outputs)][0]
         raise DataError(
             f"{checked.name}: label {wrong} is no class of the network, which has {outputs} outputs; "
-            f"legal: 0 to {outputs - 1}"
+            f"legal: 0 to {outputs - 1}; if the targets are no classes, --task says what they are"
         )
 
 

@@ -17,6 +17,7 @@ from pow2quant import config as configuration
 from pow2quant import datasets, run_folder, targets
 from pow2quant.adapters import aimet_encodings, onnx_qdq
 from pow2quant.adapters.onnx_qdq.batch import fixed_batch
+from pow2quant.adapters.onnx_qdq.nodes import refuse_integer_operators
 from pow2quant.artifact import Agreement, Artifact
 from pow2quant.backends.base import SILENT, Progress, inputs
 from pow2quant.config import RunConfig
@@ -131,6 +132,7 @@ def _validate_source(
 ) -> Validation:
     """An ONNX file, or a float one with its encodings."""
     given = opened(source)
+    refuse_integer_operators(given.model.graph)
     quantized = any(node.op_type == "QuantizeLinear" for node in given.model.graph.node)
     if quantized == (encodings is not None):
         raise FileFormatError(
@@ -208,9 +210,10 @@ def _validate_run(
     device = device_of(plain.device)
     job = Job.of(plain, datasets.load(plain.data, given=given), network_of(plain), progress, device=device, batches=1)
     sim = job.simulate()  # its weights are overwritten
-    load_parameters(job.parameters(sim), parameters, folder / run_folder.STATE)
-    sim.load(table)
-    artifact = sim.export(job.example)
+    with naming(folder / run_folder.STATE):
+        load_parameters(job.parameters(sim), parameters, folder / run_folder.STATE)
+        sim.load(table)
+        artifact = sim.export(job.example)
     certificate = certify(artifact)
     pair = (folder / run_folder.FLOAT, encodings or folder / run_folder.ENCODINGS)
     left_out: dict[str, str] = {}

@@ -10,7 +10,7 @@ import numpy as np
 
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.functions import farthest, quotient, resampling, rounds_alike
-from pow2quant.integer.nodes import title
+from pow2quant.integer.nodes import title, without_integers
 from pow2quant.integer.ops import resample
 from pow2quant.integer.program import Step, on_one_scale
 from pow2quant.pow2_constraints.arithmetic import divide_round
@@ -64,7 +64,7 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
         return
     found = quotient(graph.index, graph.encodings, node)
     if found is None or graph.rounding == "gemmlowp":
-        raise UnsupportedModelError(f"{title(node)}: has no integers; `pow2quant list --operators` says which have")
+        raise UnsupportedModelError(without_integers(node, graph.encodings, graph.floats))
     a, b = (graph.operand(name, rows=True) for name in (found.numerator, found.denominator))
     target = graph.declare(output)
     rule = graph.requantization(a.exponent - b.exponent, target, low, high)

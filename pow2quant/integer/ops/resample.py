@@ -12,7 +12,7 @@ import numpy as np
 from pow2quant.errors import UnsupportedModelError
 from pow2quant.functions import resampling
 from pow2quant.integer.c_text import ctype, indented
-from pow2quant.integer.nodes import title
+from pow2quant.integer.nodes import title, without_integers
 from pow2quant.integer.program import Step
 from pow2quant.pow2_constraints.arithmetic import mean_round, saturate
 
@@ -97,7 +97,7 @@ def lower(graph: Lowering, node: onnx.NodeProto, output: str, low: float, high: 
     """Div of weighted sums, see `functions.resampling`. Raises UnsupportedModelError for another."""
     found = resampling(graph.index, graph.encodings, node)
     if found is None or graph.rounding == "gemmlowp":
-        raise UnsupportedModelError(f"{title(node)}: has no integers; `pow2quant list --operators` says which have")
+        raise UnsupportedModelError(without_integers(node, graph.encodings, graph.floats))
     x, target = graph.read(found.source), graph.declare(output)
     sizes, axes = list(x.shape), []
     for matrix, inner in found.maps:
