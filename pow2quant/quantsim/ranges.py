@@ -38,25 +38,32 @@ class Ranges:
     """
 
     def __init__(self, sim: Trained, model: nn.Module) -> None:
-        self._sim, self._model = weakref.ref(sim), model
+        self._sim = weakref.ref(sim)
+        self._model: Any = model
         self._exponents: Exponents | None = None
         self._known: Table = {}
         self._values = torch.empty(0)
         self._taps, self._rests = ExitStack(), False
         leader = sim.simulation.placement.leader
-        names = dict.fromkeys(leader(site.name) for site in sim.sites if site.role != "bias")
-        device = next((p.device for p in model.parameters()), None)
-        held = list(getattr(model, "learned_ranges", ()))  # of a copy of the simulation
-        if len(held) != len(names):
-            held = [nn.Parameter(torch.zeros((), device=device)) for _ in names]
-            model.learned_ranges = nn.ParameterList(held)
-        self._parameters = dict(zip(names, held, strict=True))
+        names = list(dict.fromkeys(leader(site.name) for site in sim.sites if site.role != "bias"))
+        if not hasattr(model, "learned_ranges"):  # as in a copy of the simulation
+            model.learned_ranges = nn.ParameterList()
+        self._parameters = dict(zip(names, model.learned_ranges, strict=False))
+        self._add(names)
         model.register_state_dict_pre_hook(_Hook(self.follow))
         model.register_forward_pre_hook(_Hook(self._enter))
         model.register_forward_hook(_Hook(self._leave), always_call=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()
+
+    def _add(self, names: Sequence[str]) -> None:
+        """Parameters for leading sites that have none yet."""
+        device = next((p.device for p in self._model.parameters()), None)
+        for name in names:
+            if name not in self._parameters:
+                self._parameters[name] = nn.Parameter(torch.zeros((), device=device))
+                self._model.learned_ranges.append(self._parameters[name])
 
     @contextmanager
     def resting(self) -> Iterator[None]:
@@ -89,6 +96,7 @@ class Ranges:
         else:
             self._exponents = Exponents(sim.simulation, names, "tqt") if names else None
             if self._exponents is not None:
+                self._add([sim.simulation.placement.leader(name) for name in names])  # another may lead by now
                 self._exponents.bind(self._parameters)
         if self._exponents is not None:
             self._take(sim, self._exponents)

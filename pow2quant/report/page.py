@@ -67,9 +67,7 @@ def guarded(source: Path, make: Callable[[], T]) -> T:
     except OSError as error:
         raise FileFormatError(f"{source}: cannot be read: {error.strerror}; give a finished run's folder") from error
     except Exception as error:  # rendering trips over a foreign document in every way there is
-        raise FileFormatError(
-            f"{source}: not a report of pow2quant, or a file beside it is none: {error}"
-        ) from error
+        raise FileFormatError(f"{source}: not a report of pow2quant, or a file beside it is none: {error}") from error
 
 
 def read(path: Path) -> dict[str, Any]:
