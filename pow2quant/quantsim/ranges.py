@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +46,9 @@ class Ranges:
         self._taps, self._rests = ExitStack(), False
         leader = sim.simulation.placement.leader
         names = list(dict.fromkeys(leader(site.name) for site in sim.sites if site.role != "bias"))
-        if not hasattr(model, "learned_ranges"):  # as in a copy of the simulation
-            model.learned_ranges = nn.ParameterList()
-        self._parameters = dict(zip(names, model.learned_ranges, strict=False))
+        held = getattr(model, "learned_ranges", None)  # those of a copy of the simulation
+        model.learned_ranges = nn.ParameterList() if held is None else held
+        self._parameters = dict(zip(names, [] if held is None else cast(nn.ParameterList, held), strict=False))
         self._add(names)
         model.register_state_dict_pre_hook(_Hook(self.follow))
         model.register_forward_pre_hook(_Hook(self._enter))
