@@ -251,17 +251,24 @@ def _tokens_beside(batch: Sequence[Any], count: int, signature: Signature, where
 
     Raises DataError where elements may be targets as well as inputs that the network need not be given.
     """
-    free = [name for name in signature.optional if name not in OUTCOMES]
-    beside = batch[count:-1]
+    beside, behind = batch[count:-1], signature.names[count:]
+    free = [name for name in behind if name in signature.optional and name not in OUTCOMES]
     if signature.variadic or not free or not beside:
         return 0
     tokens = batch[0]
-    if _is_whole(tokens) and all(_is_whole(x) and x.shape == tokens.shape for x in beside) and len(beside) <= len(free):
+    alike = _is_whole(tokens) and all(_is_whole(x) and x.shape == tokens.shape for x in beside)
+    # by position: of one element and several arguments that it may be, only the first may be meant
+    if alike and list(behind[: len(beside)]) == free[: len(beside)] and (len(beside) > 1 or _is_mask(free)):
         return len(beside)
     raise DataError(
         f"{where}: holds {len(batch)} elements; the network takes {', '.join(signature.names[:count])}, and may take "
         f"{', '.join(free)}: give ((inputs, ...), targets), or a dictionary with the names of its arguments"
     )
+
+
+def _is_mask(free: list[str]) -> bool:
+    """Whether the first of these arguments is a mask, or the only one."""
+    return "mask" in free[0] or len(free) == 1
 
 
 def _is_whole(x: Any) -> bool:
@@ -283,15 +290,18 @@ def _inputs(inputs: Any, signature: Signature, where: str) -> Any:
         return {name: _input(x, where, signature.bytes.get(name)) for name, x in inputs.items()}
     several = isinstance(inputs, tuple)
     ends = [signature.bytes.get(name) for name in signature.names]
-    found = tuple(_input(x, where, e) for x, e in zip(inputs if several else (inputs,), ends, strict=False))
+    given = inputs if several else (inputs,)
+    ends += [None] * (len(given) - len(ends))
+    found = tuple(_input(x, where, e) for x, e in zip(given, ends, strict=False))
     return found if several else found[0]
 
 
 def _byte_values(x: Tensor, ends: tuple[int, int], where: str) -> Tensor:
     """Bytes, whatever their type, as real numbers. Raises DataError for what is none."""
-    wrong = (x.double() != x.double().round()) | (x < ends[0]) | (x > ends[1])
+    values = x.double()
+    wrong = (values != values.round()) | (values < ends[0]) | (values > ends[1])
     if wrong.any():
-        example = float(x[wrong][0])
+        example = float(values[wrong][0])
         raise DataError(
             f"{where}: holds {example:g}; the network takes bytes from {ends[0]} to {ends[1]}, as they are, not scaled"
         )

@@ -249,7 +249,9 @@ def test_odd_zero_points_of_a_file_stay_in_a_state_too(placement, tmp_path):
     sim.load_encodings(document)
     found = [q.get_offset().item() for _, q in sim.named_quantizers() if not q.symmetric]
     assert offset in found
-    other.model.load_state_dict(sim.model.state_dict())
+    state = sim.model.state_dict()
+    for _ in range(2):  # loading leaves the state as it is
+        other.model.load_state_dict(state)
     assert [q.get_offset().item() for _, q in other.named_quantizers() if not q.symmetric] == found
     with torch.no_grad():
         assert torch.equal(sim.model(images()), other.model(images()))

@@ -59,6 +59,28 @@ def test_what_may_be_an_input_or_a_target_is_refused() -> None:
     assert torch.equal(read((x, labels), signature, "here")[1], labels)
 
 
+@pytest.mark.parametrize(
+    ("forward", "inputs"),
+    [
+        (lambda self, ids, scale=1.0, mask=None: ids, None),
+        (lambda self, ids, labels=None, mask=None: ids, None),
+        (lambda self, ids, token_type_ids=None, attention_mask=None: ids, None),
+        (lambda self, ids=None, attention_mask=None, labels=None: ids, 2),
+        (lambda self, ids, labels=None: ids, 1),
+        (lambda self, ids=None: ids, 1),
+    ],
+)
+def test_elements_are_inputs_by_their_place(forward: Any, inputs: int | None) -> None:
+    network = type("Network", (nn.Module,), {"forward": forward})()
+    batch = (torch.ones(4, 7).long(), torch.ones(4, 7).long(), torch.zeros(4).long())
+    if inputs is None:
+        with pytest.raises(DataError, match="may take"):
+            read(batch, Signature.of(network), "here")
+        return
+    found, _ = read(batch, Signature.of(network), "here")
+    assert (len(found) if isinstance(found, tuple) else 1) == inputs
+
+
 def of_bytes(folder: Path) -> Path:
     """A file that takes bytes and divides by 255 itself; its input's name is no identifier."""
     rng = np.random.default_rng(0)
@@ -91,17 +113,20 @@ def test_files_that_take_bytes_are_given_bytes(tmp_path: Path) -> None:
     assert build(str(path), num_classes=None, weights=None) is not None
 
 
-def test_masks_as_pictures_hold_them_are_no_masks_without_foreground() -> None:
-    shape = (1, 4, 4)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_masks_as_pictures_hold_them_are_no_masks_without_foreground(channels: int) -> None:
+    shape = (channels, 4, 4)
     masks = (torch.rand(3, 4, 4) > 0.5).long()
-    task = task_of(None, None, masks.float() * 255, [shape])
-    assert task.name == "segmentation"
-    for wrong in (masks * 255, masks[:, None] * 255, masks.float() * 255):
+    for wrong in (masks * 255, masks[:, None] * 255, masks.float() * 255)[: 4 - channels]:
         with pytest.raises(DataError, match="divide them by 255 if that is the second class"):
-            task.check(wrong, 3, "here")
+            task_of(None, None, wrong, [shape])
     left_out = masks.clone()
     left_out[:, 0, 0], left_out[:, 1, 1] = 255, 1
+    task = task_of(None, None, left_out, [shape])
     assert (task.check(left_out, 3, "here")[:, 0, 0] == -100).all()
+    later = torch.full((1, 4, 4), 255)
+    later[:, :2] = 0
+    assert task.check(later, 1, "a later batch").shape == (1, 4, 4)
 
 
 def test_masks_with_a_channel_for_each_class() -> None:
@@ -122,11 +147,13 @@ def test_identities_are_no_classes_where_a_metric_judges() -> None:
     assert task_of(None, recall, labels, [(8,)]).name == "detection"
     assert task_of(None, recall, labels, [(12,)]).name == "classification"
     assert task_of(None, None, labels, [(8,)]).name == "classification"
+    assert task_of(None, "top1", labels, [(8,)]).metrics[0].name == "top1"
 
 
 @pytest.mark.parametrize(
     ("name", "higher", "guessed"),
     [
+        *(("logloss", False, False), ("mseloss", False, False), ("errorrate", False, False)),
         *(("wer", False, False), ("WordErrorRate", False, False), ("val_loss", False, False), ("lpips", False, False)),
         *(
             ("top1", True, False),

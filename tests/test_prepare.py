@@ -445,3 +445,13 @@ def test_padding_that_counts_in_front_of_a_pool_stays(value: float) -> None:
     kinds = [type(module) for module in prepare(Padded(), torch.randn(2, 2, 8, 8)).children()]
     assert m.PaddedMaxPool not in kinds
     assert len(kinds) == 2
+
+
+def test_a_window_in_the_padding_alone_keeps_the_padding() -> None:
+    class Padded(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.max_pool1d(nn.functional.pad(x, (1, 1), value=-1e4), 2, 1, dilation=2)
+
+    x = torch.randn(2, 3, 1)
+    with torch.no_grad():
+        assert torch.equal(prepare(Padded(), x)(x), Padded()(x))

@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch import fx, nn
 
 from pow2quant.frontends import modules as m
-from pow2quant.frontends.kept import MOVES, ends
+from pow2quant.frontends.kept import ENDS, MOVES, ends
 from pow2quant.frontends.operators import called
 from pow2quant.frontends.writing import many
 
@@ -47,6 +47,8 @@ def pad_pools(network: fx.GraphModule) -> None:
         pad = called(network, node)
         if not isinstance(pad, m.ConstantPad) or not _is_far(network, node.args[0], pad.value):
             continue
+        if ENDS not in node.args[0].meta and pad.value != -math.inf:
+            continue
         pools = {user: _padded(called(network, user), pad, user) for user in node.users if calls[user.target] == 1}
         if len(pools) == len(node.users) and None not in pools.values():
             for user, pool in pools.items():
@@ -59,12 +61,16 @@ def _padded(pool: nn.Module | None, pad: m.ConstantPad, node: fx.Node) -> m.Padd
     if not isinstance(pool, POOLS) or pool.ceil_mode or pool.return_indices:
         return None
     rank = len(node.meta["shape"]) - 2
+    inside: Any = node.all_input_nodes[0].all_input_nodes[0]
+    sizes = inside.meta["shape"][2:]
     outer = any(pad.pads[2 * rank :])
     pads = [*pad.pads, *[0] * (2 * rank)][: 2 * rank]
     kernel, padding, dilation = (many(v, rank) for v in (pool.kernel_size, pool.padding, pool.dilation))
     before = [p + own for p, own in zip(pads[-2::-2], padding, strict=True)]
     behind = [p + own for p, own in zip(pads[::-2], padding, strict=True)]
     if outer or min(pads) < 0 or any(max(a, b) >= k for a, b, k in zip(before, behind, kernel, strict=True)):
+        return None
+    if any(d > size for d, size in zip(dilation, sizes, strict=True)):  # a window may lie in the padding alone
         return None
     stride = many(pool.stride if pool.stride is not None else kernel, rank)
     return m.PaddedMaxPool(kernel, stride, dilation, before, behind)

@@ -84,7 +84,9 @@ class Axis:
         first = max(0, -(offset // self.strides))
         last = min(self.result - 1, (self.size - 1 - offset) // self.strides)
         start = first * self.strides + offset
-        return slice(first, max(first, last + 1)), slice(start, start + (last - first) * self.strides + 1, self.strides)
+        if last < first:
+            return slice(0), slice(0)
+        return slice(first, last + 1), slice(start, start + (last - first) * self.strides + 1, self.strides)
 
     def seen(self, padding: bool) -> NDArray[np.int64]:
         """How many places every window sees on the map, or on the map and its padding."""

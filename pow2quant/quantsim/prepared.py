@@ -77,7 +77,6 @@ class PreparedSim(Files):
         training.restore(self.simulation.model, unwrapped(model), norms)
         self.simulation.model.to(device)
         self._model = like(self.simulation.model, unwrapped(model))
-        self._model.register_forward_pre_hook(checked, with_kwargs=True)
         state.keep(self._model)
         self._model.register_load_state_dict_post_hook(Owner.adopt_widths)
         self._attach()
@@ -96,6 +95,8 @@ class PreparedSim(Files):
     def _attach(self) -> None:
         """What a model has of its simulation, and a copy of it has not."""
         vars(self._model)[OWNER] = Owner(self)
+        if checked not in self._model._forward_pre_hooks.values():  # fx copies none
+            self._model.register_forward_pre_hook(checked, with_kwargs=True)
         self._show()
         self.ranges = self._trained()
 

@@ -74,11 +74,13 @@ def _not_calibrated(model: nn.Module) -> list[str | None]:
 def _without_absent(model: fx.GraphModule, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments without those that are None and that the network was prepared without."""
     names = [str(node.target) for node in model.graph.nodes if node.op == "placeholder"]
+    if len(args) > len(names) >= sum(x is not None for x in args):
+        args = tuple(x for x in args if x is not None)
     absent = {f"argument {i}": x for i, x in enumerate(args[len(names) :], len(names))}
     absent |= {name: x for name, x in kwargs.items() if name not in names}
     for name, x in absent.items():
         if x is not None:
-            raise ConfigError(f"{name}: the network was prepared without it; dummy_input has to hold it")
+            raise ConfigError(f"{name}: the network was prepared without it; leave it out, or give it in dummy_input")
     return args[: len(names)], {name: x for name, x in kwargs.items() if name in names}
 
 

@@ -12,6 +12,7 @@ from pow2quant.plugins import names, resolve
 from pow2quant.tasks.base import Metric, Shapes, Task
 from pow2quant.tasks.named import JUDGED, Named
 from pow2quant.tasks.own import NONE, metric_of
+from pow2quant.tasks.segmentation import refuse_pictures
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ def task_of(
     Raises ConfigError for an unknown name, a task that needs a metric, and a metric that nothing can be compared with.
     """
     task = _named(name, targets, shapes, classes) if classes else None
-    task = task or cast(Task, resolve("tasks", name or _fitting(targets, shapes, metric is not None))(shapes))
+    task = task or cast(Task, resolve("tasks", name or _fitting(targets, shapes, metric))(shapes))
+    if task.name == "segmentation":
+        refuse_pictures(targets, shapes)
     if probable and hasattr(task, "threshold"):
         task = replace(cast(Any, task), threshold=0.5)
     if metric is None:
@@ -101,11 +104,13 @@ def _are_names(targets: Any, shape: tuple[int, ...]) -> bool:
     return bool(labels and shape[0] > 1 and targets.numel() and targets.max() >= shape[0])
 
 
-def _fitting(targets: Any, shapes: Shapes, judged: bool) -> str:
+def _fitting(targets: Any, shapes: Shapes, metric: Any) -> str:
     if targets is None:
         return "none"
     known = [name for name in names("tasks") if name not in ("none", "detection")]
-    if judged and _are_names(targets, shapes[0]):
+    judged = metric is not None
+    own = judged and not (isinstance(metric, str) and metric.isidentifier())
+    if own and _are_names(targets, shapes[0]):
         known.remove("classification")
     fitting = (name for name in known if resolve("tasks", name).fits(targets, shapes))
     return next(fitting, "detection" if judged else "none")

@@ -59,7 +59,8 @@ def metric_of(given: Any, known: tuple[Metric, ...], arguments: Mapping[str, Any
     higher, guessed = getattr(thing, "higher_is_better", None), False
     if higher is None:
         words = _words(short)
-        higher = not words & SMALL_IS_GOOD
+        joined = not words & LARGE_IS_GOOD and any(part in short.lower() for part in ("error", "loss", "mse"))
+        higher = not (words & SMALL_IS_GOOD or joined)
         guessed = higher and not words & LARGE_IS_GOOD
     if callable(getattr(thing, "update", None)) and callable(getattr(thing, "compute", None)):
         of_classes = type(thing).__module__.startswith("torchmetrics.classification")

@@ -52,9 +52,9 @@ class Segmentation:
         shape = self.shapes[0]
         expected = f"masks of class indices {(samples, *shape[1:])}"
         masks = tensor_of(targets, where, expected)
-        masks = masks.argmax(1) if _is_one_hot(masks, shape) else masks
         if len(shape) < 2:
             raise DataError(f"{where}: outputs of the network are {(samples, *shape)}; segmentation needs (N, C, …)")
+        masks = masks.argmax(1) if _is_one_hot(masks, shape) else masks
         if masks.ndim == len(shape) + 1 and masks.shape[1] == 1:
             masks = masks[:, 0]
         if masks.is_floating_point() and not bool((masks == masks.round()).all()):
@@ -63,11 +63,6 @@ class Segmentation:
             raise wrong(masks, where, expected)
         classes = max(2, shape[0] if tuple(masks.shape[1:]) == shape[1:] else shape[-1])
         masks = masks.long()
-        if shape[0] == 1 and bool((masks == IGNORED).any()) and not bool((masks == 1).any()):
-            raise DataError(
-                f"{where}: masks of 0 and {IGNORED}, without 1: divide them by {IGNORED} if that is the second class; "
-                f"write {LEFT_OUT} for pixels that do not count"
-            )
         odd = masks[(masks >= classes) & (masks != IGNORED)]
         if len(odd):
             raise DataError(f"{where}: class {int(odd[0])} in a mask; legal: 0 to {classes - 1}, {IGNORED} is ignored")
@@ -83,7 +78,19 @@ class Segmentation:
         masks = targets[:, 0] if targets.ndim == len(shapes[0]) + 1 and targets.shape[1] == 1 else targets
         if tuple(masks.shape[1:]) not in (shapes[0][1:], shapes[0][:-1]):
             return False
-        return not masks.is_floating_point() or any(bool(((masks == 0) | (masks == v)).all()) for v in (1, IGNORED))
+        whites = (1, IGNORED) if shapes[0][0] == 1 else (1,)
+        return not masks.is_floating_point() or any(bool(((masks == 0) | (masks == v)).all()) for v in whites)
+
+
+def refuse_pictures(targets: Any, shapes: Shapes) -> None:
+    """Raises DataError for masks of two classes as pictures have them, where white stands for the second class."""
+    if not isinstance(targets, Tensor) or shapes[0][:1] not in ((1,), (2,)) or not Segmentation.fits(targets, shapes):
+        return
+    if bool((targets == IGNORED).any()) and not bool((targets == 1).any()):
+        raise DataError(
+            f"the masks of the first batch hold 0 and {IGNORED}, and no 1: divide them by {IGNORED} if that is the "
+            f"second class; write {LEFT_OUT} for pixels that do not count"
+        )
 
 
 def _is_one_hot(masks: Tensor, shape: tuple[int, ...]) -> bool:

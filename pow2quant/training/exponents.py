@@ -121,7 +121,7 @@ class Exponents:
 
     @torch.no_grad()
     def bind(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Takes these as its parameters, by the leading site's name, so that whoever holds them goes on."""
+        """Takes these as its parameters, by the leading site's name, so that an optimizer that holds them goes on."""
         for name, part in self._parts.items():
             own = parameters[name]
             own.data = part.parameter.data

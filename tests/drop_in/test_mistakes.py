@@ -1,5 +1,7 @@
 """What AIMET does silently wrong, through the drop-in and through `simulate`."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -114,6 +116,11 @@ def test_encodings_of_weights_alone(make, calibrated):
     sim.load_encodings({"activation_encodings": {}, "param_encodings": weights, "version": "0.6.1"})
     with pytest.raises(NotCalibratedError, match="the model has no encoding for "):
         sim.model(images(4))
+
+
+def test_a_copy_that_is_not_calibrated():
+    with pytest.raises(NotCalibratedError, match="the model has no encodings yet"):
+        copy.deepcopy(prepared(trained(), DUMMY)).model(images(4))
 
 
 class Masked(nn.Module):

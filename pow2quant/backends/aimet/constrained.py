@@ -92,8 +92,7 @@ def quantizer_class() -> type:
             return with_parity(self, super().get_extra_state())
 
         def set_extra_state(self, state: Any) -> None:
-            take_parity(self, state)
-            super().set_extra_state(state)
+            super().set_extra_state(take_parity(self, state))
 
     ConstrainedQuantizer.__qualname__ = ConstrainedQuantizer.__name__
     return ConstrainedQuantizer
@@ -194,9 +193,19 @@ def _derived_biases() -> Iterator[None]:
     names = set[str]()
 
     def created(module: Any, *args: Any) -> None:
-        create(module, *args)
-        scale = module.param_quantizers["bias"].get_scale()
-        if (np.frexp(scale.detach().cpu().numpy())[0] != 0.5).any():
+        derived, derive = [], module._derive_bias_scale
+
+        def noted(*scales: Any) -> Any:
+            found = derive(*scales)
+            derived.append(found)
+            return found
+
+        vars(module)["_derive_bias_scale"] = noted
+        try:
+            create(module, *args)
+        finally:
+            del vars(module)["_derive_bias_scale"]
+        if not derived or derived[-1] is None:
             module.param_quantizers["bias"] = None
             weight = module.param_quantizers["weight"]
             names.add(getattr(weight, "place", "").rpartition(".")[0] or type(module).__name__)

@@ -187,8 +187,7 @@ def site_quantizers() -> tuple[type, type]:
             return with_parity(self, super().get_extra_state())
 
         def set_extra_state(self, state: Any) -> None:
-            take_parity(self, state)
-            super().set_extra_state(state)
+            super().set_extra_state(take_parity(self, state))
 
     for cls in (SiteQuantizer, PowerOfTwoQuantizer):
         cls.__qualname__ = cls.__name__  # found here again by `pickle`, through __getattr__
@@ -204,9 +203,15 @@ def with_parity(quantizer: Any, state: Any) -> Any:
     return state | {EVEN: torch.tensor(quantizer.even)} if isinstance(state, dict) else state
 
 
-def take_parity(quantizer: Any, state: Any) -> None:
-    """The inverse of `with_parity`; zero points of a state of AIMET's are even."""
-    quantizer.even = bool(state.pop(EVEN, True)) if isinstance(state, dict) else True
+def take_parity(quantizer: Any, state: Any) -> Any:
+    """The inverse of `with_parity`: a copy of the state as AIMET takes it, which removes keys itself.
+
+    Zero points of a state of AIMET's are even.
+    """
+    if not isinstance(state, dict):
+        return state
+    quantizer.even = bool(state.get(EVEN, True))
+    return {key: value for key, value in state.items() if key != EVEN}
 
 
 def constrained_scale(quantizer: Any) -> Tensor:

@@ -285,7 +285,8 @@ def _reserved(part: str) -> bool:
 def _identifier(name: str, taken: Collection[str]) -> str:
     """A name as Python takes it for an argument."""
     plain = re.sub(r"\W", "_", name, flags=re.ASCII)
-    plain = plain if plain.isidentifier() and not keyword.iskeyword(plain) else f"input_{plain}"
+    legal = plain.isidentifier() and not keyword.iskeyword(plain) and plain not in ("self", "torch")
+    plain = plain if legal else f"input_{plain}"
     numbered = (f"{plain}_{i}" for i in itertools.count(1))
     return next(n for n in itertools.chain([plain], numbered) if n not in taken)
 
