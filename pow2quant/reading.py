@@ -22,8 +22,8 @@ INPUTS = ("x", "input", "inputs", "image", "images", "img", "data", "features", 
 TARGETS = ("y", "label", "labels", "target", "targets", "mask", "masks", "classes")
 """Keys under which data sets commonly keep what goes into a network, and what should come out."""
 
-OUTCOMES = ("y", "label", "labels", "target", "targets", "classes")
-"""Those that are nothing else."""
+OUTCOMES = tuple(name for name in TARGETS if name not in ("mask", "masks"))
+"""Those keys of targets that never name an input."""
 
 NAMES, BYTES = "pow2quant.names", "pow2quant.bytes"
 """Keys of a graph module's `meta`: its arguments by other names, and the range of those that are bytes."""

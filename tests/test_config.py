@@ -300,6 +300,10 @@ def test_dump_and_load_are_inverse(folder, config):
         ("ptq: {methods: [{adaround: {}, qdrop: {}}]}", "ptq.methods: [{'adaround': {}, 'qdrop': {}}] is not legal"),
         ("training: {learning_rate: 0}", "training.learning_rate: 0 is not legal; legal: a number above 0"),
         ("training: {learning_rate: .inf}", "training.learning_rate: Infinity is not legal"),
+        (
+            "training: {temperature: 1.0e+160}",
+            "training.temperature: 1e+160 is not legal; legal: a number from 0.001 to 1000",
+        ),
         ("training: {optimizer: {lr: 1}}", "training.optimizer: {'lr': 1} is not legal; legal: a name, or {type: NAME"),
         ("training: {optimizer: {type: 3}}", "training.optimizer: {'type': 3} is not legal; legal: a name"),
         ("training: {optimizer: null}", "training.optimizer: null is not legal"),

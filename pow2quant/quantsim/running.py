@@ -50,25 +50,25 @@ def checked(model: fx.GraphModule, args: Any, kwargs: Any) -> Any:
     args, kwargs = _without_absent(model, args, kwargs)
     if model.training and (lost := model.meta.pop(LOST, None)):
         warnings.warn(f"in training, {', '.join(lost)} drop nothing here", stacklevel=3)
-    if missing := _not_calibrated(model):
-        which = "no encodings" if missing[0] is None else f"no encoding for {missing[0]}"
-        raise NotCalibratedError(f"the model has {which} yet: call sim.compute_encodings or sim.load_encodings")
+    if missing := _missing(model):
+        raise NotCalibratedError(f"the model has {missing} yet: call sim.compute_encodings or sim.load_encodings")
     return pytree.tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, (args, kwargs))
 
 
-def _not_calibrated(model: nn.Module) -> list[str | None]:
-    """The sites without an encoding; [None] where there is none at all; none while the model is observed."""
+def _missing(model: nn.Module) -> str:
+    """What a model lacks: all encodings, or that of a site; empty where it lacks none, or is observed."""
     owner = vars(model).get(OWNER)
     quantizers: list[Any] = [m for m in model.modules() if hasattr(m, "tap") and hasattr(m, "encoding")]
     if any(q.tap is not None for q in quantizers):
-        return []
+        return ""
     known = None if owner is None or owner.sim is None else {s.name for s in owner.sim.sites if s.role != "bias"}
     having = [bool(q.encoded) if hasattr(q, "encoded") else q.encoding is not None for q in quantizers]
     if quantizers and not any(having):
-        return [None]
+        return "no encodings"
     if known is None:  # a copy does not know which quantizers are in use
-        return []
-    return [q.site.name for q, has in zip(quantizers, having, strict=True) if not has and q.site.name in known]
+        return ""
+    lacking = (q.site.name for q, has in zip(quantizers, having, strict=True) if not has and q.site.name in known)
+    return next((f"no encoding for {name}" for name in lacking), "")
 
 
 def _without_absent(model: fx.GraphModule, args: Any, kwargs: Any) -> tuple[Any, Any]:
